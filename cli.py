@@ -1,0 +1,204 @@
+"""What the command lines of all scripts share: flags, exit codes, signals, progress.
+
+    def main(argv=None):
+        args = parser(__doc__).parse_args(argv)
+        ...
+
+    if __name__ == "__main__":
+        cli.run(main)
+
+Exit codes: 0 done; 1 something broke, with its traceback; 2 the input is wrong, said in one line;
+130 Ctrl-C; 143 SIGTERM. Under torchrun these are the workers' codes; torchrun itself reports any
+failure as 1.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+
+DTYPES = {
+    "fp32": "float32",
+    "float32": "float32",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+}
+USER_ERRORS = (ValueError, OSError)  # OSError: a file that is not there, a full disk, …
+SIGNAL_GRACE = 5.0  # seconds that the main thread has to notice a signal
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, from rank 0 alone."""
+
+    def error(self, message):
+        if rank() == 0:
+            print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser(description: str) -> Parser:
+    return Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def positive_int(text: str) -> int:
+    try:
+        value = int(text.replace("_", ""))
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"needs a positive whole number, not {text!r}")
+    return value
+
+
+def add_precision_flags(p) -> None:
+    p.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="default: bfloat16 on CUDA, else float32"
+    )
+    p.add_argument("--bf16", action="store_true", help="the same as --dtype bfloat16")
+    p.add_argument("--no-amp", action="store_true", help="the same as --dtype float32, TF32 off")
+
+
+def add_run_flags(p) -> None:
+    """Where and how a job runs: every script that uses a device has these."""
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile; auto: on CUDA, if the job is long enough to repay it",
+    )
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=120,
+        help="seconds without progress after which a rank counts as dead (120)",
+    )
+    p.add_argument("--debug", action="store_true", help="show the traceback of input errors")
+
+
+def add_evaluation_flags(p, batch_size: int | None = 8, needs_checkpoint=True) -> None:
+    """What every evaluation of checkpoints has. needs_checkpoint: whether it does nothing else."""
+    p.add_argument(
+        "--checkpoint-path",
+        nargs="+",
+        required=needs_checkpoint,
+        metavar="PATH",
+        help="checkpoint files or directories, globs, or a directory of checkpoints",
+    )
+    p.add_argument("--config", help="the model's shape, for old checkpoint files that hold none")
+    p.add_argument(
+        "--tokenizer-name",
+        help="byte, a tiktoken name or a local directory; default: the checkpoint's own, else gpt2",
+    )
+    p.add_argument("--batch-size", type=positive_int, default=batch_size)
+    p.add_argument("--results-dir", default="results")
+    p.add_argument("--run-name", help="default: the name of the checkpoints' parent directory")
+    add_precision_flags(p)
+    add_run_flags(p)
+
+
+def resolve_dtype(args, device_type: str) -> str:
+    """float32, bfloat16 or float16 from --dtype, --bf16, --no-amp; contradictions are refused."""
+    wanted = {}
+    if args.dtype:
+        wanted[f"--dtype {args.dtype}"] = DTYPES[args.dtype]
+    if args.bf16:
+        wanted["--bf16"] = "bfloat16"
+    if args.no_amp:
+        wanted["--no-amp"] = "float32"
+    if len(set(wanted.values())) > 1:
+        raise ValueError(f"{' and '.join(wanted)} contradict each other: give one of them")
+    default = "bfloat16" if device_type == "cuda" else "float32"
+    return next(iter(wanted.values()), default)
+
+
+# ---------------------------------------------------------------------------------------------
+# Running
+
+
+def run(main) -> None:
+    """Call main() and leave with the exit code that its outcome deserves."""
+    _exit_on_signals()
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except USER_ERRORS as error:
+        code = 2
+        _report(error)
+    except Exception:
+        code = 1
+        lines = traceback.format_exc().rstrip().splitlines()
+        print("\n".join(f"rank {rank()}: {line}" for line in lines), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(code)  # destructors of NCCL would wait for ranks that are still working
+    sys.exit(code)
+
+
+def _report(error: Exception) -> None:
+    """One line. Bad input fails every rank alike, so the others leave the word to rank 0, whose
+    exit makes torchrun end them; a rank that failed alone is still there to speak."""
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    prefix = "error"
+    if rank():
+        time.sleep(2.0)
+        prefix = f"error on rank {rank()}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"{prefix}: {text}", file=sys.stderr, flush=True)
+
+
+def _exit_on_signals() -> None:
+    """SIGTERM raises SystemExit(143) in the main thread, as Ctrl-C raises KeyboardInterrupt. A main
+    thread blocked in a collective never sees either, so a second thread ends the process then."""
+
+    def stop(signum, frame):
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch():
+        signum = 0
+        while signum not in (signal.SIGTERM, signal.SIGINT):
+            signum = os.read(reader, 1)[0]
+        time.sleep(SIGNAL_GRACE)
+        os._exit(128 + signum)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def progress(total: int, desc: str, unit: str = "it"):
+    """A tqdm bar on rank 0, with the time left; silent on other ranks and without a terminal."""
+    from tqdm import tqdm
+
+    quiet = rank() != 0 or not sys.stderr.isatty()
+    return tqdm(total=total, desc=desc, unit=unit, disable=quiet, leave=False, dynamic_ncols=True)

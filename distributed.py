@@ -1,0 +1,251 @@
+"""One process per GPU under torchrun, or a single plain process: the same code runs in both.
+
+    with distributed.setup() as dist:
+        for unit in dist.shard(n_units):        # fixed units of work, dealt round-robin
+            values[unit] = ...                  # a dense float64 vector, zeros elsewhere
+            dist.bump()                         # "still working", once a batch
+        values = dist.sum(values)               # every rank has every value
+
+Why results have the same bits on any number of ranks: units are cut before they are dealt, every
+unit's values land in slots of their own, and the all-reduce adds zeros to them, which is exact.
+
+Why nothing hangs: there are no collectives between `bump`s. Each rank has a watch thread with its
+own connection to torchrun's store. A rank is dead when it neither bumps nor waits in a collective
+for `timeout` seconds; then the others end the run and name it. A slow rank is waited for.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+
+# A collective waits for the slowest rank as long as that takes; the watch threads end the wait
+# when a rank is dead, which a collective's own timeout could not tell from being slow.
+COLLECTIVE_TIMEOUT = timedelta(days=30)
+# torchrun's store is there before its workers are: one that is not reached was killed meanwhile
+CONNECT_TIMEOUT = timedelta(minutes=2)
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among the others. device: where its model runs."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    _watch: "Watch | None" = field(default=None, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def shard(self, n_units: int) -> range:
+        """The units of 0..n-1 that are this rank's; over all ranks each unit appears once."""
+        return range(self.rank, n_units, self.world_size)
+
+    def bump(self) -> None:
+        """Call once a batch: from the first call to the next collective the rank is watched."""
+        if self._watch:
+            self._watch.bump()
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether torchrun is gone: a rank that would run for ever should end then."""
+        return bool(self._watch and self._watch.store_is_gone)
+
+    def sum(self, values) -> np.ndarray:
+        """Elementwise sum over the ranks of a float64 or int64 vector, as numpy on every rank.
+
+        Exact where at most one rank's element is not zero. CUDA tensors go through NCCL.
+        """
+        tensor = torch.as_tensor(values)
+        assert tensor.dtype in (torch.float64, torch.int64), tensor.dtype
+        with self._waiting():
+            if self.world_size > 1:
+                tensor = tensor.clone()
+                torch_dist.all_reduce(tensor)
+            return tensor.cpu().numpy()
+
+    def gather(self, obj) -> list:
+        """Every rank's picklable object, in rank order, on every rank."""
+        with self._waiting():
+            objects = [obj] * self.world_size
+            if self.world_size > 1:
+                torch_dist.all_gather_object(objects, obj, group=_gloo_group())
+            return objects
+
+    def broadcast(self, obj):
+        """Rank 0's picklable object on every rank."""
+        return self.gather(obj if self.is_main else None)[0]
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def agree_on_error(self, error: Exception, patience: float = 60.0) -> None:
+        """Returns once every rank has come here, so that all are out of the work that failed; the
+        error of a rank alone is raised again, for the others may wait for it in a collective."""
+        if self._watch:
+            self._watch.meet(error, patience)
+
+    @contextlib.contextmanager
+    def _waiting(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a hung kernel is no progress: still watched here
+        if self._watch:
+            self._watch.rest()
+        yield
+
+
+_GLOO = {}
+
+
+def _gloo_group():
+    """Python objects travel over gloo: the default group is NCCL's where there are GPUs."""
+    if torch_dist.get_backend() == "gloo":
+        return None
+    if "group" not in _GLOO:
+        _GLOO["group"] = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return _GLOO["group"]
+
+
+@contextlib.contextmanager
+def setup(device: str | None = None, timeout: float = 120):
+    """Join the other ranks of torchrun, if any, and yield a Dist; leave cleanly on the way out.
+
+    device: "cpu", "cuda", or None for CUDA where there is one. timeout: seconds without progress
+    after which a rank counts as dead. Raises ValueError for a device that is not there.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = _pick_device(device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize()  # makes the context: seconds that belong to no checkpoint
+    elif launched and "OMP_NUM_THREADS" not in os.environ:
+        # torchrun gives each of several ranks one thread, and thread count can change last bits
+        torch.set_num_threads(1)
+    if world_size == 1:
+        yield Dist(rank, world_size, local_rank, device)
+        return
+    store = _join(rank, world_size, device)
+    watch = Watch(store, rank, world_size, timeout)
+    try:
+        yield Dist(rank, world_size, local_rank, device, watch)
+        torch_dist.barrier(group=_gloo_group())  # nobody tears down while others still talk
+    finally:
+        watch.stop()
+    torch_dist.destroy_process_group()
+    _GLOO.clear()
+
+
+def _pick_device(name: str | None, local_rank: int) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, not {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"rank {local_rank} of this host has no GPU: there are {count}")
+    return torch.device("cuda", local_rank)
+
+
+def _join(rank: int, world_size: int, device: torch.device):
+    """Initialise the process group and return a store connection for the watch thread."""
+    store, _, _ = next(torch_dist.rendezvous("env://", rank, world_size, timeout=CONNECT_TIMEOUT))
+    store.set_timeout(timedelta(minutes=30))
+    torch_dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=torch_dist.PrefixStore("roseval", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    _gloo_group()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch_dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+
+
+class Watch:
+    """The watch thread of one rank. Counters live in the store; each rank adds to its own only."""
+
+    def __init__(self, store, rank: int, world_size: int, timeout: float):
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self.store = torch_dist.PrefixStore(
+            f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
+        self.interval = min(2.0, timeout / 8)
+        self.bumps, self.seen_bumps, self.resting = 0, 0, True
+        self.meetings, self.store_is_gone = 0, False
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.thread.start()
+
+    def bump(self) -> None:
+        self.bumps += 1
+        self.resting = False
+
+    def rest(self) -> None:
+        """No bumps are due: loading, compiling, or waiting for the others."""
+        self.resting = True
+
+    def meet(self, error: Exception, patience: float) -> None:
+        """Not a collective: the others may be inside one that this rank will never enter."""
+        self.rest()
+        self.meetings += 1
+        name, end = f"meeting {self.meetings}", time.monotonic() + patience
+        self.store.add(name, 1)
+        while self.store.add(name, 0) < self.world_size:
+            if time.monotonic() > end:
+                raise error
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        last = {r: (-1, time.monotonic()) for r in range(self.world_size)}  # count, when it moved
+        while not self.stopped.wait(self.interval):
+            try:
+                counts = self._exchange()
+            except RuntimeError:  # the store went with torchrun, which is ending the run, or dead
+                self.store_is_gone = True
+                return
+            for r, count in enumerate(counts):
+                if count != last[r][0]:
+                    last[r] = count, time.monotonic()
+                elif time.monotonic() - last[r][1] > self.timeout and not self.stopped.is_set():
+                    self._end_run(r)
+
+    def _exchange(self) -> list[int]:
+        alive = self.resting or self.bumps != self.seen_bumps
+        self.seen_bumps = self.bumps
+        self.store.add(str(self.rank), 1 if alive else 0)
+        return [self.store.add(str(r), 0) for r in range(self.world_size)]
+
+    def _end_run(self, dead: int) -> None:
+        if self.store.add("reported", 1) == 1:
+            print(
+                f"error: rank {dead} made no progress for {self.timeout:g} s; the run ends here",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)  # the main thread may be inside a collective that will never return
+
+
+def print0(*args, **kwargs) -> None:
+    """print on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, **kwargs, flush=True)

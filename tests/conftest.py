@@ -1,0 +1,32 @@
+"""Shared fixtures: the real data where ROSEVAL_DATA points, and the --slow switch."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the full batteries as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="a full battery: pytest --slow runs it")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data. Unset: the test is skipped; set but not there: it fails."""
+    value = os.environ.get("ROSEVAL_DATA")
+    if not value:
+        pytest.skip("needs real data: set ROSEVAL_DATA to a folder with mmlu/, text/, …")
+    path = Path(value).resolve()
+    assert path.is_dir(), f"ROSEVAL_DATA={value} is not a folder"
+    return path

@@ -1,0 +1,225 @@
+"""config.py: presets, validation, and Hugging Face's config classes both ways."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import (
+    GPTConfig,
+    UnsupportedArchitecture,
+    config_from_hf,
+    config_to_hf,
+    load_config,
+    presets,
+)
+
+LLAMA = dict(norm="rmsnorm", position="rope", gated_mlp=True, bias=False, activation="silu")
+SIZES = dict(vocab_size=97, max_position_embeddings=64, n_layers=3, n_heads=4, d_model=64, d_ff=96)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+ROUND_TRIPS = {
+    "gpt2": GPTConfig(**SIZES, activation="gelu_new"),
+    "gpt2 erf untied": GPTConfig(**SIZES, activation="gelu", tie_embeddings=False, dropout=0.0),
+    "llama": GPTConfig(**SIZES, **LLAMA, n_kv_heads=2, tie_embeddings=False, rope_theta=5e5),
+    "llama biased yarn": GPTConfig(**SIZES, **(LLAMA | {"bias": True}), rope_scaling=YARN),
+    "mistral": GPTConfig(**SIZES, **LLAMA, sliding_window=8, head_dim=24),
+    "qwen2": GPTConfig(**SIZES, **LLAMA, qkv_bias=True),
+    "qwen2 window": GPTConfig(
+        **SIZES, **LLAMA, qkv_bias=True, sliding_window=8, full_attention_layers=(0,)
+    ),
+    "qwen3": GPTConfig(**SIZES, **LLAMA, qk_norm=True, head_dim=32, tie_embeddings=False),
+    "mixtral": GPTConfig(**SIZES, **LLAMA, n_experts=4, n_experts_per_token=2),
+}
+NO_HUGGING_FACE_FORM = {
+    "gpt2 without biases": GPTConfig(**SIZES, bias=False),
+    "gpt2 grouped": GPTConfig(**SIZES, n_kv_heads=2),
+    "layernorm and rope": GPTConfig(**SIZES, position="rope"),
+    "rmsnorm and learned": GPTConfig(**SIZES, norm="rmsnorm"),
+    "llama ungated": GPTConfig(**SIZES, **(LLAMA | {"gated_mlp": False})),
+    "biased with window": GPTConfig(**SIZES, **(LLAMA | {"bias": True}), sliding_window=8),
+}
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_round_trip_through_transformers(name, tmp_path):
+    """Ours → config.json → transformers' class → its own config.json → ours."""
+    transformers = pytest.importorskip("transformers")
+    config = ROUND_TRIPS[name].replace(dropout=0.0)
+    config.save_pretrained(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.model_type == name.split()[0]
+    values = theirs.to_dict()
+    values.pop("roseval", None)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.json").write_text(json.dumps(values))
+    assert GPTConfig.from_pretrained(tmp_path / "theirs") == config
+    assert GPTConfig.from_pretrained(tmp_path) == config
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize("name", NO_HUGGING_FACE_FORM)
+def test_no_hugging_face_form(name, tmp_path):
+    config = NO_HUGGING_FACE_FORM[name]
+    assert config_to_hf(config) is None
+    config.save_pretrained(tmp_path, note="native")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "model_type" not in written and written["note"] == "native"
+    assert GPTConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"])
+def test_defaults_of_transformers_classes(name):
+    """An empty config of each family means what transformers means by it."""
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.AutoConfig.for_model(name)
+    config = config_from_hf(hf.to_dict())
+    assert config.vocab_size == hf.vocab_size and config.n_layers == hf.num_hidden_layers
+    assert config.d_model == hf.hidden_size and config.n_heads == hf.num_attention_heads
+    assert config.tie_embeddings == hf.tie_word_embeddings
+    if name != "gpt2":
+        assert config.n_kv_heads == hf.num_key_value_heads and config.d_ff == hf.intermediate_size
+        assert config.norm_eps == hf.rms_norm_eps
+        derived = hf.hidden_size // hf.num_attention_heads
+        assert config.head_dim == (getattr(hf, "head_dim", None) or derived)
+        assert config.rope_theta == hf.rope_parameters["rope_theta"]
+
+
+def test_older_fields_of_config_json():
+    """rope_scaling with `type` and rope_theta at the top, as files of transformers 4 have them."""
+    old = {
+        "model_type": "llama",
+        "vocab_size": 97,
+        "max_position_embeddings": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    }
+    config = config_from_hf(old)
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert config.n_kv_heads == 4 and not config.tie_embeddings
+    assert config_from_hf(old | {"rope_scaling": None}).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model_type": "gemma2"}, "'gemma2' has no native form"),
+        ({"model_type": None}, "no native form"),
+        ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
+        ({"attention_bias": True}, "biases on some"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
+    ],
+)
+def test_what_is_not_expressed_is_refused(tmp_path, changes, match):
+    values = config_to_hf(ROUND_TRIPS["llama"]) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UnsupportedArchitecture, match=match) as error:
+        GPTConfig.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_gpt2_attention_variants_are_refused():
+    values = config_to_hf(ROUND_TRIPS["gpt2"])
+    with pytest.raises(UnsupportedArchitecture, match="attention scaling"):
+        config_from_hf(values | {"scale_attn_by_inverse_layer_idx": True})
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be a positive integer, not 0"),
+        ({"n_layers": 2.0}, "n_layers must be a positive integer"),
+        ({"n_layers": True}, "n_layers must be a positive integer"),
+        ({"sliding_window": -1}, "sliding_window"),
+        ({"d_model": 100, "n_heads": 7}, "d_model 100 does not divide into n_heads 7"),
+        ({"n_kv_heads": 5}, "n_heads 12 is not a multiple of n_kv_heads 5"),
+        ({"position": "rope", "head_dim": 63}, "even head_dim"),
+        ({"activation": "mish"}, "activation must be one of"),
+        ({"norm": "batchnorm"}, "norm must be one of"),
+        ({"position": "alibi"}, "position must be one of"),
+        ({"n_experts": 4}, "n_experts_per_token 0 must lie in 1..4"),
+    ],
+)
+def test_bad_fields(fields, match):
+    with pytest.raises(ValueError, match=match):
+        GPTConfig(**fields)
+
+
+def test_defaults_are_rosetrainers():
+    c = GPTConfig()
+    assert (c.vocab_size, c.max_position_embeddings, c.n_layers, c.n_heads) == (32000, 1024, 12, 12)
+    assert (c.d_model, c.d_ff, c.dropout, c.activation) == (768, 3072, 0.1, "gelu")
+    assert (c.n_kv_heads, c.head_dim, c.qkv_bias, c.tie_embeddings) == (12, 64, True, True)
+
+
+def test_frozen_and_hashable():
+    config = ROUND_TRIPS["llama biased yarn"]
+    assert hash(config) == hash(config.replace())
+    with pytest.raises(AttributeError):
+        config.n_layers = 3
+    assert GPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_layer_window():
+    config = ROUND_TRIPS["qwen2 window"]
+    assert [config.layer_window(i) for i in range(3)] == [None, 8, 8]
+
+
+def test_load_config(tmp_path):
+    assert load_config("gpt2").vocab_size == 50257
+    (tmp_path / "mine.yaml").write_text("vocab_size: 97\nn_layers: 2\n")
+    assert load_config(tmp_path / "mine.yaml").n_layers == 2
+    ROUND_TRIPS["qwen3"].save_pretrained(tmp_path)
+    assert load_config(tmp_path) == ROUND_TRIPS["qwen3"]
+    assert load_config(tmp_path / "config.json") == ROUND_TRIPS["qwen3"]
+    (tmp_path / "config.json").write_text(json.dumps(ROUND_TRIPS["gpt2"].to_dict()))
+    assert load_config(tmp_path) == ROUND_TRIPS["gpt2"]
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_valid_and_have_a_hugging_face_form(name):
+    assert config_to_hf(load_config(name)) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("a.yaml", "vocab_size: [", "is not YAML"),
+        ("a.yaml", "- 1\n", "must hold"),
+        ("a.yaml", "vocabulary: 7\n", "unknown field 'vocabulary'"),
+        ("a.yaml", "vocab_size: many\n", "a.yaml: vocab_size must be a positive integer"),
+        ("config.json", "{", "is not JSON"),
+        ("config.json", "[]", "holds list"),
+        ("config.json", '{"model_type": "llama"}', "is missing"),
+        ("config.json", '{"roseval": {"n_layer": 2}}', "unknown field 'n_layer'"),
+        ("config.json", "", "is not JSON"),
+    ],
+)
+def test_bad_files(tmp_path, name, text, match):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=match) as error:
+        load_config(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(ValueError, match="presets are 13b"):
+        load_config("gpt5")
+    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+        load_config(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_config_imports_no_torch():
+    root = Path(__file__).resolve().parent.parent
+    code = "import sys, config; config.load_config('7b'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

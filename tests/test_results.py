@@ -1,0 +1,576 @@
+"""results.py against scipy, fractions, brute force, and processes that are really killed."""
+
+import glob
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import results
+from results import Journal, read_journal
+
+ROOT = Path(results.__file__).parent
+
+
+# --- Files
+
+
+def test_write_atomic_replaces_whole_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "a" / "b" / "x.json"
+    results.write_atomic(path, "old")
+    results.write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == ["x.json"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # readable by whom the umask lets
+
+
+def test_json_is_strict_and_takes_numpy():
+    obj = {
+        "nan": float("nan"),
+        "inf": [np.float32("inf"), -math.inf],
+        "i": np.int64(3),
+        "b": np.bool_(True),
+        "a": np.array([[1.5, np.nan]]),
+        "p": Path("x/y"),
+        1: (1, 2),
+    }
+    text = results.dumps(obj)
+    refuse = {"parse_constant": lambda name: pytest.fail(f"{name} in strict JSON")}
+    back = json.loads(text, **refuse)
+    assert back == {
+        "nan": None,
+        "inf": [None, None],
+        "i": 3,
+        "b": True,
+        "a": [[1.5, None]],
+        "p": "x/y",
+        "1": [1, 2],
+    }
+    with pytest.raises(TypeError):
+        results.dumps({"x": object()})
+
+
+def test_broken_unicode_survives(tmp_path):
+    results.write_json(tmp_path / "x.json", {"text": "é \ud800 \u2028 \n"})
+    assert json.loads((tmp_path / "x.json").read_bytes())["text"] == "é \ud800 \u2028 \n"
+
+
+def test_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
+    """A file-size limit fails in the middle of a write, as a full disk does."""
+    path = tmp_path / "x.bin"
+    results.write_atomic(path, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"nothing was written: '.*x\.bin'") as caught:
+            results.write_atomic(path, b"n" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_unwritable_places(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="nothing was written"):
+        results.write_atomic(tmp_path / "file" / "x.json", "{}")  # the parent is a file
+    directory = tempfile.mkdtemp()  # below /tmp itself: an unprivileged user can reach it
+    os.chmod(directory, 0o555)
+    euid = os.geteuid()
+    try:
+        if euid == 0:
+            os.seteuid(65534)
+        with pytest.raises(PermissionError, match=r"Permission denied; nothing was written"):
+            results.write_atomic(Path(directory) / "x.json", "{}")
+        assert os.listdir(directory) == []
+    finally:
+        os.seteuid(euid)
+        shutil.rmtree(directory)
+
+
+# --- Journal
+
+
+def test_journal_round_trip_and_single_writer(tmp_path):
+    path = tmp_path / "new" / "j"
+    records = [{"i": i, "text": "line\nbreak é" * i} for i in range(50)]
+    with Journal(path) as journal:
+        assert journal.records == [] and journal.bad == 0
+        for record in records:
+            journal.append(record)
+        with pytest.raises(ValueError, match="another process is writing"):
+            Journal(path)
+        assert read_journal(path) == (records, 0)  # readable while it grows
+    with Journal(path) as journal:
+        assert journal.records == records
+        journal.append("last")
+    assert read_journal(path) == ([*records, "last"], 0)
+    assert read_journal(tmp_path / "none") == ([], 0)
+
+
+def test_journal_cut_at_every_byte(tmp_path):
+    path = tmp_path / "j"
+    with Journal(path) as journal:
+        for i in range(4):
+            journal.append({"i": i})
+    data = path.read_bytes()
+    ends = [0] + [i + 1 for i, byte in enumerate(data) if byte == 10]
+    for cut in range(len(data) + 1):
+        path.write_bytes(data[:cut])
+        whole = sum(end <= cut for end in ends) - 1
+        with Journal(path) as journal:
+            assert [r["i"] for r in journal.records] == list(range(whole))
+            assert journal.bad == (cut not in ends)
+            journal.append({"i": "new"})
+        kept, bad = read_journal(path)
+        assert [r["i"] for r in kept] == [*range(whole), "new"] and bad == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_journal_damage_costs_only_the_damaged_lines(data):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "j"
+        with Journal(path) as journal:
+            for i in range(10):
+                journal.append({"i": i})
+        raw = bytearray(path.read_bytes())
+        hit = data.draw(st.integers(0, len(raw) - 1))
+        new = data.draw(st.integers(0, 255).filter(lambda b: b != raw[hit]))
+        line = raw[:hit].count(b"\n")
+        newline = raw[hit] == 10
+        raw[hit] = new
+        path.write_bytes(raw)
+        kept, bad = read_journal(path)
+        lost = {line, line + 1} if newline else {line}
+        assert [r["i"] for r in kept] == [i for i in range(10) if i not in lost]
+        assert bad == 2 - newline if new == 10 else bad == 1
+
+
+def test_journal_on_a_full_disk_ends_with_a_whole_record(tmp_path):
+    path = tmp_path / "j"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(path) as journal:
+        journal.append({"i": 0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="nothing was written"):
+                journal.append({"i": 1, "x": "x" * 2000})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert read_journal(path) == ([{"i": 0}], 0)
+        journal.append({"i": 2})
+    assert read_journal(path) == ([{"i": 0}, {"i": 2}], 0)
+
+
+WRITER = """
+import sys
+from results import Journal
+with Journal(sys.argv[1]) as journal:
+    i = len(journal.records)
+    while True:
+        journal.append({"i": i, "x": "x" * (i % 3000)})
+        print(i, flush=True)
+        i += 1
+"""
+
+
+def kill_writers(path, rounds, seed):
+    """Kill -9 an appending process again and again; what it reported as appended must be there."""
+    rng = np.random.default_rng(seed)
+    for _ in range(rounds):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, cwd=ROOT
+        )
+        for _ in range(int(rng.integers(1, 60))):
+            reported = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read().split()
+        process.wait()
+        reported = int(rest[-1]) if rest else reported
+        numbers = [r["i"] for r in read_journal(path)[0]]
+        assert numbers == list(range(len(numbers))) and len(numbers) > reported
+
+
+def test_journal_survives_kill_9(tmp_path):
+    kill_writers(tmp_path / "j", rounds=4, seed=0)
+
+
+@pytest.mark.slow
+def test_journal_survives_kill_9_many_times(tmp_path):
+    kill_writers(tmp_path / "j", rounds=60, seed=1)
+
+
+# --- Records
+
+
+def make_record(**changes):
+    fields = {
+        "evaluation": "mmlu",
+        "metrics": {"accuracy": {"value": 0.5, "stderr": 0.1, "n": 26}, "ece": 0.25},
+        "protocol": {"shots": 5, "dtype": "float32"},
+        "run": "base",
+        "checkpoint": {"name": "checkpoint-10", "step": 10, "fingerprint": "ab" * 32},
+        "data": {"hash": "d" * 64},
+        "cost": {"seconds": 2.0},
+        "breakdown": {"category": {"stem": {"accuracy": {"value": 0.4, "stderr": None, "n": 9}}}},
+        "code": "c" * 64,
+    }
+    fields.update(changes)
+    return results.new_record(fields.pop("evaluation"), fields.pop("metrics"), **fields)
+
+
+def test_record_round_trip(tmp_path):
+    record = make_record()
+    arrays = {"correct": np.array([True, False]), "logprobs": np.random.rand(2, 4)}
+    path = results.save_record(tmp_path, record, arrays, [{"q": "é"}, {"q": 2}])
+    hashed = results.config_hash(record["protocol"])
+    directory = tmp_path / "base" / "checkpoint-10-abababab"
+    assert path == directory / f"mmlu-{hashed[:8]}.json"
+    assert sorted(p.suffix for p in directory.iterdir()) == [".json", ".jsonl", ".npz"]
+    loaded = results.load_record(path)
+    assert {k: v for k, v in loaded.items() if k not in ("_path", "files")} == {
+        k: v for k, v in json.loads(results.dumps(record)).items() if k != "files"
+    }
+    back = results.load_arrays(loaded)
+    assert back.keys() == arrays.keys()
+    assert all(np.array_equal(back[k], arrays[k]) for k in arrays)
+    assert results.load_samples(loaded) == [{"q": "é"}, {"q": 2}]
+    assert results.load_records(tmp_path) == [loaded]
+
+
+def test_resave_of_a_loaded_record_is_the_same_file(tmp_path):
+    path = results.save_record(tmp_path, make_record())
+    first = path.read_bytes()
+    assert results.save_record(tmp_path, results.load_record(path)) == path
+    assert path.read_bytes() == first
+
+
+def test_documented_pandas_line_reads_records(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    results.save_record(tmp_path / "results", make_record())
+    results.save_record(
+        tmp_path / "results", make_record(evaluation="perplexity", metrics={"a": 1})
+    )
+    files = glob.glob(str(tmp_path / "results/*/*/*.json"))
+    table = pandas.json_normalize([json.load(open(p)) for p in files])  # noqa: SIM115
+    row = table[table["evaluation"] == "mmlu"].iloc[0]
+    assert row["metrics.accuracy.value"] == 0.5 and row["checkpoint.step"] == 10
+
+
+def test_arrays_of_another_write_are_refused(tmp_path):
+    path = results.save_record(tmp_path, make_record(), {"x": np.arange(3)})
+    record = results.load_record(path)
+    path.with_suffix(".npz").write_bytes(b"other")
+    with pytest.raises(ValueError, match="not the arrays that"):
+        results.load_arrays(record)
+    path.with_suffix(".npz").unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        results.load_arrays(record)
+
+
+def test_unreadable_files_are_skipped_with_their_reasons(tmp_path):
+    good = results.save_record(tmp_path, make_record())
+    folder = good.parent
+    (folder / "torn.json").write_text(good.read_text()[:100])
+    (folder / "foreign.json").write_text('{"a": 1}')
+    (folder / "list.json").write_text("[1]")
+    (folder / "empty.json").write_text("")
+    (folder / "binary.json").write_bytes(b"\xff\xfe\x00")
+    newer = json.loads(good.read_text()) | {"schema_version": 99}
+    (folder / "newer.json").write_text(json.dumps(newer))
+    wrong = json.loads(good.read_text()) | {"metrics": []}
+    (folder / "wrong.json").write_text(json.dumps(wrong))
+    (folder / ".tmp-1-2").write_text("{")
+    (folder / "deep.json").write_text("[" * 200_000)
+    skipped = []
+    assert [r["_path"] for r in results.load_records(tmp_path, skipped)] == [str(good)]
+    reasons = {Path(path).name: reason for path, reason in skipped}
+    assert reasons.keys() == {
+        "torn.json",
+        "foreign.json",
+        "list.json",
+        "empty.json",
+        "binary.json",
+        "newer.json",
+        "wrong.json",
+        "deep.json",
+    }
+    assert "99" in reasons["newer.json"] and "update" in reasons["newer.json"]
+    assert "metrics" in reasons["wrong.json"]
+    with pytest.raises(ValueError, match="no such directory"):
+        results.load_records(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("run", ["../../etc", "a/b", ".hidden", "name with spaces", "run-é.1"])
+def test_record_path_stays_inside(run):
+    path = results.record_path("R", run, "checkpoint-1", "f" * 64, "mmlu", "c" * 64)
+    assert len(path.parts) == 4 and ".." not in path.parts and not path.parts[1].startswith(".")
+    assert path.name == "mmlu-cccccccc.json" and path.parts[2] == "checkpoint-1-ffffffff"
+
+
+def test_nameless_runs_are_refused():
+    with pytest.raises(ValueError, match="needs a name"):
+        results.record_path("R", "...", "c", "f" * 64, "mmlu", "c" * 64)
+
+
+def test_keys_depend_on_what_they_should():
+    a = results.config_hash({"x": 1, "y": [1.5, np.int64(2)]})
+    assert a == results.config_hash({"y": (1.5, 2), "x": 1})
+    assert a != results.config_hash({"x": 1, "y": [1.5, 3]})
+    parts = ["fingerprint", "mmlu", {"shots": 5}, "data", "code"]
+    key = results.resume_key(*parts)
+    assert key == results.resume_key(*parts[:2], results.config_hash({"shots": 5}), *parts[3:])
+    for i in range(5):
+        changed = [*parts[:i], {"shots": 4} if i == 2 else "other", *parts[i + 1 :]]
+        assert results.resume_key(*changed) != key
+    record = make_record()
+    assert record["resume_key"] == results.resume_key(
+        "ab" * 32, "mmlu", record["protocol"], "d" * 64, "c" * 64
+    )
+
+
+def test_code_version_follows_imports_only(tmp_path):
+    files = {
+        "job.py": "import os\nimport room\ndef f():\n    from lazy import x\n",
+        "room.py": "import cellar, numpy",
+        "cellar.py": "import room  # a cycle",
+        "lazy.py": "x = 1",
+        "unrelated.py": "y = 1",
+        "jail.py": "z = 1",
+        "README.md": "hello",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    base = results.code_version(tmp_path / "job.py")
+    with_jail = results.code_version(tmp_path / "job.py", extra=["jail.py"])
+    assert base != with_jail
+    for name in files:
+        (tmp_path / name).write_text(files[name] + "\n")
+        changed = results.code_version(tmp_path / "job.py") != base
+        assert changed == (name in ("job.py", "room.py", "cellar.py", "lazy.py")), name
+        changed = results.code_version(tmp_path / "job.py", extra=["jail.py"]) != with_jail
+        assert changed == (name not in ("unrelated.py", "README.md")), name
+        (tmp_path / name).write_text(files[name])
+
+
+def test_environment_names_no_host():
+    environment = results.environment()
+    text = json.dumps(environment)
+    assert os.uname().nodename not in text and str(ROOT) not in text
+    assert environment["packages"]["numpy"] == np.__version__
+    assert environment["time"].endswith("Z") and environment["code"].split(":")[0] in (
+        "git",
+        "sources",
+    )
+    assert results.ROOT == ROOT
+
+
+def test_importing_results_needs_no_torch():
+    code = "import sys, results; results.environment(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_scalars_are_flat_and_stable():
+    flat = results.scalars(json.loads(results.dumps(make_record())))
+    assert flat == {
+        "mmlu/accuracy": 0.5,
+        "mmlu/accuracy_stderr": 0.1,
+        "mmlu/ece": 0.25,
+        "mmlu/category/stem/accuracy": 0.4,
+        "mmlu/cost/seconds": 2.0,
+    }
+
+
+def test_lm_eval_shape(tmp_path):
+    shaped = results.to_lm_eval(json.loads(results.dumps(make_record())))
+    assert shaped["results"]["mmlu"]["acc,none"] == 0.5
+    assert shaped["results"]["mmlu"]["acc_stderr,none"] == 0.1
+    assert shaped["results"]["mmlu_stem"]["acc_stderr,none"] == "N/A"
+    assert shaped["n-shot"] == {"mmlu": 5, "mmlu_stem": 5}
+    assert shaped["n-samples"]["mmlu_stem"] == {"original": 9, "effective": 9}
+    assert shaped["higher_is_better"]["mmlu"] == {"acc": True, "ece": False}
+    make_table = pytest.importorskip("lm_eval.utils", exc_type=ImportError).make_table
+    table = make_table(shaped)
+    assert "mmlu_stem" in table and "0.5" in table
+
+
+# --- Statistics
+
+
+def test_ratio_stderr_is_the_mean_error_for_equal_windows():
+    nll = np.random.default_rng(0).normal(3, 1, 40)
+    assert results.ratio_stderr(nll * 8, np.full(40, 8)) == pytest.approx(stats.sem(nll))
+    assert math.isnan(results.ratio_stderr([1.0], [3]))
+    padded = results.ratio_stderr([*(nll * 8), 0, 0], [*np.full(40, 8), 0, 0])
+    assert padded == pytest.approx(stats.sem(nll))
+
+
+def test_ratio_stderr_covers_unequal_windows():
+    """Simulated: the estimated error agrees with the spread of the ratio over many corpora."""
+    rng = np.random.default_rng(0)
+    count = rng.integers(1, 200, (2000, 60))
+    window_mean = rng.normal(3, 0.5, count.shape)
+    nll = count * window_mean
+    values = nll.sum(1) / count.sum(1)
+    errors = [results.ratio_stderr(a, b) for a, b in zip(nll, count)]
+    assert np.mean(errors) == pytest.approx(values.std(), rel=0.05)
+
+
+def test_proportion_stderr_is_that_of_the_mean():
+    correct = np.random.default_rng(0).random(57) < 0.3
+    error = results.proportion_stderr(correct.mean(), 57)
+    assert error == pytest.approx(stats.sem(correct.astype(float)))
+    assert math.isnan(results.proportion_stderr(1.0, 1))
+
+
+def test_bootstrap_enumerated():
+    """Three examples have 27 equally likely resamples: the quantiles are known exactly."""
+    values = np.array([1.0, 5.0, 30.0])
+    exact = [np.mean(draw) for draw in itertools.product(values, repeat=3)]
+    low, high = results.bootstrap_ci(values, n=40_000, level=0.8)
+    assert low == pytest.approx(np.quantile(exact, 0.1, method="inverted_cdf"))
+    assert high == pytest.approx(np.quantile(exact, 0.9, method="inverted_cdf"))
+
+
+def test_bootstrap_agrees_with_scipy_on_pairs():
+    rng = np.random.default_rng(1)
+    count = rng.integers(1, 50, 200).astype(float)
+    nll = count * rng.normal(3, 0.4, 200)
+    ours = results.bootstrap_ci((nll, count), results.ratio, n=20_000)
+    theirs = stats.bootstrap(
+        (nll, count),
+        lambda a, b, axis: a.sum(axis=axis) / b.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=20_000,
+        rng=np.random.default_rng(5),
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert ours == pytest.approx(theirs, abs=0.05 * width)
+    assert ours == results.bootstrap_ci((nll, count), results.ratio, n=20_000)
+    assert ours != results.bootstrap_ci((nll, count), results.ratio, n=20_000, seed=1)
+    assert np.isnan(results.bootstrap_ci(np.array([]))).all()
+
+
+@pytest.mark.parametrize("df, within", [(1, 0.13), (2, 0.02), (4, 1e-3), (10, 1e-5), (300, 1e-9)])
+def test_t_quantile(df, within):
+    assert results.t_quantile(0.975, df) == pytest.approx(stats.t.ppf(0.975, df), rel=within)
+
+
+def test_paired_difference_is_the_paired_t_interval():
+    rng = np.random.default_rng(2)
+    a = rng.normal(0, 1, 25)
+    b = a + rng.normal(0.3, 0.2, 25)
+    out = results.paired_difference(a, b)
+    theirs = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert (out["low"], out["high"]) == pytest.approx((theirs.low, theirs.high), rel=1e-5)
+    assert out["difference"] == pytest.approx(np.mean(b - a)) and out["n"] == 25
+    assert out["sd"] == pytest.approx(np.std(b - a, ddof=1))
+    tokens = results.paired_difference(a * 7, b * 7, count=np.full(25, 7))
+    assert tokens == pytest.approx(out)
+
+
+@pytest.mark.parametrize("b, c", [(0, 0), (1, 0), (10, 3), (3, 10), (7, 7), (0, 40), (900, 1000)])
+def test_mcnemar_is_the_binomial_test(b, c):
+    expected = stats.binomtest(min(b, c), b + c).pvalue if b + c else 1.0
+    assert results.mcnemar_exact(b, c) == pytest.approx(expected, rel=1e-12)
+
+
+def test_mcnemar_of_thousands_of_pairs_neither_overflows_nor_dawdles():
+    assert results.mcnemar_exact(7000, 7100) == pytest.approx(
+        stats.binomtest(7000, 14100).pvalue, rel=1e-9
+    )
+
+
+def exact_pass_at_k(n, c, k):
+    return 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
+
+
+def test_pass_at_k_is_exact():
+    worst = 0.0
+    for n in [*range(1, 13), 200]:
+        for k in {1, 2, 5, n // 2, n} - {0}:
+            if k <= n:
+                c = np.arange(n + 1)
+                ours = results.pass_at_k(np.full(n + 1, n), c, k)
+                theirs = [float(exact_pass_at_k(n, int(i), k)) for i in c]
+                worst = max(worst, np.abs(ours - theirs).max())
+                assert ours[0] == 0 and ours[n] == 1
+    assert worst < 1e-14
+
+
+def test_pass_at_k_by_enumeration():
+    passed = [True] * 2 + [False] * 4
+    draws = list(itertools.combinations(passed, 3))
+    assert results.pass_at_k(6, 2, 3) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_pass_at_k_refuses_what_it_cannot_estimate():
+    with pytest.raises(ValueError, match=r"pass@10 .*1 of 2 have fewer, the least 5"):
+        results.pass_at_k([10, 5], [1, 1], 10)
+    with pytest.raises(ValueError, match="at least 1"):
+        results.pass_at_k(5, 1, 0)
+    with pytest.raises(ValueError, match="no tasks"):
+        results.pass_at_k_summary([], [], 1)
+    with pytest.raises(AssertionError):
+        results.pass_at_k(5, 6, 1)
+
+
+def test_pass_at_k_summary_and_ragged_n():
+    n, c = [10, 20, 5], [3, 0, 5]
+    out = results.pass_at_k_summary(n, c, 5)
+    scores = [float(exact_pass_at_k(*pair, 5)) for pair in zip(n, c)]
+    assert out["value"] == pytest.approx(np.mean(scores))
+    assert out["stderr"] == pytest.approx(stats.sem(scores)) and out["n"] == 3
+    assert math.isnan(results.pass_at_k_summary([5], [1], 1)["stderr"])
+
+
+def test_examples_to_resolve_has_the_promised_power():
+    n = results.examples_to_resolve(0.05, 0.4)
+    rng = np.random.default_rng(0)
+    samples = rng.normal(0.05, 0.4, (4000, int(n)))
+    p = stats.ttest_1samp(samples, 0, axis=1).pvalue
+    assert np.mean(p < 0.05) == pytest.approx(0.8, abs=0.02)
+    assert results.examples_to_resolve(0.0, 1.0) == math.inf
+
+
+def test_calibration_by_brute_force():
+    rng = np.random.default_rng(0)
+    p = np.concatenate([rng.random(500), [0.0, 0.1, 0.2, 1.0]])
+    correct = rng.random(len(p)) < p**2
+    out = results.calibration(p, correct, bins=10)
+    ece, seen = 0.0, 0
+    for i in range(10):
+        low, high = i / 10, (i + 1) / 10
+        inside = [j for j in range(len(p)) if low < p[j] <= high or (i == 0 and p[j] == 0)]
+        row = next(r for r in out["bins"] if r["low"] == low)
+        assert row["n"] == len(inside)
+        accuracy, confidence = np.mean(correct[inside]), np.mean(p[inside])
+        assert (row["accuracy"], row["confidence"]) == pytest.approx((accuracy, confidence))
+        ece += len(inside) / len(p) * abs(accuracy - confidence)
+        seen += row["n"]
+    assert seen == len(p)
+    assert out["ece"] == pytest.approx(ece)
+    assert out["brier"] == pytest.approx(np.mean((p - correct) ** 2))
+    assert results.calibration([], [])["bins"] == []
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        results.calibration([1.5], [True])
