@@ -1,0 +1,330 @@
+"""Files of tensors that somebody else made: read without running, trusting or copying anything.
+
+    table = open_safetensors(path)                   # tensor name -> where its bytes lie
+    source = open_torch(path)                        # .pt, .pth, .bin: structure only, mapped
+    table = stored_tensors(source, source.contents["model"])
+    for row, rows in pieces(table["lm_head.weight"]):
+        weight[row : row + len(rows)] = rows         # a piece at a time, any dtype, any device
+
+Whatever is wrong with a file is a ValueError of one line that names the file. Nothing is unpickled
+beyond tensors and plain values (`weights_only=True`, no fallback), nothing is allocated by a size
+that the file merely claims, and bytes are read, not mapped, so a file that shrinks meanwhile is an
+error, not a SIGBUS (strided tensors, which are rare, excepted). torch and safetensors only.
+"""
+
+import json
+import math
+import mmap
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SAFETENSORS_DTYPES = {"F32": FLOATS[0], "BF16": FLOATS[1], "F16": FLOATS[2], "F64": FLOATS[3]}
+PIECE_BYTES = 16 << 20
+MAX_HEADER = 10 << 20  # of a safetensors file; 20 MB take seconds to parse, honest ones have < 1 MB
+MAX_PICKLE = 64 << 20  # of a torch file's structure, without its tensors
+
+
+# ---------------------------------------------------------------------------------------------
+# A table of tensors, whatever file they are in
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, in C order from `offset` on; a strided one comes `mapped` instead."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype | str  # a str: one that torch has no use for here
+    shape: tuple[int, ...]
+    record: str = ""  # the entry of a zip archive whose CRC covers it
+    mapped: torch.Tensor | None = None
+
+
+def pieces(stored: Stored):
+    """(first row, rows) of a stored tensor, at most PIECE_BYTES at a time, one buffer for all."""
+    row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    rows = max(1, min(stored.shape[0], PIECE_BYTES // max(row_bytes, 1)))
+    if stored.mapped is not None:
+        for row in range(0, stored.shape[0], rows):
+            yield row, stored.mapped[row : row + rows]
+        return
+    if not row_bytes * stored.shape[0]:
+        return
+    # mapped, not malloc'ed: it leaves the process whole, with no hole in the heap (1 GB on a 7B)
+    memory = mmap.mmap(-1, rows * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = torch.frombuffer(memory, dtype=stored.dtype).view(rows, *stored.shape[1:])
+    raw = memoryview(memory)
+    with open(stored.file, "rb", buffering=0) as f:
+        f.seek(stored.offset)
+        for row in range(0, stored.shape[0], rows):
+            count = min(rows, stored.shape[0] - row)
+            wanted = raw[: count * row_bytes]
+            while wanted:
+                n = f.readinto(wanted)
+                if not n:
+                    raise ValueError(f"{stored.file} became shorter while it was read")
+                wanted = wanted[n:]
+            yield row, buffer[:count]
+
+
+def refuse_impostor(path: Path) -> None:
+    """What a failed download leaves behind."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: it is still to be written, or the copy failed")
+    with open(path, "rb") as f:
+        head = f.read(64).lstrip().lower()
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{path} is a web page, not a checkpoint: download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file: fetch it with `git lfs pull`")
+
+
+# ---------------------------------------------------------------------------------------------
+# safetensors
+
+
+def open_safetensors(path: Path) -> dict[str, Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    refuse_impostor(path)
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        header_bytes = int.from_bytes(f.read(8), "little")
+        if size < 8 or header_bytes > MAX_HEADER:
+            raise ValueError(
+                f"{path} is no safetensors file: its header would have {header_bytes:,} bytes, "
+                f"the file has {size:,} (the header's limit is {MAX_HEADER:,})"
+            )
+        header = f.read(header_bytes)
+    try:
+        with safe_open(path, "pt"):  # the library's own checks: bounds, overlaps, holes
+            header = json.loads(header)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} ({size:,} bytes) is truncated, still being written, or no safetensors file: "
+            f"{one_line(error)}"
+        ) from None
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(
+            path,
+            8 + header_bytes + entry["data_offsets"][0],
+            SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]),
+            tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# torch.save
+
+
+class Record(NamedTuple):
+    """An entry of a torch file, which is an uncompressed zip archive."""
+
+    name: str
+    offset: int
+    size: int
+    crc: int
+
+
+def zip_records(path: Path) -> list[Record]:
+    """Where each entry lies. Anything that torch.save would not have written is refused."""
+    refuse_impostor(path)
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        if f.read(4) != b"PK\x03\x04":
+            raise ValueError(
+                f"{path} is not a torch file. If it is one from before torch 1.6, save it anew: "
+                "torch.save(torch.load(path, weights_only=True), path)"
+            )
+        try:
+            entries = zipfile.ZipFile(f).infolist()
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error):
+            raise ValueError(
+                f"{path} ({size:,} bytes) is truncated or still being written: "
+                "the table of contents that ends it is missing"
+            ) from None
+        return [_record(f, entry, size, path) for entry in entries]
+
+
+def _record(f, entry: zipfile.ZipInfo, size: int, path: Path) -> Record:
+    f.seek(max(entry.header_offset, 0))
+    local = f.read(30)
+    if len(local) < 30 or local[:4] != b"PK\x03\x04":
+        raise ValueError(f"{path} is damaged: {entry.filename} is not where its table says")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        raise ValueError(f"{path} is no file of torch.save: {entry.filename} is compressed")
+    offset = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
+    end = offset + entry.file_size
+    if end > size:
+        raise ValueError(f"{path} ends at byte {size:,}, its {entry.filename} at {end:,}")
+    return Record(entry.filename, offset, entry.file_size, entry.CRC)
+
+
+def check_crc(path: Path, names) -> None:
+    """torch.load does not: a flipped bit would be a slightly different model."""
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(names):
+            try:
+                with archive.open(name) as f:
+                    while f.read(1 << 20):
+                        pass
+            except (zipfile.BadZipFile, EOFError, RuntimeError):
+                raise ValueError(f"{path} is damaged: the checksum of {name} is wrong") from None
+
+
+def allowed_globals() -> list:
+    """What honest training files hold beyond tensors: numpy numbers and arrays (RNG states)."""
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    named = [
+        (getattr(multiarray, function), f"numpy.{core}.multiarray.{function}")
+        for core in ("core", "_core")
+        for function in ("scalar", "_reconstruct")
+    ]
+    kinds = ["Float64", "Float32", "Int64", "Int32", "UInt64", "UInt32", "UInt8", "Bool"]
+    return [*named, np.ndarray, np.dtype, *(getattr(np.dtypes, f"{k}DType") for k in kinds)]
+
+
+def require_safe_torch() -> None:
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version < (2, 10):
+        raise ValueError(
+            f"torch {torch.__version__} is refused: below 2.10 its weights_only loading can be "
+            "made to run code (CVE-2025-32434, CVE-2026-24747)"
+        )
+
+
+def load_torch(path: Path, mapped: bool, place="cpu"):
+    """torch.load of tensors and plain values; anything else in the file is named and refused."""
+    require_safe_torch()
+    with torch.serialization.safe_globals(allowed_globals()):
+        try:
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if not unsafe:
+                return torch.load(path, map_location=place, mmap=mapped, weights_only=True)
+        except Exception as error:  # an edge: a hostile pickle can raise anything
+            raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+    raise ValueError(
+        f"{path} holds {', '.join(sorted(unsafe)[:5])}: loading that could run code, so it is "
+        "refused. Save state_dict() and plain values instead, where the file was made"
+    )
+
+
+class TorchFile(NamedTuple):
+    path: Path
+    contents: object  # tensors in it are memory-mapped: nothing is read yet
+    base: int  # the address of byte 0
+    records: list[Record]  # of tensors; nameless where the file has no checksums
+
+
+def open_torch(path: Path) -> TorchFile:
+    """Map a file of torch.save. What its pickle claims of each storage must be what the archive
+    holds: torch itself would read on into whatever follows."""
+    records = {r.name.partition("/")[2]: r for r in zip_records(path)}
+    pickled = records.get("data.pkl")
+    if pickled is None or pickled.size > MAX_PICKLE:
+        raise ValueError(
+            f"{path} is no file of torch.save: "
+            + (f"data.pkl has {pickled.size:,} bytes" if pickled else "it has no data.pkl")
+        )
+    checked = pickled.crc != 0  # torch can be told to write no checksums: all are 0 then
+    if checked:
+        check_crc(path, [pickled.name])
+    order = records.get("byteorder")
+    if order is not None and order.size != len("little"):
+        raise ValueError(f"{path} was written on a big-endian machine")
+    claimed = set()
+
+    def place(storage, location):
+        claimed.add((storage.data_ptr(), storage.nbytes()))
+        return storage
+
+    contents = load_torch(path, True, place)
+    claimed = sorted(span for span in claimed if span[1])
+    held = [r for leaf, r in records.items() if leaf.startswith("data/") and r.size]
+    held.sort(key=lambda r: r.offset)
+    base = claimed[0][0] - held[0].offset if claimed and held else 0
+    if [(address - base, n) for address, n in claimed] != [(r.offset, r.size) for r in held]:
+        raise ValueError(
+            f"{path} is damaged: its tensors claim {sum(n for _, n in claimed):,} bytes in "
+            f"{len(claimed)} pieces, the file holds {sum(r.size for r in held):,} in {len(held)}"
+        )
+    return TorchFile(path, contents, base, held if checked else [r._replace(name="") for r in held])
+
+
+def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
+    """The table of a dictionary of tensors in a file. Strides that claim more than is there, such
+    as a stride of 0, are refused."""
+    path, table = source.path, {}
+    records = {record.offset: record.name for record in source.records}
+    for name, t in state_dict.items():
+        if type(name) is not str or not isinstance(t, torch.Tensor):
+            raise ValueError(f"{path}: {name!r} is of type {type(t).__name__}, not a tensor")
+        if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized or t.is_neg():
+            raise ValueError(f"{path}: tensor {name} ({t.layout}, {t.device}) is not plain numbers")
+        storage, shape = t.untyped_storage(), tuple(t.shape)
+        start = storage.data_ptr() - source.base
+        if t.numel() * t.element_size() > storage.nbytes() or (t.numel() and start not in records):
+            raise ValueError(
+                f"{path}: tensor {name} {list(shape)} claims {t.numel():,} elements, "
+                f"the file holds {storage.nbytes():,} bytes of it"
+            )
+        offset = start + t.storage_offset() * t.element_size()
+        mapped = None if t.is_contiguous() else t.detach()
+        table[name] = Stored(path, offset, t.dtype, shape, records.get(start, ""), mapped)
+    return table
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of a library says, in brief."""
+    text = str(error).strip().rpartition("WeightsUnpickler error:")[2]  # torch's advice is before
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def equal(a: Stored, b: Stored) -> bool:
+    """Whether two stored tensors are the same numbers; usually because they are the same bytes."""
+    if (a.file, a.offset, a.shape) == (b.file, b.offset, b.shape):
+        return True
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.dtype not in FLOATS or not a.shape:
+        return False
+    return all(torch.equal(x, y) for (_, x), (_, y) in zip(pieces(a), pieces(b), strict=True))
+
+
+def extremes(t: torch.Tensor) -> torch.Tensor:
+    """Smallest and largest value [2], both NaN if there is one; makes no temporary."""
+    return torch.stack(torch.aminmax(t if t.is_contiguous() else t.t())).float()
+
+
+def refuse_nonfinite(extremes: dict[str, torch.Tensor], path) -> None:
+    good = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist()
+    bad = [name for name, ok in zip(extremes, good) if not ok]
+    if bad:
+        raise ValueError(
+            f"{path}: {len(bad)} of {len(good)} tensors hold NaN or Inf: {', '.join(bad[:5])}"
+        )
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """One tensor at a time: the library's save_file wants all of them contiguous on the host."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    code = next(c for c, d in SAFETENSORS_DTYPES.items() if d == dtype)
+    for name, t in tensors.items():
+        end = offset + t.numel() * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for t in tensors.values():
+            host = t.detach().to("cpu", dtype).contiguous()
+            f.write(host.view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,73 @@
+"""The plain form of a decode step's attention against a loop over rows and heads in float64, the
+grouping of rows for the kernel, and merging. tests/gpu/test_engine_gpu.py compares the kernel."""
+
+import numpy as np
+import pytest
+import torch
+
+from decode_attention import decode_attention, merge_parts, plan_tiles
+
+
+def softmax_attention(q, keys, values):
+    scores = keys @ q / len(q) ** 0.5
+    weights = np.exp(scores - scores.max())
+    return weights @ values / weights.sum()
+
+
+@pytest.mark.parametrize("N,P,window", [(1, 9, 0), (3, 9, 0), (3, 9, 4), (1, 9, 12), (2, 0, 0)])
+@pytest.mark.parametrize("G,R", [(2, 1), (2, 3)])
+def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R):
+    g, B, S, D = np.random.default_rng(N + window), 5, 7, 8
+    q, new_k, new_v = (g.normal(size=(B, n, D)) for n in (G * R, G, G))
+    k, v = (g.normal(size=(B, G, S, D)) for _ in range(2))
+    prefix_k, prefix_v = (g.normal(size=(N, G, P, D)) for _ in range(2))
+    lengths, prefix = np.array([0, 3, 6, 1, 5]), g.integers(0, N, B)
+    prefix_lengths = np.array([P, P // 2, 0][:N])
+    as_torch = [torch.tensor(x) for x in (q, new_k, new_v, k, v, lengths)]
+    where = [torch.tensor(x) for x in (prefix_k, prefix_v, prefix_lengths, prefix)]
+    tiles = plan_tiles(prefix, N, R, torch.float64)
+    got = merge_parts(*decode_attention(*as_torch, *where, tiles, window, int(lengths.max()) + 1))
+    for b in range(B):
+        n, p = lengths[b], prefix[b]
+        for h in range(G * R):
+            i = h // R
+            keys = [prefix_k[p, i, : prefix_lengths[p]], k[b, i, :n], new_k[b, i][None]]
+            values = [prefix_v[p, i, : prefix_lengths[p]], v[b, i, :n], new_v[b, i][None]]
+            keys, values = (np.concatenate(x)[-window:] for x in (keys, values))
+            wanted = softmax_attention(q[b, h], keys, values)
+            np.testing.assert_allclose(got[b, h], wanted, rtol=1e-5, atol=1e-6)
+        assert (as_torch[3][b, :, n].numpy() == new_k[b]).all(), "the new key is stored"
+        assert (as_torch[4][b, :, n].numpy() == new_v[b]).all()
+        others = np.arange(S) != n
+        assert (as_torch[3][b, :, others].numpy() == k[b][:, others]).all(), "and no other touched"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B,N,R", [(1, 1, 1), (200, 8, 1), (64, 64, 4), (37, 5, 7), (3, 9, 24)])
+def test_tiles_hold_every_row_once_with_its_prompt(B, N, R, dtype):
+    shapes = set()
+    for seed in range(20):
+        g = np.random.default_rng(seed)
+        alive = g.integers(1, N + 1)  # few prompts alive or many: the graph needs one shape
+        prefix = g.integers(0, alive, B)
+        tiles = plan_tiles(prefix, N, R, dtype).numpy()
+        shapes.add(tiles.shape)
+        seen = [(row, tile[0]) for tile in tiles for row in tile[1:] if row >= 0]
+        assert sorted(seen) == list(enumerate(prefix))
+    assert len(shapes) == 1
+    tiles, rows = shapes.pop()
+    assert tiles <= B and (rows - 1) * R <= max(64, R)
+
+
+def test_merging_parts_is_attention_over_all_keys():
+    g = np.random.default_rng(0)
+    q, keys, values = g.normal(size=8), g.normal(size=(12, 8)) * 4, g.normal(size=(12, 8))
+    out, lse = [], []
+    for part in (slice(0, 5), slice(5, 5), slice(5, 12)):
+        scores = keys[part] @ q / 8**0.5
+        empty = len(scores) == 0
+        out.append(np.zeros(8) if empty else softmax_attention(q, keys[part], values[part]))
+        lse.append(-np.inf if empty else np.log2(np.exp(scores).sum()))
+    out, lse = torch.tensor(np.array(out))[:, None, None], torch.tensor(lse)[:, None, None]
+    merged = merge_parts(out.float(), lse.float())[0, 0]
+    np.testing.assert_allclose(merged, softmax_attention(q, keys, values), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,440 @@
+"""Tokenizers behind one interface: text to token ids, and how many bytes each token stands for.
+
+    from tokenizer import build_tokenizer
+    build_tokenizer("byte")                          # built in: 256 bytes and <|endoftext|>
+    build_tokenizer("gpt2")                          # any tiktoken encoding
+    build_tokenizer("checkpoints/checkpoint-1000")   # a local directory with tokenizer files
+    build_tokenizer("Qwen/Qwen2.5-0.5B")             # a Hugging Face hub name
+
+Every tokenizer has `name`, `vocab_size`, `eos_token_id` (end of text), `bos_token_id` (often None),
+`special_ids`, `fingerprint`, `encode`, `encode_batch`, `decode`, `token_bytes` and `save`.
+Encoding adds no special tokens, and text that looks like one ("<|endoftext|>" in a document) is
+encoded as the ordinary text it is. tiktoken and transformers are imported only when asked for.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+EOT = "<|endoftext|>"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
+# Where a long text can be cut without changing its tokens, for tokenizers that say so with
+# `splits_at_newline`: after a newline between a visible character and a letter, digit or other
+# non-ASCII character. There the patterns of GPT-2, cl100k, o200k, Llama 3, Qwen and DeepSeek all
+# end a word: a lone newline joins at most the punctuation before it, and never what follows.
+# (After any newline would be wrong: GPT-2 reads "\n\n" as one token, but "\n\nB" as "\n", "\n",
+# "B".) In UTF-8, so that a file can be cut before it is decoded: the bytes refused before the
+# newline, and C2, E1, E2, E3 80 after it, are those that Unicode's spaces end and begin with.
+SAFE_BREAK = re.compile(
+    rb"(?<=[!-~\x80-\xff])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
+    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)\n(?=[A-Za-z0-9\xc3-\xdf\xe4-\xf4]|\xe3[\x81-\xbf])"
+)
+ACROSS_A_BREAK = "\n[A-Za-z0-9\xc3-\xf4]"  # in a token's bytes: it would reach over a cut
+# tokenizer.json's component that maps bytes to printable characters and back, and does no more
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+
+
+def build_tokenizer(name):
+    """The tokenizer called `name`: "byte", a tiktoken encoding, a local directory or a hub name.
+
+    A bare name of a tiktoken encoding means tiktoken even if a directory is called the same; write
+    `./gpt2` for the directory. Raises ValueError, in one line, for a name that leads nowhere.
+    """
+    name = os.fspath(name)
+    if name == "byte":
+        return ByteTokenizer()
+    import tiktoken
+
+    if name in tiktoken.list_encoding_names():
+        return TiktokenTokenizer(_tiktoken_encoding(name))
+    if Path(name).is_dir():
+        return _tokenizer_from_directory(Path(name))
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"tokenizer {name!r}: no such directory")
+    return HuggingFaceTokenizer(_hub_tokenizer(name), name)
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte (its value is its id) and 256 for <|endoftext|>."""
+
+    name = "byte"
+    vocab_size = 257
+    eos_token_id = 256
+    bos_token_id = None
+    special_ids = (256,)
+    splits_at_newline = True
+    adds_bos = False  # whether it puts a BOS before a text by itself, as Llama's does
+
+    @property
+    def fingerprint(self):
+        return _hash(b"byte", EOT.encode())
+
+    def encode(self, text):
+        return list(utf8_bytes(text))
+
+    def encode_batch(self, texts):
+        return [np.frombuffer(utf8_bytes(text), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids):
+        return b"".join(
+            bytes([i]) if i < 256 else EOT.encode() if i == 256 else b"\xef\xbf\xbd" for i in ids
+        ).decode("utf-8", errors="replace")
+
+    def token_bytes(self):
+        return np.array([1] * 256 + [0], dtype=np.int32)
+
+    def save(self, directory):
+        """Write it as Hugging Face files with the same ids: a byte-level BPE without merges."""
+        alphabet = _byte_alphabet()
+        vocab = {alphabet[i]: i for i in range(256)} | {EOT: 256}
+        _save_bpe(directory, vocab, [], [BYTE_LEVEL], specials={EOT: 256}, ignore_merges=False)
+
+
+class TiktokenTokenizer:
+    """A tiktoken.Encoding. Ids that no text produces (special tokens, gaps) are `special_ids`."""
+
+    bos_token_id = None
+
+    adds_bos = False
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.name = encoding.name
+        self.vocab_size = encoding.n_vocab
+        self.eos_token_id = encoding._special_tokens.get(EOT)
+
+    @functools.cached_property
+    def splits_at_newline(self):
+        across = re.compile(ACROSS_A_BREAK.encode("latin-1"))
+        return not any(map(across.search, self.encoding._mergeable_ranks))
+
+    @functools.cached_property
+    def special_ids(self):
+        return tuple(np.flatnonzero(self.token_bytes() == 0).tolist())
+
+    @functools.cached_property
+    def fingerprint(self):
+        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        specials = json.dumps(sorted(self.encoding._special_tokens.items()))
+        parts = [b"%d %s" % (rank, token.hex().encode()) for token, rank in ranks]
+        return _hash(b"tiktoken", self.encoding._pat_str.encode(), specials.encode(), *parts)
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        """Token ids (uint32 arrays) of several texts, in threads: tiktoken drops the GIL."""
+        n_threads = min(8, os.cpu_count() or 1, len(texts))
+        if n_threads < 2:
+            return self._encode_all(texts)
+        cuts = [len(texts) * i // n_threads for i in range(n_threads + 1)]
+        shares = [texts[a:b] for a, b in itertools.pairwise(cuts)]
+        with ThreadPoolExecutor(n_threads) as pool:
+            return [ids for share in pool.map(self._encode_all, shares) for ids in share]
+
+    def _encode_all(self, texts):
+        encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
+        return [encode(utf8_bytes(text).decode()) for text in texts]
+
+    @functools.cached_property
+    def _pieces(self):
+        """The bytes of every ordinary token, by id."""
+        return {rank: token for token, rank in self.encoding._mergeable_ranks.items()}
+
+    def decode(self, ids):
+        specials = {i: token.encode() for token, i in self.encoding._special_tokens.items()}
+        # an id beyond the vocabulary (a padded head can sample one) shows as U+FFFD
+        pieces = (self._pieces.get(i) or specials.get(i, b"\xef\xbf\xbd") for i in map(int, ids))
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def token_bytes(self):
+        counts = np.zeros(self.vocab_size, dtype=np.int32)
+        for i, piece in self._pieces.items():
+            counts[i] = len(piece)
+        return counts
+
+    def save(self, directory):
+        """Write it as Hugging Face files with the same ids for every text."""
+        alphabet = _byte_alphabet()
+        ranks = self.encoding._mergeable_ranks
+        spell = {token: "".join(alphabet[b] for b in token) for token in ranks}
+        vocab = {spell[token]: rank for token, rank in ranks.items()}
+        specials = dict(self.encoding._special_tokens)
+        taken = set(vocab.values()) | set(specials.values())
+        # a tokenizer.json numbers added tokens densely, so gaps need a name
+        specials |= {f"<|unused_{i}|>": i for i in range(self.vocab_size) if i not in taken}
+        merges = [
+            " ".join(spell[part] for part in parts)
+            for token in sorted(ranks, key=ranks.get)
+            if len(token) > 1 and len(parts := _merge_of(token, ranks)) == 2
+        ]
+        # Hugging Face's regex engine reads "{1,3}+" as a repeated group and "$" as end of line
+        pattern = self.encoding._pat_str.replace("}+", "}").replace("$", r"\z")
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        # tiktoken takes a word that is a token whole, before any merge; so does ignore_merges
+        splits = [split, BYTE_LEVEL]
+        _save_bpe(directory, vocab | specials, merges, splits, specials, ignore_merges=True)
+
+
+class HuggingFaceTokenizer:
+    """A transformers tokenizer, fast ones through their Rust backend.
+
+    `token_bytes` is exact for byte-level BPE (GPT-2, Llama 3, Qwen, …). For SentencePiece-like
+    vocabularies "▁" counts as the one byte of its space and <0xAB> as one byte: right up to the
+    space that such tokenizers put before a text (one byte too many per text encoded) and whatever
+    a normaliser changes (NFKC, lower case).
+    """
+
+    def __init__(self, tok, name):
+        self.tok, self.name = tok, name
+        self.backend = getattr(tok, "backend_tokenizer", None)
+        self._definition = json.loads(self.backend.to_str()) if self.backend else {}
+        if self.backend:  # a tokenizer.json may carry settings that would cut or pad every text
+            self.backend.no_truncation()
+            self.backend.no_padding()
+        vocab = tok.get_vocab()
+        self.vocab_size = max(vocab.values()) + 1
+        self.eos_token_id, self.bos_token_id = tok.eos_token_id, tok.bos_token_id
+        self._counts = self._count_bytes(vocab)
+        self.special_ids = tuple(np.flatnonzero(self._counts == 0).tolist())
+        self.splits_at_newline = self._splits_at_newline(vocab)
+
+    @functools.cached_property
+    def adds_bos(self):
+        return self.bos_token_id is not None and self.tok("A").input_ids[0] == self.bos_token_id
+
+    @functools.cached_property
+    def fingerprint(self):
+        definition = self._definition or sorted(self.tok.get_vocab().items())
+        text = json.dumps([definition, self.eos_token_id, self.bos_token_id], sort_keys=True)
+        return _hash(b"transformers", text.encode())
+
+    def encode(self, text):
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts):
+        """Token ids (uint32 arrays) of several texts; the backend spreads them over threads."""
+        texts = [utf8_bytes(text).decode() for text in texts]
+        if self.backend is None:
+            options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            return [np.array(self.tok.encode(t, **options), dtype=np.uint32) for t in texts]
+        self.backend.encode_special_tokens = True  # "<|endoftext|>" in a text is ordinary text
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.uint32) for e in encodings]
+
+    def decode(self, ids):
+        ids = [int(i) for i in ids]
+        return self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def token_bytes(self):
+        return self._counts.copy()
+
+    def save(self, directory):
+        self.tok.save_pretrained(directory)
+
+    def _byte_level(self):
+        return _mentions(self._definition.get("decoder"), "ByteLevel")
+
+    def _count_bytes(self, vocab):
+        counts = np.zeros(self.vocab_size, dtype=np.int32)
+        alphabet = set(_byte_alphabet()) if self._byte_level() else None
+        for token, i in vocab.items():
+            if alphabet is not None and alphabet.issuperset(token):
+                counts[i] = len(token)
+            elif alphabet is None and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+                counts[i] = 1
+            else:
+                counts[i] = len(token.replace("▁", " ").encode())
+        for i, added in self.tok.added_tokens_decoder.items():
+            counts[i] = 0 if added.special else len(added.content.encode())
+        counts[list(self.tok.all_special_ids)] = 0
+        return counts
+
+    def _splits_at_newline(self, vocab):
+        """Whether cutting a text at SAFE_BREAK is known to keep its tokens."""
+        prefixed = _mentions(
+            self._definition.get("pre_tokenizer"), "ByteLevel", add_prefix_space=True
+        )
+        normalizer = self._definition.get("normalizer")
+        plain = normalizer is None or normalizer.get("type") == "NFC"  # NFKC can make spaces
+        added = [token.content for token in self.tok.added_tokens_decoder.values()]
+        # vocabularies that merge across spaces (SuperBPE) may have tokens that reach over the cut
+        across = re.compile(ACROSS_A_BREAK.replace("\n", _byte_alphabet()[ord("\n")]))
+        reaching = any(map(across.search, vocab))
+        local = not prefixed and plain and not reaching and "\n" not in "".join(added)
+        return self._byte_level() and local
+
+
+def _tiktoken_encoding(name):
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors
+        cache = os.environ.get("TIKTOKEN_CACHE_DIR", "unset")
+        url = getattr(getattr(error, "request", None), "url", None) or f"{name}.tiktoken"
+        reason = _first_line(error) if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(
+            f"tokenizer {name!r}: {url} is neither in TIKTOKEN_CACHE_DIR ({cache}) nor could it be "
+            f"downloaded ({reason}); where there is internet run `TIKTOKEN_CACHE_DIR=DIR python -c "
+            f"\"import tiktoken; tiktoken.get_encoding('{name}')\"` and bring DIR here, or pass a "
+            "local tokenizer directory"
+        ) from None
+
+
+def _tokenizer_from_directory(path):
+    """transformers' tokenizer of a local directory, or the byte tokenizer if that is what it is."""
+    if not any((path / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(
+            f"tokenizer {str(path)!r}: the directory holds no tokenizer files (tokenizer.json, or "
+            "vocab.json and merges.txt, or tokenizer.model); pass the name of the tokenizer that "
+            "the model was trained with"
+        )
+    if _is_byte_tokenizer(path / "tokenizer.json"):
+        return ByteTokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return HuggingFaceTokenizer(
+            AutoTokenizer.from_pretrained(str(path), local_files_only=True), str(path)
+        )
+    except Exception as error:  # transformers raises anything, from TypeError to Rust's Exception
+        raise ValueError(
+            f"tokenizer {str(path)!r}: transformers cannot open it: {_first_line(error)}"
+        ) from error
+
+
+def _hub_tokenizer(name):
+    from huggingface_hub import HfApi
+    from transformers import AutoTokenizer
+
+    try:  # the cache first: it also works offline
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        pass  # not cached: ask the hub
+    try:
+        HfApi().model_info(name, timeout=10)  # offline it fails at once; from_pretrained retries
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # httpx, hub and transformers errors share no base class
+        raise ValueError(
+            f"tokenizer {name!r}: not 'byte', not a tiktoken encoding, not a local directory, and "
+            f"the hub did not give it ({type(error).__name__}: {_first_line(error)}); where there "
+            f'is internet run `python -c "from transformers import AutoTokenizer as A; '
+            f"A.from_pretrained('{name}').save_pretrained('DIR')\"` and pass DIR"
+        ) from None
+
+
+def _is_byte_tokenizer(path):
+    try:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    alphabet = _byte_alphabet()
+    vocab = {alphabet[i]: i for i in range(256)} | {EOT: 256}
+    model = definition.get("model", {}) if isinstance(definition, dict) else {}
+    plain = model.get("vocab") == vocab and not model.get("merges")
+    added = (
+        [token.get("content") for token in definition.get("added_tokens") or []] if plain else []
+    )
+    # a post-processor may put a BOS before every text: then it is transformers' to say
+    return plain and set(added) <= {EOT} and definition.get("post_processor") in (None, BYTE_LEVEL)
+
+
+def _save_bpe(directory, vocab, merges, pre_tokenizers, specials, ignore_merges):
+    """tokenizer.json and tokenizer_config.json of a byte-level BPE, for transformers and vLLM."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": i, "content": token, "special": True} | flags
+        for token, i in sorted(specials.items(), key=lambda item: item[1])
+    ]
+    definition = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "post_processor": None,
+        "decoder": BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": merges,
+            "ignore_merges": ignore_merges,
+        },
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOT if EOT in specials else None,
+        "clean_up_tokenization_spaces": False,
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(definition, ensure_ascii=False, indent=1) + "\n"
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _merge_of(token, ranks):
+    """The parts that BPE has just before it makes `token`: two, for a vocabulary BPE trained."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pair_ranks = [ranks.get(a + b, len(ranks) * 2) for a, b in itertools.pairwise(parts)]
+        best = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
+        if pair_ranks[best] >= ranks[token]:
+            break
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts
+
+
+@functools.cache
+def _byte_alphabet():
+    """The printable character that stands for each byte in byte-level BPE files (GPT-2's table):
+    visible Latin-1 characters for themselves, the other bytes for U+0100 onwards, in order."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in visible]
+    table = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
+    return tuple(table[b] for b in range(256))
+
+
+def _mentions(part, kind, **settings):
+    """Whether a component of a tokenizer.json, or one inside it, is a `kind` so set."""
+    if isinstance(part, list):
+        return any(_mentions(p, kind, **settings) for p in part)
+    if not isinstance(part, dict):
+        return False
+    here = part.get("type") == kind and all(part.get(k) == v for k, v in settings.items())
+    return here or any(_mentions(p, kind, **settings) for p in part.values())
+
+
+def utf8_bytes(text):
+    """UTF-8 bytes of a str. A lone surrogate (JSON may hold one) becomes U+FFFD, as in tiktoken."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def _hash(*parts):
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
