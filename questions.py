@@ -1,0 +1,303 @@
+"""Four-choice questions from files, and the prompt templates that ask them.
+
+    from questions import load_template, read_data
+    data = read_data("data/mmlu", num_few_shot=5)         # data.questions, data.examples by subject
+    template = load_template("lm_eval")                   # configs/prompts/lm_eval.yaml
+
+Reads MMLU's original layout (headerless CSV in dev/, val/, test/), CSV with a header, CMMLU's and
+C-Eval's CSV, and JSONL or parquet rows of question, choices, answer, subject. Every field is text
+as it stands ("None" and "NA" too); what is wrong is named with its file and line.
+"""
+
+import csv
+import functools
+import hashlib
+import itertools
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from config import load_yaml
+
+LETTERS = "ABCD"
+SCORINGS = ("letter", "continuation", "generate")
+CONFIGS_DIR = Path(__file__).resolve().parent / "configs"
+
+
+# ---------------------------------------------------------------------------------------------
+# Questions
+
+SPLITS = {"dev": ("dev",), "val": ("val", "validation", "valid"), "test": ("test",)}
+FORMATS = (".csv", ".jsonl", ".parquet")
+WHERE_TO_GET = (
+    "scripts/fetch_mmlu.sh downloads MMLU; it must lie as {root}/dev/SUBJECT_dev.csv and "
+    "{root}/{split}/SUBJECT_{split}.csv (question, A, B, C, D, answer), or as JSONL or parquet "
+    "files of question, choices, answer, subject named after their split"
+)
+
+
+class Question(NamedTuple):
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int  # index of the right choice
+    where: str  # file:line
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """questions: what is asked, subject by subject. examples: by subject, what comes before."""
+
+    questions: list[Question]
+    examples: dict[str, list[Question]]
+    files: int
+    hash: str
+    examples_hash: str
+
+    @functools.cached_property
+    def subjects(self) -> list[str]:
+        return list(dict.fromkeys(q.subject for q in self.questions))
+
+
+def read_data(data_path, num_few_shot=0, split="test", subjects=None, limit=None) -> QuestionSet:
+    """The questions of a split, and the first `num_few_shot` of each subject's dev split.
+
+    data_path: a directory in MMLU's, CMMLU's, C-Eval's or a Hugging Face data set's layout, or one
+    file. limit: so many questions of each subject. Raises ValueError naming file and line.
+    """
+    root = Path(data_path)
+    asked, files = _read_split(root, split)
+    if not asked:
+        remedy = WHERE_TO_GET.format(root=root, split=split)
+        raise ValueError(f"{root}: no {split} questions there; {remedy}")
+    by_subject = {}
+    for q in asked:
+        by_subject.setdefault(q.subject, []).append(q)
+    for name in subjects or ():
+        if name not in by_subject:
+            raise ValueError(
+                f"--subjects: {root} has no {name!r}; it has {', '.join(sorted(by_subject))}"
+            )
+    chosen = sorted(set(subjects or by_subject))
+    questions = [q for name in chosen for q in by_subject[name][:limit]]
+    examples = {name: [] for name in chosen}
+    if num_few_shot:
+        dev, dev_files = ([], []) if root.is_file() else _read_split(root, "dev")
+        for q in dev:
+            if q.subject in examples:
+                examples[q.subject].append(q)
+        files += dev_files
+    for name, found in examples.items():
+        if len(found) < num_few_shot:
+            raise ValueError(
+                f"{root}: {num_few_shot} few-shot examples asked for, but the dev split has "
+                f"{len(found)} of subject {name!r}"
+            )
+        del found[num_few_shot:]
+    shown = itertools.chain.from_iterable(examples.values())
+    return QuestionSet(questions, examples, len(files), _digest(questions), _digest(shown))
+
+
+def _digest(questions) -> str:
+    return hashlib.sha256(json.dumps([q[:4] for q in questions]).encode()).hexdigest()
+
+
+def _read_split(root: Path, split: str) -> tuple[list[Question], list]:
+    files = _split_files(root, split)
+    questions = []
+    for path, subject in files:
+        reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix]
+        for where, values in reader(path):
+            questions.append(_question(values, subject, where))
+    return questions, files
+
+
+def _split_files(root: Path, split: str) -> list[tuple[Path, str | None]]:
+    """(file, its subject or None if the rows must name it), in the order of their names."""
+    if root.is_file():
+        if root.suffix not in FORMATS:
+            raise ValueError(f"{root}: not one of {', '.join(FORMATS)}")
+        return [(root, root.stem.removesuffix(f"_{split}") if root.suffix == ".csv" else None)]
+    for base, name in itertools.product((root, root / "data"), SPLITS[split]):
+        is_split = re.compile(rf"{name}([-.].*)?").fullmatch  # test, test-00000-of-00001
+
+        def found_in(folder):
+            paths = sorted(folder.glob("*")) if folder.is_dir() else []
+            return [p for p in paths if p.suffix in FORMATS and not p.name.startswith(".")]
+
+        inside = found_in(base / name)
+        if inside:
+            subjects = [p.stem.removesuffix(f"_{name}") for p in inside]
+            return [(p, None if is_split(s) else s) for p, s in zip(inside, subjects)]
+        beside = [p for p in found_in(base) if is_split(p.stem)]
+        if beside:
+            return [(p, None) for p in beside]
+        folders = [base / "all"] if (base / "all").is_dir() else sorted(base.glob("*/"))
+        nested = [(p, f.name) for f in folders for p in found_in(f) if is_split(p.stem)]
+        if nested:
+            return [(p, None if folder == "all" else folder) for p, folder in nested]
+    return []
+
+
+def _csv_rows(path: Path):
+    """(file:line, fields by name): with a header, or MMLU's six columns without one."""
+    names, line = None, 1
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            for row in reader:
+                where, line = f"{path}:{line}", reader.line_num + 1
+                if not row:
+                    continue
+                if names is None:
+                    names = [re.sub(r"^(choice|option)[ _]", "", n.strip().lower()) for n in row]
+                    if {"question", "answer"} <= set(names):
+                        continue
+                    names = ["question", "a", "b", "c", "d", "answer"]
+                if len(row) != len(names):
+                    raise ValueError(f"{where}: {len(row)} fields where {len(names)} are expected")
+                yield where, dict(zip(names, row))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}:{line}: not CSV in UTF-8: {error}") from None
+
+
+def _jsonl_rows(path: Path):
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    values = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+                yield f"{path}:{number}", values
+
+
+def _parquet_rows(path: Path):
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+    for number, values in enumerate(parquet.read_table(path).to_pylist(), 1):
+        yield f"{path}: row {number}", values
+
+
+def _question(values, subject, where) -> Question:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: an object with question, choices, answer expected")
+    values = {str(name).lower(): value for name, value in values.items()}
+    choices = values.get("choices", [values.get(letter.lower()) for letter in LETTERS])
+    if isinstance(choices, str):  # a list in a CSV field
+        try:
+            choices = json.loads(choices)
+        except ValueError:
+            raise ValueError(f"{where}: choices {choices!r:.60} is not a JSON list") from None
+    if not isinstance(choices, list) or len(choices) != len(LETTERS):
+        raise ValueError(f"{where}: four choices expected, not {choices!r:.80}")
+    subject = values.get("subject") or subject
+    question = values.get("question")
+    for name, text in [("subject", subject), ("question", question), *zip(LETTERS, choices)]:
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {name} is missing or not text: {text!r:.60}")
+    if not question.strip():
+        raise ValueError(f"{where}: question is empty")
+    answer = str(values.get("answer")).strip()
+    if answer in ("", "None"):
+        raise ValueError(f"{where}: no answer (C-Eval's test split has none: --split val)")
+    if answer not in (*LETTERS, *"0123"):
+        raise ValueError(f"{where}: answer {answer!r} is none of A to D, nor 0 to 3")
+    index = LETTERS.index(answer) if answer in LETTERS else int(answer)
+    return Question(subject, question, tuple(choices), index, where)
+
+
+def subject_table(subjects) -> dict:
+    """{"categories": {subject: category}, "names": {subject: name}} of the known data set
+    (configs/subjects/) that shares most subjects; both empty if none shares any."""
+    best, table = 0, {}
+    for name in ("mmlu", "cmmlu", "ceval"):
+        candidate = load_yaml(CONFIGS_DIR / "subjects" / f"{name}.yaml")
+        members = {s: c for c, listed in candidate["categories"].items() for s in listed}
+        shared = len(members.keys() & set(subjects))
+        if shared > best:
+            best, table = shared, {"categories": members, "names": candidate.get("names", {})}
+    return table or {"categories": {}, "names": {}}
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt: description, then for each example question + answer + separator, then a question.
+
+    Fields in braces: {subject} (underscores as spaces), {subject_name} (its Chinese name, if known)
+    in the description; {question}, {a}, {b}, {c}, {d} in the question; {letter} or {choice} (the
+    right choice's text) in the answer. strip_question removes white space around the question.
+    """
+
+    name: str
+    description: str
+    question: str
+    answer: str
+    separator: str
+    strip_question: bool
+
+    @property
+    def hash(self) -> str:
+        fields = asdict(self) | {"name": None}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def scorings(self) -> tuple[str, ...]:
+        """What makes sense: letters can only be asked for where the prompt shows them."""
+        return SCORINGS if "{letter}" in self.answer else ("continuation",)
+
+    def render_question(self, q: Question, rotation=0) -> str:
+        choices = q.choices[rotation:] + q.choices[:rotation]
+        text = q.question.strip() if self.strip_question else q.question
+        return self.question.format(question=text, **dict(zip("abcd", choices)))
+
+    def render_answer(self, q: Question, index: int, scoring: str, rotation=0) -> str:
+        """The answer at place `index` among the rotated choices. Where whole choices are scored,
+        examples are answered with whole choices too."""
+        whole = scoring == "continuation"
+        answer = self.answer.replace("{letter}", "{choice}") if whole else self.answer
+        choice = q.choices[(index + rotation) % len(LETTERS)]
+        return answer.format(letter=LETTERS[index], choice=choice)
+
+    def render_head(self, subject, name, examples, scoring) -> str:
+        """All that comes before the question that is asked."""
+        words = subject.replace("_", " ")
+        text = self.description.format(subject=words, subject_name=name or words)
+        for q in examples:
+            text += self.render_question(q) + self.render_answer(q, q.answer, scoring)
+            text += self.separator
+        return text
+
+
+def load_template(name) -> Template:
+    """A template of configs/prompts/ by its name, or a YAML file of one's own."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = CONFIGS_DIR / "prompts" / f"{name}.yaml"
+        if not path.is_file():
+            known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+            raise ValueError(f"--template {name!r} is none of {', '.join(known)}, nor a YAML file")
+    values = {"separator": "\n\n", "strip_question": False} | load_yaml(path)
+    fields = set(Template.__dataclass_fields__) - {"name"}
+    if values.keys() != fields:
+        wrong = sorted(values.keys() ^ fields)
+        raise ValueError(f"{path}: field {wrong[0]!r} is unknown or missing; {sorted(fields)}")
+    template = Template(path.stem, **values)
+    probe = Question("subject", "question", tuple("wxyz"), 0, "")
+    try:
+        template.render_head("subject", None, [probe], "letter")
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: a field in braces is unknown: {error}") from None
+    if ("{letter}" in template.answer) == ("{choice}" in template.answer):
+        raise ValueError(f"{path}: answer must have {{letter}} or {{choice}}, not both")
+    if not template.render_question(probe).strip():
+        raise ValueError(f"{path}: question is empty")
+    return template
