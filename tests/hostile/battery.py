@@ -1,0 +1,209 @@
+"""Runs the programs of programs.txt through a Sandbox and checks the world after each.
+
+    python battery.py FOLDER '{"tier": "C", "timeout": 0.6, "only": ""}'
+
+FOLDER holds sandbox.py and jail.py. Standard library only, so that any user's interpreter can run
+it. Prints a JSON object: tier, uid, ran, seconds and a list of failures.
+"""
+
+import ctypes
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PRELUDE = """import ctypes, gc, os, signal, sys, time
+OUTSIDE, EVALUATOR, PORT, ABSTRACT = {outside!r}, {pid}, {port}, {abstract!r}
+libc = ctypes.CDLL(None)
+def breach(what):
+    raise RuntimeError("BREACH: " + what)
+"""
+HONEST = "def solve(x):\n    return x + 1\n"
+
+
+def programs():
+    """Yield (name, allowed verdict kinds, source)."""
+    text = (Path(__file__).parent / "programs.txt").read_text()
+    for section in text.split("\n### ")[1:]:
+        head, _, source = section.partition("\n")
+        name, _, kinds = head.rpartition(": ")
+        for mark, value in {
+            "<NUL>": "\0",
+            "<NEST>": "(" * 10000 + "1" + ")" * 10000,
+            "<CHAIN>": "+".join(["1"] * 500000),
+            "<INDENT>": "".join(" " * i + "if 1:\n" for i in range(200)),
+            "<SURROGATE>": "\ud800",
+        }.items():
+            source = source.replace(mark, value)
+        yield name, [kind.strip() for kind in kinds.split(",")], source
+
+
+def descendants():
+    """Every process below this one; orphans too, since this one adopts them."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as f:
+                    state, parent = f.read().rpartition(")")[2].split()[:2]
+                if state != "Z":  # dead; nobody here waits for those adopted
+                    parents[int(entry)] = int(parent)
+            except OSError:
+                continue  # it ended meanwhile
+    found = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+
+def snapshot(folder):
+    """Names, contents and attributes of a folder."""
+    seen = [(str(folder), os.lstat(folder).st_mtime_ns)]
+    for path in sorted(folder.rglob("*")):
+        about = path.lstat()
+        content = path.read_bytes() if path.is_file() else b""
+        seen.append((str(path), about.st_mode, about.st_uid, about.st_mtime_ns, content))
+    return seen
+
+
+class World:
+    """What candidates must not touch, and whether they did."""
+
+    def __init__(self):
+        self.number, self.token = secrets.randbelow(10**12) + 10**6, secrets.token_hex(16)
+        os.environ["HF_TOKEN"] = self.token  # before any Sandbox starts
+        self.folder = Path(tempfile.mkdtemp(prefix="roseval-hostile-"))
+        self.folder.chmod(0o777)
+        for name in ("secret", "victim"):
+            (self.folder / name).write_text(self.token)
+            (self.folder / name).chmod(0o666)
+        abstract = "roseval-" + secrets.token_hex(4)
+        self.listeners = [socket.create_server(("127.0.0.1", 0))]
+        self.listeners += [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
+        self.listeners.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        port = self.listeners[0].getsockname()[1]
+        self.listeners[1].bind(str(self.folder / "socket"))
+        (self.folder / "socket").chmod(0o777)
+        self.listeners[2].bind("\0" + abstract)
+        self.listeners[3].bind(("127.0.0.1", port))
+        for listener in self.listeners:
+            listener.setblocking(False)
+        self.bystander = subprocess.Popen(["sleep", "3600"])
+        self.files = snapshot(self.folder)
+        self.prompt = PRELUDE.format(
+            outside=str(self.folder), pid=os.getpid(), port=port, abstract=abstract
+        )
+        self.test = (
+            f'METADATA = {{"METADATA_OF_TESTS": "{self.token}"}}\nWANTED = {self.number}\n'
+            "def check(candidate):\n"
+            "    assert candidate(1) == 1 + WANTED\n    assert candidate(2) == 2 + WANTED\n"
+        )
+
+    def complaints(self, processes):
+        """What is not as it was: a list of texts."""
+        found = []
+        deadline = time.monotonic() + 2
+        while (now := len(descendants())) != processes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if now != processes:
+            found.append(f"{now} processes instead of {processes}")
+        if snapshot(self.folder) != self.files:
+            found.append("files outside were touched")
+        if self.bystander.poll() is not None:
+            found.append("a bystander was killed")
+        for path in ("/tmp/roseval-breach", "/dev/shm/x", "/var/tmp/x"):
+            if os.path.exists(path):
+                found.append(f"{path} was written")
+        for listener in self.listeners:
+            try:
+                (listener.accept if listener is self.listeners[0] else listener.recvfrom)(
+                    *([] if listener is self.listeners[0] else [1])
+                )
+            except BlockingIOError:
+                continue
+            found.append("something arrived at a socket")
+        return found
+
+    def close(self):
+        self.bystander.kill()
+        self.bystander.wait()
+        for listener in self.listeners:
+            listener.close()
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.folder.rmdir()
+
+
+def judge_all(world, config):
+    """Run every program and check the world after it; (count, failures)."""
+    from sandbox import GRACE, Sandbox
+
+    honest_test = (
+        "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 3\n"
+    )
+    ran, failures = 0, []
+    options = {"workers": 1, "tier": config["tier"]}
+    with (
+        Sandbox(timeout=config["timeout"], **options) as hostile,
+        Sandbox(timeout=15.0, **options) as patient,
+    ):
+        for box in (hostile, patient):
+            assert box.judge("", HONEST, honest_test, "solve").passed
+        time.sleep(0.5)  # until each has its next candidate waiting
+        processes = len(descendants())
+        for name, kinds, source in programs():
+            if config.get("only", "") not in name:
+                continue
+            ran += 1
+            started, passes = time.monotonic(), kinds == ["passed"]
+            box = patient if passes else hostile
+            test = honest_test if passes else world.test
+            verdict = box.judge(world.prompt, source, test, "solve")
+            seconds = time.monotonic() - started
+            wrong = world.complaints(processes)
+            if verdict.passed != passes or not (verdict.kind in kinds or kinds == ["*"]):
+                wrong.append(f"{verdict.kind} ({verdict.detail}) instead of {', '.join(kinds)}")
+            if "BREACH" in verdict.detail:
+                wrong.append(verdict.detail)
+            if world.token in verdict.detail or str(world.number) in verdict.detail:
+                wrong.append("a secret came out")
+            if not passes and seconds > config["timeout"] + GRACE + 2:
+                wrong.append(f"{seconds:.1f} s")
+            after = hostile.judge("", f"{HONEST}# {ran}", honest_test, "solve")
+            if not after.passed:
+                wrong.append(f"the next honest program: {after.kind} ({after.detail})")
+            if config.get("verbose"):
+                print(
+                    f"{name}: {verdict.kind}, {verdict.detail} ({seconds:.2f} s)", file=sys.stderr
+                )
+            failures += [f"{name}: {text}" for text in wrong]
+        tier = hostile.tier
+    deadline = time.monotonic() + 2
+    while (left := descendants() - {world.bystander.pid}) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if left:
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes()[:200] for pid in left]
+        failures.append(f"{len(left)} processes outlive the sandbox: {commands}")
+    return tier, ran, failures
+
+
+def main():
+    sys.path.insert(0, sys.argv[1])
+    config = json.loads(sys.argv[2])
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # adopt orphans, so that none escapes the count
+    started, world = time.monotonic(), World()
+    try:
+        tier, ran, failures = judge_all(world, config)
+    finally:
+        world.close()
+    report = {"tier": tier, "uid": os.getuid(), "ran": ran, "failures": failures}
+    print(json.dumps({**report, "seconds": round(time.monotonic() - started, 1)}))
+
+
+if __name__ == "__main__":
+    main()

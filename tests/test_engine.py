@@ -1,0 +1,616 @@
+"""Generation against plain loops, transformers' `generate`, exact distributions, other batches,
+other rank counts; stop strings and text against texts decoded whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+
+import engine
+from checkpoint import load_model
+from config import GPTConfig
+from engine import generate, plan_units, sample_tokens, threefry
+from hf_model import TransformersModel
+from model import GPTModel
+from tokenizer import HuggingFaceTokenizer, build_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA = {
+    "norm": "rmsnorm", "position": "rope", "gated_mlp": True, "activation": "silu", "bias": False,
+    "n_kv_heads": 2, "tie_embeddings": False,
+}  # fmt: skip
+SHAPES = {
+    "gpt2": {},
+    "llama-gqa": LLAMA,
+    "window": LLAMA | {"sliding_window": 5},
+    "window-some-layers": LLAMA | {"sliding_window": 5, "full_attention_layers": (0,)},
+    "qk-norm-head-dim": LLAMA | {"qk_norm": True, "head_dim": 12},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small are slower on several threads, and far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_model(seed=0, scale=4.0, **changes):
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 257, "max_position_embeddings": 48, "n_layers": 2, "n_heads": 4}
+    model = GPTModel(GPTConfig(**(shape | {"d_model": 32, "d_ff": 48, "dropout": 0.0} | changes)))
+    with torch.no_grad():
+        for p in model.parameters():  # far from uniform, so that greedy tokens vary
+            if p.dim() == 2:
+                p.mul_(scale)
+    return model.for_inference(torch.float32)
+
+
+@torch.no_grad()
+def plain_greedy(model, prompt, n):
+    """The no-cache loop: the whole sequence anew for every token."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()))
+    return ids[len(prompt) :]
+
+
+def ragged_prompts(n=7, seed=1, longest=12):
+    g = np.random.default_rng(seed)
+    return [g.integers(0, 257, size).tolist() for size in [1, longest, *g.integers(1, longest, n)]]
+
+
+def by_index(samples):
+    samples = {(s.prompt_index, s.sample_index): s for s in samples}
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------
+# Greedy tokens
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_greedy_equals_the_loop_without_a_cache(shape, batch_size):
+    model, prompts = small_model(**SHAPES[shape]), ragged_prompts()
+    lengths = [3, 14, 9, 1, 12, 5, 8, 14, 2]
+    samples = by_index(generate(model, prompts, max_new_tokens=lengths, batch_size=batch_size))
+    assert len(samples) == len(prompts)
+    for i, (prompt, n) in enumerate(zip(prompts, lengths)):
+        assert samples[i, 0].token_ids == plain_greedy(model, prompt, n), i
+        assert samples[i, 0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("n_samples,batch_size", [(5, 3), (4, 16)])
+def test_samples_of_a_prompt_share_it_and_are_right(n_samples, batch_size):
+    model, prompts = small_model(**LLAMA), ragged_prompts(n=3)
+    options = {"n_samples": n_samples, "batch_size": batch_size}
+    samples = by_index(generate(model, prompts, max_new_tokens=9, **options))
+    for (i, _), sample in samples.items():
+        assert sample.token_ids == plain_greedy(model, prompts[i], 9)
+    assert len(samples) == len(prompts) * n_samples
+
+
+def hf_model(kind):
+    import transformers
+
+    common = {"vocab_size": 97, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=4, **common)
+    else:
+        size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        window = {"sliding_window": 6} if kind == "mistral" else {}
+        name = {"llama": "LlamaConfig", "mistral": "MistralConfig"}[kind]
+        config = getattr(transformers, name)(**common, **size, **window)
+    torch.manual_seed(3)
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def hf_greedy(model, prompt, n):
+    ids = torch.tensor([prompt])
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, **options)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_greedy_equals_transformers_generate(kind, tmp_path):
+    peer = hf_model(kind)
+    peer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="float32")
+    g = np.random.default_rng(5)
+    prompts = [g.integers(1, 97, n).tolist() for n in (11, 4, 7, 2)]
+    samples = by_index(generate(model, prompts, max_new_tokens=16, batch_size=3))
+    fallback = TransformersModel(peer, None)  # the same model, without a cache
+    plain = by_index(generate(fallback, prompts, max_new_tokens=16, batch_size=3))
+    for i, prompt in enumerate(prompts):
+        wanted = hf_greedy(peer, prompt, 16)
+        assert len(set(wanted)) > 4, "a degenerate continuation would show little"
+        assert samples[i, 0].token_ids == wanted
+        assert plain[i, 0].token_ids == wanted
+
+
+def test_the_fallback_samples_the_same_tokens(tmp_path):
+    peer = hf_model("llama")
+    peer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="float32")
+    options = {"max_new_tokens": 10, "temperature": [0.9, 0.0, 1.2], "top_k": [0, 0, 9], "seed": 4}
+    options |= {"n_samples": 2, "top_p": [0.8, 1.0, 0.95], "eos_ids": [5, 6, 7, 8]}
+    ours = by_index(generate(model, [[1, 2], [3], [4, 9, 9]], batch_size=4, **options))
+    plain = TransformersModel(peer, None)
+    assert ours == by_index(generate(plain, [[1, 2], [3], [4, 9, 9]], batch_size=4, **options))
+
+
+# ---------------------------------------------------------------------------------------------
+# Random streams and sampling
+
+
+def int32(*words):
+    return [torch.tensor([w], dtype=torch.int64).to(torch.int32) for w in words]
+
+
+# Random123's kat_vectors: rounds, counter, key, result
+KNOWN = """
+13 00000000 00000000 00000000 00000000 9d1c5ec6 8bd50731
+13 ffffffff ffffffff ffffffff ffffffff fd36d048 2d17272c
+13 243f6a88 85a308d3 13198a2e 03707344 ba3e4725 f27d669e
+20 00000000 00000000 00000000 00000000 6b200159 99ba4efe
+20 ffffffff ffffffff ffffffff ffffffff 1cb996fc bb002be7
+20 243f6a88 85a308d3 13198a2e 03707344 c4923a9c 483df7a0
+"""
+
+
+@pytest.mark.parametrize("line", KNOWN.strip().splitlines())
+def test_threefry_known_answers(line):
+    rounds, *words = line.split()
+    c0, c1, k0, k1, *wanted = [int(w, 16) for w in words]
+    got = threefry(int32(k0, k1), int32(c0, c1), int(rounds))
+    assert [int(x) & 0xFFFFFFFF for x in got] == wanted
+
+
+def test_streams_differ_by_seed_task_sample_and_position():
+    cases = [(0, "HumanEval/1", 0), (1, "HumanEval/1", 0), (0, "HumanEval/10", 0)]
+    cases += [(0, "HumanEval/1", 1), (0, "HumanEval/1", 10)]
+    keys = torch.tensor([engine.stream_key(*case) for case in cases], dtype=torch.int32)
+    noise = [
+        engine.gumbel_noise(keys, torch.full((5,), t, dtype=torch.int32), 2001) for t in (0, 1)
+    ]
+    noise = torch.cat(noise)
+    assert torch.isfinite(noise).all()
+    correlation = torch.corrcoef(noise) - torch.eye(10)
+    assert correlation.abs().max() < 5 / 2001**0.5
+    euler = 0.5772156649
+    assert abs(noise.mean() - euler) < 5 * 1.2825 / 20010**0.5
+    assert abs(noise.std() - np.pi / 6**0.5) < 0.04
+
+
+def exact_distribution(logits, temperature, top_p, top_k):
+    """By sorting: the k likeliest, then the fewest likeliest whose share reaches top_p."""
+    p = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-p, kind="stable")
+    if top_k:
+        p[order[top_k:]] = 0
+    p /= p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    if top_p < 1:
+        p[order[before >= top_p]] = 0
+    return p / p.sum()
+
+
+SETTINGS = [
+    (1.0, 1.0, 0),
+    (0.7, 1.0, 0),
+    (1.3, 0.8, 0),
+    (1.0, 1.0, 5),
+    (0.9, 0.7, 6),
+    (2.0, 0.3, 3),
+]
+
+
+@pytest.mark.parametrize("temperature,top_p,top_k", SETTINGS)
+def test_sampled_tokens_follow_the_exact_distribution(temperature, top_p, top_k):
+    """Through the whole engine: a model without layers' influence would show less than this."""
+    model, n, prompt = small_model(vocab_size=13, scale=6.0, **LLAMA), 4000, [3, 1, 4, 1, 5]
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": 11}
+    samples = generate(model, [prompt], n_samples=n, max_new_tokens=2, batch_size=500, **options)
+    pairs = np.zeros((13, 13))
+    for sample in samples:
+        pairs[tuple(sample.token_ids)] += 1
+    with torch.no_grad():
+
+        def law(ids):
+            logits = model.logits(model.hidden(torch.tensor([ids]))[0, -1]).double().numpy()
+            return exact_distribution(logits, temperature, top_p, top_k)
+
+        first = law(prompt)
+        expected = n * first[:, None] * np.array([law([*prompt, t]) for t in range(13)])
+    assert (pairs[expected == 0] == 0).all(), "a token outside the nucleus was sampled"
+    common = expected >= 5
+    observed = np.append(pairs[common], pairs[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum())
+    kept = wanted > 0
+    statistic = ((observed - wanted)[kept] ** 2 / wanted[kept]).sum()
+    assert statistic < chi2.ppf(1 - 1e-4, max(1, kept.sum() - 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_kept_by_top_k_and_top_p(dtype):
+    """With the noise spread over many draws, exactly the kept tokens appear; ties stay in."""
+    g = torch.Generator().manual_seed(2)
+    logits = (torch.randn(40, 11, generator=g) * 1.5).to(dtype)
+    logits[0] = 0.0  # all equal: all kept
+    top_p, top_k = torch.rand(40, generator=g) * 0.9 + 0.05, torch.randint(0, 7, (40,), generator=g)
+    seen = torch.zeros(40, 11)
+    keys = torch.tensor([engine.stream_key(0, "x", i) for i in range(40)], dtype=torch.int32)
+    ones = torch.full((40,), 3.0)
+    for position in range(600):
+        at = torch.full((40,), position, dtype=torch.int32)
+        tokens = sample_tokens(logits, keys, at, ones, top_p, top_k.int())
+        seen[torch.arange(40), tokens] += 1
+    assert (seen[0] > 0).all()
+    for i in range(1, 40):
+        values = logits[i].double().numpy()
+        p = exact_distribution(values, 3.0, float(top_p[i]), int(top_k[i]))
+        kept = values >= values[p > 0].min()  # with those equal to the last one kept
+        rare = kept & (np.exp(values / 3) / np.exp(values[kept] / 3).sum() < 0.02)
+        assert ((seen[i].numpy() > 0)[~kept] == 0).all(), i
+        assert ((seen[i].numpy() > 0)[kept & ~rare]).all(), i
+
+
+def test_greedy_rows_take_the_first_of_equals_beside_sampled_ones():
+    logits = torch.zeros(2, 9)
+    logits[0, [4, 7]] = 2.0
+    keys, zero = torch.ones(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    tokens = sample_tokens(logits, keys, zero, torch.tensor([0.0, 1.0]), torch.ones(2), zero)
+    assert tokens[0] == 4
+
+
+def test_a_sample_does_not_depend_on_batch_neighbours_or_order():
+    model, prompts = small_model(**LLAMA), ragged_prompts(n=4)
+    names = [f"task/{i}" for i in range(len(prompts))]
+    options = {"max_new_tokens": 11, "temperature": 0.9, "top_p": 0.9, "seed": 3, "eos_ids": [7, 8]}
+    whole = by_index(generate(model, prompts, n_samples=4, keys=names, batch_size=24, **options))
+    assert len({tuple(s.token_ids) for s in whole.values()}) > 20
+    for batch_size in (1, 5):
+        assert whole == by_index(
+            generate(model, prompts, n_samples=4, keys=names, batch_size=batch_size, **options)
+        )
+    order = [4, 2, 0, 5]  # other neighbours, other units, fewer samples
+    part = generate(
+        model, [prompts[i] for i in order], n_samples=2, keys=[names[i] for i in order],
+        batch_size=3, **options,
+    )  # fmt: skip
+    for sample in part:
+        same = whole[order[sample.prompt_index], sample.sample_index]
+        assert (sample.token_ids, sample.finish_reason) == (same.token_ids, same.finish_reason)
+    other = by_index(generate(model, prompts, n_samples=4, keys=names, **(options | {"seed": 4})))
+    assert sum(other[i].token_ids == whole[i].token_ids for i in whole) < 3
+
+
+def test_done_samples_are_left_out_and_the_others_unchanged():
+    model, prompts = small_model(**LLAMA), ragged_prompts(n=2)
+    options = {"n_samples": 3, "max_new_tokens": 6, "temperature": 1.0, "batch_size": 2}
+    whole = by_index(generate(model, prompts, **options))
+    done = {(0, 1), (1, 0), (1, 1), (1, 2)}
+    rest = by_index(generate(model, prompts, done=done, **options))
+    assert rest.keys() == whole.keys() - done
+    assert all(rest[i] == whole[i] for i in rest)
+
+
+RANKS = """
+    import json
+    import numpy as np
+    from test_engine import LLAMA, generate, ragged_prompts, small_model
+    model, prompts = small_model(**LLAMA), ragged_prompts(n=9)
+    samples = list(generate(model, prompts, n_samples=3, max_new_tokens=12, temperature=1.0,
+                            top_p=0.95, eos_ids=[9, 10], batch_size=4, dist=dist))
+    rows = [[s.prompt_index, s.sample_index, s.token_ids, s.finish_reason] for s in samples]
+    everything = dist.gather(rows)
+    if dist.is_main:
+        print(json.dumps([sorted(sum(everything, [])), [len(r) for r in everything]]))
+"""
+
+
+def on_ranks(tmp_path, n):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import distributed\nwith distributed.setup('cpu') as dist:" + RANKS
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    process = subprocess.Popen(
+        [*command, str(n), str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def test_identical_samples_on_1_2_and_3_ranks(tmp_path):
+    alone, counts = on_ranks(tmp_path, 1)
+    assert counts == [33] and len({tuple(row[2]) for row in alone}) > 25
+    for n in (2, 3):
+        together, counts = on_ranks(tmp_path, n)
+        assert together == alone
+        assert min(counts) > 0, "every rank had work"
+
+
+def test_units_cover_every_prompt_once_and_do_not_know_the_world_size():
+    for n_prompts, n_samples, batch in [(164, 200, 200), (164, 1, 64), (3, 1, 64), (1, 1, 1)]:
+        units = plan_units(n_prompts, n_samples, batch)
+        assert [i for unit in units for i in unit] == list(range(n_prompts))
+        assert len(units) >= min(n_prompts, 8)
+    assert max(len(unit) for unit in plan_units(164, 200, 200)) == 8
+
+
+# ---------------------------------------------------------------------------------------------
+# Endings and text
+
+
+class Scripted(torch.nn.Module):
+    """A model that says fixed tokens after each prompt: what follows prompt [p] is says[p]."""
+
+    supports_cache, config = False, None
+
+    def __init__(self, says, vocab_size):
+        super().__init__()
+        self.says, self.V = says, vocab_size
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+        self.calls = 0
+
+    def hidden(self, ids):
+        self.calls += 1
+        hidden = torch.zeros(*ids.shape, self.V)
+        for row, out in zip(ids.tolist(), hidden):
+            said = self.says[row[0]]
+            for t in range(len(row)):
+                out[t, said[t] if t < len(said) else 0] = 1.0
+        return hidden
+
+    def logits(self, hidden):
+        return hidden
+
+
+def says(tokenizer, *texts):
+    """Prompt i is token i, chosen not to matter; the model answers with texts[i]."""
+    answers = [list(t) if isinstance(t, list) else tokenizer.encode(t) for t in texts]
+    return Scripted(dict(enumerate(answers)), tokenizer.vocab_size), [
+        [i] for i in range(len(texts))
+    ]
+
+
+def test_stop_strings_across_tokens_cut_the_text():
+    tok = build_tokenizer("byte")
+    texts = [
+        "return 1\ndef g():\n",
+        "\n\n\nclass A",
+        "no stop here at all",
+        "#\ndef",
+        "x\nde\ndef y",
+    ]
+    model, prompts = says(tok, *texts)
+    stop = ["\ndef", "\nclass", "\n#"]
+    options = {"tokenizer": tok, "stop": stop, "max_new_tokens": 19, "batch_size": 2}
+    samples = by_index(generate(model, prompts, **options))
+    wanted = ["return 1", "\n\n", "no stop here at all", "#", "x\nde"]
+    for i, text in enumerate(wanted):
+        assert samples[i, 0].text == text
+        stopped = any(s in texts[i] for s in stop)
+        assert samples[i, 0].finish_reason == ("stop" if stopped else "length")
+    # and the sequence ended with the token that completed the stop string
+    assert len(samples[0, 0].token_ids) == len("return 1\ndef")
+    assert len(samples[4, 0].token_ids) == len("x\nde\ndef")
+
+
+def test_stop_strings_with_merged_tokens(data_dir):
+    """GPT-2's tokens straddle the stop string on both sides: the text is cut inside a token."""
+    tok = build_tokenizer(str(data_dir / "tokenizers" / "gpt2"))
+    text = "    return a + b\n\n\nif __name__ == '__main__':\n    pass"
+    model, prompts = says(tok, text)
+    options = {"tokenizer": tok, "max_new_tokens": 40}
+    for stop, wanted in [(["\nif"], "    return a + b\n\n"), (["urn a"], "    ret")]:
+        (sample,) = generate(model, prompts, stop=stop, **options)
+        assert (sample.text, sample.finish_reason) == (wanted, "stop")
+    (sample,) = generate(model, prompts, stop=["never"], **options)
+    assert sample.finish_reason == "length" and sample.text.startswith(text)
+
+
+def test_the_earliest_stop_string_wins():
+    tok = build_tokenizer("byte")
+    model, prompts = says(tok, "ab\n\ncd")
+    (sample,) = generate(model, prompts, tokenizer=tok, stop=["\n\n", "b\n"], max_new_tokens=6)
+    assert sample.text == "a"
+
+
+def test_characters_split_between_tokens():
+    tok = build_tokenizer("byte")
+    model, prompts = says(tok, "é→🙂终止。x", "日本", "終", "a🙂")
+    limits = [30, 5, 2, 4]  # 日本 cut after 5 of 6 bytes, 終 after 2 of 3, 🙂 after 3 of 4
+    options = {"tokenizer": tok, "stop": ["终止"], "max_new_tokens": limits}
+    samples = by_index(generate(model, prompts, **options))
+    assert samples[0, 0].text == "é→🙂" and samples[0, 0].finish_reason == "stop"
+    assert len(samples[0, 0].token_ids) == len("é→🙂终止".encode())
+    assert samples[1, 0].text == "日"
+    assert samples[2, 0].text == ""
+    assert samples[3, 0].text == "a"
+
+
+def test_a_prompt_that_ends_inside_a_character():
+    tok = build_tokenizer("byte")
+    smile = list("🙂".encode())
+    model = Scripted({smile[0]: [0, *smile[2:], *tok.encode("!")]}, 257)
+    (sample,) = generate(model, [smile[:2]], tokenizer=tok, max_new_tokens=3)
+    assert sample.text == "🙂!"
+
+
+def sentencepiece_like():
+    """A vocabulary with ▁ for spaces and byte fallback, decoded as Llama 2's is."""
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    words += ["▁", "▁▁▁▁", "▁return", "▁x", "def", "▁def", "a", "▁a", "f", "(", ")", ":"]
+    vocab = {w: i for i, w in enumerate(words)}
+    core = tokenizers.Tokenizer(
+        models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True)
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    return HuggingFaceTokenizer(fast, "sentencepiece-like"), vocab
+
+
+def test_sentencepiece_keeps_its_indentation_and_finds_stops():
+    tok, vocab = sentencepiece_like()
+    assert tok.decode([vocab["▁return"]]) == "return", "the trap: alone it loses its space"
+    newline = vocab["<0x0A>"]
+    answer = [vocab["▁▁▁▁"], vocab["▁return"], vocab["▁x"], newline, vocab["def"], vocab["▁a"]]
+    model = Scripted({vocab["▁a"]: answer}, tok.vocab_size)
+    options = {"tokenizer": tok, "max_new_tokens": 6}
+    (sample,) = generate(model, [[vocab["▁a"]]], stop=["\ndef"], **options)
+    assert (sample.text, len(sample.token_ids)) == ("     return x", 5)
+    (sample,) = generate(model, [[vocab["▁a"]]], stop=[" return"], **options)
+    assert (sample.text, len(sample.token_ids)) == ("    ", 2)
+
+
+def test_eos_ends_a_sequence_and_is_not_part_of_it():
+    tok = build_tokenizer("byte")
+    model, prompts = says(tok, [*b"ab", 256, *b"cd"], [256], "abc")
+    samples = by_index(
+        generate(model, prompts, tokenizer=tok, eos_ids=[256], max_new_tokens=3, batch_size=2)
+    )
+    got = [(s.text, s.token_ids, s.finish_reason) for _, s in sorted(samples.items())]
+    assert got == [("ab", [97, 98], "eos"), ("", [], "eos"), ("abc", [97, 98, 99], "length")]
+
+
+def test_freed_rows_are_refilled():
+    """Nine sequences of 1..9 tokens in three rows: no more steps than a full batch needs."""
+    tok = build_tokenizer("byte")
+    model, prompts = says(tok, *("x" * n + "." for n in [9, 1, 5, 2, 7, 3, 8, 4, 6]))
+    units = [range(9)]
+    options = {"tokenizer": tok, "stop": ["."], "max_new_tokens": 20, "batch_size": 3}
+    order = [s.prompt_index for s in generate(model, prompts, units=units, **options)]
+    assert sorted(order) == list(range(9)) and order[0] == 1, "samples come as they finish"
+    assert model.calls == 20  # 10 | 2 3 8 .. : what three rows filled in this order take
+
+
+def test_rows_refill_with_the_cache_as_well(monkeypatch):
+    model, prompts = small_model(**LLAMA), ragged_prompts(n=10)
+    steps, step = [], engine._decode_step
+    monkeypatch.setattr(engine, "_decode_step", lambda *a: (steps.append(1), step(*a)))
+    lengths = [10, 1, 6, 2, 8, 3, 9, 4, 7, 5, 1, 2]
+    units = [range(12)]
+    samples = by_index(generate(model, prompts, max_new_tokens=lengths, batch_size=3, units=units))
+    assert [len(samples[i, 0].token_ids) for i in range(12)] == lengths
+    # rows taken in order: 10+3+7 | 1+2+8+4+... no row idles before the queue is empty
+    assert len(steps) <= -(-sum(lengths) // 3) + max(lengths) // 2
+
+
+def test_idle_rows_stay_inside_the_context():
+    """A row left over from long sequences, now behind a prompt that fills the context, must not
+    run on: its position would be beyond the table."""
+    model, prompts = small_model(), [[5], ragged_prompts(n=0, longest=48)[1]]
+    options = {"n_samples": 2, "max_new_tokens": 46, "batch_size": 2, "units": [[0], [1]]}
+    samples = by_index(generate(model, prompts, done={(1, 1)}, **options))
+    assert samples[1, 0].token_ids == plain_greedy(model, prompts[1], 1)
+    assert samples.keys() == {(0, 0), (0, 1), (1, 0)}
+
+
+def test_a_host_that_looks_late_changes_nothing(monkeypatch):
+    """On CUDA tokens are looked at some steps after they were sampled; the overshoot is dropped."""
+    model, prompts = small_model(**LLAMA), ragged_prompts(n=8)
+    tok = build_tokenizer("byte")
+    options = {"max_new_tokens": 14, "temperature": 1.0, "eos_ids": range(40), "batch_size": 3}
+    options |= {"tokenizer": tok, "stop": ["e", "\x90"], "n_samples": 2}
+    prompt_now = by_index(generate(model, prompts, **options))
+    build = engine.CachedRows.__init__
+
+    def late(self, *args):
+        build(self, *args)
+        self.lag, self.patience = 2, 2
+        for ring in (self.fresh_ring, self.tiles_ring, self.token_ring):
+            ring += [torch.zeros_like(ring[0]) for _ in range(2)]
+        self.compiled = True  # the span is then not narrowed step by step
+
+    monkeypatch.setattr(engine.CachedRows, "__init__", late)
+    assert by_index(generate(model, prompts, **options)) == prompt_now
+    assert {s.finish_reason for s in prompt_now.values()} >= {"eos", "length"}
+
+
+# ---------------------------------------------------------------------------------------------
+# The context, and what is refused
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama-gqa"])
+def test_generation_stops_at_the_end_of_the_context(shape):
+    model = small_model(**SHAPES[shape])  # 48 positions
+    g = np.random.default_rng(0)
+    prompts = [g.integers(0, 257, n).tolist() for n in (48, 40, 3)]
+    samples = by_index(generate(model, prompts, max_new_tokens=20, batch_size=2))
+    for i, n in enumerate([1, 9, 20]):
+        assert samples[i, 0].finish_reason == "length"
+        assert samples[i, 0].token_ids == plain_greedy(model, prompts[i], n)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (
+            {"prompts": [[1], [1] * 49]},
+            "prompt 1 has 49 tokens, more than the model's context of 48",
+        ),
+        ({"prompts": [[1] * 50], "keys": ["HumanEval/3"]}, "prompt HumanEval/3 has 50 tokens"),
+        ({"prompts": [[]]}, "prompt 0 has no tokens"),
+        ({"temperature": -0.1}, "temperature must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": [0.5, 1.5]}, "top_p must be above 0 and at most 1, not 1.5"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"n_samples": 0}, "n_samples must be at least 1"),
+        ({"batch_size": 0}, "batch size must be at least 1"),
+        ({"stop": ["\n"]}, "pass a tokenizer"),
+        ({"stop": [""], "tokenizer": build_tokenizer("byte")}, "an empty stop string"),
+        ({"keys": ["a", "a"]}, "keys must name each of 2 prompts once"),
+    ],
+)
+def test_refused_before_anything_runs(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        generate(small_model(), **({"prompts": [[1], [2]]} | changes))
+    assert "\n" not in str(error.value)
+
+
+def test_no_prompts_no_samples():
+    assert list(generate(small_model(), [])) == []
+
+
+def test_parameters_by_prompt_and_by_sample():
+    model, prompts = small_model(**LLAMA), [[5, 6], [7]]
+    temperature = [[0.0, 1.0], [1.0, 0.0]]
+    options = {"n_samples": 2, "max_new_tokens": [4, 9], "batch_size": 3}
+    samples = by_index(generate(model, prompts, temperature=temperature, **options))
+    assert samples[0, 0].token_ids == plain_greedy(model, prompts[0], 4)
+    assert samples[1, 1].token_ids == plain_greedy(model, prompts[1], 9)
+    sampled = by_index(generate(model, prompts, temperature=1.0, **options))
+    assert samples[0, 1] == sampled[0, 1] and samples[1, 0] == sampled[1, 0]
