@@ -1,0 +1,1076 @@
+"""What a model costs: parameters, FLOPs, memory and time, from its config alone (no torch needed).
+
+    python compute.py --config 7b                          # a summary, on one H100
+    python compute.py --config 7b --training --precision pure --gpu h200
+    python compute.py --config 7b --fits --gpu a100        # what fits: batch, length, sharding
+    python compute.py --config 7b --explain                # every formula with the numbers put in
+    python compute.py --config checkpoints/checkpoint-1000 --json
+    python compute.py --params 7e9                         # rules of thumb only
+
+    from compute import count_parameters, estimate_flops, estimate_memory, find_gpu, mfu
+
+Every formula is a row of the tables below: a symbol, the expression that is evaluated, its unit,
+its meaning and its source. Symbols: B sequences of T tokens, s = B*T, L layers, h width, a query
+heads, k key/value heads, d head width, f MLP width, V vocabulary, E experts, K of them per token.
+Features that a model has or lacks (tied, gated, rope, …) count as 1 or 0. Bytes per number:
+c computing, w weight, g gradient, o optimizer state.
+
+Shortcuts that are wrong: 4*B*T^2*h for attention leaves out the projections; 2*s*h*f is one product
+of an MLP that has two or, gated, three; the head runs forward and backward, so it counts three
+times in training; key/value caches hold two tensors, of k heads and not a.
+
+Reference: Llama-2-7B has 6,738,415,616 parameters; a forward of 2,048 tokens is 29,261,612,187,648
+FLOPs with the full attention mask.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from config import GPTConfig, load_config, load_yaml, presets
+
+# ---------------------------------------------------------------------------------------------
+# GPUs
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Datasheet peaks, dense (no sparsity); memory as torch reports it, in bytes."""
+
+    name: str
+    words: str  # all of them occur in torch.cuda.get_device_name
+    bf16_flops: float  # FLOP/s; FP16's where the chip has no BF16
+    fp32_flops: float  # FLOP/s without TF32
+    bandwidth: float  # bytes/s
+    memory: float  # bytes
+
+
+def _gpu(name, words, bf16, fp32, bandwidth, gib):
+    return GPU(name, words, bf16 * 1e12, fp32 * 1e12, bandwidth * 1e12, gib * 2**30)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # TFLOP/s bf16 and fp32, TB/s, GiB
+        _gpu("h200", "H200", 989.4, 66.9, 4.8, 139.8),
+        _gpu("h200-nvl", "H200 NVL", 835.5, 60.0, 4.8, 139.8),
+        _gpu("gh200", "GH200", 989.4, 66.9, 4.0, 94.5),
+        _gpu("h100", "H100", 989.4, 66.9, 3.35, 79.1),
+        _gpu("h100-pcie", "H100 PCIE", 756.0, 51.2, 2.0, 79.1),
+        _gpu("h100-nvl", "H100 NVL", 835.5, 60.0, 3.9, 93.1),
+        _gpu("h800", "H800", 989.4, 66.9, 3.35, 79.1),
+        _gpu("h20", "H20", 148.0, 44.0, 4.0, 95.1),
+        _gpu("b200", "B200", 2250.0, 80.0, 8.0, 178.3),
+        _gpu("a100", "A100 80GB", 312.0, 19.5, 2.039, 79.2),
+        _gpu("a100-pcie", "A100 80GB PCIE", 312.0, 19.5, 1.935, 79.2),
+        _gpu("a100-40gb", "A100", 312.0, 19.5, 1.555, 39.4),
+        _gpu("a800", "A800", 312.0, 19.5, 2.039, 79.2),
+        _gpu("l40s", "L40S", 362.0, 91.6, 0.864, 44.4),
+        _gpu("l4", "L4", 121.0, 30.3, 0.3, 22.0),
+        _gpu("a10g", "A10G", 70.0, 31.2, 0.6, 22.0),
+        _gpu("a10", "A10", 125.0, 31.2, 0.6, 22.0),
+        _gpu("a6000", "A6000", 154.8, 38.7, 0.768, 47.4),
+        _gpu("6000-ada", "6000 ADA", 364.2, 91.1, 0.96, 47.4),
+        _gpu("rtx4090", "RTX 4090", 165.2, 82.6, 1.008, 23.5),
+        _gpu("rtx3090", "RTX 3090", 71.0, 35.6, 0.936, 23.6),
+        _gpu("v100", "V100", 125.0, 15.7, 0.9, 15.8),
+        _gpu("v100-32gb", "V100 32GB", 125.0, 15.7, 0.9, 31.7),
+        _gpu("t4", "T4", 65.0, 8.1, 0.32, 14.6),
+        _gpu("mi300x", "MI300X", 1307.4, 163.4, 5.3, 191.5),
+    )
+}
+OTHER_CHIPS = {"LAPTOP", "MIG", "D"}  # namesakes with other peaks
+
+
+def find_gpu(device_name: str) -> GPU | None:
+    """The GPU of a table name ("h100") or a torch.cuda.get_device_name ("NVIDIA H100 80GB HBM3").
+
+    The entry with most matching words wins; None for a chip that is not in the table.
+    """
+    if device_name.lower() in GPUS:
+        return GPUS[device_name.lower()]
+    words = set(re.split(r"[\s_-]+", device_name.upper()))
+    if words & OTHER_CHIPS:
+        return None
+    found = [gpu for gpu in GPUS.values() if set(gpu.words.split()) <= words]
+    return max(found, key=lambda gpu: len(gpu.words.split()), default=None)
+
+
+def load_gpu(spec: str) -> GPU:
+    """A table name, a device name, or a YAML file with the fields of `GPU` (plain units)."""
+    if Path(spec).suffix in (".yaml", ".yml"):
+        values = {"name": Path(spec).stem, "words": ""} | load_yaml(spec)
+        try:
+            return GPU(**values)
+        except TypeError:
+            wanted = "bf16_flops, fp32_flops, bandwidth, memory"
+            raise ValueError(
+                f"{spec}: a GPU file has the fields {wanted} (per second, bytes)"
+            ) from None
+    gpu = find_gpu(spec)
+    if gpu is None:
+        raise ValueError(f"no GPU named {spec!r}; known are {', '.join(GPUS)}, or a YAML file")
+    return gpu
+
+
+def mfu(flops: float, seconds: float, n_gpus: int, gpu: GPU) -> float:
+    """Model FLOPs utilisation (Chowdhery et al. 2022): model FLOPs done over what the dense bf16
+    peak allows. Evaluation counts `forward_causal`, training `training` of `estimate_flops`."""
+    return flops / (seconds * n_gpus * gpu.bf16_flops)
+
+
+# ---------------------------------------------------------------------------------------------
+# The formulas: symbol, expression, unit, meaning, source
+
+# fmt: off
+PARAMETERS = (
+    ("n_attn", "h*(a + 2*k)*d + a*d*h + qkv_bias*(a + 2*k)*d + bias*h + qk_norm*2*d",
+     "", "attention of a block", "Vaswani 2017; grouped queries: Ainslie 2023"),
+    ("n_expert", "(2 + gated)*h*f + bias*((1 + gated)*f + h)",
+     "", "one MLP or expert", "gated: Shazeer 2020"),
+    ("n_mlp", "max(E, 1)*n_expert + h*E", "", "MLP of a block, router included", "Jiang 2024"),
+    ("n_norm", "h*(1 + norm_bias)", "", "one norm", "Ba 2016; Zhang 2019"),
+    ("n_block", "n_attn + n_mlp + 2*n_norm", "", "one block", ""),
+    ("n_embed", "V*h + learned*T_max*h", "", "token and position embeddings", ""),
+    ("n_head", "(1 - tied)*V*h", "", "LM head, 0 where tied", "Press 2017"),
+    ("N", "n_embed + L*n_block + n_norm + n_head", "", "all parameters", ""),
+    ("N_active", "N - L*(E - K)*n_expert", "", "used by one token", "Jiang 2024"),
+    ("n_linear", "h*(a + 2*k)*d + a*d*h + max(E, 1)*(2 + gated)*h*f",
+     "", "linear weights of a block", ""),
+    ("n_norms", "(2*L + 1)*n_norm + L*qk_norm*2*d", "", "parameters of all norms", ""),
+    ("n_lora", "r*(a*d + 2*k*d + a*d + 4*h + max(E, 1)*(2 + gated)*(h + f))",
+     "", "adapters of a block: in + out of q, k, v, out, MLP", "Hu 2021"),
+)
+
+FLOPS = (
+    ("p_block", "h*(a + 2*k)*d + a*d*h + max(K, 1)*(2 + gated)*h*f + h*E",
+     "", "products a token meets in a block", ""),
+    ("P_full", "L*B*T**2", "", "query-key pairs, full mask", ""),
+    ("P_causal", "B*(L_full*pairs(T, T) + L_window*pairs(T, window))",
+     "", "attended pairs: pairs(T, w) = sum of min(t, w)", "windows: Beltagy 2020"),
+    ("F_linear", "2*s*L*p_block", "FLOP", "projections, MLP, router", "Kaplan 2020"),
+    ("F_attention", "4*a*d*P_full", "FLOP", "QK' and AV", "Narayanan 2021"),
+    ("F_attention_causal", "4*a*d*P_causal", "FLOP", "QK' and AV, attended pairs", "Dao 2022"),
+    ("F_head", "2*s*h*V", "FLOP", "LM head", "Narayanan 2021"),
+    ("F_forward", "F_linear + F_attention + F_head", "FLOP", "forward, full mask", ""),
+    ("F_forward_causal", "F_linear + F_attention_causal + F_head", "FLOP", "forward, causal", ""),
+    ("F_training", "3*F_forward", "FLOP", "model FLOPs of a step", "PaLM: Chowdhery 2022, app. B"),
+    ("F_training_causal", "3*F_forward_causal", "FLOP", "the same, causal", ""),
+    ("F_recompute", "full_recompute*(F_linear + F_attention - (not drop)*2*s*L*max(K, 1)*h*f)",
+     "FLOP", "one more forward of the blocks; torch skips the last product", "Chen 2016"),
+    ("F_executed", "3*(F_linear + F_head) + (3 + 0.5*flash)*F_attention + F_recompute",
+     "FLOP", "run in a step: flash's backward computes the scores again", "Dao 2022"),
+    ("F_lora", "2*s*L*r*(2*a*d + 2*k*d + 4*h + max(K, 1)*(2 + gated)*(h + f))",
+     "FLOP", "adapters, forward", "Hu 2021"),
+    ("F_training_lora", "2*(F_linear + F_head) + 3*F_attention + 3*F_lora"
+     " - 2*s*(h*(a + 2*k)*d + 3*r*h)",
+     "FLOP", "frozen base: no weight gradients, nothing flows into block 0's input", "Hu 2021"),
+    ("rule_2N", "2*N_active*s", "FLOP", "rule of thumb for a forward", "Kaplan 2020"),
+    ("rule_6N", "6*N_active*s", "FLOP", "rule of thumb for a step", "Kaplan 2020"),
+)
+
+OPTIMIZERS = {  # bytes of state: n_train parameters, n_matrix of them in the blocks' matrices
+    "adamw": ("2*o*n_train", "two moments", "Loshchilov 2019"),
+    "adamw8bit": ("2*(1 + 4/256)*n_train", "8-bit moments, a scale per 256", "Dettmers 2022"),
+    "sgd": ("0", "no state", ""),
+    "momentum": ("o*n_train", "one moment", "Sutskever 2013"),
+    "adafactor": ("4*n_factors", "row and column means of squares", "Shazeer 2018"),
+    "muon": ("o*n_matrix + 2*o*(n_train - n_matrix)", "momentum; AdamW off the matrices",
+             "Jordan 2024"),
+}
+
+STATE = (
+    ("n_factors", "L*((a + 2*k)*d + a*d + 2*h + max(E, 1)*((2 + gated)*f + 2*h)) + n_norms"
+     " + (2 - tied)*(V + h) + learned*(T_max + h)", "", "rows and columns", ""),
+    ("n_train", "(not lora)*N + lora*L*n_lora", "", "trained parameters", ""),
+    ("n_matrix", "(not lora)*L*n_linear", "", "of which matrices in blocks", ""),
+    ("M_weights", "(w*(N - L*n_linear - n_norms) + w_norm*n_norms + w_block*L*n_linear)/n_w",
+     "byte", "weights", "sharded: Rajbhandari 2020"),
+    ("M_adapters", "lora*4*n_train", "byte", "LoRA adapters, float32", "Hu 2021"),
+    ("M_gradients", "g*n_train/n_g", "byte", "gradients", "sharded: Rajbhandari 2020"),
+    ("M_master", "master*4*n_train/n_o", "byte", "float32 copies", "Micikevicius 2018"),
+)
+
+ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in sequence parallelism
+    "roseval": (  # a float32 residual stream; fused RMSNorm
+        ("A_residual", "4*hr", "byte", "residual stream", ""),
+        ("A_norms", "2*A_residual", "byte", "norm inputs", ""),
+        ("A_inputs", "2*c*hr", "byte", "inputs of qkv and fc1", ""),
+        ("A_qkv", "c*(a + 2*k)*d + rope*c*(a + k)*d", "byte", "q, k, v; q, k as rotated", ""),
+        ("A_qk_norm", "qk_norm*4*((c < 4)*(a + k)*d + a + k)", "byte", "query and key norms", ""),
+        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
+        ("A_mlp", "c*f*(2 + 2*gated - (relu and not gated))", "byte", "around the activation", ""),
+    ),
+    "transformers": (  # residual in the weights' dtype, RMSNorm and tanh GELU by elementary steps
+        ("A_residual", "hr*max(c, 4*autocast)", "byte", "residual stream", ""),
+        ("A_norms", "2*(A_residual + rms*4*hr)", "byte", "norm inputs; normalised", ""),
+        ("A_inputs", "c*hr*(2 + 3*autocast*rms)", "byte", "inputs of q, k, v, gate, up", ""),
+        ("A_qkv", "c*(a + 2*k)*d", "byte", "q, k, v", ""),
+        ("A_qk_norm", "qk_norm*((4 + c)*(a + k)*d + 4*(a + k))", "byte", "query, key norms", ""),
+        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
+        ("A_mlp", "max(K, 1)*f*(2*c + 2*c*gated + (3*c + 6*autocast)*(tanh and not gated))"
+         " + 2*K*c*h", "byte", "around the activation", ""),
+    ),
+    "megatron": (  # residual in the weights' dtype, or autocast's float32: nanoGPT, Megatron-LM
+        ("A_residual", "hr*max(c, 4*autocast)", "byte", "residual stream", ""),
+        ("A_norms", "2*A_residual", "byte", "norm inputs", ""),
+        ("A_inputs", "2*c*hr", "byte", "inputs of qkv and fc1", ""),
+        ("A_qkv", "c*(a + 2*k)*d", "byte", "q, k, v", ""),
+        ("A_qk_norm", "qk_norm*2*c*(a + k)*d", "byte", "query and key norms", ""),
+        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
+        ("A_mlp", "max(K, 1)*c*f*(2 + 2*gated)", "byte", "around the activation", ""),
+    ),
+}
+
+STEP = (
+    ("A_dropout", "drop*2*hr", "byte", "masks", "Korthikanti 2022"),
+    ("A_scores", "math*a*T*(c + drop*(1 + c))", "byte", "eager attention only", "Korthikanti 2022"),
+    ("A_lora", "lora*c*r*(6 + gated)", "byte", "between the halves of adapters", ""),
+    ("A_statistics", "2*(8 - 4*rms) + flash*4*a", "byte", "of norms; log-sum-exp", "Dao 2022"),
+    ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_dropout"
+     " + A_scores + A_lora + A_statistics)", "byte", "saved by a block", "Korthikanti 2022"),
+    ("A_kept", "s*A_residual if full_recompute else A_block", "byte", "until the backward",
+     "Chen 2016"),
+    ("A_shared", "s*(16 + drop*hr) + rope*4*T*d", "byte", "token ids, dropout, angles", ""),
+    ("A_ends", "s*(A_residual + 8 - 4*rms + c*hr)", "byte", "final norm, head's input", ""),
+    ("A_backward", "s*(A_residual + max(c*hr + c*f, 2*gated*c*f))", "byte",
+     "gradients passing through a block", ""),
+    ("M_loss_forward", "s*V*(c + 8)", "byte", "logits, float32 copy, log-softmax", ""),
+    ("M_loss_kept", "s*V*(4 + held*c)", "byte", "log-softmax", ""),
+    ("M_loss_backward", "s*V*(12 + held*c)", "byte", "and two gradients", ""),
+    ("M_held", "held*s*V*c", "byte", "logits that the caller keeps", ""),
+    ("M_casts", "autocast*2*n_linear", "byte", "16-bit casts of a block's weights", ""),
+    ("M_cast_head", "autocast*2*V*h", "byte", "and of the head", ""),
+    ("M_buckets", "(zero == 0 and n > 1)*g*n_train", "byte", "DDP's gradient buckets", "Li 2020"),
+    ("M_gathered", "(zero == 3)*c*(2*n_block + n_embed + n_head)", "byte",
+     "FSDP: a block, the next, embeddings and head", "Zhao 2023"),
+    ("M_scattered", "(zero == 3)*((c + 4)*n_block + c*(n_embed + n_head))", "byte",
+     "FSDP: gradients of a block before and after its cast, and of the ends", "Zhao 2023"),
+    ("M_scattered_ends", "(zero == 3)*(c + 4)*(n_embed + n_head)", "byte", "the last of them", ""),
+    ("M_temporary", "(not fused and adam)*o*n_train/n_o", "byte", "foreach: square roots", ""),
+    ("M_tied", "tied*(not lora)*g*V*h", "byte", "two gradients of a tied embedding", ""),
+)
+
+INFERENCE = (
+    ("M_cache", "2*L*k*d*c*s", "byte", "keys and values", "Pope 2022"),
+    ("W_attention", "s*(8*h + c*(a + 2*k)*d + rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d)",
+     "byte", "prefill, at the rotation of q", ""),
+    ("W_mlp", "s*(12*h + (2*c*h + c*f if tanh and bias and c < 4 else c*f*(2 + 2*gated)))",
+     "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
+    ("W_logits", "B*V*(c + 4) + s*4*h", "byte", "last hidden states, logits of B tokens", ""),
+    ("W_prefill", "max(W_attention, W_mlp, W_logits)", "byte", "workspace of a prefill", ""),
+    ("W_scoring", "max(W_attention, W_mlp, s*4*h + min(s, chunk)*(V*(c + 8) + c*h))", "byte",
+     "of scoring.py: float32 logits of a chunk, their exponentials", ""),
+)
+
+PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes moved, kernels
+    ("qkv", "2*s*h*(a + 2*k)*d", "w_block*h*(a + 2*k)*d + c*s*(h + (a + 2*k)*d)", "1"),
+    ("attention", "4*a*d*P_pass", "c*(2*s*a*d + 2*B*X*k*d)",
+     "10 if T == 1 else 3"),  # decode merges parts of the keys
+    ("out", "2*s*a*d*h", "w_block*a*d*h + c*s*(a*d + h)", "1"),
+    ("router", "2*s*h*E", "w*h*E", "(E > 0)*4"),
+    ("up", "2*s*max(K, 1)*(1 + gated)*h*f",
+     "w_block*touched*(1 + gated)*h*f + c*s*max(K, 1)*(h + (1 + gated)*f)", "1"),
+    ("down", "2*s*max(K, 1)*f*h", "w_block*touched*f*h + c*s*max(K, 1)*(h + f)", "1"),
+    ("elementwise", "0", "s*(32*h + 4*rope*(a + k)*d + 3*c*f) if compiled else"
+     " s*(48*h + 48*rope*(a + k)*d + 28*qk_norm*(a + k)*d + 4*c*k*d + c*f*(2 + 3*gated))",
+     "(4 if compiled else 7 + 18*rope + 6*qk_norm + gated)"),
+)
+# fmt: on
+
+
+def pairs(T: int, window: int) -> int:
+    """Query-key pairs of T tokens that each see themselves and window - 1 before them."""
+    w = min(T, window)
+    return w * (w + 1) // 2 + (T - w) * w
+
+
+@cache
+def _compiled(expression: str):
+    return compile(expression, "<formula>", "eval")
+
+
+def solve(rows, symbols: dict) -> dict:
+    """`symbols` and, by symbol, the value of each row: a row may use all rows before it."""
+    values = dict(symbols)
+    names = {"pairs": pairs, "max": max, "min": min, "__builtins__": {}}
+    for symbol, expression, *_ in rows:
+        values[symbol] = eval(_compiled(expression), names, values)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------
+# The symbols: of the model, and of how it is run
+
+DTYPES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625}  # bytes a weight
+DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+CUDA_CONTEXT = 500 * 2**20  # driver, kernels, handles: outside torch's counters
+CHUNK_TOKENS = 8192  # rows of logits that scoring.py holds at once
+
+
+def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    windowed = sum(c.layer_window(layer) is not None for layer in range(c.n_layers))
+    return {
+        "B": batch_size,
+        "T": seq_len,
+        "s": batch_size * seq_len,
+        "L": c.n_layers,
+        "h": c.d_model,
+        "hr": c.d_model,
+        "a": c.n_heads,
+        "k": c.n_kv_heads,
+        "d": c.head_dim,
+        "f": c.d_ff,
+        "V": c.vocab_size,
+        "T_max": c.max_position_embeddings,
+        "E": c.n_experts,
+        "K": c.n_experts_per_token,
+        "window": c.sliding_window or seq_len,
+        "L_window": windowed,
+        "L_full": c.n_layers - windowed,
+        "gated": int(c.gated_mlp),
+        "bias": int(c.bias),
+        "qkv_bias": int(c.qkv_bias),
+        "qk_norm": int(c.qk_norm),
+        "rms": int(c.norm == "rmsnorm"),
+        "norm_bias": int(c.norm == "layernorm" and c.bias),
+        "learned": int(c.position == "learned"),
+        "rope": int(c.position == "rope"),
+        "relu": int(c.activation == "relu"),
+        "tanh": int(c.activation == "gelu_new"),
+        "drop": int(c.dropout > 0),
+        "tied": int(c.tie_embeddings),
+    }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is run; the defaults are train.py's.
+
+    int8 and int4 hold the blocks' linear weights in 8 or 4.5 bits (NF4: a float32 scale per 64) and
+    all else in 16; they train through LoRA alone. "selective" recomputation drops the attention
+    scores, which flash attention never keeps.
+    """
+
+    dtype: str = "bf16"
+    training: bool = True
+    optimizer: str = "adamw"
+    fused: bool = True  # else foreach
+    precision: str = "autocast"  # float32 weights, cast as used; pure; master-weights
+    gradients: str | None = None  # "fp32": beside 16-bit weights, as Megatron-LM has them
+    recompute: str = "none"
+    attention: str = "flash"  # math: scores are kept
+    held_logits: bool = False  # the caller keeps them: logits, loss = model(ids, labels=ids)
+    implementation: str = "roseval"
+    accumulate: bool = False  # gradients of earlier micro-batches live through the forward
+    lora_rank: int = 0
+    dp: int = 1
+    zero: int = 0  # 3 is FSDP
+    tp: int = 1
+    sequence_parallel: bool = False
+    workspace: int = (
+        32 * 2**20
+    )  # bytes of cuBLAS per handle (Hopper); forward and backward have one
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", DTYPE_NAMES.get(self.dtype, self.dtype))
+        choices = {
+            "dtype": tuple(DTYPES),
+            "optimizer": tuple(OPTIMIZERS),
+            "precision": ("autocast", "pure", "master-weights"),
+            "gradients": (None, "fp32"),
+            "recompute": ("none", "selective", "full"),
+            "attention": ("flash", "math"),
+            "implementation": tuple(ACTIVATIONS),
+            "zero": (0, 1, 2, 3),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        for name in ("dp", "tp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 or more, not {self.lora_rank}")
+        if self.training and self.dtype in ("int8", "int4") and not self.lora_rank:
+            raise ValueError(f"{self.dtype} weights do not train: add a LoRA rank")
+
+    def symbols(self) -> dict:
+        """Bytes per number and switches (0 or 1), as the formulas name them."""
+        c = 4 if self.dtype == "fp32" else 2
+        mixed = self.precision if self.training and c == 2 and not self.lora_rank else "pure"
+        w = 4 if mixed == "autocast" else c
+        if self.zero == 3 and mixed == "autocast":
+            mixed = "gathered"  # FSDP's mixed precision: float32 shards, blocks gathered in 16 bits
+        ours = self.implementation == "roseval"
+        return {
+            "c": c,
+            "w": w,
+            "w_norm": 4 if ours else w,
+            "w_block": DTYPES[self.dtype] if self.dtype in ("int8", "int4") else w,
+            "g": 4 if self.lora_rank or self.gradients else w,
+            "o": 4 if self.lora_rank or mixed == "master-weights" else w,
+            "autocast": int(mixed == "autocast"),
+            "master": int(mixed == "master-weights"),
+            "adam": int(self.optimizer == "adamw"),
+            "fused": int(self.fused),
+            "full_recompute": int(self.recompute == "full"),
+            "math": int(self.attention == "math" and self.recompute == "none"),
+            "flash": int(self.attention == "flash"),
+            "held": int(self.held_logits),
+            "chunk": CHUNK_TOKENS,
+            "lora": int(self.lora_rank > 0),
+            "r": self.lora_rank,
+            "n": self.dp,
+            "zero": self.zero,
+            "n_w": self.dp if self.zero == 3 else 1,
+            "n_g": self.dp if self.zero >= 2 else 1,
+            "n_o": self.dp if self.zero >= 1 else 1,
+        }
+
+
+def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tuple]:
+    """(title, rows, values) of every table: FLOPs of the whole model, memory of one GPU."""
+    whole, t = model_symbols(c, batch_size, seq_len) | setup.symbols(), setup.tp
+    if c.n_heads % t or c.d_ff % t:
+        raise ValueError(f"tp {t} does not divide n_heads {c.n_heads} and d_ff {c.d_ff}")
+    shard = {"a": c.n_heads // t, "k": max(c.n_kv_heads // t, 1), "f": c.d_ff // t}
+    shard |= {"V": -(-c.vocab_size // t)}
+    if setup.sequence_parallel:
+        shard["hr"] = c.d_model / t
+    expression, meaning, source = OPTIMIZERS[setup.optimizer]
+    optimizer = ("M_optimizer", f"({expression})/n_o", "byte", meaning, source)
+    kind = "transformers" if c.n_experts else setup.implementation  # GPTModel has no experts
+    memory = (*STATE, optimizer, *ACTIVATIONS[kind], *STEP)
+    rank = solve(PARAMETERS + memory + INFERENCE, whole | shard)
+    whole = solve(PARAMETERS + FLOPS, whole)
+    return [
+        ("Parameters", PARAMETERS, whole),
+        ("FLOPs", FLOPS, whole),
+        ("Memory of a training step, one GPU", memory, rank),
+        ("Memory of inference, one GPU", INFERENCE, rank),
+    ]
+
+
+def solve_all(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> dict:
+    """The value of every formula by symbol; parameters and FLOPs are those of the whole model."""
+    parts = tables(c, batch_size, seq_len, setup)
+    return parts[-1][2] | parts[0][2]
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters and FLOPs
+
+
+def count_parameters(config: GPTConfig) -> dict:
+    """total, embedding (tokens and positions), active (without the experts that a token does not
+    visit), head (0 where tied) and block: numbers of parameters."""
+    v = solve(PARAMETERS, model_symbols(config) | {"r": 0})
+    names = {"total": "N", "embedding": "n_embed", "active": "N_active", "head": "n_head"}
+    return {name: v[symbol] for name, symbol in (names | {"block": "n_block"}).items()}
+
+
+def estimate_flops(model_config, batch_size: int, seq_len: int, **settings) -> dict:
+    """FLOPs of one pass over batch_size x seq_len tokens; an addition and a product count as two.
+
+    forward (full mask, as torch's FlopCounterMode counts), forward_causal (attended pairs only),
+    training and training_causal (3 x), training_executed (what flash attention and recomputation
+    really run), their parts, and the same per token. Settings are those of `Setup`; with a LoRA
+    rank there is training_lora.
+    """
+    v = solve_all(model_config, batch_size, seq_len, Setup(**settings))
+    names = ("forward", "forward_causal", "training", "training_causal")
+    flops = {name: v[f"F_{name}"] for name in names}
+    flops["per_token"] = {name: value / v["s"] for name, value in flops.items()}
+    flops["training_executed"] = int(v["F_executed"])
+    if v["r"]:
+        flops["training_lora"] = v["F_training_lora"]
+    parts = ("linear", "attention", "attention_causal", "head", "recompute")
+    flops["parts"] = {name: v[f"F_{name}"] for name in parts}
+    return flops | {"rule_2N": v["rule_2N"], "rule_6N": v["rule_6N"]}
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory of one GPU
+
+
+STATES = ("weights", "adapters", "gradients", "optimizer", "master")
+
+
+def estimate_memory(model_config, batch_size, seq_len, dtype="fp16", training=True, **settings):
+    """Bytes that torch allocates on one GPU: of a training step, or of a prefill with its cache.
+
+    peak_bytes is the maximum over `timeline`, a list of {"event", "bytes", "parts"}; `parts` is the
+    peak's own. In training: load_bytes, forward_end_bytes, backward_peak_bytes, step_peak_bytes and
+    `activations`, what all blocks save by operation. cuda_context_bytes lies outside torch's count.
+    Settings are those of `Setup`.
+    """
+    setup = Setup(dtype=dtype, training=training, **settings)
+    v = tables(model_config, batch_size, seq_len, setup)[-1][2]  # of one GPU's share
+    if not training:
+        return _inference(v, setup)
+    timeline = [_event(name, parts) for name, parts in training_timeline(v, setup)]
+    peak = max(timeline, key=lambda event: event["bytes"])
+
+    def highest(word):
+        return max(event["bytes"] for event in timeline if word in event["event"])
+
+    saved = [row[0] for row in ACTIVATIONS[setup.implementation] + STEP[:4]]
+    return {
+        "peak_bytes": peak["bytes"],
+        "peak_at": peak["event"],
+        "parts": peak["parts"],
+        "load_bytes": highest("load"),
+        "forward_end_bytes": highest("end of forward"),
+        "backward_peak_bytes": highest("backward of"),
+        "step_peak_bytes": highest("optimizer step"),
+        "cuda_context_bytes": CUDA_CONTEXT,
+        "activations": {name: v["L"] * v["s"] * v[name] for name in saved if name != "A_residual"},
+        "states": {name: int(v[f"M_{name}"]) for name in STATES},
+        "timeline": timeline,
+    }
+
+
+def _event(name: str, parts: dict) -> dict:
+    parts = {part: int(size) for part, size in parts.items() if size}
+    return {"event": name, "bytes": sum(parts.values()), "parts": parts}
+
+
+def training_timeline(v: dict, setup: Setup) -> list[tuple[str, dict]]:
+    """What is alive, by part, at each event of a step that is not the first (optimizer state is
+    there) after zero_grad(set_to_none=True): gradients grow while activations shrink."""
+    L = v["L"]
+    loaded = {"weights": v["M_weights"] + v["M_adapters"], "master": v["M_master"]}
+    idle = loaded | {
+        "optimizer": v["M_optimizer"],
+        "communication": v["M_buckets"] + v["M_gathered"],
+        "cublas": 2 * setup.workspace,
+    }
+    accumulated = v["M_gradients"] if setup.accumulate else 0
+    per_block = v["g"] * (v["n_lora"] if v["lora"] else v["n_block"]) / v["n_g"]
+
+    def at(blocks, casts, gradients=0.0, head=1, **more):
+        parts = dict(idle, activations=blocks * v["A_kept"] + v["A_shared"] + head * v["A_ends"])
+        parts["autocast"] = casts * v["M_casts"] + head * v["M_cast_head"]
+        parts["gradients"] = accumulated or gradients
+        return parts | more
+
+    events = [("load", loaded)]
+    events += [(f"forward of block {i + 1}", at(i + 1, i + 1, head=0)) for i in range(L)]
+    events.append(("logits and loss", at(L, L, loss=v["M_loss_forward"])))
+    kept = 0 if v["full_recompute"] else L  # casts in autocast's cache die with the forward
+    events.append(("end of forward", at(L, kept, loss=v["M_loss_kept"])))
+    events.append(("backward of the loss", at(L, kept, loss=v["M_loss_backward"])))
+    first = 0 if v["lora"] else v["g"] * v["V"] * v["h"] / v["n_g"]  # the head's gradient
+    for i in range(L, 0, -1):
+        casts = 1 if v["full_recompute"] else i
+        parts = at(i, casts, first + (L - i) * per_block, head=0)
+        parts["activations"] += v["A_block"] - v["A_kept"]  # recomputed
+        parts["loss"] = v["M_held"]
+        parts["backward"] = v["A_backward"] + v["M_scattered"]
+        events.append((f"backward of block {i}", parts))
+    step = idle | {"gradients": v["M_gradients"], "loss": v["M_held"]}
+    last = v["M_scattered_ends"] if v["zero"] == 3 else v["M_tied"]
+    embeddings = {"backward": v["s"] * v["A_residual"] + last}
+    events.append(("backward of the embeddings", step | embeddings))
+    events.append(("optimizer step", step | {"step": v["M_temporary"]}))
+    return events
+
+
+def _inference(v: dict, setup: Setup) -> dict:
+    loaded = {"weights": v["M_weights"] + v["M_adapters"]}
+    cached = loaded | {"kv cache": v["M_cache"], "cublas": setup.workspace}
+    prefill = cached | {"workspace": v["W_prefill"]}
+    decode = cached | {"workspace": v["B"] * v["V"] * (v["c"] + 4)}
+    scoring = loaded | {"cublas": setup.workspace, "workspace": v["W_scoring"]}
+    events = (("load", loaded), ("prefill", prefill), ("decode", decode), ("scoring", scoring))
+    timeline = [_event(name, parts) for name, parts in events]
+    peak = timeline[1]
+    return {
+        "peak_bytes": peak["bytes"],
+        "peak_at": "prefill",
+        "parts": peak["parts"],
+        "load_bytes": timeline[0]["bytes"],
+        "decode_bytes": timeline[2]["bytes"],
+        "scoring_bytes": timeline[3]["bytes"],
+        "cache_bytes_per_token": int(v["M_cache"] / v["s"]),
+        "cuda_context_bytes": CUDA_CONTEXT,
+        "states": {name: 0 for name in STATES} | {"weights": int(v["M_weights"])},
+        "timeline": timeline,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Time on one GPU: each operation takes the longest of its FLOPs, its bytes and its launches
+# (roofline: Williams 2009)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a GPU reaches of its datasheet, as fractions, and the least time of one kernel.
+
+    benchmarks/roofline.py measures them on the GPU at hand; the defaults are an H200's.
+    """
+
+    matmul: float = 0.80  # 798 of 989 TFLOP/s, an 8192^3 bf16 product
+    attention: float = 0.45
+    memory: float = 0.89  # 4.27 of 4.8 TB/s
+    kernel_seconds: float = 2.0e-6
+
+
+TRAINING_MFU = 0.40  # assumed of a well-tuned dense run; give --mfu where it is known
+
+
+def pass_seconds(c, gpu, batch, new, context, setup, compiled=False, ceilings=None) -> dict:
+    """Seconds of one forward of `new` tokens in each of `batch` sequences, which then hold
+    `context` tokens each: in all, by operation, and what limits most of them."""
+    v, ceilings = model_symbols(c, batch, new) | setup.symbols(), ceilings or Ceilings()
+    before = context - new
+    windows = [c.layer_window(layer) or context for layer in range(c.n_layers)]
+    seen = sum(min(w, context) for w in windows) / c.n_layers
+    full = sum(pairs(context, w) - pairs(before, w) for w in windows) / c.n_layers
+    touched = c.n_experts and c.n_experts * (1 - (1 - v["K"] / v["E"]) ** v["s"])
+    v |= {"X": seen, "P_pass": batch * full, "touched": touched or 1, "compiled": int(compiled)}
+    peak = gpu.fp32_flops if v["c"] == 4 else gpu.bf16_flops
+    head = ("head", "2*B*h*V", "w*h*V + c*B*V", "1")
+    seconds, bound = {}, {"compute": 0.0, "memory": 0.0, "launch": 0.0}
+    for name, flops, size, kernels in (*PASS, head):
+        times = 1 if name == "head" else c.n_layers
+        row = solve((("flops", flops), ("bytes", size), ("kernels", kernels)), v)
+        efficiency = ceilings.attention if name == "attention" else ceilings.matmul
+        limits = {
+            "compute": times * row["flops"] / (efficiency * peak),
+            "memory": times * row["bytes"] / (ceilings.memory * gpu.bandwidth),
+            "launch": times * row["kernels"] * ceilings.kernel_seconds,
+        }
+        reason = max(limits, key=limits.get)
+        seconds[name] = limits[reason]
+        bound[reason] += limits[reason]
+    total = sum(seconds.values())
+    return {"seconds": total, "bound": max(bound, key=bound.get), "operations": seconds}
+
+
+def turning_batch(gpu: GPU, setup: Setup) -> float:
+    """Sequences from which decode is no longer limited by reading weights: P*bytes/(2*BW)."""
+    v = setup.symbols()
+    peak = gpu.fp32_flops if v["c"] == 4 else gpu.bf16_flops
+    return peak * v["w_block"] / (2 * gpu.bandwidth)
+
+
+def roofline(c, gpu, batch: int, prompt: int, generated: int = 256, **settings) -> dict:
+    """Predicted prefill and decode: seconds, tokens/s, requests/s, what limits them.
+
+    A request is a prompt of `prompt` tokens and `generated` new ones; decode is taken at the middle
+    of them. Settings are those of `Setup`, `compiled` and `ceilings`.
+    """
+    how = {name: settings.pop(name) for name in ("compiled", "ceilings") if name in settings}
+    setup = Setup(training=False, **settings)
+    prefill = pass_seconds(c, gpu, batch, prompt, prompt, setup, **how)
+    decode = pass_seconds(c, gpu, batch, 1, prompt + generated // 2, setup, **how)
+    total = prefill["seconds"] + generated * decode["seconds"]
+    return {
+        "batch": batch,
+        "prefill_seconds": prefill["seconds"],
+        "prefill_tokens_per_second": batch * prompt / prefill["seconds"],
+        "prefill_bound": prefill["bound"],
+        "decode_seconds": decode["seconds"],
+        "decode_tokens_per_second": batch / decode["seconds"],
+        "decode_bound": decode["bound"],
+        "requests_per_second": batch / total,
+        "turning_batch": turning_batch(gpu, setup),
+    }
+
+
+def training_time(c, gpu, seq_len, tokens, n_gpus=1, assumed_mfu=TRAINING_MFU, lora_rank=0) -> dict:
+    """Tokens/s and days for `tokens` at a stated MFU, counting 3 x the full-mask forward, or what
+    a frozen base leaves of it."""
+    flops = estimate_flops(c, 1, seq_len, lora_rank=lora_rank)
+    per_token = flops.get("training_lora", flops["training"]) / seq_len
+    rate = assumed_mfu * n_gpus * gpu.bf16_flops / per_token
+    days = tokens / rate / 86400
+    return {"tokens_per_second": rate, "days": days, "gpu_days": days * n_gpus, "mfu": assumed_mfu}
+
+
+# ---------------------------------------------------------------------------------------------
+# What fits
+
+
+def usable_memory(gpu: GPU) -> float:
+    """Bytes to plan with: without CUDA's context and 5% that the caching allocator cannot use."""
+    return 0.95 * (gpu.memory - CUDA_CONTEXT)
+
+
+def largest(fits, limit: int = 2**24) -> int:
+    """The largest n in 0..limit with fits(n), for a `fits` that stays false once false."""
+    if not fits(1):
+        return 0
+    high = 1
+    while high < limit and fits(2 * high):
+        high *= 2
+    low, high = high, min(2 * high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest_fits(c, gpu, batch_size, seq_len, setup: Setup) -> dict:
+    """The largest batch at seq_len and the longest sequence at batch_size; 0: not even one."""
+
+    def fits(b, t):
+        return estimate_memory(c, b, t, **asdict(setup))["peak_bytes"] <= usable_memory(gpu)
+
+    return {
+        "batch_size": largest(lambda b: fits(b, seq_len), 2**16),
+        "seq_len": largest(lambda t: fits(batch_size, t)),
+    }
+
+
+def fewest_gpus(c, gpu, batch_size, seq_len, setup: Setup, limit=4096) -> tuple[int, int] | None:
+    """(GPUs, ZeRO stage): the fewest, and the lowest stage among them; None beyond `limit`.
+
+    batch_size sequences on each GPU; sharding over the data-parallel ranks, 3 being FSDP.
+    """
+    n = 1
+    while n <= limit:
+        for stage in (0, 1, 2, 3) if n > 1 and setup.training else (0,):
+            run = replace(setup, dp=n, zero=stage)
+            peak = estimate_memory(c, batch_size, seq_len, **asdict(run))["peak_bytes"]
+            if peak <= usable_memory(gpu):
+                return n, stage
+        n *= 2
+    return None
+
+
+TRAINING_RUNS = (  # the table that people ask for
+    ("FP32, AdamW", {"dtype": "fp32"}),
+    ("BF16 autocast, AdamW", {}),
+    ("BF16 autocast, 8-bit Adam", {"optimizer": "adamw8bit"}),
+    ("BF16 + FP32 master, AdamW", {"precision": "master-weights"}),
+    ("BF16 pure, AdamW", {"precision": "pure"}),
+    ("BF16 pure, 8-bit Adam", {"precision": "pure", "optimizer": "adamw8bit"}),
+    ("BF16 + master, ZeRO-1 on 8", {"precision": "master-weights", "dp": 8, "zero": 1}),
+    ("BF16 + master, ZeRO-2 on 8", {"precision": "master-weights", "dp": 8, "zero": 2}),
+    ("BF16 + master, ZeRO-3 on 8", {"precision": "master-weights", "dp": 8, "zero": 3}),
+    ("BF16 LoRA, rank 16", {"lora_rank": 16}),
+    ("INT8 LoRA, rank 16", {"lora_rank": 16, "dtype": "int8"}),
+    ("INT4 LoRA, rank 16 (QLoRA)", {"lora_rank": 16, "dtype": "int4"}),
+)
+
+
+def fits_table(c, gpu, batch_size, seq_len, setup: Setup) -> list[dict]:
+    """Rows of training runs and of inference at each dtype, with peak and whether it fits."""
+    runs = [(name, {"training": True} | run) for name, run in TRAINING_RUNS]
+    names = {"fp32": "FP32", "bf16": "BF16 / FP16", "int8": "INT8", "int4": "INT4"}
+    runs += [(f"inference {names[d]}", {"dtype": d, "training": False}) for d in names]
+    base = {"recompute": setup.recompute, "implementation": setup.implementation}
+    rows = []
+    for name, run in runs:
+        memory = estimate_memory(c, batch_size, seq_len, **({"dtype": "bf16"} | base | run))
+        rows.append(
+            {
+                "run": name,
+                "weights": sum(memory["states"][s] for s in ("weights", "adapters", "master")),
+                "gradients": memory["states"]["gradients"],
+                "optimizer": memory["states"]["optimizer"],
+                "peak_bytes": memory["peak_bytes"],
+                "fits": memory["peak_bytes"] <= usable_memory(gpu),
+            }
+        )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# Printing
+
+
+def amount(value: float, unit: str = "") -> str:
+    """1234567 -> "1.23 M"; bytes in binary units."""
+    if unit == "byte":
+        for name in ("B", "KiB", "MiB", "GiB", "TiB"):
+            if value < 1024 or name == "TiB":
+                return f"{value:.4g} {name}"
+            value /= 1024
+    for name in ("", "k", "M", "G", "T", "P", "E", "Z", "Y"):
+        if value < 1000 or name == "Y":
+            return f"{value:.4g} {name}{unit}".rstrip()
+        value /= 1000
+
+
+def duration(seconds: float) -> str:
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {name}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def section(title: str, rows) -> None:
+    """Rows of (label, value, note) under a title, values aligned on the right."""
+    print(f"\n{title}")
+    for label, value, *note in rows:
+        print(f"  {label:<28}{value:>22}  {'  '.join(note)}".rstrip())
+
+
+def print_model(c, flops, batch_size, seq_len) -> None:
+    n = count_parameters(c)
+    share = f"{n['embedding'] / n['total']:.1%} of all"
+    rows = [("total", f"{n['total']:,}"), ("embedding", f"{n['embedding']:,}", share)]
+    if c.n_experts:
+        rows.append(("active for a token", f"{n['active']:,}"))
+    section("Parameters", rows)
+    token, tokens = flops["per_token"], batch_size * seq_len
+    rows = [
+        (
+            name.replace("_", ", "),
+            amount(flops[name], "FLOP"),
+            amount(token[name], "FLOP") + " a token",
+        )
+        for name in ("forward", "forward_causal", "training", "training_causal")
+    ]
+    rows.append(("run in a training step", amount(flops["training_executed"], "FLOP")))
+    if "training_lora" in flops:
+        rows.append(("LoRA step", amount(flops["training_lora"], "FLOP")))
+    for rule, exact in (("rule_2N", "forward"), ("rule_6N", "training")):
+        error = flops[rule] / flops[exact] - 1
+        rows.append((f"rule of thumb {rule[5:]}", amount(flops[rule], "FLOP"), f"{error:+.1%}"))
+    section(f"FLOPs of {tokens:,} tokens ({batch_size} x {seq_len})", rows)
+
+
+def print_memory(title: str, memory: dict, gpu) -> None:
+    rows = [(part, amount(size, "byte")) for part, size in memory["parts"].items()]
+    rows.append(("peak", amount(memory["peak_bytes"], "byte"), f"at: {memory['peak_at']}"))
+    share = memory["peak_bytes"] / gpu.memory
+    rows.append((f"of {gpu.name}'s memory", f"{share:.1%}", "" if share < 1 else "does not fit"))
+    section(f"{title} (beside {amount(CUDA_CONTEXT, 'byte')} of CUDA context)", rows)
+
+
+def print_activations(memory: dict) -> None:
+    rows = [(k[2:], amount(v, "byte")) for k, v in memory["activations"].items() if v]
+    section("Saved activations of all blocks, by operation, nothing recomputed", rows)
+    stages = ("load", "forward_end", "backward_peak", "step_peak")
+    section(
+        "Timeline", [(s.replace("_", " "), amount(memory[f"{s}_bytes"], "byte")) for s in stages]
+    )
+
+
+def print_time(c, gpu, seq_len, setup: Setup, assumed_mfu, tokens, price) -> None:
+    print(f"\nInference on {gpu.name}: prompts of {seq_len}, 256 new tokens (roofline)")
+    print(
+        f"  {'batch':>7}{'first token':>14}{'a step':>12}{'tokens/s':>12}{'requests/s':>12}  limit"
+    )
+    for batch in (1, 8, 64):
+        r = roofline(c, gpu, batch, seq_len, dtype=setup.dtype)
+        first, step = duration(r["prefill_seconds"]), duration(r["decode_seconds"])
+        rates = f"{r['decode_tokens_per_second']:>12,.0f}{r['requests_per_second']:>12.3g}"
+        print(f"  {batch:>7}{first:>14}{step:>12}{rates}  {r['decode_bound']}")
+    print(f"  reading weights stops being the limit of decode at batch {r['turning_batch']:.0f}")
+    n_gpus = setup.dp * setup.tp
+    t = training_time(c, gpu, seq_len, tokens, n_gpus, assumed_mfu, setup.lora_rank)
+    cost = f"{t['gpu_days'] * 24 * price:,.0f} at {price:g} a GPU-hour" if price else ""
+    rows = [
+        ("tokens/s", f"{t['tokens_per_second']:,.0f}"),
+        (f"{amount(tokens)} tokens", duration(t["days"] * 86400)),
+        ("GPU-hours", f"{t['gpu_days'] * 24:,.0f}", cost),
+    ]
+    section(f"Training on {n_gpus} x {gpu.name} at an assumed MFU of {assumed_mfu:.0%}", rows)
+
+
+def print_fits(c, gpu, batch_size, seq_len, setup: Setup) -> None:
+    print(f"\nWhat it takes, batch {batch_size} x {seq_len}, on one GPU of the group (GiB)")
+    print(f"  {'':<28}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'peak':>9}  {gpu.name}")
+    for row in fits_table(c, gpu, batch_size, seq_len, setup):
+        gib = [row[name] / 2**30 for name in ("weights", "gradients", "optimizer", "peak_bytes")]
+        sizes = f"{gib[0]:>9.1f}{gib[1]:>11.1f}{gib[2]:>11.1f}{gib[3]:>9.1f}"
+        print(f"  {row['run']:<28}{sizes}  {'fits' if row['fits'] else '-'}")
+    rows = []
+    for training in (True, False):
+        run = replace(setup, training=training)
+        if training and run.dtype in ("int8", "int4") and not run.lora_rank:
+            continue
+        name = "training" if training else "inference"
+        best = largest_fits(c, gpu, batch_size, seq_len, run)
+        rows.append((f"{name}: largest batch", f"{best['batch_size']:,}", f"at {seq_len} tokens"))
+        rows.append((f"{name}: longest sequence", f"{best['seq_len']:,}", f"at batch {batch_size}"))
+        fewest = fewest_gpus(c, gpu, batch_size, seq_len, run)
+        text = f"{fewest[0]} (ZeRO stage {fewest[1]})" if fewest else "more than 4,096"
+        rows.append((f"{name}: fewest GPUs", text, f"{batch_size} sequences each"))
+    section(f"Limits on {gpu.name}, {usable_memory(gpu) / 2**30:.1f} GiB usable", rows)
+
+
+def explain(c, batch_size, seq_len, setup: Setup) -> None:
+    """Every formula with its symbols, then its numbers, then its value."""
+    for title, rows, values in tables(c, batch_size, seq_len, setup):
+        print(f"\n{title}")
+        for symbol, expression, unit, meaning, source in rows:
+            numbers = re.sub(
+                r"[A-Za-z_]\w*",
+                lambda m: f"{values[m[0]]:.12g}" if m[0] in values else m[0],  # noqa: B023
+                expression,
+            )
+            print(f"  {symbol}: {meaning}{f' [{source}]' if source else ''}")
+            print(f"    = {expression}\n    = {numbers}")
+            print(f"    = {values[symbol]:,.12g} {unit}".rstrip())
+
+
+def plot_timeline(memory: dict, path: str) -> None:
+    """Stacked parts over the events of a step. Needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    timeline = memory["timeline"]
+    parts = list(dict.fromkeys(part for event in timeline for part in event["parts"]))
+    heights = [[event["parts"].get(part, 0) / 2**30 for event in timeline] for part in parts]
+    figure, axes = plt.subplots(figsize=(10, 5))
+    axes.stackplot(range(len(timeline)), heights, labels=parts)
+    labels = ("load", "end of forward", "optimizer step")
+    shown = [i for i, event in enumerate(timeline) if event["event"] in labels]
+    axes.set_xticks(shown, labels)
+    axes.margins(x=0)
+    axes.set_ylabel("GiB allocated")
+    axes.set_title(f"peak {amount(memory['peak_bytes'], 'byte')} at: {memory['peak_at']}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def print_rules(n: float, gpu: GPU) -> None:
+    """What N alone says: good to a few percent for memory of states, to 10-30% for FLOPs."""
+    states = {"FP32 or autocast": 16, "BF16 + FP32 master": 16, "BF16 pure": 8}
+    section(f"Rules of thumb for {amount(n)} parameters", [
+        ("FLOPs a token, forward", amount(2 * n, "FLOP"), "2N, attention left out"),
+        ("FLOPs a token, training", amount(6 * n, "FLOP"), "6N"),
+        *((f"AdamW states, {name}", amount(b * n, "byte"), f"{b}N") for name, b in states.items()),
+        *((f"weights, {name}", amount(b * n, "byte")) for name, b in DTYPES.items()),
+        (f"decode on {gpu.name}, batch 1", f"{gpu.bandwidth / (2 * n):,.0f} tokens/s",
+         "weights read once, BF16, at the datasheet's bandwidth"),
+    ])  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+
+def read_config(spec: str) -> GPTConfig:
+    """load_config, and where to find the config of a checkpoint that is a bare weights file."""
+    path = Path(spec)
+    weights = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+    inside = path.is_dir() and any(p.suffix in weights for p in path.iterdir())
+    if path.suffix in weights or (inside and not (path / "config.json").exists()):
+        raise ValueError(
+            f"{spec} has no config.json, and weights are not opened here: "
+            f"`python checkpoint.py inspect {spec}` prints its config"
+        )
+    return load_config(spec)
+
+
+def make_parser(cli):
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("--config", help=f"{', '.join(presets())}, a YAML file, a config.json or its directory")
+    add("--params", type=float, metavar="N", help="rules of thumb for N parameters, such as 7e9")
+    add("--batch-size", type=cli.positive_int, default=1)
+    add("--seq-len", type=cli.positive_int, help="default: the model's longest, at most 4096")
+    add("--dtype", default="bf16", choices=(*DTYPES, *DTYPE_NAMES))
+    add("--training", action="store_true", help="the training step in detail; its memory in --json")
+    add("--optimizer", default="adamw", choices=tuple(OPTIMIZERS))
+    add("--foreach", action="store_true", help="AdamW that is not fused")
+    add("--precision", default="autocast", choices=("autocast", "pure", "master-weights"))
+    add("--recompute", default="none", choices=("none", "selective", "full"))
+    add("--implementation", default="roseval", choices=tuple(ACTIVATIONS))
+    add("--lora-rank", type=int, default=0)
+    add("--dp", type=cli.positive_int, default=1, help="data-parallel GPUs")
+    add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
+    add("--fsdp", action="store_true", help="the same as --zero 3")
+    add("--tp", type=cli.positive_int, default=1, help="tensor-parallel GPUs")
+    add("--gpu", default="h100", help=f"{', '.join(GPUS)}, or a YAML file")
+    add("--mfu", type=float, default=TRAINING_MFU, help="assumed for training time (0.40)")
+    add("--tokens", type=float, help="training budget; default: 20 a parameter (Hoffmann 2022)")
+    add("--price", type=float, help="of a GPU-hour")
+    add("--fits", action="store_true", help="what fits the GPU: batch, length, sharding")
+    add("--explain", action="store_true", help="every formula with the numbers put in")
+    add("--plot", metavar="FILE", help="draw the training step's memory over time (matplotlib)")
+    add("--json", action="store_true")
+    add("--debug", action="store_true", help="show the traceback of input errors")
+    return p
+
+
+def read_setup(args) -> Setup:
+    if args.fsdp and args.zero not in (0, 3):
+        raise ValueError(f"--fsdp is ZeRO stage 3 and contradicts --zero {args.zero}")
+    return Setup(
+        dtype=args.dtype,
+        training=args.training,
+        optimizer=args.optimizer,
+        fused=not args.foreach,
+        precision=args.precision,
+        recompute=args.recompute,
+        implementation=args.implementation,
+        lora_rank=args.lora_rank,
+        dp=args.dp,
+        zero=3 if args.fsdp else args.zero,
+        tp=args.tp,
+    )
+
+
+def main(argv=None) -> None:
+    import cli
+
+    args = make_parser(cli).parse_args(argv)
+    if (args.config is None) == (args.params is None):
+        raise ValueError("give either --config (a model) or --params (a number of parameters)")
+    gpu = load_gpu(args.gpu)
+    if args.params:
+        return print_rules(args.params, gpu)
+    c, setup, batch = read_config(args.config), read_setup(args), args.batch_size
+    seq_len = args.seq_len or min(c.max_position_embeddings, 4096)
+    settings = asdict(setup)
+    flops = estimate_flops(c, batch, seq_len, **settings)
+    memory = estimate_memory(c, batch, seq_len, **settings)
+    tokens = args.tokens or 20 * count_parameters(c)["active"]
+    if args.plot:
+        plot_timeline(
+            estimate_memory(c, batch, seq_len, **settings | {"training": True}), args.plot
+        )
+    if args.json:
+        time = {
+            "inference": roofline(c, gpu, batch, seq_len, dtype=setup.dtype),
+            "training": training_time(
+                c, gpu, seq_len, tokens, setup.dp * setup.tp, args.mfu, setup.lora_rank
+            ),
+        }
+        report = {"config": c.to_dict(), "setup": settings, "gpu": asdict(gpu)}
+        report |= {"parameters": count_parameters(c), "flops": flops, "memory": memory}
+        return print(json.dumps(report | {"time": time}, indent=2))
+    if args.explain:
+        return explain(c, batch, seq_len, setup)
+    print(f"{args.config}: {c.n_layers} layers, width {c.d_model}, {c.n_heads} heads"
+          f" ({c.n_kv_heads} of keys and values) of {c.head_dim}, MLP {c.d_ff}")  # fmt: skip
+    if args.fits:
+        return print_fits(c, gpu, batch, seq_len, setup)
+    print_model(c, flops, batch, seq_len)
+    if not args.training:
+        print_memory(f"Memory of inference, {setup.dtype}", memory, gpu)
+    if args.training or setup.lora_rank or setup.dtype not in ("int8", "int4"):
+        memory = estimate_memory(c, batch, seq_len, **settings | {"training": True})
+        how = f"LoRA of rank {setup.lora_rank}" if setup.lora_rank else setup.precision
+        how = f"{setup.dtype} {how}, {setup.optimizer}"
+        print_memory(f"Memory of training, {how}", memory, gpu)
+        if args.training:
+            print_activations(memory)
+    print_time(c, gpu, seq_len, setup, args.mfu, tokens, args.price)
+
+
+if __name__ == "__main__":
+    import cli
+
+    cli.run(main)
