@@ -1,0 +1,668 @@
+"""sweep.py and lease.py: against the scripts' own records, and against kill -9 and worse."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import checkpoint
+import eval as perplexity_eval
+import lease
+import mmlu_eval
+import results
+import sweep
+from config import GPTConfig
+from dataset import build_tokenizer
+from model import GPTModel
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = GPTConfig(vocab_size=257, max_position_embeddings=256, n_layers=1, n_heads=2, d_model=16,
+                   d_ff=32, dropout=0.0)  # fmt: skip
+STEPS = (10, 20, 30)
+
+
+def save(folder, step, seed=None, value=None):
+    torch.manual_seed(step if seed is None else seed)
+    model = GPTModel(CONFIG)
+    if value is not None:
+        with torch.no_grad():
+            model.ln_f.weight.fill_(value)
+    byte = build_tokenizer("byte")
+    return checkpoint.save_checkpoint(model, None, None, 0, step, 5.0, folder, tokenizer=byte)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """x.npy, a small MMLU and the YAML file e.yaml that names both."""
+    root = tmp_path_factory.mktemp("data")
+    np.save(root / "x.npy", np.random.RandomState(0).randint(0, 256, 1003).astype(np.uint16))
+    for split in ("dev", "test"):
+        (root / "mmlu" / split).mkdir(parents=True)
+        rows = [f"What is {i}?,one,two,three,four,{'ABCD'[i % 4]}\n" for i in range(9)]
+        (root / f"mmlu/{split}/anatomy_{split}.csv").write_text("".join(rows))
+    flags = {
+        "perplexity": {"data-mode": "fineweb_npy", "val_npy": str(root / "x.npy"), "seq-len": 32},
+        "mmlu": [{"data-path": str(root / "mmlu"), "num-few-shot": 1}],
+    }
+    (root / "e.yaml").write_text(yaml.safe_dump(flags))
+    return root
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """checkpoints of three steps, to spoil at will"""
+    for step in STEPS:
+        save(tmp_path / "run", step)
+    return tmp_path / "run"
+
+
+def flags(run_dir, data, name="results", *more):
+    argv = ["--device", "cpu", "--checkpoint-path", run_dir, "--evaluations", data / "e.yaml"]
+    argv += ["--results-dir", run_dir.parent / name, "--poll-seconds", "0.1", *more]
+    return [str(word) for word in argv]
+
+
+def run_sweep(run_dir, data, *more, name="results"):
+    """(exit code, records) of a sweep in this process."""
+    code = 0
+    try:
+        sweep.main(flags(run_dir, data, name, *more))
+    except SystemExit as stop:
+        code = stop.code
+    return code, results.load_records(run_dir.parent / name)
+
+
+def numbers(records) -> dict:
+    """{(checkpoint, evaluation): all that must be the same to the bit}; each there once."""
+    found = {}
+    for r in records:
+        key = r["checkpoint"]["name"], r["evaluation"]
+        assert key not in found, key
+        arrays = {name: a.tobytes() for name, a in results.load_arrays(r).items()}
+        found[key] = r["status"], r["resume_key"], json.dumps(r["metrics"]), arrays
+    return found
+
+
+def expected(steps=STEPS):
+    return {(f"checkpoint-{s}", e) for s in steps for e in ("perplexity", "mmlu")}
+
+
+# --- Leases
+
+
+def test_a_lease_has_one_owner_and_dies_with_silence(tmp_path):
+    """Clocks of the observer's own; the machine's clock and the files' times say nothing."""
+    now = [1000.0]
+    ours = lease.Leases(tmp_path, seconds=0.6)
+    theirs = lease.Leases(tmp_path, seconds=0.6, clock=lambda: now[0])
+    held = ours.take("a")
+    assert theirs.take("a") is None and theirs.take("b") is not None
+    for stamp in (0, 4e9):  # 1970, 2096
+        os.utime(held.path, (stamp, stamp))
+        now[0] += 100
+        time.sleep(0.15)  # three beats
+        assert theirs.take("a") is None
+    held.released.set()  # its owner hangs
+    held.thread.join()
+    held.path.write_text(json.dumps({"owner": ["another machine", "ns", 1, "1"]}))
+    assert theirs.take("a") is None
+    now[0] += 0.5
+    assert theirs.take("a") is None
+    now[0] += 0.2
+    taken = theirs.take("a")
+    assert taken and taken.path != held.path and ours.take("a") is None
+    taken.release()
+    ours.take("a").release()
+    assert [p.name for p in tmp_path.iterdir()] == ["b.0"]
+    dead = {"owner": [*lease._this_process()[:2], 2**22 + 1, "1"]}
+    (tmp_path / "c.3").write_text(json.dumps(dead))
+    ours.clear()
+    assert [p.name for p in tmp_path.iterdir()] == ["b.0"]
+
+
+def test_of_many_that_find_a_dead_lease_one_gets_it(tmp_path):
+    for trial in range(20):
+        (tmp_path / f"{trial}.7").write_text("")
+        crowd = [lease.Leases(tmp_path, seconds=-1) for _ in range(8)]
+        won, barrier = [], threading.Barrier(8)
+
+        def take(leases, trial=trial, won=won, barrier=barrier):
+            barrier.wait()
+            held = leases._held(str(trial))
+            if held and max(held) == 7 and (mine := leases.take(str(trial))):
+                won.append(mine)
+                time.sleep(0.05)
+
+        threads = [threading.Thread(target=take, args=(leases,)) for leases in crowd]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        # seconds=-1 makes the living look dead as well; then the later one holds a higher number
+        numbers = [int(mine.path.suffix[1:]) for mine in won]
+        assert won and len(set(numbers)) == len(numbers)
+        [mine.release() for mine in won]
+
+
+def hold(folder, ready):
+    lease.Leases(folder).take("a")
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_lease_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready))
+    process.start()
+    ready.wait(10)
+    time.sleep(0.2)
+    mine = lease.Leases(tmp_path)
+    assert mine.take("a") is None
+    os.kill(process.pid, signal.SIGKILL)
+    time.sleep(0.2)  # a zombie until it is joined
+    assert mine.take("a") is not None
+    process.join()
+
+
+# --- What it does
+
+
+def test_records_are_those_of_the_scripts(run_dir, data, capsys):
+    code, records = run_sweep(run_dir, data, "--log-samples", "--lm-eval-json")
+    assert code == 0 and numbers(records).keys() == expected()
+    shared = ["--checkpoint-path", str(run_dir), "--device", "cpu"]
+    shared += ["--results-dir", str(run_dir.parent / "alone")]
+    npy = ["--data-mode", "fineweb_npy", "--val-npy", str(data / "x.npy"), "--seq-len", "32"]
+    perplexity_eval.main([*shared, *npy])
+    mmlu_eval.main([*shared, "--data-path", str(data / "mmlu"), "--num-few-shot", "1"])
+    alone = results.load_records(run_dir.parent / "alone")
+    assert numbers(records) == numbers(alone)
+    for record, other in zip(records, alone, strict=True):
+        for name in ("run", "checkpoint", "protocol", "data", "breakdown", "config_hash"):
+            assert record[name] == other[name], name
+        assert len(results.load_samples(record)) == (9 if record["evaluation"] == "mmlu" else 0)
+        path = Path(record["_path"])
+        root = run_dir.parent / "results"
+        place = root / "lm_eval" / path.parent.relative_to(root) / f"results_{path.name}"
+        told = json.loads(place.read_text())["results"][record["evaluation"]]
+        name = "acc,none" if record["evaluation"] == "mmlu" else "loss,none"
+        own = record["metrics"]["accuracy" if record["evaluation"] == "mmlu" else "loss"]
+        assert told[name] == own["value"]
+
+
+def test_a_second_call_does_nothing_whatever_things_are_called(run_dir, data, capsys, monkeypatch):
+    run_sweep(run_dir, data)
+    before = {p: p.stat().st_mtime_ns for p in (run_dir.parent / "results").rglob("*.*")}
+    (run_dir / "checkpoint-20").rename(run_dir / "checkpoint-the-best")
+    real = checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("loaded a model"))
+    capsys.readouterr()
+    code, _ = run_sweep(run_dir, data)
+    said = capsys.readouterr().out
+    assert code == 0 and "0 made, 6 done before, 0 failed" in said and "nothing was left" in said
+    after = {p: p.stat().st_mtime_ns for p in (run_dir.parent / "results").rglob("*.*")}
+    assert {p: t for p, t in after.items() if p.is_file()} == {
+        p: t for p, t in before.items() if p.is_file()
+    }
+    monkeypatch.setattr(checkpoint, "load_model", real)
+    run_sweep(run_dir, data, "--force")
+    assert "6 made, 0 done before" in capsys.readouterr().out
+
+
+def test_a_changed_configuration_is_other_work(run_dir, data, capsys):
+    run_sweep(run_dir, data)
+    other = yaml.safe_load((data / "e.yaml").read_text())
+    other["perplexity"]["seq-len"] = 16
+    (run_dir.parent / "other.yaml").write_text(yaml.safe_dump(other))
+    capsys.readouterr()
+    run_sweep(run_dir, data, "--evaluations", str(run_dir.parent / "other.yaml"))
+    assert "3 made, 3 done before" in capsys.readouterr().out
+
+
+def test_copies_of_a_tokenizer_are_one_configuration(tmp_path, data, data_dir):
+    """GPT-2's files in each checkpoint: a curve has one config_hash, and the path is no part."""
+    for step in (1, 2):
+        path = save(tmp_path / "run", step)
+        for file in (data_dir / "tokenizers/gpt2").iterdir():
+            shutil.copy(file, path)
+        (path / "tokenizer.json").unlink(missing_ok=True)
+        model = GPTModel(CONFIG.replace(vocab_size=50257))
+        shutil.rmtree(path)
+        checkpoint.save_checkpoint(
+            model, None, None, 0, step, 5.0, tmp_path / "run",
+            tokenizer=build_tokenizer(str(data_dir / "tokenizers/gpt2")),
+        )  # fmt: skip
+    _, records = run_sweep(tmp_path / "run", data)
+    assert len(records) == 4
+    for evaluation in ("perplexity", "mmlu"):
+        mine = [r for r in records if r["evaluation"] == evaluation]
+        assert len({r["config_hash"] for r in mine}) == 1
+        assert len({r["resume_key"] for r in mine}) == 2
+
+
+def test_order(run_dir, data, capsys):
+    def order(*more, name):
+        run_sweep(run_dir, data, *more, name=name)
+        lines = capsys.readouterr().out.splitlines()
+        return [line.split()[0] for line in lines if "perplexity:" in line]
+
+    steps = [f"checkpoint-{step}" for step in STEPS]
+    assert order(name="a") == steps
+    assert order("--newest-first", name="b") == steps[::-1]
+    assert order("--until-step", "20", name="c") == steps[:2]
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("perplexity: {val-npy: x.npy, data-mode: fineweb_npy}", "no such file"),
+        ("perplexity: {val-data: x.txt, striide: 3}", "--striide"),
+        ("mmlu: {data-path: nowhere}", "nowhere"),
+        ("mmlu: {data-path: x, dtype: bf16}", "command line"),
+        ("arc: {data-path: x}", "'arc' is no evaluation"),
+        ("mmlu: 3", "flag: value"),
+        ("{}", "no evaluation"),
+    ],
+)
+def test_a_wrong_yaml_file_is_said_in_one_line(run_dir, data, tmp_path, text, wanted):
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        run_sweep(run_dir, data, "--evaluations", str(tmp_path / "wrong.yaml"))
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_humaneval_is_swept_and_known_again(run_dir, data_dir, tmp_path, data, capsys):
+    path = str(data_dir / "HumanEval.jsonl.gz")
+    flags = {"humaneval": {"data-path": path, "limit": 2, "max-new-tokens": 4, "workers": 1}}
+    (tmp_path / "h.yaml").write_text(yaml.safe_dump(flags))
+    for step in STEPS:
+        config = CONFIG.replace(max_position_embeddings=1024)
+        model, byte = GPTModel(config), build_tokenizer("byte")
+        checkpoint.save_checkpoint(model, None, None, 0, step, 5.0, run_dir, tokenizer=byte)
+    only = ["--evaluations", str(tmp_path / "h.yaml"), "--until-step", "20"]
+    code, records = run_sweep(run_dir, data, *only)
+    assert code == 0 and [r["metrics"]["pass@1"]["n"] for r in records] == [2, 2]
+    assert len(results.load_samples(records[0])) == 2
+    capsys.readouterr()
+    assert run_sweep(run_dir, data, *only)[0] == 0
+    assert "0 made, 2 done before" in capsys.readouterr().out
+
+
+# --- What goes wrong with checkpoints
+
+
+def test_bad_checkpoints_are_recorded_and_the_sweep_goes_on(run_dir, data, capsys):
+    whole = (run_dir / "checkpoint-20/model.safetensors").read_bytes()
+    (run_dir / "checkpoint-20/model.safetensors").write_bytes(whole[:-100])  # torn
+    save(run_dir, 40, value=3e38)  # computes NaN, on all ranks, in the midst of an evaluation
+    (run_dir / "foreign.pt").write_bytes(b"not a checkpoint at all")
+    torch.save({"weights_of": "something else", "x": torch.zeros(3)}, run_dir / "other.pt")
+    (run_dir / "notes.txt").write_text("hello")
+    (run_dir / ".tmp-checkpoint-50-1").mkdir()  # what a killed trainer leaves
+    code, records = run_sweep(run_dir, data)
+    found = numbers(records)
+    failed = {key for key, value in found.items() if value[0] == "failed"}
+    bad = [(20, "model.safetensors"), (40, "NaN")]
+    assert failed == expected([20, 40]) | {
+        (name, e) for name in ("foreign", "other") for e in ("perplexity", "mmlu")
+    }
+    assert found.keys() - failed == expected([10, 30]) and code == 1
+    for record in records:
+        for step, reason in bad:
+            if record["checkpoint"]["step"] == step and record["evaluation"] == "perplexity":
+                assert reason in record["reason"]
+    capsys.readouterr()
+    code, again = run_sweep(run_dir, data)
+    assert code == 1 and numbers(again) == found
+    assert "0 made, 4 done before, 8 failed" in capsys.readouterr().out
+
+    # made whole again, with the manifest it always had
+    (run_dir / "checkpoint-20/model.safetensors").write_bytes(whole)
+    for name in ("foreign.pt", "other.pt"):
+        (run_dir / name).unlink()
+    shutil.rmtree(run_dir / "checkpoint-40")
+    code, records = run_sweep(run_dir, data)
+    assert code == 0 and {k for k, v in numbers(records).items() if v[0] == "ok"} == expected()
+    assert ("checkpoint-20", "mmlu") not in {
+        (r["checkpoint"]["name"], r["evaluation"]) for r in records if r["status"] == "failed"
+    }
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_read_again(run_dir, data, monkeypatch):
+    real, loads = checkpoint.load_model, []
+
+    def load(path, *more):
+        model = real(path, *more)
+        loads.append(path.name)
+        if loads.count("checkpoint-20") == 1 and path.name == "checkpoint-20":
+            save(run_dir, 20, seed=999)
+        return model
+
+    monkeypatch.setattr(checkpoint, "load_model", load)
+    code, records = run_sweep(run_dir, data)
+    monkeypatch.undo()
+    assert code == 0 and loads.count("checkpoint-20") == 2
+    clean = run_sweep(run_dir, data, name="clean")[1]
+    assert numbers(records) == numbers(clean) and len(records) == 6
+    save(run_dir, 20, seed=5)  # replaced after it was done: new content, new records
+    assert len(run_sweep(run_dir, data)[1]) == 8
+
+
+def test_a_checkpoint_that_vanishes_is_gone_not_failed(run_dir, data, monkeypatch, capsys):
+    real = checkpoint.load_model
+
+    def load(path, *more):
+        if path.name == "checkpoint-10":  # the trainer's rotation, at the worst moments
+            shutil.rmtree(run_dir / "checkpoint-20")
+        if path.name == "checkpoint-30":
+            shutil.rmtree(path)
+        return real(path, *more)
+
+    monkeypatch.setattr(checkpoint, "load_model", load)
+    code, records = run_sweep(run_dir, data)
+    assert code == 0 and numbers(records).keys() == expected([10])
+    assert "2 checkpoints gone" in capsys.readouterr().out
+
+
+# --- What goes wrong with results
+
+
+def command(run_dir, data, *more, ranks=0, name="results"):
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, str(ROOT / "sweep.py"), *flags(run_dir, data, name, *more)]
+
+
+def test_a_full_disk_ends_the_sweep_in_one_line_and_loses_nothing(run_dir, data):
+    def no_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # leases fit, records do not
+
+    out = subprocess.run(
+        command(run_dir, data), capture_output=True, text=True, timeout=120, preexec_fn=no_room
+    )
+    assert out.returncode == 2, out.stderr
+    [line] = out.stderr.splitlines()
+    assert line.startswith("error: ") and "nothing was written" in line
+    assert run_sweep(run_dir, data)[1] != []
+    again = run_sweep(run_dir, data)[1]
+    assert numbers(again) == numbers(run_sweep(run_dir, data, name="clean")[1])
+
+
+def test_a_results_directory_that_cannot_be_written(run_dir, data, monkeypatch):
+    (run_dir.parent / "results").write_text("a file")
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=r"--results-dir .* cannot be written"):
+        sweep.main(flags(run_dir, data))
+
+
+def test_two_sweeps_share_the_work(tmp_path, data):
+    for step in range(1, 9):
+        save(tmp_path / "run", step)
+    popen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pair = [subprocess.Popen(command(tmp_path / "run", data), **popen) for _ in range(2)]
+    said = [p.communicate(timeout=200) for p in pair]
+    assert [p.returncode for p in pair] == [0, 0], said
+    made = [line for out, _ in said for line in out.splitlines() if "(" in line and "±" in line]
+    assert len(made) == len({tuple(line.split()[:2]) for line in made}) == 16, made
+    records = results.load_records(tmp_path / "results")
+    assert numbers(records).keys() == expected(range(1, 9))
+    assert not any((tmp_path / "results/.leases").iterdir())
+
+
+def test_the_launcher_runs_two_ranks_and_says_when_it_failed(run_dir, data):
+    (run_dir / "checkpoint-30/model.safetensors").write_bytes(b"torn")
+    more = flags(run_dir, data)
+    more.remove("--checkpoint-path"), more.remove(str(run_dir))
+    script = ["bash", str(ROOT / "scripts/sweep_checkpoints.sh")]
+    environment = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
+    out = subprocess.run(
+        [*script, str(run_dir), *more], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert out.returncode == 1 and "4 made, 0 done before, 2 failed" in out.stdout, out.stderr
+    records = results.load_records(run_dir.parent / "results")
+    assert {r["cost"]["world_size"] for r in records if r["status"] == "ok"} == {2}
+    assert subprocess.run(script, capture_output=True).returncode == 2
+
+
+# --- Watching
+
+
+def watch_in_thread(run_dir, data, *more):
+    done = {}
+    argv = flags(run_dir, data, "results", "--watch", "--poll-seconds", "0.3", *more)
+
+    def target():
+        try:
+            sweep.main(argv)
+            done["code"] = 0
+        except BaseException as error:
+            done["code"] = error
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread, done
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def finished(run_dir):
+    try:
+        records = results.load_records(run_dir.parent / "results")
+    except ValueError:
+        return set()
+    return {(r["checkpoint"]["name"], r["evaluation"]) for r in records if r["status"] == "ok"}
+
+
+def test_watch_takes_what_comes_once_it_is_whole_and_stops_on_a_file(tmp_path, data, monkeypatch):
+    run_dir = tmp_path / "run"
+    byte = ["--tokenizer-name", "byte"]
+    thread, done = watch_in_thread(run_dir, data, *byte)  # before the trainer made the directory
+    save(run_dir, 10)
+    wait_for(lambda: finished(run_dir) == expected([10]))
+    # a clock that jumps: files from the future and the past, and time.time() days off
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    for stamp in (4e9, 1):
+        for file in (run_dir / "checkpoint-10").iterdir():
+            os.utime(file, (stamp, stamp))
+        time.sleep(0.4)
+    # a file that grows under its final name, in pieces further apart than two looks: torch.save's
+    model = GPTModel(CONFIG)
+    torch.save({"model_state_dict": model.state_dict(), "config": CONFIG.to_dict()},
+               tmp_path / "whole.pt")  # fmt: skip
+    whole = (tmp_path / "whole.pt").read_bytes()
+    with open(run_dir / "checkpoint-20.pt", "wb", buffering=0) as f:
+        for start in range(0, len(whole), len(whole) // 8 + 1):
+            f.write(whole[start : start + len(whole) // 8 + 1])
+            time.sleep(0.15)
+    wait_for(lambda: finished(run_dir) == expected([10, 20]))
+    torn = run_dir / "checkpoint-30.pt"
+    torn.write_bytes(whole[:-1000])  # and never more: tried once, and recorded
+    wait_for(lambda: len(results.load_records(tmp_path / "results")) == 6)
+    (run_dir / "STOP").touch()
+    thread.join(30)
+    assert not thread.is_alive() and done["code"].code == 1
+    failed = [r for r in results.load_records(tmp_path / "results") if r["status"] == "failed"]
+    assert {r["checkpoint"]["name"] for r in failed} == {"checkpoint-30"}
+
+
+def test_watch_ends_at_a_step_or_after_quiet(run_dir, data):
+    start = time.monotonic()
+    assert run_sweep(run_dir, data, "--watch", "--until-step", "20")[0] == 0
+    assert finished(run_dir) == expected([10, 20])
+    assert run_sweep(run_dir, data, "--watch", "--quiet-seconds", "1")[0] == 0
+    assert finished(run_dir) == expected() and time.monotonic() - start > 1
+
+
+# --- Trackers
+
+
+def test_trackers_get_the_records_numbers(run_dir, data, monkeypatch):
+    logged = []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            logged.append((Path(self.folder).name, name, value, step))
+
+        def flush(self):
+            pass
+
+    class Run:
+        def define_metric(self, *_, **__):
+            pass
+
+        def log(self, values):
+            step = values.pop("step")
+            values.pop("tokens", None)
+            logged.extend(("wandb", name, value, step) for name, value in values.items())
+
+    tensorboard = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: Run()))
+    board = ["--tensorboard", str(run_dir.parent / "tb"), "--wandb", "project"]
+    _, records = run_sweep(run_dir, data, *board)
+    for name in ("run", "wandb"):
+        mine = {(metric, step): value for who, metric, value, step in logged if who == name}
+        wanted = {
+            (metric, r["checkpoint"]["step"]): value
+            for r in records
+            for metric, value in results.scalars(r).items()
+        }
+        assert mine == wanted and ("mmlu/accuracy", 20) in mine
+
+
+@pytest.mark.parametrize("flag", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed(run_dir, data, monkeypatch, flag):
+    for module in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"pip install {flag}"):
+        run_sweep(run_dir, data, f"--{flag}", "x")
+
+
+# --- Several ranks, and kill -9
+
+LONELY = """
+import sys, time
+sys.path.insert(0, {root!r})
+import cli, distributed
+def main():
+    with distributed.setup("cpu") as dist:
+        for error in ("all", "alone"):
+            try:
+                if error == "all" or dist.rank == 1:
+                    raise RuntimeError(error)
+                dist.sum([1.0])
+            except RuntimeError as e:
+                dist.agree_on_error(e, patience=1.0)
+                print("agreed", e, flush=True)
+cli.run(main)
+"""
+
+
+def test_an_error_of_one_rank_ends_the_run_and_an_error_of_all_does_not(tmp_path):
+    (tmp_path / "lonely.py").write_text(LONELY.format(root=str(ROOT)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start = time.monotonic()
+    out = subprocess.run(
+        [*launcher, "--nproc-per-node=2", str(tmp_path / "lonely.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert out.returncode == 1 and time.monotonic() - start < 60
+    assert out.stdout.count("agreed all") == 2 and "agreed alone" not in out.stdout
+
+
+def descendants(pid) -> list[int]:
+    """Processes below `pid`, from /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
+def kill(process, rng) -> list[int]:
+    """kill -9 of everything, of torchrun alone or of one worker alone. Returns who was there."""
+    workers = descendants(process.pid)
+    victims = rng.choice([[process.pid, *workers], [process.pid], workers[:1], workers[-1:]])
+    for pid in victims or [process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+    return workers
+
+
+def battery(tmp_path, data, n_kills, n_steps, seed):
+    """A training run, and beside it a sweep of two ranks that is killed again and again."""
+    rng, run_dir = random.Random(seed), tmp_path / "run"
+    train = [sys.executable, str(ROOT / "train.py"), "--device", "cpu", "--tokenizer-name", "byte"]
+    train += ["--data-mode", "fineweb_npy", "--train-npy", str(data / "x.npy"), "--log-steps", "5"]
+    for name in ("max_position_embeddings", "n_layers", "n_heads", "d_model", "d_ff"):
+        train += [f"--{name.replace('_', '-')}", str(getattr(CONFIG, name))]
+    train += ["--seq-len", "256", "--batch-size", "1", "--checkpoint-path", str(run_dir)]
+    train += ["--num-steps", str(n_steps), "--save-steps", "2", "--warmup-steps", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    trainer = subprocess.Popen(train, **quiet)
+    watching = command(run_dir, data, "--watch", "--newest-first", ranks=2)
+    left = set()
+    try:
+        for _ in range(n_kills):
+            sweeper = subprocess.Popen(watching, **quiet)
+            time.sleep(rng.uniform(0, 10))
+            left.update(kill(sweeper, rng))
+        assert trainer.wait(120) == 0
+        steps = range(2, n_steps + 1, 2)
+        last = [*watching, "--until-step", str(n_steps), "--lease-seconds", "20"]
+        out = subprocess.run(last, capture_output=True, text=True, env=environment, timeout=300)
+        assert out.returncode == 0, out.stdout + out.stderr
+    finally:
+        trainer.kill()
+    # whose torchrun died before they had found it give up after two minutes
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), 150)
+    skipped = []
+    survived = results.load_records(tmp_path / "results", skipped)
+    assert not skipped and numbers(survived).keys() == expected(steps)
+    clean = subprocess.run(
+        command(run_dir, data, name="clean"), capture_output=True, env=environment, timeout=300
+    )
+    assert clean.returncode == 0
+    assert numbers(survived) == numbers(results.load_records(tmp_path / "clean"))
+    assert not any((tmp_path / "results/.leases").iterdir())
+
+
+def test_a_watching_sweep_killed_beside_a_training_run_equals_a_clean_one(tmp_path, data):
+    """Two ranks, thrice killed, against one rank never killed: the same bits."""
+    battery(tmp_path, data, n_kills=3, n_steps=12, seed=0)
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_fifty_times(tmp_path, data):
+    battery(tmp_path, data, n_kills=50, n_steps=60, seed=1)
