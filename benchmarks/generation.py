@@ -1,0 +1,392 @@
+"""Batched sampling and greedy decoding beside transformers' `generate`, in one run on one GPU.
+
+    python benchmarks/generation.py --out benchmarks/results/generation.json     # < 5 minutes
+    python benchmarks/generation.py --small --out /tmp/g.json                    # a CPU's rehearsal
+
+A 7B Llama shape in bfloat16 with random weights, 150-token prompts, 256 new tokens, temperature 0.8
+and top-p 0.95. First come checks (float32 greedy tokens against a loop without a cache), then each
+case twice, the second timed: prefill and decoding, without building the rows (cache, compilation,
+graph capture: reported as set-up). The limit is what a step must read at `--bandwidth`: the weights
+without the input embedding, and the cache of what each row sees, a shared prompt once. A case that
+fails is reported and the others go on; cases that would start after `--budget` seconds are skipped.
+"""
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import cli
+import decode_attention
+import engine
+from config import GPTConfig, load_config
+from model import GPTModel
+
+SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+START = time.perf_counter()
+
+
+def random_model(config: GPTConfig, device, dtype=torch.bfloat16) -> GPTModel:
+    with torch.device("meta"):
+        model = GPTModel(config.replace(dropout=0.0))
+    model.to_empty(device=device)
+    model.materialize_buffers(device)
+    for name, p in model.named_parameters():
+        p.data = torch.empty(p.shape, dtype=dtype, device=device)
+        p.data.fill_(1.0) if p.dim() == 1 and name.endswith("weight") else p.data.normal_(std=0.02)
+    return model.for_inference(dtype)
+
+
+def step_bytes(config, rows, prompts, prompt, new) -> float:
+    """Bytes that one step of `rows` sequences of `prompts` prompts reads at least, on average."""
+    c, word = config, 2
+    inner = c.head_dim * c.n_heads
+    layer = c.d_model * c.qkv_dim + inner * c.d_model + c.d_model * c.d_ff * (2 + c.gated_mlp)
+    weights = word * (c.n_layers * layer + c.vocab_size * c.d_model)
+    token = 2 * word * c.n_layers * c.n_kv_heads * c.head_dim
+    return weights + token * (prompts * prompt + rows * new / 2)
+
+
+class SetupTimer:
+    """Counts the seconds that building CachedRows takes, to leave them out."""
+
+    def __init__(self):
+        self.seconds, self.build = 0.0, engine.CachedRows
+
+    def __call__(self, *args):
+        start = time.perf_counter()
+        rows = self.build(*args)
+        synchronize()
+        self.seconds += time.perf_counter() - start
+        return rows
+
+    def __enter__(self):
+        engine.CachedRows = self
+        return self
+
+    def __exit__(self, *_):
+        engine.CachedRows = self.build
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(model, prompts, limits, **options) -> dict:
+    """Generate twice; seconds, tokens and tokens/s of the second time, set-up seconds of both."""
+    times = []
+    for _ in range(2):
+        synchronize()
+        with SetupTimer() as timer:
+            start = time.perf_counter()
+            tokens = sum(
+                len(s.token_ids)
+                for s in engine.generate(model, prompts, max_new_tokens=limits, **options)
+            )
+            synchronize()
+        times.append((time.perf_counter() - start - timer.seconds, timer.seconds))
+    assert tokens == np.broadcast_to(limits, (len(prompts), options["n_samples"])).sum()
+    (_, first_setup), (seconds, setup) = times
+    return {
+        "seconds": seconds, "tokens": int(tokens), "tokens_per_s": tokens / seconds,
+        "first_setup_s": first_setup, "setup_s": setup,
+    }  # fmt: skip
+
+
+def ours(model, size, *, rows, n_prompts, n_samples, compiled, greedy=False, ragged=False):
+    config, g = model.config, np.random.default_rng(0)
+    prompts = g.integers(0, config.vocab_size, (n_prompts, size.prompt)).tolist()
+    limits = np.full((n_prompts, n_samples), size.new)
+    if ragged:  # as stop strings make them; uniform, so that the mean is known
+        limits = g.integers(size.new // 8, size.new + 1, limits.shape)
+    options = {} if greedy else SAMPLING
+    result = measure(
+        model, prompts, limits, n_samples=n_samples, batch_size=rows, compile=compiled,
+        units=[range(n_prompts)], **options,
+    )  # fmt: skip
+    if not ragged:
+        steps = n_prompts * n_samples / rows * size.new
+        read = step_bytes(config, rows, n_prompts, size.prompt, size.new)
+        result["ms_per_step"] = result["seconds"] / steps * 1e3
+        result["limit_tokens_per_s"] = rows / (read / size.bandwidth)
+        result["share_of_limit"] = result["tokens_per_s"] / result["limit_tokens_per_s"]
+    else:
+        result["rows_busy"] = result["tokens"] / rows / size.new  # steps of full rows, in lengths
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# The peer
+
+
+def peer_model(config: GPTConfig, device):
+    import transformers
+
+    from config import config_to_hf
+
+    values = config_to_hf(config.replace(dropout=0.0))
+    kind = values.pop("model_type")
+    hf = transformers.AutoConfig.for_model(kind, **values)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16).eval()
+
+
+def peer_generate(config, size, rows, device, greedy=False) -> dict:
+    model = peer_model(config, device)
+    g = np.random.default_rng(0)
+    ids = torch.tensor(g.integers(0, config.vocab_size, (1, size.prompt)), device=device)
+    ids = ids.expand(rows, -1).contiguous()
+    options = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, **SAMPLING}
+    options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "eos_token_id": None}
+    seconds = 0.0
+    for new in (min(8, size.new), size.new):
+        synchronize()
+        start = time.perf_counter()
+        out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
+        synchronize()
+        seconds = time.perf_counter() - start
+    assert out.shape == (rows, size.prompt + size.new), out.shape
+    tokens = rows * size.new
+    return {
+        "seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds,
+        "ms_per_step": seconds / size.new * 1e3,
+    }  # fmt: skip
+
+
+def peer_batching(config, size, rows, device) -> dict:
+    """transformers' continuous batching, every sample a request of its own."""
+    from transformers import GenerationConfig
+
+    model = peer_model(config, device)
+    g = np.random.default_rng(0)
+    prompts = [g.integers(0, config.vocab_size, size.prompt).tolist()] * rows
+    options = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "eos_token_id": -1, **SAMPLING}
+    times, tokens = [], []
+    for new in (8, size.new):  # each call builds its cache and graphs anew: the difference is steps
+        generation = GenerationConfig(max_new_tokens=new, **options)
+        synchronize()
+        start = time.perf_counter()
+        out = model.generate_batch(inputs=prompts, generation_config=generation)
+        times.append(time.perf_counter() - start)
+        tokens.append(sum(len(o.generated_tokens) for o in out.values()))
+    assert tokens[1] == rows * size.new, tokens
+    return {
+        "seconds": times[1], "tokens": tokens[1], "whole_tokens_per_s": tokens[1] / times[1],
+        "tokens_per_s": (tokens[1] - tokens[0]) / (times[1] - times[0]),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks and the kernel alone
+
+
+@torch.no_grad()
+def check_greedy(device, compiled: bool) -> dict:
+    """float32 greedy tokens of a small model against a loop without a cache."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 512, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_model": 64}
+    shape |= {"d_ff": 128, "norm": "rmsnorm", "position": "rope", "gated_mlp": True}
+    model = GPTModel(GPTConfig(**shape, activation="silu", bias=False, dropout=0.0)).to(device)
+    for p in model.parameters():
+        p.mul_(5.0 if p.dim() == 2 else 1.0)
+    model.for_inference(torch.float32)
+    g = np.random.default_rng(3)
+    prompts = [g.integers(0, 512, n).tolist() for n in (90, 1, 33, 64, 7, 120)]
+    limits = [40, 70, 64, 5, 90, 33]
+    options = {"max_new_tokens": limits, "n_samples": 3, "batch_size": 7, "compile": compiled}
+    samples = list(engine.generate(model, prompts, **options))
+    right = 0
+    for i, n in enumerate(limits):
+        ids = list(prompts[i])
+        for _ in range(n):
+            hidden = model.hidden(torch.tensor([ids], device=device))
+            ids.append(int(model.logits(hidden[0, -1]).argmax()))
+        wanted = ids[len(prompts[i]) :]
+        right += sum(s.token_ids == wanted for s in samples if s.prompt_index == i)
+    assert right == len(samples) == 18, f"{right} of {len(samples)} greedy sequences are right"
+    return {"sequences_right": right}
+
+
+def kernel(size, G, R, block, warps, stages) -> dict:
+    """Own keys of 200 rows, half of them filled, one layer: bytes read per second."""
+    B, D, S = size.rows, 128, size.new
+    dtype, device = torch.bfloat16, "cuda"
+    layers = 4  # more than the 50 MB of cache hold
+    k, v = (torch.randn(layers, B, G, S, D, dtype=dtype, device=device) for _ in range(2))
+    q = torch.randn(B, G * R, D, dtype=dtype, device=device)
+    new = torch.randn(B, G, D, dtype=dtype, device=device)
+    lengths = torch.full((B,), S // 2, device=device)
+    none = torch.zeros(1, G, 0, D, dtype=dtype, device=device)
+    zeros = torch.zeros(B, dtype=torch.int64, device=device)
+    tiles = decode_attention.plan_tiles([0] * B, 1, R, dtype).to(device)
+    saved = {n: getattr(decode_attention, n) for n in ("BLOCK_BYTES", "WARPS", "STAGES")}
+    changed = {"BLOCK_BYTES": block * D * 2, "WARPS": warps, "STAGES": stages}
+    for name, value in changed.items():
+        setattr(decode_attention, name, value)
+    try:
+
+        def run():
+            for i in range(layers):
+                decode_attention.decode_attention(
+                    q, new, new, k[i], v[i], lengths, none, none, zeros[:1], zeros, tiles, 0, S
+                )
+
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        begin.record()
+        for _ in range(20):
+            graph.replay()
+        end.record()
+        end.synchronize()
+    finally:
+        for name, value in saved.items():
+            setattr(decode_attention, name, value)
+    us = begin.elapsed_time(end) * 1e3 / 20 / layers
+    return {"us": us, "tb_per_s": 2 * 2 * B * G * (S // 2) * D / us / 1e6}
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+class Size:
+    def __init__(self, small: bool, bandwidth: float):
+        self.prompt, self.new, self.rows = (12, 10, 6) if small else (150, 256, 200)
+        self.bandwidth = bandwidth
+
+
+def cases(small: bool, size, device):
+    """(name, function) in the order of importance. Models are built once and dropped after use."""
+    large, xl = load_config("7b"), load_config("gpt2-xl")
+    if small:
+        tiny = {"n_layers": 2, "d_model": 64, "d_ff": 96, "n_heads": 4, "n_kv_heads": 4}
+        large, xl = (c.replace(vocab_size=100, head_dim=16, **tiny) for c in (large, xl))
+    held = {}
+
+    def model(config):
+        if held.get("config") != config:
+            held.clear()
+            release()
+            held.update(config=config, model=random_model(config, device))
+        return held["model"]
+
+    def of(config, **options):
+        return lambda: ours(model(config), size, **options)
+
+    def peer(function, *args):
+        def run():
+            held.clear()
+            release()
+            return function(*args)
+
+        return run
+
+    n = size.rows
+    one = {"n_prompts": 1, "n_samples": n, "rows": n}
+    four = {"n_prompts": 4, "n_samples": n, "rows": n}
+    single = {"n_prompts": 1, "n_samples": 1, "rows": 1, "greedy": True}
+    apart = {"n_prompts": n, "n_samples": 1, "rows": n}
+    some = {"n_prompts": 1, "n_samples": min(n, 64), "rows": min(n, 64)}
+    yield "check eager", lambda: check_greedy(device, False)
+    yield "7B 200 sampled, shared prompt, eager", of(large, **one, compiled=False)
+    yield "7B 200 sampled, shared prompt, compiled", of(large, **one, compiled=True)
+    yield "7B 4x200 of 32..256 tokens, refilled", of(large, **four, compiled=True, ragged=True)
+    yield "peer 7B 200 sampled, generate", peer(peer_generate, large, size, n, device)
+    yield "7B 1 greedy, compiled", of(large, **single, compiled=True)
+    if device == "cuda":
+        for tile in ((64, 4, 2), (32, 4, 3), (64, 4, 3), (128, 4, 2), (32, 2, 3), (64, 8, 2)):
+            yield f"kernel 32x1, tile {tile}", lambda tile=tile: kernel(size, 32, 1, *tile)
+        for tile in ((64, 4, 2), (64, 4, 3)):
+            yield f"kernel 8x4, tile {tile}", lambda tile=tile: kernel(size, 8, 4, *tile)
+    yield "check compiled", lambda: check_greedy(device, True)
+    yield "7B 200 sampled, prompts apart, eager", of(large, **apart, compiled=False)
+    yield "GPT-2 XL 64 sampled, eager", of(xl, **some, compiled=False)
+    yield "peer GPT-2 XL 64 sampled, generate", peer(peer_generate, xl, size, some["rows"], device)
+    if device == "cuda":  # on a CPU it takes most of the machine's memory
+        yield "peer 7B 200 sampled, batching", peer(peer_batching, large, size, n, device)
+    yield "GPT-2 XL 64 sampled, compiled", of(xl, **some, compiled=True)
+
+
+def release():
+    import gc
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def line(name, result) -> str:
+    words = [f"{name:44}"]
+    if "error" in result:
+        return words[0] + f"  FAILED: {result['error']}"
+    for key, form in (
+        ("tokens_per_s", "{:9,.0f} tok/s"), ("ms_per_step", "{:7.2f} ms/step"),
+        ("limit_tokens_per_s", "limit {:7,.0f}"), ("share_of_limit", "{:6.1%}"),
+        ("first_setup_s", "set-up {:5.1f} s first,"), ("setup_s", "{:4.1f} s again"),
+        ("rows_busy", "{:5.2f} x length"), ("us", "{:7.1f} us"), ("tb_per_s", "{:5.2f} TB/s"),
+        ("sequences_right", "{} sequences right"),
+    ):  # fmt: skip
+        if key in result:
+            words.append(form.format(result[key]))
+    return "  ".join(words)
+
+
+def main(argv=None):
+    p = cli.parser(__doc__)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--small", action="store_true", help="tiny shapes: does every case run?")
+    p.add_argument("--only", default="", help="cases whose name contains this")
+    p.add_argument("--budget", type=float, default=285, help="seconds after which no case starts")
+    p.add_argument("--bandwidth", type=float, default=4.27e12, help="bytes per second, measured")
+    args = p.parse_args(argv)
+    device = "cpu" if args.small and not torch.cuda.is_available() else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no GPU here: --small rehearses on a CPU")
+    size = Size(args.small, args.bandwidth)
+    report = {"torch": torch.__version__, "small": args.small, "bandwidth": args.bandwidth}
+    report["gpu"] = torch.cuda.get_device_name() if device == "cuda" else None
+    report["cases"] = {}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for name, run in cases(args.small, size, device):
+        if args.only not in name:
+            continue
+        if time.perf_counter() - START > args.budget:
+            print(f"{name:44}  skipped: the budget of {args.budget:g} s is spent", flush=True)
+            continue
+        start = time.perf_counter()
+        try:
+            result = run()
+        except Exception as error:  # an edge: the other cases still have something to say
+            traceback.print_exc()
+            result = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
+        result["whole_s"] = time.perf_counter() - start
+        report["cases"][name] = result
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(line(name, result), f" [{result['whole_s']:.0f} s]", flush=True)
+    summary(report["cases"])
+
+
+def summary(found) -> None:
+    for a, b in (
+        ("7B 200 sampled, shared prompt, compiled", "peer 7B 200 sampled, generate"),
+        ("7B 200 sampled, shared prompt, eager", "peer 7B 200 sampled, generate"),
+        ("7B 200 sampled, shared prompt, compiled", "peer 7B 200 sampled, batching"),
+        ("GPT-2 XL 64 sampled, compiled", "peer GPT-2 XL 64 sampled, generate"),
+    ):
+        speeds = [found.get(n, {}).get("tokens_per_s") for n in (a, b)]
+        if all(speeds):
+            print(f"{a}: {speeds[0] / speeds[1]:.1f} x {b}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

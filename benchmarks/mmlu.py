@@ -1,0 +1,282 @@
+"""MMLU side by side with lm-evaluation-harness: one run, one GPU, the same 14,042 prompts.
+
+    python benchmarks/mmlu.py --data data/mmlu --tokenizer data/gpt2 --out benchmarks/results
+    python benchmarks/mmlu.py --data data/mmlu --tokenizer data/gpt2 --models 7b --gpus 1 2
+
+Random weights with GPT-2's vocabulary and a context of 4,096, so that nothing is truncated, saved
+in bfloat16 as Hugging Face directories that both sides load. Each side is a process of its own,
+timed from its start to its last line: imports, loading, prompts, tokenising, scoring, the table.
+The peer's requests are built from our templates, which is quicker than its own task machinery. On
+the larger models it gets every n-th subject (--peer-every) and its scoring time is scaled by the
+length of their prompts to all of them. With --gpus, roseval alone is run on each number of GPUs.
+
+--tokenizer: a directory with vocab.json and merges.txt. TIKTOKEN_CACHE_DIR, where set, is used by
+our side, as users of `--tokenizer-name gpt2` would.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SHOTS = 5
+MODELS = {"gpt2": 1, "gpt2-xl": 6, "7b": 8}  # the peer gets every n-th subject
+PEER_BATCH = {"gpt2": 32, "gpt2-xl": 32, "7b": 16}
+TARGETS = {"gpt2": 10, "gpt2-xl": 5, "7b": 5}
+
+
+def make_model(name, directory, context):
+    """Random weights of a preset with GPT-2's vocabulary, made on the GPU."""
+    import torch
+
+    import checkpoint
+    from config import load_config
+    from model import GPTModel
+
+    config = load_config(name).replace(
+        vocab_size=50257, max_position_embeddings=context, dropout=0.0
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = GPTModel(config).to(torch.bfloat16)
+    directory.mkdir(parents=True)
+    checkpoint.write_weights(model, config, directory)
+
+
+# ---------------------------------------------------------------------------------------------
+# The peer: this file, run as a process of its own
+
+
+def peer(args):
+    """lm-eval's Hugging Face model class over the five-shot prompts of every n-th subject."""
+    import numpy as np
+    import torch
+
+    from mmlu_eval import LETTERS, load_template, read_data
+
+    template = load_template("lm_eval")
+    subjects = read_data(args.data, SHOTS).subjects[:: args.peer_every]
+    data = read_data(args.data, SHOTS, subjects=subjects)
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(
+        pretrained=args.peer,
+        tokenizer=str(args.tokenizer),
+        dtype=args.dtype,
+        batch_size=args.peer_batch,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        max_length=args.context,
+    )
+    requests = []
+    heads = {s: template.render_head(s, None, data.examples[s], "letter") for s in data.subjects}
+    for i, q in enumerate(data.questions):
+        context = heads[q.subject] + template.render_question(q)
+        for letter in LETTERS:
+            pair = (context, f" {letter}")
+            requests.append(Instance("loglikelihood", {}, pair, LETTERS.index(letter), ("", i, 1)))
+    loaded = time.perf_counter()
+    values = [value for value, _ in model.loglikelihood(requests, disable_tqdm=True)]
+    scored = time.perf_counter()
+    values = np.array(values).reshape(-1, len(LETTERS))
+    right = values.argmax(-1) == np.array([q.answer for q in data.questions])
+    print(f"accuracy {right.mean():.4f} of {len(right)}")
+    result = {"questions": len(right), "score_seconds": scored - loaded, "subjects": subjects}
+    np.savez(args.result, logprobs=values, **{k: v for k, v in result.items() if k != "subjects"})
+    Path(args.result).with_suffix(".json").write_text(json.dumps(result))
+
+
+# ---------------------------------------------------------------------------------------------
+# Both sides, timed
+
+
+def timed(command, env=None):
+    """Wall-clock seconds of a process, start to exit; its output is shown if it fails."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        print(done.stdout[-3000:], done.stderr[-3000:])
+        raise SystemExit(f"{' '.join(map(str, command))} failed with {done.returncode}")
+    return seconds, done.stdout
+
+
+def run_ours(args, model_dir, work, gpus=1):
+    results = work / f"ours-{gpus}-{time.time_ns()}"
+    launch = [sys.executable]
+    if gpus > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}"]
+    name = "gpt2" if os.environ.get("TIKTOKEN_CACHE_DIR") else args.tokenizer
+    command = [*launch, "mmlu_eval.py", "--checkpoint-path", model_dir, "--data-path", args.data]
+    command += ["--num-few-shot", SHOTS, "--tokenizer-name", name, "--dtype", args.dtype]
+    seconds, text = timed([*command, "--results-dir", results])
+    path = next(results.glob("*/*/mmlu-*.json"))
+    record = json.loads(path.read_text())
+    return seconds, record, path.with_suffix(".npz"), text
+
+
+def run_peer(args, name, model_dir, work):
+    every = args.peer_every or MODELS[name]
+    result = work / f"peer-{name}.npz"
+    batch = args.peer_batch or PEER_BATCH[name]
+    command = [sys.executable, __file__, "--peer", model_dir, "--data", args.data]
+    command += ["--result", result, "--tokenizer", args.tokenizer, "--dtype", args.dtype]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    seconds, _ = timed(
+        [*command, "--peer-every", every, "--peer-batch", batch, "--context", args.context], offline
+    )
+    return seconds, json.loads(result.with_suffix(".json").read_text()), result, batch
+
+
+def compare(args, name, work):
+    import numpy as np
+
+    from mmlu_eval import read_data
+
+    model_dir = work / name
+    make_in_child = [sys.executable, __file__, "--make", name, "--data", args.data]
+    make_in_child += ["--context", args.context]
+    timed([*make_in_child, "--tokenizer", args.tokenizer, "--result", model_dir])
+    row = {"model": name, "dtype": args.dtype, "ours": []}
+    for _ in range(args.repeat):
+        seconds, record, arrays, text = run_ours(args, model_dir, work)
+        cost = record["cost"] | {"wall_seconds": seconds}
+        row["ours"].append(cost)
+        print(f"{name} roseval: {seconds:.1f} s from start to table", flush=True)
+    print(text[-900:])
+    best = min(row["ours"], key=lambda cost: cost["wall_seconds"])
+    row |= {"questions": record["metrics"]["accuracy"]["n"], "ours_seconds": best["wall_seconds"]}
+    if not args.no_peer:
+        seconds, told, peer_arrays, batch = run_peer(args, name, model_dir, work)
+        data = read_data(args.data, SHOTS)
+        size = {s: 0 for s in data.subjects}  # characters of all prompts: the peer runs them whole
+        for q in data.questions:
+            before = sum(
+                len(e.question) + sum(map(len, e.choices)) for e in data.examples[q.subject]
+            )
+            size[q.subject] += before + len(q.question) + sum(map(len, q.choices))
+        part = sum(size[s] for s in told["subjects"]) / sum(size.values())
+        whole = seconds - told["score_seconds"] + told["score_seconds"] / part
+        row |= {
+            "peer_seconds": whole,
+            "peer_measured_seconds": seconds,
+            "peer_part": part,
+            "peer_questions": told["questions"],
+            "peer_batch": batch,
+            "speedup": whole / best["wall_seconds"],
+            "target": TARGETS[name],
+        }
+        chosen = np.isin([q.subject for q in data.questions], told["subjects"])
+        ours = np.load(arrays)["logprobs"][chosen]
+        theirs = np.load(peer_arrays)["logprobs"]
+        row["same_prediction"] = float(np.mean(ours.argmax(-1) == theirs.argmax(-1)))
+        row["largest_difference"] = float(np.abs(ours - theirs).max())
+        print(f"{name} lm-eval: {whole:.1f} s; speed-up {row['speedup']:.1f}", flush=True)
+    for gpus in args.gpus:
+        runs = [run_ours(args, model_dir, work, gpus) for _ in range(args.repeat)]
+        seconds, record, *_ = min(runs, key=lambda run: run[0])
+        row[f"gpus_{gpus}"] = record["cost"] | {"wall_seconds": seconds}
+        print(f"{name} on {gpus} GPUs: {seconds:.1f} s, scoring {record['cost']['seconds']:.1f} s")
+    timed(["rm", "-r", model_dir])
+    return row
+
+
+def report(rows, about) -> str:
+    lines = [
+        "# MMLU: roseval and lm-evaluation-harness",
+        "",
+        f"{about['gpu']}, torch {about['torch']}, lm-eval {about['lm_eval']}, {about['date']}. "
+        "Five-shot, all 14,042 questions; seconds from process start to printed table; random "
+        f"weights, context {about['context']:,}. `benchmarks/mmlu.py` made this file.",
+        "",
+        "| model | roseval, s | of it scoring, s | tokens/s | of the arithmetic limit | "
+        "lm-eval, s | speed-up | wanted | same prediction |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        best = min(row["ours"], key=lambda cost: cost["wall_seconds"])
+        mfu = "–" if best["mfu"] is None else f"{best['mfu']:.1%}"
+        cells = [f"{row['model']} {row['dtype']}", f"{row['ours_seconds']:.1f}"]
+        cells += [f"{best['seconds']:.2f}", f"{best['tokens_per_second']:,.0f}", mfu]
+        if "speedup" in row:
+            scaled = "" if row["peer_part"] > 0.999 else f" (from {row['peer_part']:.0%})"
+            cells += [f"{row['peer_seconds']:.1f}{scaled}", f"{row['speedup']:.1f}×"]
+            cells += [f"≥ {row['target']}×", f"{row['same_prediction']:.2%}"]
+        else:
+            cells += ["–"] * 4
+        lines.append("| " + " | ".join(cells) + " |")
+    scaling = [
+        (row, {int(k[5:]): v for k, v in row.items() if k.startswith("gpus_")}) for row in rows
+    ]
+    for row, runs in scaling:
+        for gpus, cost in runs.items():
+            gain = runs[min(runs)]["seconds"] / cost["seconds"]
+            lines += [
+                "",
+                f"{row['model']} on {gpus} GPUs: {cost['wall_seconds']:.1f} s, scoring "
+                f"{cost['seconds']:.2f} s ({gain:.2f}× of {min(runs)}).",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def order_of(row):
+    return list(MODELS).index(row["model"])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--data", required=True, help="MMLU in its original layout")
+    p.add_argument("--tokenizer", required=True, help="directory of GPT-2's vocab.json, merges.txt")
+    p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--context", type=int, default=4096, help="1024 shows truncation (4096)")
+    p.add_argument("--peer-every", type=int, help="the peer gets every n-th subject only")
+    p.add_argument("--peer-batch", type=int, help="the peer's batch size")
+    p.add_argument("--no-peer", action="store_true")
+    p.add_argument("--repeat", type=int, default=2, help="our runs; the fastest counts (2)")
+    p.add_argument("--gpus", nargs="*", type=int, default=[], help="also roseval on so many GPUs")
+    p.add_argument("--out", default="benchmarks/results")
+    p.add_argument("--peer", help=argparse.SUPPRESS)  # these three: the script calling itself
+    p.add_argument("--make", help=argparse.SUPPRESS)
+    p.add_argument("--result", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    args.data, args.tokenizer = Path(args.data).resolve(), Path(args.tokenizer).resolve()
+    if args.peer:
+        return peer(args)
+    if args.make:
+        return make_model(args.make, Path(args.result), args.context)
+    import importlib.metadata as metadata
+
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    about = {"gpu": gpu, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    about["context"] = args.context
+    about["lm_eval"] = "not run" if args.no_peer else metadata.version("lm_eval")
+    parts = ["mmlu", *(gpu or "cpu").lower().split()]
+    parts += [str(args.context)] if args.context != 4096 else []
+    parts += [args.dtype] if args.dtype != "bfloat16" else []
+    path = Path(args.out) / ("-".join(parts) + ".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    with tempfile.TemporaryDirectory() as work:
+        for model in args.models:  # a model measured anew replaces its row, the others stay
+            row = compare(args, model, Path(work))
+            rows = sorted([r for r in rows if r["model"] != model] + [row], key=order_of)
+            path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            path.with_suffix(".md").write_text(report(rows, about))
+    print(report(rows, about))
+
+
+if __name__ == "__main__":
+    main()

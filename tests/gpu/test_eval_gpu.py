@@ -1,0 +1,132 @@
+"""eval.py on CUDA: the same bits on one GPU and two, agreement with float32 on CPU, memory.
+
+python -m pytest tests/gpu/test_eval_gpu.py        # two GPUs for the NCCL part
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import eval as eval_script
+import model as model_module
+from config import GPTConfig, load_config
+from model import GPTModel
+from tokenizer import build_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+SHAPES = {
+    "gpt2": GPTConfig(vocab_size=257, n_layers=3, n_heads=4, d_model=256, d_ff=1024,
+                      max_position_embeddings=256, activation="gelu_new", dropout=0.0),
+    "llama": GPTConfig(vocab_size=257, n_layers=3, n_heads=4, n_kv_heads=2, d_model=256, d_ff=512,
+                       max_position_embeddings=256, activation="silu", norm="rmsnorm", bias=False,
+                       position="rope", gated_mlp=True, tie_embeddings=False, dropout=0.0),
+    "mistral": GPTConfig(vocab_size=257, n_layers=3, n_heads=4, n_kv_heads=2, d_model=256, d_ff=512,
+                         max_position_embeddings=256, activation="silu", norm="rmsnorm", bias=False,
+                         position="rope", gated_mlp=True, tie_embeddings=False, dropout=0.0,
+                         sliding_window=100),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("random")
+    for name, config in SHAPES.items():
+        torch.manual_seed(1)
+        model = GPTModel(config)
+        for p in model.parameters():
+            if p.dim() > 1:
+                torch.nn.init.normal_(p, std=0.08)
+        checkpoint.save_checkpoint(
+            model, None, None, 0, 1, 5.0, directory / name, tokenizer=build_tokenizer("byte")
+        )
+    return directory
+
+
+def evaluate(saved, name, n_gpus, tmp_path, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(n_gpus), str(ROOT / "eval.py")]
+    command += ["--checkpoint-path", str(saved / name / "checkpoint-1"), "--seq-len", "256"]
+    command += ["--val-data", str(ROOT / "model.py"), str(ROOT / "train.py"), "--batch-size", "6"]
+    command += ["--results-dir", str(tmp_path), "--run-name", f"{name}-{n_gpus}{''.join(flags)}"]
+    out = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    line = next(x for x in out.stdout.splitlines() if x.startswith("record: "))
+    path = Path(line.removeprefix("record: "))
+    return json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("compiled", ["on", "off"])
+def test_one_and_two_gpus_give_the_same_bits(saved, tmp_path, name, compiled):
+    one, losses_one = evaluate(saved, name, 1, tmp_path, "--compile", compiled)
+    two, losses_two = evaluate(saved, name, 2, tmp_path, "--compile", compiled)
+    assert two["cost"]["world_size"] == 2
+    assert one["metrics"] == two["metrics"]
+    for key in losses_one:
+        assert losses_one[key].tobytes() == losses_two[key].tobytes(), key
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_float32_and_bfloat16_against_the_cpu(saved, tmp_path, name):
+    cpu, _ = evaluate(saved, name, 1, tmp_path, "--device", "cpu")
+    exact, _ = evaluate(saved, name, 1, tmp_path, "--no-amp")
+    half, _ = evaluate(saved, name, 1, tmp_path, "--compile", "on")
+    loss = cpu["metrics"]["loss"]["value"]
+    assert exact["metrics"]["loss"]["value"] == pytest.approx(loss, rel=1e-6)
+    assert half["metrics"]["loss"]["value"] == pytest.approx(loss, rel=3e-3)
+    assert cpu["data"]["tokens_scored"] == half["data"]["tokens_scored"]
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(saved, tmp_path, capsys):
+    small, _ = evaluate(saved, "gpt2", 1, tmp_path)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(150e6 / total)
+    flags = ["--val-data", str(ROOT / "model.py"), str(ROOT / "train.py"), "--seq-len", "256"]
+    flags += ["--checkpoint-path", str(saved / "gpt2" / "checkpoint-1"), "--batch-size", "128"]
+    try:
+        eval_script.main([*flags, "--results-dir", str(tmp_path), "--run-name", "oom"])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory: going on with a batch of 64" in capsys.readouterr().out
+    (path,) = tmp_path.glob("oom/*/*.json")
+    record = json.loads(path.read_text())
+    assert record["protocol"]["batch_size"] < 128
+    wanted = small["metrics"]["loss"]["value"]
+    assert record["metrics"]["loss"]["value"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_gelu_epilogue_is_the_tanh_gelu(monkeypatch):
+    torch.manual_seed(0)
+    model = GPTModel(load_config("gpt2")).cuda().for_inference(torch.bfloat16)
+    ids = torch.randint(50257, (2, 128), device="cuda")
+    fused = model.hidden(ids)
+    monkeypatch.setattr(model_module, "_is_half", lambda weight: False)
+    plain = model.hidden(ids)
+    reference = GPTModel(model.config)
+    reference.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    with torch.no_grad():
+        wanted = reference.eval().hidden(ids.cpu())
+
+    def error(x):
+        return float((x.cpu() - wanted).norm() / wanted.norm())
+
+    assert error(fused) < 1.2 * error(plain) + 1e-4
+    assert error(fused) < 2e-2
+
+
+def test_the_head_is_padded_once_and_never_seen():
+    model = GPTModel(load_config("gpt2")).cuda().for_inference(torch.bfloat16)
+    assert model.state_dict()["lm_head.weight"].shape == (50257, 768)
+    assert model.lm_head.weight.data_ptr() == model.token_embedding.weight.data_ptr()
+    logits = model.logits(torch.randn(3, 768, device="cuda"))
+    assert logits.shape == (3, 50257)
