@@ -570,13 +570,14 @@ sys.path.insert(0, {root!r})
 import cli, distributed
 def main():
     with distributed.setup("cpu") as dist:
-        for error in ("all", "alone"):
+        for error, patience in (("all", 60.0), ("alone", 1.0)):
+            dist.barrier()  # a slow machine: neither patience starts before both ranks are here
             try:
                 if error == "all" or dist.rank == 1:
                     raise RuntimeError(error)
                 dist.sum([1.0])
             except RuntimeError as e:
-                dist.agree_on_error(e, patience=1.0)
+                dist.agree_on_error(e, patience)
                 print("agreed", e, flush=True)
 cli.run(main)
 """
