@@ -139,6 +139,7 @@ def run(main) -> None:
     _exit_on_signals()
     try:
         main()
+        sys.stdout.flush()  # here, where a reader that has gone is expected
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
