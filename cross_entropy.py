@@ -1,13 +1,18 @@
-"""Cross-entropy of a large vocabulary in one pass over the logits, forward and backward.
+"""Cross-entropy of a large vocabulary: each logit is read from memory once, and its gradient takes
+its place.
 
-    nll = cross_entropy(logits, targets, vocab_size)        # [N] float32, 0 where target is -100
+    nll = cross_entropy(logits, targets, vocab_size)            # scoring: [N] float32, 0 at -100
+    nll = head_cross_entropy(hidden, weight, targets, vocab_size)   # training: through the LM head
 
-On CUDA two Triton kernels, behind operators that torch.compile leaves whole; elsewhere plain torch.
-Inductor's own log-softmax kernels ran at a third of the memory's speed, and sliced off the padding
-columns of the head in a pass of their own. Here columns from vocab_size on are never read, and get
-a zero gradient. The order of summation is fixed: the same logits give the same bits.
+On CUDA one Triton kernel, behind an operator that torch.compile leaves whole; elsewhere plain
+torch. In training the kernel runs over a row twice, the second time out of the L2 cache, and leaves
+softmax - one hot where the logits were, so the backward pass is two matrix products. Inductor's own
+log-softmax ran at a third of the memory's speed and kept several copies. Columns from vocab_size on
+(the head's padding) are never read and get a zero gradient. The order of summation is fixed: the
+same logits give the same bits.
 
-Shapes: N rows, W columns of logits of which the first vocab_size count
+Shapes: N rows, C channels, W columns of logits of which the first vocab_size count
+Reference: the gradient in place of the logits is the idea of Liger-Kernel (Hsu et al. 2024).
 """
 
 import functools
@@ -16,123 +21,121 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = -100  # the target that is not scored, as in PyTorch's own
-BLOCK = 4096  # columns that one program holds at a time
-WARPS = 8
+# Columns that one program holds at a time, and its warps. With the gradient few rows should be in
+# flight, so that the second reading of each finds it in the L2 cache.
+SCORING = {"BLOCK": 4096, "num_warps": 8}
+TRAINING = {"BLOCK": 8192, "num_warps": 32}
 LOG2_E = 1.4426950408889634
 
 
 @functools.cache
-def _kernels():
-    """The Triton kernels, built on first use: there is no Triton where there is no GPU."""
+def _kernel():
+    """The Triton kernel, built on first use: there is no Triton where there is no GPU."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def forward(
-        logits, targets, nll, lse, stride, V,
-        BLOCK: tl.constexpr, IGNORE: tl.constexpr, LOG2_E: tl.constexpr,
+    def kernel(
+        logits, targets, nll, stride, V, W,
+        GRADIENT: tl.constexpr, BLOCK: tl.constexpr, IGNORE: tl.constexpr, LOG2_E: tl.constexpr,
     ):  # fmt: skip
         """One program a row: a running maximum and sum for each of BLOCK lanes, merged last."""
         row = tl.program_id(0).to(tl.int64)
+        logits += row * stride
         column = tl.arange(0, BLOCK)
+        target = tl.load(targets + row)
+        scored = target != IGNORE
+        picked = tl.load(logits + target, mask=scored, other=0.0).to(tl.float32)
         top = tl.full([BLOCK], -1e30, tl.float32)  # finite, so that nothing is inf - inf
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            at = logits + row * stride + start + column
-            x = tl.load(at, mask=start + column < V, other=-1e30).to(tl.float32)
+            at = start + column
+            x = tl.load(logits + at, mask=at < V, other=-1e30).to(tl.float32)
             new_top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
             total = total * tl.exp2((top - new_top) * LOG2_E) + tl.exp2((x - new_top) * LOG2_E)
             top = new_top
         highest = tl.max(top, axis=0)
         total = tl.sum(total * tl.exp2((top - highest) * LOG2_E), axis=0)
         log_sum = highest + tl.log2(total) / LOG2_E
-        target = tl.load(targets + row)
-        scored = target != IGNORE
-        picked = tl.load(logits + row * stride + target, mask=scored, other=0.0).to(tl.float32)
-        tl.store(lse + row, log_sum)
         tl.store(nll + row, tl.where(scored, log_sum - picked, 0.0))
+        if GRADIENT:
+            tl.debug_barrier()  # all threads have picked the target's logit
+            for start in range(0, W, BLOCK):
+                at = start + column
+                x = tl.load(logits + at, mask=at < V, other=0.0).to(tl.float32)
+                p = tl.exp2((x - log_sum) * LOG2_E) - tl.where(at == target, 1.0, 0.0)
+                p = tl.where((at < V) & scored, p, 0.0)
+                tl.store(logits + at, p.to(logits.dtype.element_ty), mask=at < W)
 
-    @triton.jit
-    def backward(
-        grad, logits, targets, lse, out, stride, V, W,
-        BLOCK: tl.constexpr, IGNORE: tl.constexpr, LOG2_E: tl.constexpr,
-    ):  # fmt: skip
-        """out = grad * (softmax - one hot), a block of columns of a row a program."""
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        target = tl.load(targets + row)
-        scale = tl.where(target == IGNORE, 0.0, tl.load(grad + row))
-        log_sum = tl.load(lse + row)
-        x = tl.load(logits + row * stride + column, mask=column < V, other=0.0).to(tl.float32)
-        p = tl.exp2((x - log_sum) * LOG2_E) - tl.where(column == target, 1.0, 0.0)
-        p = tl.where(column < V, p * scale, 0.0)
-        tl.store(out + row * W + column, p.to(out.dtype.element_ty), mask=column < W)
+    return kernel
 
-    return triton, forward, backward
+
+def _run_kernel(logits, targets, vocab_size, gradient: bool) -> torch.Tensor:
+    N, W = logits.shape
+    nll = torch.empty(N, dtype=torch.float32, device=logits.device)
+    if N:
+        _kernel()[(N,)](
+            logits, targets, nll, logits.stride(0), vocab_size, W,
+            GRADIENT=gradient, IGNORE=IGNORE, LOG2_E=LOG2_E, **(TRAINING if gradient else SCORING),
+        )  # fmt: skip
+    return nll
 
 
 @torch.library.custom_op("roseval::cross_entropy", mutates_args=(), device_types="cuda")
-def _fused(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    nll = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(nll)
-    if len(nll):
-        _, forward, _ = _kernels()
-        forward[(len(nll),)](
-            logits, targets, nll, lse, logits.stride(0), vocab_size,
-            BLOCK=BLOCK, IGNORE=IGNORE, LOG2_E=LOG2_E, num_warps=WARPS,
-        )  # fmt: skip
-    return nll, lse
+def _score(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    return _run_kernel(logits, targets, vocab_size, gradient=False)
 
 
-@_fused.register_fake
+@_score.register_fake
 def _(logits, targets, vocab_size):
-    nll = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return nll, torch.empty_like(nll)
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("roseval::cross_entropy_backward", mutates_args=(), device_types="cuda")
-def _fused_backward(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    vocab_size: int,
-) -> torch.Tensor:
-    N, W = logits.shape
-    out = torch.empty((N, W), dtype=logits.dtype, device=logits.device)
-    if N:
-        triton, _, backward = _kernels()
-        backward[(N, triton.cdiv(W, BLOCK))](
-            grad.contiguous(), logits, targets, lse, out, logits.stride(0), vocab_size, W,
-            BLOCK=BLOCK, IGNORE=IGNORE, LOG2_E=LOG2_E, num_warps=WARPS,
-        )  # fmt: skip
-    return out
+@torch.library.custom_op("roseval::head_cross_entropy", mutates_args=(), device_types="cuda")
+def _score_head(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats [N], their gradients by the logits [N, W])."""
+    logits = hidden @ weight.t()
+    return _run_kernel(logits, targets, vocab_size, gradient=True), logits
 
 
-@_fused_backward.register_fake
-def _(grad, logits, targets, lse, vocab_size):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+@_score_head.register_fake
+def _(hidden, weight, targets, vocab_size):
+    N, W = hidden.shape[0], weight.shape[0]
+    return hidden.new_empty(N, dtype=torch.float32), hidden.new_empty(N, W)
 
 
 def _save(ctx, inputs, output):
-    logits, targets, ctx.vocab_size = inputs
-    ctx.save_for_backward(logits, targets, output[1])
+    hidden, weight, _, _ = inputs
+    ctx.save_for_backward(hidden, weight, output[1])
 
 
-def _differentiate(ctx, grad_nll, grad_lse):
-    logits, targets, lse = ctx.saved_tensors
-    return _fused_backward(grad_nll, logits, targets, lse, ctx.vocab_size), None, None
+def _differentiate(ctx, grad_nll, _):
+    """What comes from above is one factor a row: it multiplies the narrow side of each product."""
+    hidden, weight, grad_logits = ctx.saved_tensors
+    factor = grad_nll[:, None]
+    grad_hidden = ((grad_logits @ weight) * factor).to(hidden.dtype)
+    return grad_hidden, grad_logits.t() @ (hidden * factor).to(hidden.dtype), None, None
 
 
-_fused.register_autograd(_differentiate, setup_context=_save)
+_score_head.register_autograd(_differentiate, setup_context=_save)
 
 
 def cross_entropy(logits, targets, vocab_size: int) -> torch.Tensor:
-    """Nats [N], float32, of targets [N] int64 under logits [N, W], any float dtype."""
+    """Nats [N], float32, of targets [N] int64 under logits [N, W], any float dtype.
+
+    On CUDA no gradient flows: `head_cross_entropy` has one.
+    """
     assert logits.stride(-1) == 1, logits.stride()
     if logits.is_cuda:
-        return _fused(logits, targets, vocab_size)[0]
+        return _score(logits, targets, vocab_size)
     rows = logits[:, :vocab_size].float()
     return F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction="none")
+
+
+def head_cross_entropy(hidden, weight, targets, vocab_size: int) -> torch.Tensor:
+    """Nats [N], float32, of targets [N] under hidden [N, C] @ weight.T, weight [W, C]."""
+    if hidden.is_cuda and torch.is_grad_enabled():
+        return _score_head(hidden, weight, targets, vocab_size)[0]
+    return cross_entropy(F.linear(hidden, weight), targets, vocab_size)

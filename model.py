@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig
-from cross_entropy import cross_entropy
+from cross_entropy import head_cross_entropy
 from decode_attention import decode_attention, merge_parts, plan_tiles
 
 VOCAB_MULTIPLE = 64  # matrix products fall off the fast path when a side is odd: GPT-2's 50257
@@ -480,18 +480,22 @@ class GPTModel(nn.Module):
 
     def padded_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `logits`, on CUDA with columns beyond V, to a multiple of 64: they mean nothing."""
-        weight, V = self.lm_head.weight, self.config.vocab_size
-        if self._padded_head is not None:
-            weight = self._padded_head
-        elif V % VOCAB_MULTIPLE and weight.is_cuda:
-            if torch.is_autocast_enabled("cuda"):  # cast first: half the bytes to copy
-                weight = weight.to(torch.get_autocast_dtype("cuda"))
-            weight = F.pad(weight, (0, 0, 0, _padded(V) - V))
-        return F.linear(hidden.to(weight.dtype), weight)
+        return F.linear(*self._for_the_head(hidden))
 
     def nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Nats [N], float32, of targets [N] after hidden [N, C]; 0 where the target is -100."""
-        return cross_entropy(self.padded_logits(hidden), targets, self.config.vocab_size)
+        return head_cross_entropy(*self._for_the_head(hidden), targets, self.config.vocab_size)
+
+    def _for_the_head(self, hidden):
+        """(hidden, the head's weight), both in the dtype of their product, the weight padded."""
+        if self._padded_head is not None:
+            return hidden.to(self._padded_head.dtype), self._padded_head
+        weight, V = self.lm_head.weight, self.config.vocab_size
+        if torch.is_autocast_enabled(weight.device.type):
+            weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+        if V % VOCAB_MULTIPLE and weight.is_cuda:
+            weight = F.pad(weight, (0, 0, 0, _padded(V) - V))
+        return hidden.to(weight.dtype), weight
 
     def forward(self, input_ids, attention_mask=None, labels=None):
         """(logits [B, T, V], loss). attention_mask [B, T]: 0 marks padding, on either side.

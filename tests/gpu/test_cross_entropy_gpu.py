@@ -1,4 +1,7 @@
-"""The Triton cross-entropy against PyTorch's own: values, gradients, compiled and not."""
+"""The Triton cross-entropy against PyTorch's own: values, gradients, compiled and not.
+
+python -m pytest tests/gpu/test_cross_entropy_gpu.py
+"""
 
 import math
 
@@ -6,36 +9,69 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cross_entropy import cross_entropy
+from cross_entropy import cross_entropy, head_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+SHAPES = [(7, 50304, 50257), (33, 4096, 4096), (5, 64, 50), (1, 8192, 4097)]
+C = 64
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def targets_of(N, V):
+    targets = torch.randint(V, (N,), device="cuda")
+    if N > 1:
+        targets[N // 2] = -100
+    return targets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "N, W, V", [(7, 50304, 50257), (33, 4096, 4096), (5, 64, 50), (1, 8192, 4097)]
-)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_values_and_gradients(dtype, N, W, V, compiled):
+@pytest.mark.parametrize("N, W, V", SHAPES)
+def test_values(dtype, N, W, V):
     torch.manual_seed(0)
-    logits = (torch.randn(N, W, device="cuda") * 4).to(dtype).requires_grad_()
-    targets = torch.randint(V, (N,), device="cuda")
-    targets[N // 2] = -100 if N > 1 else targets[0]
-    weights = torch.randn(N, device="cuda")
-
-    exact = logits.detach()[:, :V].double().requires_grad_()
-    wanted = F.cross_entropy(exact, targets, ignore_index=-100, reduction="none")
-    (wanted * weights).sum().backward()
-
-    fn = torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy
-    nll = fn(logits, targets, V)
-    (nll * weights).sum().backward()
+    logits, targets = (torch.randn(N, W, device="cuda") * 4).to(dtype), targets_of(N, V)
+    before = logits.clone()
+    wanted = F.cross_entropy(logits[:, :V].double(), targets, ignore_index=-100, reduction="none")
+    nll = cross_entropy(logits, targets, V)
     torch.testing.assert_close(nll.double(), wanted, rtol=2e-6, atol=2e-6)
-    tolerance = (
-        {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-5}
-    )
-    torch.testing.assert_close(logits.grad[:, :V].double(), exact.grad, **tolerance)
-    assert not logits.grad[:, V:].any()
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N, W, V", SHAPES)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_through_the_head(dtype, N, W, V, compiled):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, C, device="cuda", dtype=dtype) for n in (N, W))
+    weight *= 0.5
+    hidden.requires_grad_(), weight.requires_grad_()
+    targets, factors = targets_of(N, V), torch.randn(N, device="cuda")
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logits = (exact[0] @ exact[1].t())[:, :V]
+    wanted = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+    (wanted * factors).sum().backward()
+
+    fn = torch.compile(head_cross_entropy, dynamic=False) if compiled else head_cross_entropy
+    nll = fn(hidden, weight, targets, V)
+    (nll * factors).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(nll.double(), wanted, rtol=tolerance, atol=2 * tolerance)
+    for ours, theirs in ((hidden, exact[0]), (weight, exact[1])):
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < tolerance, float(error)
+        assert ours.grad.dtype == dtype
+    assert not weight.grad[V:].any()
+    with torch.no_grad():  # scoring takes the other way
+        torch.testing.assert_close(
+            head_cross_entropy(hidden, weight, targets, V), nll.detach(), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_the_same_logits_give_the_same_bits():
