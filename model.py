@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig
@@ -126,6 +127,13 @@ def causal_attention(q, k, v, window=None, dropout=0.0):
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=near, dropout_p=dropout, enable_gqa=gqa
     )
+
+
+def attention_without_plans():
+    """Within it, attention takes many shapes well: cuDNN, which PyTorch prefers on Hopper, first
+    makes a plan for each new one, a tenth of a second that only repeated shapes pay back."""
+    kinds = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    return sdpa_kernel(list(kinds))
 
 
 _BLOCK_MASKS, _COMPILED = {}, {}

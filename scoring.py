@@ -20,7 +20,7 @@ import torch
 import compute
 from cross_entropy import IGNORE
 from distributed import print0
-from model import KVCache
+from model import KVCache, attention_without_plans
 
 CHUNK_TOKENS = 8192  # rows of logits alive at once: 0.8 GB in bfloat16 for GPT-2's vocabulary
 
@@ -548,7 +548,8 @@ def score_continuations(model, rows: Continuations, batches, dist, progress=None
             if progress is not None:
                 progress.update(min(len(row_ids) * dist.world_size, progress.total - progress.n))
 
-    agree_on_memory(score_mine, dist)
+    with attention_without_plans():
+        agree_on_memory(score_mine, dist)
     summed = dist.sum(torch.cat((choices.flatten(), scored)))
     choices = summed[: choices.numel()].reshape(len(rows.ids), K)
     scored = summed[choices.size :]

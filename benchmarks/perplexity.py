@@ -12,6 +12,7 @@ The mean loss of the same windows is printed for both sides. Tokens beyond a pre
 are wrapped around: that changes the loss, not the work.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import cli  # noqa: E402
 CASES = {  # preset: batch, window, tokens that eval.py scores, batches that the peer is timed on
     "gpt2": (32, 1024, 100_000_000, 40),
     "gpt2-xl": (32, 1024, 8_000_000, 8),
-    "7b": (4, 4096, 2_000_000, 8),
+    "7b": (4, 4096, 1_000_000, 8),
 }
 PEERS = ("eager", "compiled", "fused")
 
@@ -39,25 +40,30 @@ def main(argv=None):
     p.add_argument("--work", type=Path, required=True, help="for checkpoints: 14 GB for the 7B")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
-    p.add_argument("--peer", choices=PEERS, help="one peer measurement, as JSON")
+    p.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="beside which peers")
+    p.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)  # the script calling itself
     args = p.parse_args(argv)
     if args.peer:
         print(json.dumps(measure_peer(args.models[0], args.data, args.work, args.peer)))
         return
-    report = {}
+    report = {"machine": machine()}
     for name in args.models:
         directory = save_random(name, args.work)
         rows = report[name] = {}
-        for kind in PEERS:
-            rows[f"transformers {kind}"] = peer_process(name, args, kind)
-        rows["eval.py"] = measure_ours(name, directory, args)
-        if name == "gpt2":
-            for mode in ("on", "off"):
-                rows[f"eval.py, 1M tokens, --compile {mode}"] = measure_ours(
-                    name, directory, args, 1_000_000, mode
-                )
-        args.out.write_text(json.dumps(report | {"machine": machine()}, indent=1))
+        for label, measure in measurements(name, directory, args):
+            rows[label] = measure()
+            args.out.write_text(json.dumps(report, indent=1))  # nothing is lost if the next fails
         print_table(name, rows)
+
+
+def measurements(name, directory, args):
+    """(label, function that measures it) of a model, in their order."""
+    yield "eval.py", lambda: measure_ours(name, directory, args)
+    for kind in args.peers:
+        yield f"transformers {kind}", lambda kind=kind: peer_process(name, args, kind)
+    for mode in ("on", "off") if name == "gpt2" else ():
+        label = f"eval.py, 1M tokens, --compile {mode}"
+        yield label, lambda mode=mode: measure_ours(name, directory, args, 1_000_000, mode)
 
 
 def save_random(name, work) -> Path:
@@ -195,7 +201,7 @@ def machine() -> dict:
 
 
 def print_table(name, rows):
-    base = rows["transformers compiled"].get("tokens_per_second", float("nan"))
+    base = rows.get("transformers compiled", {}).get("tokens_per_second", float("nan"))
     print(f"\n{name}")
     for label, row in rows.items():
         if "error" in row:

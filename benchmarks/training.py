@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
+from benchmarks.perplexity import machine  # noqa: E402
+
+BIASES = ("nobias", "bias")
 
 
 def main(argv=None):
@@ -28,15 +31,17 @@ def main(argv=None):
     p.add_argument("--work", type=Path, required=True)
     p.add_argument("--peer", help="command of the peer")
     p.add_argument("--steps", type=cli.positive_int, default=120)
+    p.add_argument("--biases", nargs="+", choices=BIASES, default=BIASES)
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args(argv)
-    rows = {}
-    for bias in ("bias", "nobias"):
+    rows = {"machine": machine()}
+    for bias in args.biases:
+        rows[f"train.py {bias}"] = rate_of(ours(args, bias))
         if args.peer:
             command = [*shlex.split(args.peer), str(args.data), bias, str(args.steps)]
             rows[f"nanoGPT {bias}"] = rate_of(command)
-        rows[f"train.py {bias}"] = rate_of(ours(args, bias))
-    args.out.write_text(json.dumps(rows, indent=1))
+        args.out.write_text(json.dumps(rows, indent=1))  # nothing is lost if the next fails
+    del rows["machine"]
     for label, row in rows.items():
         peer = rows.get(label.replace("train.py", "nanoGPT"), row).get("tokens_per_second")
         rate = row.get("tokens_per_second")
