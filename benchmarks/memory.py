@@ -3,14 +3,17 @@
     python benchmarks/memory.py --out benchmarks/results/memory.json           # one GPU, ~5 minutes
     python benchmarks/memory.py --only fsdp --out benchmarks/results/memory-fsdp.json    # two GPUs
     python benchmarks/memory.py --only compiled --out …     # train.py's default, as found; slow
+    python benchmarks/memory.py --report --out FILE         # new estimates of what FILE measured
 
 Each case runs in a process of its own, forked from one that has imported everything and has not
 touched CUDA: two warm-up steps (AdamW's state appears in the first), then one that is measured. A
 case that is already in --out is not run again; a Markdown table is written beside it. Training is
 train.py's own loss and clipping. Cases estimated above 93% of the GPU's memory lose layers.
+--report needs no GPU: after a change of compute.py it says what its formulas make of old records.
 
 Peers, on the same cases: the formulas of EleutherAI's cookbook, calc/calc_transformer_mem.py, given
-the true key/value ratio, MLP width and number of MLP matrices; and `accelerate estimate-memory`.
+the true key/value ratio, MLP width and number of MLP matrices; and `accelerate estimate-memory`,
+which counts neither activations nor, loading AutoModel, an untied LM head.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,6 +38,9 @@ import scoring
 import train
 from config import config_to_hf, load_config
 from model import GPTModel, KVCache
+
+# torch's CPU threads exist before the fork; the child neither waits for them nor takes their locks
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
 CASE_SECONDS = 90
 COMPILED_SECONDS = 400
@@ -168,21 +175,22 @@ def cookbook(case: Case) -> float:
 
 
 def accelerate(case: Case) -> float | None:
-    """Bytes by `accelerate estimate-memory`: of Adam training in bfloat16, or of inference."""
+    """Bytes that `accelerate estimate-memory --dtypes float16` (its 16-bit row) prints: "Training
+    using Adam", or "Total Size" for inference."""
     try:
         from accelerate.commands.estimate import estimate_training_usage
         from accelerate.utils import calculate_maximum_sizes
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModel
     except ImportError:
         return None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**config_to_hf(case.model_config()))
+        model = AutoModel.from_config(
+            AutoConfig.for_model(**config_to_hf(case.model_config())), dtype=torch.float32
         )
-    total, _ = calculate_maximum_sizes(model.float())
+    total, _ = calculate_maximum_sizes(model)
     if case.kind in ("prefill", "score"):
         return total / 2
-    return max(estimate_training_usage(total, "bfloat16").values())
+    return max(estimate_training_usage(total, "float16").values())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,12 +299,25 @@ def measure_training(case: Case) -> dict:
     return figures
 
 
+def build_for_inference(c, device="cuda", dtype=torch.bfloat16):
+    """As checkpoint.load_checkpoint places it: each tensor once, in its final dtype."""
+    with torch.device("meta"):
+        model = GPTModel(c)
+    dtypes = model.inference_dtypes(dtype)
+    for name, p in list(model.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        place = torch.zeros(p.shape, dtype=dtypes[name], device=device)
+        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(place, requires_grad=False))
+    if c.tie_embeddings:
+        model.lm_head.weight = model.token_embedding.weight
+    model.materialize_buffers(device)
+    return model.for_inference(dtype)
+
+
 @torch.no_grad()
 def measure_inference(case: Case) -> dict:
     c = case.model_config()
-    with torch.device("cuda"):
-        model = GPTModel(c)
-    model.for_inference(torch.bfloat16)
+    model = build_for_inference(c)
     torch.cuda.empty_cache()
     figures = {"load": torch.cuda.memory_allocated()}
     B, T = case.B, case.T
@@ -459,8 +480,11 @@ def main() -> None:
     p.add_argument("--out", required=True, type=Path, help="JSON; the table goes beside it as .md")
     p.add_argument("--only", choices=("matrix", "fsdp", "compiled"), default="matrix")
     p.add_argument("--match", default="", help="run only the cases whose name contains this")
+    p.add_argument("--report", action="store_true", help="only estimate --out's cases again")
     p.add_argument("--gpu-gib", type=float, default=139.8, help="memory of the GPU (H200)")
     args = p.parse_args()
+    if args.report:
+        return estimate_again(args.out)
     cases = {"matrix": matrix, "fsdp": fsdp_cases, "compiled": compiled_cases}[args.only]()
     done = {}
     if args.out.exists():
@@ -482,13 +506,32 @@ def main() -> None:
         off = error(record)
         print(f"{case.name}: {measured.get('error') or f'{off:+.2%}'}", flush=True)
         report["gpu"] = gpu_name()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(markdown(report))
+        write(report, args.out)
     if report["records"]:
-        print(
-            "\n".join(summary_lines([r for r in report["records"] if "error" not in r["measured"]]))
-        )
+        print_summary(report)
+
+
+def write(report: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(report))
+
+
+def print_summary(report: dict) -> None:
+    good = [r for r in report["records"] if "error" not in r["measured"]]
+    print("\n".join(summary_lines(good)))
+
+
+def estimate_again(path: Path) -> None:
+    """What compute.py says today of the cases in `path`; what was measured stays."""
+    report = json.loads(path.read_text())
+    for record in report["records"]:
+        case = Case(**record["case"])
+        record["estimate"] = estimate(case)
+        record["cookbook"] = cookbook(case)
+        record["accelerate"] = accelerate(case) or record["accelerate"]
+    write(report, path)
+    print_summary(report)
 
 
 def gpu_name() -> str:
