@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = -100  # the target that is not scored, as in PyTorch's own
-# Columns that one program holds at a time, and its warps: the fastest of a dozen on an H100, 2.7 and
-# 2.1 TB/s on 32768 x 50304 bfloat16. With the gradient few rows should be in flight, so that the
-# second reading of each finds it in the L2 cache. One maximum for all lanes, which saves one of two
-# exponentials a logit, was no faster: its reduction waits in every step of the loop.
+# Columns that one program holds at a time, and its warps: the fastest of a dozen on an H100, 2.7
+# and 2.1 TB/s on 32768 x 50304 bfloat16. With the gradient few rows should be in flight, so that
+# the second reading of each finds it in the L2 cache. One maximum for all lanes, which saves one of
+# two exponentials a logit, was no faster: its reduction waits in every step of the loop.
 SCORING = {"BLOCK": 2048, "num_warps": 8}
 TRAINING = {"BLOCK": 8192, "num_warps": 32}
 LOG2_E = 1.4426950408889634
