@@ -15,6 +15,7 @@ import io
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def read(results_dir) -> dict:
     same run, checkpoint name and configuration replaces, and (path, reason) of unreadable files."""
     skipped, newest, replaced = [], {}, []
     records = load_records(results_dir, skipped)
-    for record in sorted(records, key=lambda r: str(r.get("environment", {}).get("time"))):
+    for record in sorted(records, key=lambda r: str(r["environment"].get("time"))):
         name = record["checkpoint"].get("name")
         key = (record["run"], name, record["evaluation"], record.get("config_hash"))
         if key in newest:
@@ -152,7 +153,7 @@ def spoken(group) -> list[str]:
     if isinstance(files, list) and files:
         several = f"{len(files)} files"
         said.append(os.path.basename(str(files[0])) if len(files) == 1 else several)
-    return [plain(words) for words in said]
+    return list(dict.fromkeys(plain(words) for words in said))
 
 
 def title_of(group) -> str:
@@ -164,6 +165,7 @@ def difference_of(group, groups) -> str:
     others = [g for g in groups if g is not group and g[0]["evaluation"] == group[0]["evaluation"]]
     common = set(spoken(group)).intersection(*(spoken(g) for g in others))
     own = [words for words in spoken(group) if words not in common]
+    own = [words for words in own if not words.endswith(" tokens")] or own
     return " · ".join(own or [str(group[0].get("config_hash"))[:8]]) if others else ""
 
 
@@ -567,7 +569,8 @@ def breakdowns_of(group) -> dict:
 
     def metrics_of(dimension, name):
         def get(record):
-            value = (record["breakdown"].get(dimension) or {}).get(name)
+            values = record["breakdown"].get(dimension)
+            value = values.get(name) if isinstance(values, dict) else None
             return value if isinstance(value, dict) and "value" not in value else {"value": value}
 
         return get
@@ -614,7 +617,7 @@ def page_data(found, title, refresh=None) -> dict:
                 "lower": [n for n in names if n in LOWER_IS_BETTER],
                 "protocol": group[0]["protocol"],
                 "data": group[0]["data"],
-                "environment": group[0].get("environment", {}),
+                "environment": group[0]["environment"],
                 "gpu": sorted({str(r["cost"]["gpu"]) for r in group if r["cost"].get("gpu")}),
                 "series": series,
             }
@@ -682,7 +685,7 @@ def write_report(results_dir, out_dir, *, html, sort, rows, refresh=None) -> str
         name = f"{r['run']}/{r['checkpoint'].get('name')}"
         parts.append(plain(f"failed: {name} {r['evaluation']}: {r.get('reason')}"))
     if found["replaced"]:
-        parts.append(f"{len(found['replaced'])} records replaced by later ones are left out")
+        parts.append(f"left out, as later ones replace them: {len(found['replaced'])} records")
     parts += [plain(f"not readable: {reason}") for _, reason in found["skipped"]]
     names = ["report.html"] * html + list(files)
     parts.append("written: " + ", ".join(str(Path(out_dir, name)) for name in names))
@@ -701,13 +704,6 @@ def signature(results_dir) -> set:
                     continue
                 found.add((directory, name, stat.st_mtime_ns, stat.st_size))
     return found
-
-
-def say(text) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse_args(argv):
@@ -729,7 +725,13 @@ def parse_args(argv):
         help="look for new records that often (30) until Ctrl-C; an open page reloads itself",
     )
     p.add_argument("--debug", action="store_true", help="show the traceback of input errors")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    for name in ("examples", "seed", "rows"):
+        if getattr(args, name) < 0:
+            p.error(f"--{name} cannot be negative")
+    if args.watch is not None and not 0 < args.watch <= threading.TIMEOUT_MAX:
+        p.error(f"--watch needs a positive number of seconds, not {args.watch:g}")
+    return args
 
 
 def main(argv=None):
@@ -737,7 +739,7 @@ def main(argv=None):
     if args.compare:
         pairs = pairs_of(*args.compare)
         texts = [compare_text(a, b, compare(a, b, args.examples, args.seed)) for a, b in pairs]
-        say("\n\n".join(texts))
+        print("\n\n".join(texts))
         return
     out_dir = args.out or args.results_dir
     options = {"html": not args.no_html, "sort": args.sort, "rows": args.rows}
@@ -746,7 +748,7 @@ def main(argv=None):
         now = signature(args.results_dir)
         if now != seen:
             text = write_report(args.results_dir, out_dir, refresh=args.watch, **options)
-            say(text if seen is None else f"\n{utc_now()}\n{text}")
+            print(text if seen is None else f"\n{utc_now()}\n{text}", flush=True)
             seen = now
         if not args.watch:
             return

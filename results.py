@@ -321,18 +321,10 @@ running_code = functools.cache(code_version)  # the code that runs, whatever is 
 def _code_commit() -> str:
     """`git:COMMIT`, with `-dirty` when tracked files differ from it; without git a hash of the
     scripts."""
-    command = [
-        "git",
-        "--no-optional-locks",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe"]
+    command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        out = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=30)
+        out = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         out = None
     if out and out.returncode == 0:
@@ -458,6 +450,9 @@ def _save_beside(path: Path, suffix: str, data: bytes) -> dict:
 
 
 REQUIRED = {"schema_version", "evaluation", "run", "status"}
+OBJECTS = ("checkpoint", "metrics", "protocol", "data", "cost", "breakdown", "environment", "files")
+TEXTS = ("evaluation", "run", "status", "config_hash", "code_version", "resume_key")
+TEXTS += ("checkpoint.name", "checkpoint.path", "data.hash")
 
 
 def load_record(path) -> dict:
@@ -466,16 +461,21 @@ def load_record(path) -> dict:
         record = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON, or not all of it: {error}") from None
-    if not isinstance(record, dict) or not REQUIRED <= record.keys():
+    if not isinstance(record, dict) or any(record.get(name) is None for name in REQUIRED):
         raise ValueError(f"{path}: JSON, but no roseval record ({', '.join(sorted(REQUIRED))})")
     if record["schema_version"] not in range(1, SCHEMA_VERSION + 1):
         raise ValueError(
             f"{path}: schema version {record['schema_version']!r}; this roseval reads up to "
             f"{SCHEMA_VERSION}: update it"
         )
-    for name in ("checkpoint", "metrics", "protocol", "data", "cost", "breakdown", "files"):
+    for name in OBJECTS:
         if not isinstance(record.setdefault(name, {}), dict):
             raise ValueError(f"{path}: field {name!r} must be an object, not {record[name]!r:.60}")
+    for name in TEXTS:
+        within, _, key = name.rpartition(".")
+        value = (record[within] if within else record).get(key)
+        if not isinstance(value, str | None):
+            raise ValueError(f"{path}: field {name!r} must be text, not {value!r:.60}")
     return record | {"_path": str(path)}
 
 
@@ -562,7 +562,8 @@ def to_lm_eval(record: dict) -> dict:
     task, protocol, checkpoint = record["evaluation"], record["protocol"], record["checkpoint"]
     tasks = {task: record["metrics"]}
     for dimension in ("category", "subject", "file"):
-        for group, metrics in record["breakdown"].get(dimension, {}).items():
+        groups = record["breakdown"].get(dimension)
+        for group, metrics in groups.items() if isinstance(groups, dict) else ():
             if isinstance(metrics, dict):
                 tasks[f"{task}_{group}"] = metrics
     environment = record["environment"]
@@ -587,12 +588,18 @@ def to_lm_eval(record: dict) -> dict:
             "random_seed": protocol.get("seed"),
         },
         "git_hash": environment.get("code"),
-        "date": datetime.fromisoformat(environment["time"]).timestamp(),
-        "transformers_version": environment.get("packages", {}).get("transformers"),
+        "date": _timestamp(environment.get("time")),
+        "transformers_version": (environment.get("packages") or {}).get("transformers"),
         "model_source": "roseval",
         "model_name": checkpoint.get("name"),
         "total_evaluation_time_seconds": str(record["cost"].get("seconds")),
     }
+
+
+def _timestamp(time) -> float | None:
+    """Of `utc_now`'s text."""
+    with contextlib.suppress(TypeError, ValueError):
+        return datetime.fromisoformat(time).timestamp()
 
 
 def _lm_eval_task(alias: str, metrics: dict) -> dict:
@@ -601,14 +608,14 @@ def _lm_eval_task(alias: str, metrics: dict) -> dict:
     for name, metric in metrics.items():
         name = LM_EVAL_NAMES.get(name, name)
         metric = metric if isinstance(metric, dict) else {"value": metric}
-        out[f"{name},none"] = metric["value"]
+        out[f"{name},none"] = metric.get("value")
         stderr = metric.get("stderr")
         out[f"{name}_stderr,none"] = "N/A" if stderr is None else stderr
     return out
 
 
 def _lm_eval_count(metrics: dict) -> dict:
-    counts = [m["n"] for m in metrics.values() if isinstance(m, dict) and m.get("n")]
+    counts = [m["n"] for m in metrics.values() if isinstance(m, dict) and type(m.get("n")) is int]
     return dict.fromkeys(("original", "effective"), max(counts, default=0))
 
 

@@ -60,8 +60,11 @@ def main(argv=None):
         args.dtype_name = cli.resolve_dtype(args, dist.device.type)
         if args.dtype_name == "float32":
             torch.set_float32_matmul_precision("highest")
-        for evaluation in evaluations:
+        args.model_config = load_config(args.config) if args.config else None
+        for evaluation in evaluations:  # ValueError now, rather than once for each checkpoint
             evaluation.check_data()
+            if evaluation.args.tokenizer_name:
+                open_tokenizer(evaluation.args.tokenizer_name)
         n_failed = sweep(args, evaluations, dist)
     if n_failed:
         sys.exit(1)
@@ -122,11 +125,16 @@ def parse(argv):
     )
     p.add_argument("--tensorboard", metavar="DIR", help="also log there")
     p.add_argument("--wandb", metavar="PROJECT", help="also log there")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    for name in ("poll", "quiet", "lease"):
+        seconds = getattr(args, f"{name}_seconds")
+        if seconds is not None and not 0 < seconds <= threading.TIMEOUT_MAX:
+            p.error(f"--{name}-seconds must be a positive number, not {seconds:g}")
+    return args
 
 
 NOT_IN_YAML = ("checkpoint-path", "config", "results-dir", "run-name", "dtype", "bf16", "no-amp")
-NOT_IN_YAML += ("device", "timeout", "debug", "log-samples")
+NOT_IN_YAML += ("device", "timeout", "debug", "log-samples", "help")
 
 
 def read_evaluations(args) -> list:
@@ -149,7 +157,7 @@ def read_evaluations(args) -> list:
         for flags in variants if isinstance(variants, list) else [variants]:
             if not isinstance(flags, dict):
                 raise ValueError(f"{file}: {kind} must hold `flag: value` lines, not {flags!r:.60}")
-            flags = {name.replace("_", "-"): value for name, value in flags.items()}
+            flags = {str(name).replace("_", "-"): value for name, value in flags.items()}
             for name in NOT_IN_YAML:
                 if name in flags:
                     raise ValueError(f"{file}: {kind}: --{name} belongs on sweep.py's command line")
@@ -157,13 +165,26 @@ def read_evaluations(args) -> list:
             said = io.StringIO()
             try:
                 with contextlib.redirect_stderr(said):
-                    evaluations += KINDS[kind].from_flags(argv)
+                    made = KINDS[kind].from_flags(argv)
             except SystemExit:
                 said = said.getvalue().strip().removeprefix("error: ")
                 raise ValueError(f"{file}: {kind}: {said}") from None
+            for evaluation in made:
+                evaluation.asked = flags | evaluation.asked
+            evaluations += made
     if not evaluations:
         raise ValueError(f"{file} names no evaluation; there are {', '.join(KINDS)}")
+    for evaluation in evaluations:
+        evaluation.label = label_of(evaluation, evaluations)
     return evaluations
+
+
+def label_of(evaluation, evaluations) -> str:
+    """Its kind, and the flags that set it apart from others of that kind."""
+    others = [e.asked for e in evaluations if e.name == evaluation.name]
+    asked = evaluation.asked.items()
+    own = [f"{flag}={value}" for flag, value in asked if any(o.get(flag) != value for o in others)]
+    return " ".join([evaluation.name, *own])
 
 
 def flags_to_argv(flags: dict) -> list[str]:
@@ -186,14 +207,14 @@ class Perplexity:
     name, script = "perplexity", perplexity_eval
 
     def __init__(self, args, flags):
-        self.args, self.flags, self.data, self.dtype = args, flags, None, None
+        self.args, self.flags, self.asked = args, flags, {}
+        self.data, self.dtype = None, None
 
     @classmethod
     def from_flags(cls, argv):
         return [cls(perplexity_eval.parse(argv), argv)]
 
     def check_data(self):
-        """ValueError now, rather than once for each checkpoint."""
         files = self.args.files
         dataset.open_stream(self.args.data_mode, files, build_tokenizer("byte"), max_tokens=1)
 
@@ -232,7 +253,8 @@ class Mmlu:
 
     def __init__(self, args, flags, template, scoring):
         self.args, self.flags = args, [*flags, template, scoring]
-        self.options = mmlu_eval.options_of(args) | {"template": template, "scoring": scoring}
+        self.asked = {"template": template, "scoring": scoring}  # a list of them is several
+        self.options = mmlu_eval.options_of(args) | self.asked
         self.task, self.made_for = None, None
 
     @classmethod
@@ -272,7 +294,7 @@ class HumanEval:
     name, script = "humaneval", humaneval_eval
 
     def __init__(self, args, flags):
-        self.args, self.flags = args, flags
+        self.args, self.flags, self.asked = args, flags, {}
         self.options = humaneval_eval.options_of(args)
         self.problems, self.tokenizer, self.asked_for = None, None, None
 
@@ -372,7 +394,7 @@ def work(args, evaluations, dist, planner, job) -> None:
 
 def load(args, evaluations, dist, job):
     """The model, with its evaluations prepared. There is no collective in here."""
-    model = checkpoint.load_model(job.path, args.dtype_name, dist.device, model_config(args))
+    model = checkpoint.load_model(job.path, args.dtype_name, dist.device, args.model_config)
     shape = checkpoint.Shape(model.vocab_size, model.max_positions, model.supports_cache)
     for index in job.pending:
         evaluations[index].prepare(job.path, shape, args.dtype_name, dist.device.type)
@@ -397,10 +419,6 @@ def reason_of(error: Exception) -> str:
         traceback.print_exception(error)
     expected = isinstance(error, (ValueError, OSError))
     return one_line(error) if expected else f"{type(error).__name__}: {one_line(error)}"
-
-
-def model_config(args):
-    return load_config(args.config) if args.config else None
 
 
 class ReadAhead:
@@ -512,7 +530,11 @@ class Planner:
         until = self.args.until_step or float("inf")
         found = [f for f in self.found.values() if (f.info.step or 0) <= until]
         sign = -1 if self.args.newest_first else 1
-        return sorted(found, key=lambda f: (f.info.step is None, sign * (f.info.step or 0)))
+
+        def key(f):  # one content is evaluated once, and not under the name of a link to it
+            return f.info.step is None, sign * (f.info.step or 0), f.path.is_symlink()
+
+        return sorted(found, key=key)
 
     def _is_ready(self, found: Found) -> bool:
         """Whole, or unchanged for so long that it will not become so: then it is tried, and fails.
@@ -574,8 +596,8 @@ class Planner:
         info = {"path": str(path), "name": found.info.name, "step": found.info.step}
         found.plan = {"info": info, "keys": {}}
         try:
-            shape = checkpoint.shape_of(path, model_config(args))
-            found.plan["info"] = info = checkpoint.describe(path, model_config(args))
+            shape = checkpoint.shape_of(path, args.model_config)
+            found.plan["info"] = info = checkpoint.describe(path, args.model_config)
         except Exception as error:  # an edge: one checkpoint of a sweep
             problems = dict.fromkeys(range(len(self.evaluations)), reason_of(error))
         for index, evaluation in enumerate(self.evaluations):
@@ -606,7 +628,7 @@ class Planner:
                 if key not in self.ledger.made:
                     self.before.add(key)
             elif self.ledger.has_failed(found.path, found.files, index):
-                self.failed.add((found.path, index))
+                self._say_known(found.path, info, index)
             else:
                 pending[index] = key
         return pending
@@ -650,16 +672,25 @@ class Planner:
         samples = samples() if samples and keep else None
         self.ledger.save(record, arrays, samples, job.path, index)
         self.failed.discard((job.path, index))
-        say(job.info["name"], f"{record['evaluation']}: {headline(record)}")
+        say(job.info["name"], f"{self.evaluations[index].label}: {headline(record)}")
 
     def fail(self, path, files, info, index, reason) -> None:
         """Record a failure, unless it is the checkpoint's disappearance or replacement."""
         if signature(path) != files:
             return
-        new = self.ledger.fail(path, files, info, self._run_of(path), index, reason)
+        if self.ledger.has_failed(path, files, index):
+            return self._say_known(path, info, index)
+        self.ledger.fail(path, files, info, self._run_of(path), index, reason)
         self.failed.add((path, index))
-        again = "" if new else " (known; --retry-failed tries again)"
-        say(info["name"], f"{self.evaluations[index].name}: failed: {reason}{again}")
+        say(info["name"], f"{self.evaluations[index].label}: failed: {reason}")
+
+    def _say_known(self, path, info, index) -> None:
+        """Of a failure that an earlier sweep recorded, once."""
+        if (path, index) not in self.failed:
+            self.failed.add((path, index))
+            reason = self.ledger.known_failure(path, index).get("reason")
+            label = self.evaluations[index].label
+            say(info["name"], f"{label}: failed before: {reason} (--retry-failed tries again)")
 
     def close(self, job: Job) -> None:
         self.release()
@@ -693,7 +724,7 @@ class Ledger:
     def __init__(self, args, evaluations):
         self.args, self.evaluations = args, evaluations
         self.done, self.made, self.failures = set(), set(), {}
-        self.code = [results.code_version(e.script.__file__) for e in evaluations]
+        self.code = [results.running_code(e.script.__file__) for e in evaluations]
         self.trackers = open_trackers(args)
         for record in results.load_records(args.results_dir):
             self._note(record)
@@ -720,14 +751,14 @@ class Ledger:
         evaluation = self.evaluations[index]
         return evaluation.name, {"flags": evaluation.flags, "dtype": self.args.dtype_name}
 
-    def _known_failure(self, path, index) -> dict | None:
+    def known_failure(self, path, index) -> dict | None:
         name, configuration = self._failure(index)
         key = os.path.abspath(path), name, results.config_hash(configuration)
         return self.failures.get(key)
 
     def has_failed(self, path, files, index) -> bool:
         """Whether these very files failed before, with the code that would evaluate them now."""
-        known = self._known_failure(path, index)
+        known = self.known_failure(path, index)
         if known is None or known["protocol"].get("files") != digest(files):
             return False
         if known.get("failed_now"):
@@ -741,13 +772,11 @@ class Ledger:
         self.done.add(record["resume_key"])
         self.made.add(record["resume_key"])
         self._export(record | {"_path": str(where)})
+        name = self.evaluations[index].label.replace(" ", "_")  # two of a kind: two curves
         for log in self.trackers:
-            log(record)
+            log(record | {"evaluation": name})
 
-    def fail(self, path, files, info, run, index, reason) -> bool:
-        """Whether this is news."""
-        if self.has_failed(path, files, index):
-            return False
+    def fail(self, path, files, info, run, index, reason) -> None:
         name, configuration = self._failure(index)
         fingerprint = {"fingerprint": digest(files)}  # unless the checkpoint could be read
         record = results.new_record(
@@ -764,11 +793,10 @@ class Ledger:
         where = results.save_record(self.args.results_dir, record)
         self.forget_failure(path, index, where)
         self._note(record | {"_path": str(where), "failed_now": True})
-        return True
 
     def forget_failure(self, path, index, instead: Path | None = None) -> None:
         """An earlier failure of what now has a record (at `instead`)."""
-        known = self._known_failure(path, index)
+        known = self.known_failure(path, index)
         if known:
             del self.failures[os.path.abspath(path), known["evaluation"], known["config_hash"]]
             if Path(known["_path"]) != instead:

@@ -147,7 +147,7 @@ def test_replaced_failed_and_unreadable_are_named(tmp_path):
     save(tmp_path, "mmlu", {}, step=9, status="failed", reason="weights hold NaN")
     (old.parent / "torn.json").write_text("{")
     out = run_report(tmp_path, "--no-html").stdout
-    assert "0.2000 *" in out and "0.1000" not in out and "1 records replaced" in out
+    assert "0.2000 *" in out and "0.1000" not in out and "replace them: 1 records" in out
     assert "checkpoint-9 mmlu: weights hold NaN" in out and "torn.json: not JSON" in out
 
 
@@ -248,7 +248,8 @@ def test_compare_refuses_what_does_not_pair(tmp_path):
 
 
 def test_errors_are_one_line_and_exit_2(tmp_path):
-    for arguments in ([tmp_path / "nowhere"], ["--compare", "x", "y"], ["--sort"]):
+    wrong = ["--rows", "-1"], ["--examples", "-1"], ["--watch", "0"], ["--watch", "nan"]
+    for arguments in ([tmp_path / "nowhere"], ["--compare", "x", "y"], ["--sort"], *wrong):
         out = run_report(*arguments)
         assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
     save(tmp_path, "mmlu", {"accuracy": 0.5})
@@ -284,23 +285,18 @@ def test_without_plotly_the_install_command_is_named(tmp_path):
 
 def test_watch_rewrites_the_report(tmp_path):
     save(tmp_path, "mmlu", {"accuracy": 0.5})
-    command = [
-        sys.executable,
-        str(ROOT / "report.py"),
-        str(tmp_path),
-        "--no-html",
-        "--watch",
-        "0.2",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "report.py"), str(tmp_path), "--no-html"]
+    said = tmp_path / "said"
+    with open(said, "w") as out:
+        process = subprocess.Popen([*command, "--watch", "0.2"], stdout=out)
     try:
-        wait_for(lambda: "checkpoint-1" in read_text(tmp_path / "report.md"))
+        wait_for(lambda: "0.5000 *" in read_text(said))
         save(tmp_path, "mmlu", {"accuracy": 0.75}, step=2)
-        assert any("0.7500 *" in line for line in process.stdout)  # reads on until it comes
+        wait_for(lambda: "0.7500 *" in read_text(said))
         assert "0.7500" in read_text(tmp_path / "report.md")
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.wait(30)
     assert process.returncode == 130
 
 

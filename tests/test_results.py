@@ -298,6 +298,8 @@ def test_unreadable_files_are_skipped_with_their_reasons(tmp_path):
     (folder / "newer.json").write_text(json.dumps(newer))
     wrong = json.loads(good.read_text()) | {"metrics": []}
     (folder / "wrong.json").write_text(json.dumps(wrong))
+    for name, field in (("key", {"resume_key": []}), ("data", {"data": {"hash": {}}})):
+        (folder / f"{name}.json").write_text(json.dumps(json.loads(good.read_text()) | field))
     (folder / ".tmp-1-2").write_text("{")
     (folder / "deep.json").write_text("[" * 200_000)
     skipped = []
@@ -312,9 +314,12 @@ def test_unreadable_files_are_skipped_with_their_reasons(tmp_path):
         "newer.json",
         "wrong.json",
         "deep.json",
+        "key.json",
+        "data.json",
     }
     assert "99" in reasons["newer.json"] and "update" in reasons["newer.json"]
     assert "metrics" in reasons["wrong.json"]
+    assert "'data.hash' must be text" in reasons["data.json"]
     with pytest.raises(ValueError, match="no such directory"):
         results.load_records(tmp_path / "nowhere")
 

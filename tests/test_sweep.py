@@ -71,6 +71,13 @@ def run_dir(tmp_path):
     return tmp_path / "run"
 
 
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
 def flags(run_dir, data, name="results", *more):
     argv = ["--device", "cpu", "--checkpoint-path", run_dir, "--evaluations", data / "e.yaml"]
     argv += ["--results-dir", run_dir.parent / name, "--poll-seconds", "0.1", *more]
@@ -115,7 +122,8 @@ def test_a_lease_has_one_owner_and_dies_with_silence(tmp_path):
     for stamp in (0, 4e9):  # 1970, 2096
         os.utime(held.path, (stamp, stamp))
         now[0] += 100
-        time.sleep(0.15)  # three beats
+        before = held.path.read_bytes()
+        wait_for(lambda before=before: held.path.read_bytes() != before)  # a beat
         assert theirs.take("a") is None
     held.released.set()  # its owner hangs
     held.thread.join()
@@ -168,13 +176,12 @@ def test_a_lease_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path):
     ready = context.Event()
     process = context.Process(target=hold, args=(tmp_path, ready))
     process.start()
-    ready.wait(10)
-    time.sleep(0.2)
+    ready.wait(30)
+    wait_for((tmp_path / "a.0").read_bytes)  # its first beat
     mine = lease.Leases(tmp_path)
     assert mine.take("a") is None
     os.kill(process.pid, signal.SIGKILL)
-    time.sleep(0.2)  # a zombie until it is joined
-    assert mine.take("a") is not None
+    wait_for(lambda: mine.take("a"), 30)  # a zombie until it is joined; silence would take 60 s
     process.join()
 
 
@@ -275,6 +282,8 @@ def test_order(run_dir, data, capsys):
         ("mmlu: {data-path: x, dtype: bf16}", "command line"),
         ("arc: {data-path: x}", "'arc' is no evaluation"),
         ("mmlu: 3", "flag: value"),
+        ("mmlu: {data-path: x, 1: 2}", "--1=2"),
+        ("mmlu: {help: true}", "command line"),
         ("{}", "no evaluation"),
     ],
 )
@@ -284,6 +293,50 @@ def test_a_wrong_yaml_file_is_said_in_one_line(run_dir, data, tmp_path, text, wa
         run_sweep(run_dir, data, "--evaluations", str(tmp_path / "wrong.yaml"))
     assert wanted in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "more, wanted",
+    [
+        (["--config", "nowhere"], "nowhere"),
+        (["--tokenizer-name", "no/where"], "no/where"),
+        (["--poll-seconds", "0"], "--poll-seconds must be a positive number"),
+        (["--lease-seconds", "nan"], "--lease-seconds must be a positive number"),
+    ],
+)
+def test_a_wrong_flag_is_no_failure_of_checkpoints(run_dir, data, capsys, more, wanted):
+    try:
+        code, said = run_sweep(run_dir, data, *more)[0], ""
+    except ValueError as error:
+        code, said = 2, str(error)
+    except SystemExit as stop:
+        code, said = stop.code, ""
+    said += capsys.readouterr().err
+    assert code == 2 and wanted in said
+    assert not (run_dir.parent / "results").exists()
+
+
+def test_two_evaluations_of_a_kind_are_told_apart(run_dir, data, tmp_path, capsys, monkeypatch):
+    flags = {"data-path": str(data / "mmlu"), "num-few-shot": 1}
+    flags = {"mmlu": [flags | {"template": ["lm_eval", "continuation"]}, flags | {"limit": 3}]}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(flags))
+    logged = []
+    log = lambda record: logged.extend(results.scalars(record))  # noqa: E731
+    monkeypatch.setattr(sweep, "open_trackers", lambda args: [log])
+    run_sweep(run_dir, data, "--evaluations", str(tmp_path / "two.yaml"), "--until-step", "10")
+    labels = [line[22:].partition(":")[0] for line in capsys.readouterr().out.splitlines()[:3]]
+    assert labels == [
+        "mmlu template=lm_eval scoring=letter",
+        "mmlu template=continuation scoring=continuation",
+        "mmlu limit=3 template=lm_eval scoring=letter",
+    ]
+    names = [label.replace(" ", "_") + "/accuracy" for label in labels]
+    assert all(logged.count(name) == 1 for name in names)
+
+
+def test_a_link_does_not_give_its_name(run_dir, data):
+    (run_dir / "best").symlink_to("checkpoint-20")
+    assert numbers(run_sweep(run_dir, data)[1]).keys() == expected()
 
 
 def test_humaneval_is_swept_and_known_again(run_dir, data_dir, tmp_path, data, capsys):
@@ -329,7 +382,12 @@ def test_bad_checkpoints_are_recorded_and_the_sweep_goes_on(run_dir, data, capsy
     capsys.readouterr()
     code, again = run_sweep(run_dir, data)
     assert code == 1 and numbers(again) == found
-    assert "0 made, 4 done before, 8 failed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 made, 4 done before, 8 failed" in said
+    assert said.count("failed before: ") == said.count("--retry-failed") == 8
+    run_sweep(run_dir, data, "--retry-failed")
+    said = capsys.readouterr().out
+    assert said.count("failed: ") == 8 and "failed before" not in said
 
     # made whole again, with the manifest it always had
     (run_dir / "checkpoint-20/model.safetensors").write_bytes(whole)
@@ -457,13 +515,6 @@ def watch_in_thread(run_dir, data, *more):
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     return thread, done
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 def finished(run_dir):
@@ -646,8 +697,9 @@ def battery(tmp_path, data, n_kills, n_steps, seed):
         assert out.returncode == 0, out.stdout + out.stderr
     finally:
         trainer.kill()
-    # whose torchrun died before they had found it give up after two minutes
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), 150)
+    # whose torchrun died before they had found it give up after distributed.CONNECT_TIMEOUT, two
+    # minutes; torch's pauses between its tries grow, and the last one may end after twice that
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), 300)
     skipped = []
     survived = results.load_records(tmp_path / "results", skipped)
     assert not skipped and numbers(survived).keys() == expected(steps)
