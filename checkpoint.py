@@ -679,7 +679,10 @@ def expand_paths(paths) -> list[Path]:
         else:
             matches = [info.path for info in _in_order(map(Path, glob.glob(str(given))))]
         if not matches:
-            what = "holds no checkpoint" if path.is_dir() else "does not exist"
+            what = "does not exist"
+            if path.is_dir():  # its files tell whether the weights are missing or it is another
+                names = sorted(entry.name for entry in path.iterdir())[:5]
+                what = f"holds no checkpoint, only {', '.join(names) or 'nothing'}"
             raise ValueError(f"{given} {what}")
         found += matches
     return list(dict.fromkeys(found))

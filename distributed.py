@@ -30,7 +30,8 @@ import torch.distributed as torch_dist
 # when a rank is dead, which a collective's own timeout could not tell from being slow.
 COLLECTIVE_TIMEOUT = timedelta(days=30)
 # torchrun's store is there before its workers are: one that is not reached was killed meanwhile
-CONNECT_TIMEOUT = timedelta(minutes=2)
+# (torch may take twice as long to give up)
+CONNECT_TIMEOUT = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
