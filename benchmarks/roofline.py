@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import compute
+import formulas
 from config import load_config
 from model import GPTModel, KVCache
 
@@ -107,7 +108,7 @@ def measure_ceilings() -> dict:
     B, H, T, D = 4, 32, 4096, 128
     q, k, v = (torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     took = seconds_of(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    attention = 4 * B * H * D * compute.pairs(T, T) / took
+    attention = 4 * B * H * D * formulas.pairs(T, T) / took
     source = torch.empty(2**31, device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
@@ -180,7 +181,7 @@ def forked(function, *arguments) -> dict:
 
 
 def predict(kind, config, B, T, gpu, ceilings) -> dict:
-    setup = compute.Setup(training=False, dtype="bf16")
+    setup = formulas.Setup(training=False, dtype="bf16")
     new = T if kind == "prefill" else 1
     context = T if kind == "prefill" else T + 1
     return compute.pass_seconds(load_config(config), gpu, B, new, context, setup, False, ceilings)

@@ -2,9 +2,9 @@
 
 import ast
 import json
+import resource
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -20,21 +20,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import compute
 import cross_entropy
+import formulas
 import model as model_file
 import scoring
 from benchmarks import memory as memory_benchmark
 from compute import (
     GPU,
-    Setup,
     count_parameters,
     estimate_flops,
     estimate_memory,
     find_gpu,
     mfu,
     roofline,
-    solve_all,
 )
 from config import GPTConfig, config_to_hf, load_config, presets
+from formulas import Setup, solve_all
 from model import GPTModel, KVCache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -668,8 +668,8 @@ def test_timeline_equals_a_brute_force_simulation(B, T, recompute):
 
 
 def test_constants_are_those_of_the_files_that_need_torch():
-    assert compute.VOCAB_MULTIPLE == model_file.VOCAB_MULTIPLE
-    assert compute.CHUNK_TOKENS == scoring.CHUNK_TOKENS
+    assert formulas.VOCAB_MULTIPLE == model_file.VOCAB_MULTIPLE
+    assert formulas.CHUNK_TOKENS == scoring.CHUNK_TOKENS
 
 
 def test_rest_of_the_allocators_blocks():
@@ -684,7 +684,7 @@ def test_rest_of_the_allocators_blocks():
         (1, (18.5, 1.25), 0.25),  # the second in what the first left
         (1, (26.0, 25.0), 1.0),
     ):
-        assert compute.slack(times, *(size * 2**20 for size in sizes)) == expected * 2**20
+        assert formulas.slack(times, *(size * 2**20 for size in sizes)) == expected * 2**20
 
 
 # What torch 2.11 allocated on H100s, case by case: benchmarks/memory.py measured it
@@ -829,7 +829,7 @@ def test_explain_prints_each_formula_with_numbers_that_give_its_value():
     assert len(shown) > 50
     for i in shown:
         _, numbers, value = (line.strip("= ").split(" byte")[0] for line in lines[i + 1 : i + 4])
-        names = {"pairs": compute.pairs, "slack": compute.slack, "max": max, "min": min}
+        names = {"pairs": formulas.pairs, "slack": formulas.slack, "max": max, "min": min}
         value = float(value.removesuffix(" FLOP").replace(",", ""))
         assert eval(numbers, names) == pytest.approx(value, rel=1e-9), lines[i]
 
@@ -882,16 +882,17 @@ def test_plot(tmp_path):
 
 def test_start_up_is_quick():
     times = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(5):  # processor time: a busy machine is not our doing
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert command("--config", "7b").returncode == 0
-        times.append(time.perf_counter() - start)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
     assert min(times) < 0.3, times
 
 
 def test_neither_compute_nor_config_imports_torch():
-    allowed = set(sys.stdlib_module_names) | {"config", "yaml", "matplotlib", "cli"}
-    for name in ("compute.py", "config.py"):
+    allowed = set(sys.stdlib_module_names) | {"config", "formulas", "yaml", "matplotlib", "cli"}
+    for name in ("compute.py", "formulas.py", "config.py"):
         tree = ast.parse((ROOT / name).read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):

@@ -1,0 +1,433 @@
+"""Every formula of compute.py, one row each, and the symbols that they are solved with.
+
+    values = solve(PARAMETERS + FLOPS, model_symbols(config, batch_size, seq_len) | setup.symbols())
+    values["N"], values["F_forward"]
+
+A row is a symbol, the expression that is evaluated, its unit, its meaning and its source. Symbols:
+B sequences of T tokens, s = B*T, L layers, h width, a query heads, k key/value heads, d head width,
+f MLP width, V vocabulary, E experts, K of them per token. Features that a model has or lacks (tied,
+gated, rope, …) count as 1 or 0. Bytes per number: c computing, w weight, g gradient, o optimizer
+state.
+
+Shortcuts that are wrong: 4*B*T^2*h for attention leaves out the projections; 2*s*h*f is one product
+of an MLP that has two or, gated, three; the head runs forward and backward, so it counts three
+times in training; key/value caches hold two tensors, of k heads and not a.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from config import GPTConfig
+
+# ---------------------------------------------------------------------------------------------
+# The tables: symbol, expression, unit, meaning, source
+
+# fmt: off
+PARAMETERS = (
+    ("n_attn", "h*(a + 2*k)*d + a*d*h + qkv_bias*(a + 2*k)*d + bias*h + qk_norm*2*d",
+     "", "attention of a block", "Vaswani 2017; grouped queries: Ainslie 2023"),
+    ("n_expert", "(2 + gated)*h*f + bias*((1 + gated)*f + h)",
+     "", "one MLP or expert", "gated: Shazeer 2020"),
+    ("n_mlp", "max(E, 1)*n_expert + h*E", "", "MLP of a block, router included", "Jiang 2024"),
+    ("n_norm", "h*(1 + norm_bias)", "", "one norm", "Ba 2016; Zhang 2019"),
+    ("n_block", "n_attn + n_mlp + 2*n_norm", "", "one block", ""),
+    ("n_embed", "V*h + learned*T_max*h", "", "token and position embeddings", ""),
+    ("n_head", "(1 - tied)*V*h", "", "LM head, 0 where tied", "Press 2017"),
+    ("N", "n_embed + L*n_block + n_norm + n_head", "", "all parameters", ""),
+    ("N_active", "N - L*(E - K)*n_expert", "", "used by one token", "Jiang 2024"),
+    ("n_linear", "h*(a + 2*k)*d + a*d*h + max(E, 1)*(2 + gated)*h*f",
+     "", "linear weights of a block", ""),
+    ("n_norms", "(2*L + 1)*n_norm + L*qk_norm*2*d", "", "parameters of all norms", ""),
+    ("n_lora", "r*(a*d + 2*k*d + a*d + 4*h + max(E, 1)*(2 + gated)*(h + f))",
+     "", "adapters of a block: in + out of q, k, v, out, MLP", "Hu 2021"),
+)
+
+FLOPS = (
+    ("p_block", "h*(a + 2*k)*d + a*d*h + max(K, 1)*(2 + gated)*h*f + h*E",
+     "", "products a token meets in a block", ""),
+    ("P_full", "L*B*T**2", "", "query-key pairs, full mask", ""),
+    ("P_causal", "B*(L_full*pairs(T, T) + L_window*pairs(T, window))",
+     "", "attended pairs: pairs(T, w) = sum of min(t, w)", "windows: Beltagy 2020"),
+    ("F_linear", "2*s*L*p_block", "FLOP", "projections, MLP, router", "Kaplan 2020"),
+    ("F_attention", "4*a*d*P_full", "FLOP", "QK' and AV", "Narayanan 2021"),
+    ("F_attention_causal", "4*a*d*P_causal", "FLOP", "QK' and AV, attended pairs", "Dao 2022"),
+    ("F_head", "2*s*h*V", "FLOP", "LM head", "Narayanan 2021"),
+    ("F_forward", "F_linear + F_attention + F_head", "FLOP", "forward, full mask", ""),
+    ("F_forward_causal", "F_linear + F_attention_causal + F_head", "FLOP", "forward, causal", ""),
+    ("F_training", "3*F_forward", "FLOP", "model FLOPs of a step", "PaLM: Chowdhery 2022, app. B"),
+    ("F_training_causal", "3*F_forward_causal", "FLOP", "the same, causal", ""),
+    ("F_recompute", "full_recompute*(F_linear + F_attention - (not drop)*2*s*L*max(K, 1)*h*f)",
+     "FLOP", "one more forward of the blocks; torch skips the last product", "Chen 2016"),
+    ("F_executed", "3*(F_linear + F_head) + (3 + 0.5*flash)*F_attention + F_recompute",
+     "FLOP", "run in a step: flash's backward computes the scores again", "Dao 2022"),
+    ("F_lora", "2*s*L*r*(2*a*d + 2*k*d + 4*h + max(K, 1)*(2 + gated)*(h + f))",
+     "FLOP", "adapters, forward", "Hu 2021"),
+    ("F_training_lora", "2*(F_linear + F_head) + 3*F_attention + 3*F_lora"
+     " - 2*s*(h*(a + 2*k)*d + 3*r*h)",
+     "FLOP", "frozen base: no weight gradients, nothing flows into block 0's input", "Hu 2021"),
+    ("rule_2N", "2*N_active*s", "FLOP", "rule of thumb for a forward", "Kaplan 2020"),
+    ("rule_6N", "6*N_active*s", "FLOP", "rule of thumb for a step", "Kaplan 2020"),
+)
+
+OPTIMIZERS = {  # bytes of state: n_train parameters, n_matrix of them in the blocks' matrices
+    "adamw": ("2*o*n_train", "two moments", "Loshchilov 2019"),
+    "adamw8bit": ("2*(1 + 4/256)*n_train", "8-bit moments, a scale per 256", "Dettmers 2022"),
+    "sgd": ("0", "no state", ""),
+    "momentum": ("o*n_train", "one moment", "Sutskever 2013"),
+    "adafactor": ("4*n_factors", "row and column means of squares", "Shazeer 2018"),
+    "muon": ("o*n_matrix + 2*o*(n_train - n_matrix)", "momentum; AdamW off the matrices",
+             "Jordan 2024"),
+}
+
+STATE = (
+    ("n_factors", "L*((a + 2*k)*d + a*d + 2*h + max(E, 1)*((2 + gated)*f + 2*h)) + n_norms"
+     " + (2 - tied)*(V + h) + learned*(T_max + h)", "", "rows and columns", ""),
+    ("n_train", "(not lora)*N + lora*L*n_lora", "", "trained parameters", ""),
+    ("n_matrix", "(not lora)*L*n_linear", "", "of which matrices in blocks", ""),
+    ("M_weights", "(w*(N - L*n_linear - n_norms) + w_norm*n_norms + w_block*L*n_linear)/n_w",
+     "byte", "weights", "sharded: Rajbhandari 2020"),
+    ("M_adapters", "lora*4*n_train", "byte", "LoRA adapters, float32", "Hu 2021"),
+    ("M_gradients", "g*n_train/n_g", "byte", "gradients", "sharded: Rajbhandari 2020"),
+    ("M_master", "master*4*n_train/n_o", "byte", "float32 copies", "Micikevicius 2018"),
+)
+
+MATRICES = {  # of a block, in the order of their allocation
+    "roseval": ("h*(a + 2*k)*d", "a*d*h", "(1 + gated)*h*f", "f*h"),
+    "transformers": ("h*a*d", "h*k*d", "h*k*d", "a*d*h", "max(E, 1)*gated*h*f", "max(E, 1)*h*f",
+                     "max(E, 1)*f*h"),
+}
+MATRICES["megatron"] = MATRICES["roseval"]
+
+
+def rounding(matrices) -> tuple:
+    """Rows: what the allocator adds to one copy of the matrices, of w, g or o bytes a number."""
+    rows = []
+    for b, meaning in (("w", "weights"), ("g", "gradients"), ("o", "a moment, or a copy like it")):
+        each = "w_block" if b == "w" else b
+        sizes = ", ".join(f"{each}*{size}/n_{b}" for size in matrices)
+        ends = f"slack(2 - tied, {b}*V*h/n_{b}) + slack(learned, {b}*T_max*h/n_{b})"
+        rows.append((f"R_{b}", f"slack(L, {sizes}) + {ends}", "byte",
+                     f"rest of the allocator's blocks: {meaning}", "CUDACachingAllocator"))
+    return tuple(rows)
+
+
+ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in sequence parallelism
+    "roseval": (  # a float32 residual stream; fused RMSNorm
+        ("A_residual", "4*hr", "byte", "residual stream", ""),
+        ("A_norms", "2*A_residual", "byte", "norm inputs", ""),
+        ("A_inputs", "2*c*hr", "byte", "inputs of qkv and fc1", ""),
+        ("A_qkv", "c*(a + 2*k)*d + rope*c*(a + k)*d", "byte", "q, k, v; q, k as rotated", ""),
+        ("A_qk_norm", "qk_norm*4*((c < 4)*(a + k)*d + a + k)", "byte", "query and key norms", ""),
+        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
+        ("A_mlp", "c*f*(2 + 2*gated - (relu and not gated))", "byte", "around the activation", ""),
+    ),
+    "transformers": (  # residual in the weights' dtype, RMSNorm and tanh GELU by elementary steps
+        ("A_residual", "hr*max(c, 4*autocast)", "byte", "residual stream", ""),
+        ("A_norms", "2*((not (rms and lora))*A_residual + rms*4*hr)", "byte",
+         "norm inputs; normalised, which a frozen weight does not ask for", ""),
+        ("A_inputs", "c*hr*(2 + 3*autocast*rms)", "byte", "inputs of q, k, v, gate, up", ""),
+        ("A_qkv", "c*(a + 2*k)*d", "byte", "q, k, v", ""),
+        ("A_qk_norm", "qk_norm*((4 + c)*(a + k)*d + 4*(a + k))", "byte", "query, key norms", ""),
+        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
+        ("A_mlp", "max(K, 1)*f*(2*c + 2*c*gated + (3*c + 6*autocast)*(tanh and not gated))"
+         " + 2*K*c*h", "byte", "around the activation", ""),
+    ),
+    "megatron": (  # residual in the weights' dtype, or autocast's float32: nanoGPT, Megatron-LM
+        ("A_residual", "hr*max(c, 4*autocast)", "byte", "residual stream", ""),
+        ("A_norms", "2*A_residual", "byte", "norm inputs", ""),
+        ("A_inputs", "2*c*hr", "byte", "inputs of qkv and fc1", ""),
+        ("A_qkv", "c*(a + 2*k)*d", "byte", "q, k, v", ""),
+        ("A_qk_norm", "qk_norm*2*c*(a + k)*d", "byte", "query and key norms", ""),
+        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
+        ("A_mlp", "max(K, 1)*c*f*(2 + 2*gated)", "byte", "around the activation", ""),
+    ),
+}
+
+LOSS = {
+    "roseval": (  # cross_entropy.py: gradients take the place of the logits
+        ("M_loss_forward", "s*(Vp*c + (c < 4)*4*h)", "byte", "logits; float32 hidden states", ""),
+        ("M_loss_kept", "s*(Vp*c + 4)", "byte", "their gradient in their place; nats", "Hsu 2024"),
+        ("M_loss_backward", "s*Vp*c + s*h*c + max(s*h*(4 + (c < 4)*c), s*h*c + Vp*h*c)", "byte",
+         "and gradients of hidden states, of the head", ""),
+        ("M_tied", "tied*(not lora)*g*V*h", "byte", "two gradients of a tied embedding", ""),
+    ),
+    "elementary": (  # F.cross_entropy of float32 logits
+        ("M_loss_forward", "s*V*(c + 8)", "byte", "logits, float32 copy, log-softmax", ""),
+        ("M_loss_kept", "s*V*(4 + held*c)", "byte", "log-softmax", ""),
+        ("M_loss_backward", "s*V*(12 + held*c)", "byte", "and two gradients", ""),
+        ("M_tied", "tied*(not lora)*g*V*h*(1 + (not autocast and Vp == V))", "byte",
+         "two gradients of a tied embedding; their sum, where the first is a transposed view", ""),
+    ),
+}
+
+STEP = (
+    ("A_dropout", "drop*2*hr", "byte", "masks", "Korthikanti 2022"),
+    ("A_scores", "math*a*T*(c + drop*(1 + c))", "byte", "eager attention only", "Korthikanti 2022"),
+    ("A_lora", "lora*c*r*(6 + gated)", "byte", "between the halves of adapters", ""),
+    ("A_statistics", "2*(8 - 4*rms) + flash*4*a", "byte", "of norms; log-sum-exp", "Dao 2022"),
+    ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_dropout"
+     " + A_scores + A_lora + A_statistics)", "byte", "saved by a block", "Korthikanti 2022"),
+    ("A_kept", "s*A_residual if full_recompute else A_block", "byte", "until the backward",
+     "Chen 2016"),
+    ("A_shared", "s*(16 + drop*hr) + rope*4*T*d", "byte", "token ids, dropout, angles", ""),
+    ("A_ends", "s*(A_residual + 8 - 4*rms + c*hr)", "byte", "final norm, head's input", ""),
+    ("A_backward", "s*(A_residual + max(c*hr + c*f, 2*gated*c*f))", "byte",
+     "gradients passing through a block", ""),
+    ("M_held", "held*s*V*c", "byte", "logits that the caller keeps", ""),
+    ("M_casts", "autocast*2*n_linear", "byte", "16-bit casts of a block's weights", ""),
+    ("M_cast_head", "(autocast or Vp > V)*c*Vp*h", "byte", "of the head; or padded", ""),
+    ("M_buckets", "(zero == 0 and n > 1)*g*n_train", "byte", "DDP's gradient buckets", "Li 2020"),
+    ("M_gathered_ends", "(zero == 3)*c*(n_embed + n_head)", "byte",
+     "FSDP: embeddings and head", "Zhao 2023"),
+    ("M_gathered", "M_gathered_ends + (zero == 3)*c*2*n_block", "byte",
+     "and a block, and the next", "Zhao 2023"),
+    ("M_scattered", "(zero == 3)*((c + 4)*n_block + c*(n_embed + n_head))", "byte",
+     "FSDP: gradients of a block before and after its cast, and of the ends", "Zhao 2023"),
+    ("M_scattered_ends", "(zero == 3)*((c + 4 - g/n_g)*(n_embed + n_head) + 4*n_block)", "byte",
+     "the last of them, whose shards come after; the last block's until then", ""),
+    ("M_temporary", "(not fused and adam)*o*n_train/n_o", "byte", "foreach: square roots", ""),
+)
+
+INFERENCE = (
+    ("M_cache", "2*L*k*d*c*s", "byte", "keys and values", "Pope 2022"),
+    ("R_cache", "slack(2*L, k*d*c*s)", "byte", "rest of the allocator's blocks: the cache",
+     "CUDACachingAllocator"),
+    ("W_attention", "s*(8*h + c*(a + 2*k)*d + rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d)",
+     "byte", "prefill, at the rotation of q", ""),
+    ("W_mlp", "s*(12*h + (2*c*h + c*f if tanh and bias and c < 4 else c*f*(2 + 2*gated)))",
+     "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
+    ("W_logits", "B*(Vp*c + V*4) + s*4*h", "byte", "last hidden states, logits of B tokens", ""),
+    ("W_prefill", "max(W_attention, W_mlp, W_logits)", "byte", "workspace of a prefill", ""),
+    ("W_scoring", "max(W_attention, W_mlp, s*4*h + min(s, chunk)*(Vp*c + c*h))", "byte",
+     "of scoring.py: logits of a chunk", ""),
+)
+
+PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes moved, kernels
+    ("qkv", "2*s*h*(a + 2*k)*d", "w_block*h*(a + 2*k)*d + c*s*(h + (a + 2*k)*d)", "1"),
+    ("attention", "4*a*d*P_pass", "c*(2*s*a*d + 2*B*X*k*d)",
+     "10 + 3*(L_window > 0) if T == 1 else 3"),  # decode merges parts of the keys
+    ("out", "2*s*a*d*h", "w_block*a*d*h + c*s*(a*d + h)", "1"),
+    ("router", "2*s*h*E", "w*h*E", "(E > 0)*4"),
+    ("up", "2*s*max(K, 1)*(1 + gated)*h*f",
+     "w_block*touched*(1 + gated)*h*f + c*s*max(K, 1)*(h + (1 + gated)*f)", "1"),
+    ("down", "2*s*max(K, 1)*f*h", "w_block*touched*f*h + c*s*max(K, 1)*(h + f)", "1"),
+    ("elementwise", "0", "s*(32*h + 4*rope*(a + k)*d + 3*c*f) if compiled else"
+     " s*(48*h + 48*rope*(a + k)*d + 28*qk_norm*(a + k)*d + 4*c*k*d + c*f*(2 + 3*gated))",
+     "(4 if compiled else 7 + 18*rope + 6*qk_norm + gated)"),
+)
+# fmt: on
+
+
+def pairs(T: int, window: int) -> int:
+    """Query-key pairs of T tokens that each see themselves and window - 1 before them."""
+    w = min(T, window)
+    return w * (w + 1) // 2 + (T - w) * w
+
+
+MIB = 2**20
+
+
+@cache
+def slack(times: int, *sizes: float) -> float:
+    """Bytes that torch's caching allocator counts beyond `sizes`, allocated in turn, `times` times.
+
+    Tensors below 10 MiB share segments of 20 MiB; larger ones get one of their own, a multiple of
+    2 MiB. What a tensor leaves of a segment is given to others only where it exceeds 1 MiB, and
+    counts as the tensor's otherwise.
+    """
+    lost, free = 0.0, []
+    for size in times * sizes:
+        if size <= MIB:
+            continue  # rounded to 512 bytes
+        rest = min((left for left in free if left >= size), default=0)
+        if rest:
+            free.remove(rest)
+        else:
+            rest = 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+        rest -= size
+        if rest > MIB:
+            free.append(rest)
+        else:
+            lost += rest
+    return lost
+
+
+@cache
+def _compiled(expression: str):
+    return compile(expression, "<formula>", "eval")
+
+
+def solve(rows, symbols: dict) -> dict:
+    """`symbols` and, by symbol, the value of each row: a row may use all rows before it."""
+    values = dict(symbols)
+    names = {"pairs": pairs, "slack": slack, "max": max, "min": min, "__builtins__": {}}
+    for symbol, expression, *_ in rows:
+        values[symbol] = eval(_compiled(expression), names, values)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------
+# The symbols: of the model, and of how it is run
+
+DTYPES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625}  # bytes a weight
+DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+CUDA_CONTEXT = 500 * 2**20  # driver, kernels, handles: outside torch's counters
+CHUNK_TOKENS = 8192  # rows of logits that scoring.py holds at once
+VOCAB_MULTIPLE = 64  # to which model.py pads the head
+
+
+def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    windowed = sum(c.layer_window(layer) is not None for layer in range(c.n_layers))
+    return {
+        "B": batch_size,
+        "T": seq_len,
+        "s": batch_size * seq_len,
+        "L": c.n_layers,
+        "h": c.d_model,
+        "hr": c.d_model,
+        "a": c.n_heads,
+        "k": c.n_kv_heads,
+        "d": c.head_dim,
+        "f": c.d_ff,
+        "V": c.vocab_size,
+        "T_max": c.max_position_embeddings,
+        "E": c.n_experts,
+        "K": c.n_experts_per_token,
+        "window": c.sliding_window or seq_len,
+        "L_window": windowed,
+        "L_full": c.n_layers - windowed,
+        "gated": int(c.gated_mlp),
+        "bias": int(c.bias),
+        "qkv_bias": int(c.qkv_bias),
+        "qk_norm": int(c.qk_norm),
+        "rms": int(c.norm == "rmsnorm"),
+        "norm_bias": int(c.norm == "layernorm" and c.bias),
+        "learned": int(c.position == "learned"),
+        "rope": int(c.position == "rope"),
+        "relu": int(c.activation == "relu"),
+        "tanh": int(c.activation == "gelu_new"),
+        "drop": int(c.dropout > 0),
+        "tied": int(c.tie_embeddings),
+    }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is run; the defaults are train.py's.
+
+    int8 and int4 hold the blocks' linear weights in 8 or 4.5 bits (NF4: a float32 scale per 64) and
+    all else in 16; they train through LoRA alone. "selective" recomputation drops the attention
+    scores, which flash attention never keeps.
+    """
+
+    dtype: str = "bf16"
+    training: bool = True
+    optimizer: str = "adamw"
+    fused: bool = True  # else foreach
+    precision: str = "autocast"  # float32 weights, cast as used; pure; master-weights
+    gradients: str | None = None  # "fp32": beside 16-bit weights, as Megatron-LM has them
+    recompute: str = "none"
+    attention: str = "flash"  # math: scores are kept
+    held_logits: bool = False  # the caller keeps them: logits, loss = model(ids, labels=ids)
+    implementation: str = "roseval"
+    accumulate: bool = False  # gradients of earlier micro-batches live through the forward
+    lora_rank: int = 0
+    dp: int = 1
+    zero: int = 0  # 3 is FSDP
+    tp: int = 1
+    sequence_parallel: bool = False
+    workspace: int = (
+        32 * 2**20
+    )  # bytes of cuBLAS per handle (Hopper); forward and backward have one
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", DTYPE_NAMES.get(self.dtype, self.dtype))
+        choices = {
+            "dtype": tuple(DTYPES),
+            "optimizer": tuple(OPTIMIZERS),
+            "precision": ("autocast", "pure", "master-weights"),
+            "gradients": (None, "fp32"),
+            "recompute": ("none", "selective", "full"),
+            "attention": ("flash", "math"),
+            "implementation": tuple(ACTIVATIONS),
+            "zero": (0, 1, 2, 3),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        for name in ("dp", "tp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 or more, not {self.lora_rank}")
+        if self.training and self.dtype in ("int8", "int4") and not self.lora_rank:
+            raise ValueError(f"{self.dtype} weights do not train: add a LoRA rank")
+
+    def symbols(self) -> dict:
+        """Bytes per number and switches (0 or 1), as the formulas name them."""
+        c = 4 if self.dtype == "fp32" else 2
+        mixed = self.precision if self.training and c == 2 and not self.lora_rank else "pure"
+        w = 4 if mixed == "autocast" else c
+        if self.zero == 3 and mixed == "autocast":
+            mixed = "gathered"  # FSDP's mixed precision: float32 shards, blocks gathered in 16 bits
+        ours = self.implementation == "roseval"
+        return {
+            "c": c,
+            "w": w,
+            "w_norm": 4 if ours else w,
+            "w_block": DTYPES[self.dtype] if self.dtype in ("int8", "int4") else w,
+            "g": 4 if self.lora_rank or self.gradients else w,
+            "o": 4 if self.lora_rank or mixed == "master-weights" else w,
+            "autocast": int(mixed == "autocast"),
+            "master": int(mixed == "master-weights"),
+            "adam": int(self.optimizer == "adamw"),
+            "fused": int(self.fused),
+            "full_recompute": int(self.recompute == "full"),
+            "math": int(self.attention == "math" and self.recompute == "none"),
+            "flash": int(self.attention == "flash"),
+            "held": int(self.held_logits),
+            "chunk": CHUNK_TOKENS,
+            "lora": int(self.lora_rank > 0),
+            "r": self.lora_rank,
+            "n": self.dp,
+            "zero": self.zero,
+            "n_w": self.dp if self.zero == 3 else 1,
+            "n_g": self.dp if self.zero >= 2 else 1,
+            "n_o": self.dp if self.zero >= 1 else 1,
+        }
+
+
+def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tuple]:
+    """(title, rows, values) of every table: FLOPs of the whole model, memory of one GPU."""
+    whole, t = model_symbols(c, batch_size, seq_len) | setup.symbols(), setup.tp
+    if c.n_heads % t or c.d_ff % t:
+        raise ValueError(f"tp {t} does not divide n_heads {c.n_heads} and d_ff {c.d_ff}")
+    shard = {"a": c.n_heads // t, "k": max(c.n_kv_heads // t, 1), "f": c.d_ff // t}
+    shard |= {"V": -(-c.vocab_size // t)}
+    if setup.sequence_parallel:
+        shard["hr"] = c.d_model / t
+    expression, meaning, source = OPTIMIZERS[setup.optimizer]
+    optimizer = ("M_optimizer", f"({expression})/n_o", "byte", meaning, source)
+    kind = "transformers" if c.n_experts else setup.implementation  # GPTModel has no experts
+    fused = kind == "roseval" and not setup.held_logits
+    memory = (*STATE, optimizer, *rounding(MATRICES[kind]), *ACTIVATIONS[kind])
+    memory += (*LOSS["roseval" if fused else "elementary"], *STEP)
+    multiple = VOCAB_MULTIPLE if kind == "roseval" else 1
+    shard |= {"Vp": -(-shard["V"] // multiple) * multiple}
+    rank = solve(PARAMETERS + memory + INFERENCE, whole | shard)
+    whole = solve(PARAMETERS + FLOPS, whole)
+    return [
+        ("Parameters", PARAMETERS, whole),
+        ("FLOPs", FLOPS, whole),
+        ("Memory of a training step, one GPU", memory, rank),
+        ("Memory of inference, one GPU", INFERENCE, rank),
+    ]
+
+
+def solve_all(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> dict:
+    """The value of every formula by symbol; parameters and FLOPs are those of the whole model."""
+    parts = tables(c, batch_size, seq_len, setup)
+    return parts[-1][2] | parts[0][2]
