@@ -17,9 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-PROGRAMS = (
-    264  # two for each of an H100's or H200's multiprocessors: fewer are split along the keys
-)
+PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer are split along the keys
 MAX_SPLITS = 16
 MANY_QUERIES = 64  # query rows of one tile where many rows share a prompt; 16 where few do
 BLOCK_BYTES = 16384  # keys of one step of the kernel's loop

@@ -25,9 +25,11 @@ import builtins
 import gzip
 import hashlib
 import json
+import math
 import os
 import queue
 import time
+import warnings
 import zlib
 from collections import Counter
 from contextlib import nullcontext, suppress
@@ -62,7 +64,7 @@ def main(argv=None):
         return
     with Sandbox(1, **sandbox):
         pass  # where no sandbox works, say so before a model is loaded
-    evaluate_checkpoints(args, sandbox, show)
+    evaluate_checkpoints(args, problems, show)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -103,10 +105,25 @@ def read_problems(path, limit: int | None = None) -> dict[str, dict]:
                 raise ValueError(f"{where}: field {name!r} is missing or not text")
         if problem["task_id"] in problems:
             raise ValueError(f"{where}: task {problem['task_id']} appears twice")
+        check_tests(where, problem)
         problems[problem["task_id"]] = problem
     if not problems:
         raise ValueError(f"{path}: holds no problems; {WHERE_TO_GET}")
     return dict(list(problems.items())[:limit])
+
+
+def check_tests(where: str, problem) -> None:
+    """ValueError for tests that no program could pass: the score would be a wrong 0, not low."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in published tests
+            names = compile(problem["test"], "<tests>", "exec", dont_inherit=True).co_names
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: field 'test' is not Python: {error}") from None
+    if "check" not in names:
+        raise ValueError(f"{where}: field 'test' defines no function check(candidate)")
+    if not problem["entry_point"].isidentifier():
+        raise ValueError(f"{where}: field 'entry_point' is no name: {problem['entry_point']!r:.60}")
 
 
 def data_hash(problems) -> str:
@@ -159,7 +176,7 @@ def judge_file(args, problems, sandbox, show) -> None:
     start = time.perf_counter()
     verdicts = [None] * len(samples)
     with (
-        Sandbox(args.workers or count_workers(), **sandbox) as box,
+        Sandbox(args.workers or count_cores(), **sandbox) as box,
         cli.progress(len(samples), "judging", "sample") as bar,
     ):
         programs = (program_of(problems[s["task_id"]], s) for s in samples)
@@ -194,14 +211,16 @@ def check_counts(counts, problems, args) -> list[int]:
             f"{len(problems)} tasks; --ignore-incomplete judges the others alone"
         )
     most, fewest = max(counts.values()), min(counts.values())
+
+    def short(of):
+        return named([f"{task} ({n})" for task, n in counts.items() if n < of])
+
     for k in args.k or ():
-        short = [f"{task} ({n})" for task, n in counts.items() if n < k]
-        if short:
-            raise ValueError(f"--k {k}: fewer samples of {named(short)}; ask for a smaller k")
-    short = [f"{task} ({n})" for task, n in counts.items() if n < most]
-    if short:
-        print(f"tasks with fewer samples than the {most} of others: {named(short)}")
-    return sorted(set(args.k or (k for k in PASS_KS if k <= fewest)))
+        if k > fewest:
+            raise ValueError(f"--k {k}: fewer samples of {short(k)}; ask for a smaller k")
+    if fewest < most:
+        print(f"tasks with fewer samples than the {most} of others: {short(most)}")
+    return all_ks(args.k, fewest)
 
 
 def named(tasks, most=8) -> str:
@@ -209,9 +228,8 @@ def named(tasks, most=8) -> str:
     return ", ".join(tasks[:most]) + more
 
 
-def count_workers(beside_model=False) -> int:
-    """Judges for this rank: its share of the cores that this process may use, less one for itself
-    while it draws samples. More than there are cores would turn slow programs into timeouts."""
+def count_cores() -> int:
+    """Cores that this process may use. More judges would turn slow programs into timeouts."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = len(affinity(0))
     try:
@@ -219,8 +237,12 @@ def count_workers(beside_model=False) -> int:
         cores = cores if quota == "max" else min(cores, int(quota) // int(period))
     except (OSError, ValueError):  # no control group, or an older kernel's
         pass
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, share - beside_model)
+    return max(1, cores)
+
+
+def count_workers() -> int:
+    """Judges beside a model: this rank's share of the host's cores, less one for itself."""
+    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,7 +252,11 @@ def count_workers(beside_model=False) -> int:
 def make_prompts(tokenizer, problems, strip_prompt, add_bos) -> list[list[int]]:
     texts = [p["prompt"].rstrip("\n") if strip_prompt else p["prompt"] for p in problems.values()]
     bos = [tokenizer.bos_token_id] if add_bos else []
-    return [bos + ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    prompts = [bos + ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    if not all(prompts):
+        task = list(problems)[prompts.index([])]
+        raise ValueError(f"task {task}: its prompt is empty; --bos on would start it")
+    return prompts
 
 
 def continuation_of(prompt: str, text: str, strip_prompt: bool) -> str:
@@ -334,7 +360,7 @@ def evaluate_humaneval(
 
     parameter = next(model.parameters())
     dist = dist or Dist(0, 1, 0, parameter.device)
-    ks = choose_ks(ks, num_samples, temperature)
+    ks = choose_ks(ks, num_samples)
     sandbox = SANDBOX | (sandbox or {})
     problems = read_problems(data_path, limit)
     asked_for = configure(
@@ -361,7 +387,7 @@ def evaluate_humaneval(
     folder = place_of(results_dir, run, info, configuration_of(asked_for))
     key = resume_key(info["fingerprint"], asked_for, problems)
     with (
-        Sandbox(workers or count_workers(beside_model=True), **sandbox) as box,
+        Sandbox(workers or count_workers(), **sandbox) as box,
         open_journal(folder, key, dist.rank) if folder else nullcontext() as journal,
     ):
         known = read_journals(folder, key) if folder else {}
@@ -414,8 +440,7 @@ def configure(
     sandbox,
 ) -> dict:
     """What evaluate_humaneval is asked for, in full. `model`: itself, or its checkpoint.Shape."""
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}")
+    check_sampling(num_samples, temperature, top_p, top_k)
     if add_bos and tokenizer.bos_token_id is None:
         raise ValueError(f"--bos on: tokenizer {tokenizer.name} has no BOS token")
     sandbox = SANDBOX | (sandbox or {})
@@ -458,15 +483,29 @@ def resume_key(fingerprint, asked_for: dict, problems) -> str:
     return results.resume_key(fingerprint, "humaneval", configuration, data_hash(problems), code)
 
 
-def choose_ks(ks, num_samples, temperature) -> list[int]:
+def check_sampling(num_samples, temperature, top_p, top_k) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature must be 0 (greedy) or more, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}")
+    if top_k < 0:
+        raise ValueError(f"--top-k must be 0 (off) or more, not {top_k}")
     if num_samples > 1 and not temperature:
         raise ValueError(
             f"--num-samples {num_samples} at temperature 0 would be equal samples: give a "
             "--temperature (0.2 for pass@1, 0.8 for pass@100, say)"
         )
+
+
+def choose_ks(ks, num_samples) -> list[int]:
     for k in ks or ():
         if not 1 <= k <= num_samples:
             raise ValueError(f"--k {k} needs at least {k} samples of each task: --num-samples {k}")
+    return all_ks(ks, num_samples)
+
+
+def all_ks(ks, num_samples) -> list[int]:
+    """Those asked for, and the usual ones that so many samples allow."""
     return sorted({*(ks or ()), *(k for k in PASS_KS if k <= num_samples)})
 
 
@@ -746,7 +785,7 @@ def print_example(problem, judged) -> None:
         return
     sample, verdict = failed[0]
     prompt, completion, *_ = program_of(problem, sample)
-    print(f"--- {problem['task_id']}, failing sample 1 of {len(failed)}: {printable(prompt)}")
+    print(f"--- {problem['task_id']}, failing sample 1 of {len(failed)}\n{printable(prompt)}")
     print(f">>> drawn from here\n{printable(completion)}")
     print(f"--- {verdict.kind}: {printable(verdict.detail)}")
 
@@ -771,7 +810,7 @@ def parse(argv):
     p.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     p.add_argument("--top-p", type=float, default=0.95, help="as in the paper (0.95); 1: off")
     p.add_argument("--top-k", type=int, default=0, help="0, the default: off")
-    p.add_argument("--k", type=cli.positive_int, nargs="+", help="default: 1, 10, 100 if possible")
+    p.add_argument("--k", type=cli.positive_int, nargs="+", help="beside 1, 10, 100 if possible")
     p.add_argument("--max-new-tokens", type=cli.positive_int, default=MAX_NEW_TOKENS)
     p.add_argument(
         "--stop",
@@ -805,12 +844,15 @@ def parse(argv):
     args = p.parse_args(argv)
     if bool(args.samples_file) == bool(args.checkpoint_path):
         p.error("give --checkpoint-path to draw samples, or --samples-file to judge those there")
-    if args.samples_file and args.limit:
-        p.error("--limit goes with --checkpoint-path: a samples file is judged whole")
+    drawing = "num_samples temperature top_p top_k max_new_tokens stop strip_prompt bos limit"
+    for name in drawing.split() if args.samples_file else ():
+        if getattr(args, name) != p.get_default(name):
+            p.error(f"--{name.replace('_', '-')} goes with --checkpoint-path, not --samples-file")
     if args.ignore_incomplete and not args.samples_file:
         p.error("--ignore-incomplete goes with --samples-file")
-    if not args.samples_file:
-        choose_ks(args.k, args.num_samples, args.temperature)  # before anything is loaded
+    if not args.samples_file:  # before anything is loaded
+        check_sampling(args.num_samples, args.temperature, args.top_p, args.top_k)
+        choose_ks(args.k, args.num_samples)
     return args
 
 
@@ -840,7 +882,7 @@ def options_of(args) -> dict:
     }
 
 
-def evaluate_checkpoints(args, sandbox, show) -> None:
+def evaluate_checkpoints(args, problems, show) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -851,7 +893,6 @@ def evaluate_checkpoints(args, sandbox, show) -> None:
     from tokenizer import build_tokenizer
 
     paths = checkpoints.expand_paths(args.checkpoint_path)
-    problems = read_problems(args.data_path, args.limit)
     config = load_config(args.config) if args.config else None
     with setup(args.device, args.timeout) as dist, ThreadPoolExecutor(1) as background:
         dtype = cli.resolve_dtype(args, dist.device.type)

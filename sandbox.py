@@ -86,10 +86,10 @@ class Sandbox:
     ):
         if tier not in (None, *TIERS):
             raise ValueError(f"tier is {tier!r}; it must be one of A, B, C")
-        if workers < 1 or timeout <= 0 or memory_mb < 128:
+        if not (1 <= workers <= 1024 and 0 < timeout <= 3600 and 128 <= memory_mb <= 1 << 20):
             raise ValueError(
-                f"workers={workers}, timeout={timeout}, memory_mb={memory_mb}: "
-                "needs at least 1 worker, a positive timeout and 128 MB"
+                f"a sandbox of {workers} workers, {timeout} s and {memory_mb} MB: it needs 1 to "
+                "1024 workers, above 0 and at most 3600 s, and 128 MB to 1 TB"
             )
         self.workers, self.timeout = workers, timeout
         self._config = {"timeout": timeout, "memory_mb": memory_mb, "packages": list(packages)}
@@ -283,10 +283,9 @@ class _Judge:
         theirs.close()
         answer = json.loads(self.control.recv(1 << 16) or b"{}")
         if "active" not in answer:
-            said = (
-                self.zygote.stderr.read(2000).decode(errors="replace").strip().rpartition("\n")[2]
-            )
-            raise OSError(answer.get("error") or said or "the zygote died")
+            said = self.zygote.stderr.read(2000).decode(errors="replace").strip()
+            last_line = said.rpartition("\n")[2]
+            raise OSError(answer.get("error") or last_line or "the zygote died")
         self.active = answer["active"]
         signal.signal(signal.SIGALRM, self._on_alarm)
         self.requests = self.replies = None
@@ -635,9 +634,8 @@ def _work():
         os.dup2(null.fileno(), 0)
         os.dup2(null.fileno(), 1)  # what tests print is not for the evaluator
     warnings.simplefilter("ignore")
-    jail.libc.prctl(
-        jail._DUMPABLE, 0, 0, 0, 0
-    )  # not dumpable: no process of this user can read the tests here
+    # Not dumpable: no process of this user can read the tests here.
+    jail.libc.prctl(jail._DUMPABLE, 0, 0, 0, 0)
 
     def answer(value):
         answers.write(json.dumps(value) + "\n")

@@ -70,8 +70,7 @@ def ragged_prompts(n=7, seed=1, longest=12):
 
 
 def by_index(samples):
-    samples = {(s.prompt_index, s.sample_index): s for s in samples}
-    return samples
+    return {(s.prompt_index, s.sample_index): s for s in samples}
 
 
 # ---------------------------------------------------------------------------------------------

