@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from model import KVCache
+from model import KVCache, attention_without_plans
 
 LAG = 2  # steps launched before the host looks at a token: a finished row runs on for so many
 UNIT_BATCHES = 8  # a unit refills each row so often on average: its last rows wait for few others
@@ -373,7 +373,8 @@ class CachedRows:
             for row, (_, ids) in zip(padded, part):
                 row[: len(ids)] = ids
             self.cache.fill([slot for slot, _ in part], [len(ids) for _, ids in part])
-            self.model.hidden(torch.from_numpy(padded).to(self.device), cache=self.cache)
+            with attention_without_plans():
+                self.model.hidden(torch.from_numpy(padded).to(self.device), cache=self.cache)
 
     def _stage(self, rows, i: int) -> None:
         """Send the device what changed: rows that start a sequence, and rows that became idle."""

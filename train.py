@@ -102,7 +102,7 @@ def add_data_flags(p):
     p.add_argument("--val-data", nargs="+", metavar="FILE")
     p.add_argument("--train-npy", nargs="+", metavar="FILE")
     p.add_argument("--val-npy", nargs="+", metavar="FILE")
-    p.add_argument("--use-toy-data", action="store_true", help="train on these scripts' own text")
+    p.add_argument("--use-toy-data", action="store_true", help="these scripts, a small model")
     p.add_argument("--tokenizer-name", default="gpt2", help="byte, a tiktoken name or a directory")
     p.add_argument("--max-tokens", type=cli.positive_int, help="use the first training tokens only")
     p.add_argument("--val-max-tokens", type=cli.positive_int)
@@ -151,6 +151,8 @@ def open_data(args):
         args.data_mode, args.tokenizer_name = "text", "byte"
         args.train_data = [str(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
         args.val_ratio = args.val_ratio or 0.1
+        if not any(getattr(args, name) for name in ("config", "init_from", *MODEL_FLAGS)):
+            args.config, args.seq_len = "nano", min(args.seq_len, 256)
     kind = "data" if args.data_mode == "text" else "npy"
     files, val_files = getattr(args, f"train_{kind}"), getattr(args, f"val_{kind}")
     if not files:
