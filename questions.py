@@ -75,6 +75,13 @@ def read_data(data_path, num_few_shot=0, split="test", subjects=None, limit=None
     by_subject = {}
     for q in asked:
         by_subject.setdefault(q.subject, []).append(q)
+    dev, dev_files = ([], []) if root.is_file() else _read_split(root, "dev")
+    missing = sorted({q.subject for q in dev} - by_subject.keys())
+    if missing and not subjects:
+        raise ValueError(
+            f"{root}: the {split} split has no question of {', '.join(missing)}, which the dev "
+            "split has examples of; --subjects names those to ask"
+        )
     for name in subjects or ():
         if name not in by_subject:
             raise ValueError(
@@ -84,16 +91,16 @@ def read_data(data_path, num_few_shot=0, split="test", subjects=None, limit=None
     questions = [q for name in chosen for q in by_subject[name][:limit]]
     examples = {name: [] for name in chosen}
     if num_few_shot:
-        dev, dev_files = ([], []) if root.is_file() else _read_split(root, "dev")
         for q in dev:
             if q.subject in examples:
                 examples[q.subject].append(q)
         files += dev_files
     for name, found in examples.items():
         if len(found) < num_few_shot:
+            remedy = " (one file has no dev split: name its directory)" if root.is_file() else ""
             raise ValueError(
                 f"{root}: {num_few_shot} few-shot examples asked for, but the dev split has "
-                f"{len(found)} of subject {name!r}"
+                f"{len(found)} of subject {name!r}{remedy}"
             )
         del found[num_few_shot:]
     shown = itertools.chain.from_iterable(examples.values())
@@ -109,8 +116,10 @@ def _read_split(root: Path, split: str) -> tuple[list[Question], list]:
     questions = []
     for path, subject in files:
         reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix]
-        for where, values in reader(path):
-            questions.append(_question(values, subject, where))
+        found = [_question(values, subject, where) for where, values in reader(path)]
+        if not found:
+            raise ValueError(f"{path}:1: no question in this file")
+        questions += found
     return questions, files
 
 
@@ -153,7 +162,7 @@ def _csv_rows(path: Path):
                     continue
                 if names is None:
                     names = [re.sub(r"^(choice|option)[ _]", "", n.strip().lower()) for n in row]
-                    if {"question", "answer"} <= set(names):
+                    if "question" in names and {"answer", "a"} & set(names):
                         continue
                     names = ["question", "a", "b", "c", "d", "answer"]
                 if len(row) != len(names):

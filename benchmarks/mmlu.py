@@ -7,8 +7,10 @@ Random weights with GPT-2's vocabulary and a context of 4,096, so that nothing i
 in bfloat16 as Hugging Face directories that both sides load. Each side is a process of its own,
 timed from its start to its last line: imports, loading, prompts, tokenising, scoring, the table.
 The peer's requests are built from our templates, which is quicker than its own task machinery. On
-the larger models it gets every n-th subject (--peer-every) and its scoring time is scaled by the
-length of their prompts to all of them. With --gpus, roseval alone is run on each number of GPUs.
+the larger models it gets every n-th question of every subject (--peer-every) and its scoring time
+is scaled by the length of their prompts to all of them: whole subjects would not do, for one of
+them, professional_law, is a quarter of all tokens. With --gpus, roseval alone is run on each number
+of GPUs. The row is written after each step, so that what was measured is kept.
 
 --tokenizer: a directory with vocab.json and merges.txt. TIKTOKEN_CACHE_DIR, where set, is used by
 our side, as users of `--tokenizer-name gpt2` would.
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SHOTS = 5
-MODELS = {"gpt2": 1, "gpt2-xl": 6, "7b": 8}  # the peer gets every n-th subject
+MODELS = {"gpt2": 1, "gpt2-xl": 8, "7b": 16}  # the peer gets every n-th question
 PEER_BATCH = {"gpt2": 32, "gpt2-xl": 32, "7b": 16}
 TARGETS = {"gpt2": 10, "gpt2-xl": 5, "7b": 5}
 
@@ -56,15 +58,15 @@ def make_model(name, directory, context):
 
 
 def peer(args):
-    """lm-eval's Hugging Face model class over the five-shot prompts of every n-th subject."""
+    """lm-eval's Hugging Face model class over the five-shot prompts of every n-th question."""
     import numpy as np
     import torch
 
     from mmlu_eval import LETTERS, load_template, read_data
 
     template = load_template("lm_eval")
-    subjects = read_data(args.data, SHOTS).subjects[:: args.peer_every]
-    data = read_data(args.data, SHOTS, subjects=subjects)
+    data = read_data(args.data, SHOTS)
+    asked = data.questions[:: args.peer_every]
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -78,7 +80,7 @@ def peer(args):
     )
     requests = []
     heads = {s: template.render_head(s, None, data.examples[s], "letter") for s in data.subjects}
-    for i, q in enumerate(data.questions):
+    for i, q in enumerate(asked):
         context = heads[q.subject] + template.render_question(q)
         for letter in LETTERS:
             pair = (context, f" {letter}")
@@ -87,10 +89,10 @@ def peer(args):
     values = [value for value, _ in model.loglikelihood(requests, disable_tqdm=True)]
     scored = time.perf_counter()
     values = np.array(values).reshape(-1, len(LETTERS))
-    right = values.argmax(-1) == np.array([q.answer for q in data.questions])
+    right = values.argmax(-1) == np.array([q.answer for q in asked])
     print(f"accuracy {right.mean():.4f} of {len(right)}")
-    result = {"questions": len(right), "score_seconds": scored - loaded, "subjects": subjects}
-    np.savez(args.result, logprobs=values, **{k: v for k, v in result.items() if k != "subjects"})
+    result = {"questions": len(right), "score_seconds": scored - loaded, "every": args.peer_every}
+    np.savez(args.result, logprobs=values)
     Path(args.result).with_suffix(".json").write_text(json.dumps(result))
 
 
@@ -138,11 +140,42 @@ def run_peer(args, name, model_dir, work):
     return seconds, json.loads(result.with_suffix(".json").read_text()), result, batch
 
 
-def compare(args, name, work):
+def part_of_the_work(data, every) -> float:
+    """How much of all prompts, which the peer runs whole, every n-th has: in characters."""
+    before = {
+        subject: sum(len(e.question) + sum(map(len, e.choices)) for e in examples)
+        for subject, examples in data.examples.items()
+    }
+    sizes = [before[q.subject] + len(q.question) + sum(map(len, q.choices)) for q in data.questions]
+    return sum(sizes[::every]) / sum(sizes)
+
+
+def beside_the_peer(args, name, model_dir, work, ours_seconds, arrays) -> dict:
+    """The row's part about the peer: its time for all prompts, and whether it answers alike."""
     import numpy as np
 
     from mmlu_eval import read_data
 
+    seconds, told, peer_arrays, batch = run_peer(args, name, model_dir, work)
+    part = part_of_the_work(read_data(args.data, SHOTS), told["every"])
+    whole = seconds - told["score_seconds"] + told["score_seconds"] / part
+    ours = np.load(arrays)["logprobs"][:: told["every"]]
+    theirs = np.load(peer_arrays)["logprobs"]
+    return {
+        "peer_seconds": whole,
+        "peer_measured_seconds": seconds,
+        "peer_part": part,
+        "peer_questions": told["questions"],
+        "peer_batch": batch,
+        "speedup": whole / ours_seconds,
+        "target": TARGETS[name],
+        "same_prediction": float(np.mean(ours.argmax(-1) == theirs.argmax(-1))),
+        "largest_difference": float(np.abs(ours - theirs).max()),
+    }
+
+
+def compare(args, name, work):
+    """Yield the model's row each time that there is more in it."""
     model_dir = work / name
     make_in_child = [sys.executable, __file__, "--make", name, "--data", args.data]
     make_in_child += ["--context", args.context]
@@ -150,45 +183,23 @@ def compare(args, name, work):
     row = {"model": name, "dtype": args.dtype, "ours": []}
     for _ in range(args.repeat):
         seconds, record, arrays, text = run_ours(args, model_dir, work)
-        cost = record["cost"] | {"wall_seconds": seconds}
-        row["ours"].append(cost)
+        row["ours"].append(record["cost"] | {"wall_seconds": seconds})
+        row["questions"] = record["metrics"]["accuracy"]["n"]
+        row["ours_seconds"] = min(cost["wall_seconds"] for cost in row["ours"])
         print(f"{name} roseval: {seconds:.1f} s from start to table", flush=True)
+        yield row
     print(text[-900:])
-    best = min(row["ours"], key=lambda cost: cost["wall_seconds"])
-    row |= {"questions": record["metrics"]["accuracy"]["n"], "ours_seconds": best["wall_seconds"]}
-    if not args.no_peer:
-        seconds, told, peer_arrays, batch = run_peer(args, name, model_dir, work)
-        data = read_data(args.data, SHOTS)
-        size = {s: 0 for s in data.subjects}  # characters of all prompts: the peer runs them whole
-        for q in data.questions:
-            before = sum(
-                len(e.question) + sum(map(len, e.choices)) for e in data.examples[q.subject]
-            )
-            size[q.subject] += before + len(q.question) + sum(map(len, q.choices))
-        part = sum(size[s] for s in told["subjects"]) / sum(size.values())
-        whole = seconds - told["score_seconds"] + told["score_seconds"] / part
-        row |= {
-            "peer_seconds": whole,
-            "peer_measured_seconds": seconds,
-            "peer_part": part,
-            "peer_questions": told["questions"],
-            "peer_batch": batch,
-            "speedup": whole / best["wall_seconds"],
-            "target": TARGETS[name],
-        }
-        chosen = np.isin([q.subject for q in data.questions], told["subjects"])
-        ours = np.load(arrays)["logprobs"][chosen]
-        theirs = np.load(peer_arrays)["logprobs"]
-        row["same_prediction"] = float(np.mean(ours.argmax(-1) == theirs.argmax(-1)))
-        row["largest_difference"] = float(np.abs(ours - theirs).max())
-        print(f"{name} lm-eval: {whole:.1f} s; speed-up {row['speedup']:.1f}", flush=True)
     for gpus in args.gpus:
         runs = [run_ours(args, model_dir, work, gpus) for _ in range(args.repeat)]
         seconds, record, *_ = min(runs, key=lambda run: run[0])
         row[f"gpus_{gpus}"] = record["cost"] | {"wall_seconds": seconds}
         print(f"{name} on {gpus} GPUs: {seconds:.1f} s, scoring {record['cost']['seconds']:.1f} s")
+        yield row
+    if not args.no_peer:
+        row |= beside_the_peer(args, name, model_dir, work, row["ours_seconds"], arrays)
+        print(f"{name} lm-eval: {row['peer_seconds']:.1f} s; speed-up {row['speedup']:.1f}")
+        yield row
     timed(["rm", "-r", model_dir])
-    return row
 
 
 def report(rows, about) -> str:
@@ -240,7 +251,7 @@ def main():
     p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--context", type=int, default=4096, help="1024 shows truncation (4096)")
-    p.add_argument("--peer-every", type=int, help="the peer gets every n-th subject only")
+    p.add_argument("--peer-every", type=int, help="the peer gets every n-th question only")
     p.add_argument("--peer-batch", type=int, help="the peer's batch size")
     p.add_argument("--no-peer", action="store_true")
     p.add_argument("--repeat", type=int, default=2, help="our runs; the fastest counts (2)")
@@ -271,10 +282,10 @@ def main():
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     with tempfile.TemporaryDirectory() as work:
         for model in args.models:  # a model measured anew replaces its row, the others stay
-            row = compare(args, model, Path(work))
-            rows = sorted([r for r in rows if r["model"] != model] + [row], key=order_of)
-            path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-            path.with_suffix(".md").write_text(report(rows, about))
+            for row in compare(args, model, Path(work)):
+                rows = sorted([r for r in rows if r["model"] != model] + [row], key=order_of)
+                path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+                path.with_suffix(".md").write_text(report(rows, about))
     print(report(rows, about))
 
 

@@ -19,12 +19,14 @@ FLOORS = [
         "decode_attention",
         "cross_entropy",
     ],
-    ["sandbox", "model", "tokenizer", "compute", "endpoint", "tensorfiles"],
-    ["dataset", "layouts", "hf_model", "engine", "questions"],
+    ["sandbox", "model", "tokenizer", "formulas", "tensorfiles"],
+    ["compute", "dataset", "layouts", "hf_model", "engine", "questions"],
     ["checkpoint", "scoring"],
+    ["prompts"],
     ["train", "eval", "mmlu_eval", "humaneval_eval", "report"],
     ["sweep"],
 ]
+NO_TORCH = ("config", "formulas", "compute", "cli", "results", "jail", "sandbox")
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -45,7 +47,7 @@ def test_imports_go_strictly_downward(path):
         assert FLOOR[name] < FLOOR[path.stem], f"{path.stem} must not import {name}"
 
 
-@pytest.mark.parametrize("room", ["config", "compute", "cli", "results", "jail", "sandbox"])
+@pytest.mark.parametrize("room", NO_TORCH)
 def test_rooms_that_never_load_torch(room):
     code = f"import sys, {room}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

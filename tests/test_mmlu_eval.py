@@ -23,6 +23,7 @@ from config import GPTConfig
 from distributed import Dist
 from mmlu_eval import evaluate_mmlu
 from model import GPTModel
+from prompts import PromptMaker
 from questions import LETTERS, Question, load_template, read_data, subject_table
 from tokenizer import build_tokenizer
 
@@ -174,6 +175,8 @@ BAD_ROWS = [
     ("  ,a,b,c,d,A\n", r"x_test.csv:1: question is empty"),
     ('q,a,b,c,d,A\nq,"a"b,c,d,A\n', r"x_test.csv:2: not CSV"),
     ("question,A,B,C,D,answer\nq,a,b,c,d,\n", r"x_test.csv:2: no answer"),
+    ("id,question,A,B,C,D\n0,q,a,b,c,d\n", r"x_test.csv:2: no answer .*--split val"),
+    ("", r"x_test.csv:1: no question in this file"),
     ("question,choices,answer\nq,[1],A\n", r"x_test.csv:2: four choices expected, not \[1\]"),
 ]
 
@@ -215,6 +218,12 @@ def test_missing_data_says_where_to_get_it(tmp_path):
         read_data(tmp_path, subjects=["chemistry"])
     with pytest.raises(ValueError, match=r"2 few-shot examples asked for.* 1 of subject 'physics'"):
         read_data(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"0 of subject 'zoology' \(one file has no dev"):
+        read_data(tmp_path / "test" / "zoology_test.csv", 1)
+    (tmp_path / "test" / "zoology_test.csv").unlink()
+    with pytest.raises(ValueError, match="test split has no question of zoology, which the dev"):
+        read_data(tmp_path)
+    assert read_data(tmp_path, subjects=["physics"]).subjects == ["physics"]
 
 
 def test_all_of_mmlu_and_cmmlu_is_read(data_dir):
@@ -297,7 +306,7 @@ def make_prompts(tokenizer, data, template, shots_context=4096, **options):
     options = {"rotations": 1, "truncate": False, "bos": False} | options
     scored = options.pop("scoring", template.scorings[0])
     share = options.pop("share", True)
-    maker = mmlu_eval.PromptMaker(tokenizer, data, template, scored, shots_context, **options)
+    maker = PromptMaker(tokenizer, data, template, scored, shots_context, **options)
     return maker, maker.make(share)
 
 
@@ -621,6 +630,33 @@ def test_a_model_that_knows_the_answers_scores_everything(data_dir):
     assert record["metrics"]["answered"]["value"] == 1.0
 
 
+class Told(Oracle):
+    """Looks each whole prompt up and answers after its last byte, which 0 pads on the right."""
+
+    def hidden(self, ids, positions=None, cache=None):
+        out = torch.full((*ids.shape, 1), -1.0)
+        for b, row in enumerate(ids.tolist()):
+            prompt = bytes(row).rstrip(b"\x00")
+            out[b, len(prompt) - 1] = ord(self.answer(prompt))
+        return out
+
+
+def test_planted_models_on_all_of_mmlu(data_dir):
+    """One that knows the answers has all right; one that says C has exactly the share of C."""
+    data, template = read_data(data_dir / "mmlu"), load_template("lm_eval")
+    known = {}
+    for q in data.questions:
+        head = template.render_head(q.subject, None, [], "letter")
+        known[(head + template.render_question(q) + " ").encode()] = LETTERS[q.answer]
+    tokenizer, options = build_tokenizer("byte"), {"batch_tokens": 32768}
+    share = statistics.mean(q.answer == 2 for q in data.questions)
+    for answer, wanted in ((known.__getitem__, 1.0), (lambda prompt: "C", share)):
+        record = evaluate_mmlu(Told(answer), tokenizer, data_dir / "mmlu", **options)
+        assert record["metrics"]["accuracy"]["n"] == 14042
+        assert record["metrics"]["accuracy"]["value"] == pytest.approx(wanted, abs=1e-12)
+    assert record["breakdown"]["letter"]["C"]["predicted"] == 1.0
+
+
 def always_c(tokenizer, data_dir):
     """A GPTModel that gives " C" a logit of 1 and every other token 0, whatever it reads."""
     model = make_model("llama")
@@ -767,6 +803,7 @@ def test_the_command_side_by_side(saved, data_dir, tmp_path):
     "flags,message",
     [
         ("--template continuation --scoring letter", "shows no letters: --scoring continuation"),
+        ("--template zh continuation --scoring letter", "with --template continuation, which"),
         ("--subjects alchemy", "no 'alchemy'"),
         ("--permute-choices 5", "--permute-choices must be 1 to 4, not 5"),
     ],

@@ -1,0 +1,182 @@
+"""From questions to the rows of tokens that a model is scored on.
+
+    prompts = PromptMaker(tokenizer, data, template, "letter", ...).make()
+    prompts.rows                             # scoring.py's Continuations
+
+Text becomes tokens as in lm-evaluation-harness: prompt and answer encoded as one text, white space
+at the prompt's end being the answer's. A subject's prompts share their first tokens, which
+become a prefix that is run once. What does not fit the context loses whole few-shot examples.
+"""
+
+import itertools
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from questions import LETTERS, subject_table
+from scoring import MIN_PREFIX, Continuations
+from tokenizer import SAFE_BREAK
+
+MAX_NEW_TOKENS = 16  # of --scoring generate
+
+
+def encode_after(tokenizer, head: str, tails: list[str]) -> list[np.ndarray]:
+    """Token ids of head + tail for each tail, as if every text were encoded whole.
+
+    Where the tokenizer tells how a text can be cut without changing its tokens, what lies before
+    the head's last such place is encoded once; checked on the first text."""
+    breaks = list(re.finditer(SAFE_BREAK, head.encode())) if tokenizer.splits_at_newline else []
+    if not breaks or len(tails) < 3:
+        return tokenizer.encode_batch([head + tail for tail in tails])
+    cut = breaks[-1].end()
+    start, rest = head.encode()[:cut].decode(), head.encode()[cut:].decode()
+    shared, whole, *ends = tokenizer.encode_batch(
+        [start, head + tails[0], *(rest + tail for tail in tails)]
+    )
+    encoded = [np.concatenate((shared, end)) for end in ends]
+    if not np.array_equal(whole, encoded[0]):
+        return tokenizer.encode_batch([head + tail for tail in tails])
+    return encoded
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rows to score. question, rotation, choice [R]: whose they are (choice 0 where the row's
+    letters stand for all); shots [questions, rotations]: examples kept; truncated: prompts cut."""
+
+    rows: Continuations
+    question: np.ndarray
+    rotation: np.ndarray
+    choice: np.ndarray
+    shots: np.ndarray
+    truncated: int
+
+
+class PromptMaker:
+    """Turns questions into rows of tokens for one template, scoring and tokenizer."""
+
+    def __init__(self, tokenizer, data, template, scoring, context, rotations, truncate, bos):
+        self.tokenizer, self.data, self.template, self.scoring = tokenizer, data, template, scoring
+        self.context, self.rotations, self.truncate, self.bos = context, rotations, truncate, bos
+        self.names = subject_table(data.subjects)["names"]
+        self.letters = None  # token ids of each letter after a prompt
+
+    def make(self, share_prefix=True) -> Prompts:
+        prefixes, prefix_of, ids, targets, owner = [], [], [], [], []
+        shots = np.zeros((len(self.data.questions), self.rotations), dtype=np.int64)
+        truncated = 0
+        numbered = list(enumerate(self.data.questions))
+        for subject, members in itertools.groupby(numbered, key=lambda item: item[1].subject):
+            asked = [(i, r) for i, _ in members for r in range(self.rotations)]
+            for k, group in self._fitted(subject, asked):
+                n = _shared_length([contexts for contexts, _ in group.values()])
+                cut = k is None  # left-truncated prompts share nothing
+                n = n if share_prefix and not cut and n >= MIN_PREFIX and len(group) > 1 else 0
+                prefixes.append(next(iter(group.values()))[0][:n])
+                truncated += len(group) if cut else 0
+                for (i, r), (context, continuations) in group.items():
+                    shots[i, r] = k or 0
+                    for c, continuation in enumerate(continuations):
+                        ids.append(np.concatenate((context[n:], continuation[:-1])))
+                        targets.append(continuation)
+                        owner.append((i, r, c))
+                        prefix_of.append(len(prefixes) - 1)
+        choice_ids = None
+        if self.scoring == "letter":
+            choice_ids = [int(letter[-1]) for letter in self.letters]
+            targets = [t[:-1] for t in targets]
+        elif self.scoring == "generate":
+            targets = [t[:0] for t in targets]
+        rows = Continuations(prefixes, np.array(prefix_of), ids, targets, choice_ids)
+        return Prompts(rows, *np.array(owner, dtype=np.int64).T, shots, truncated)
+
+    def _fitted(self, subject, asked):
+        """Yield (shots, {(question, rotation): (context ids, continuations)}): what fits with all
+        the examples, then the rest with ever fewer; shots None for prompts cut on the left."""
+        examples = self.data.examples[subject]
+        for k in range(len(examples), -1, -1):
+            encoded = self._encode(subject, examples[:k], asked)
+            fits = {key: v for key, v in encoded.items() if self._length(*v) <= self.context}
+            if fits:
+                yield k, fits
+            asked = [key for key in asked if key not in fits]
+            if not asked:
+                return
+        worst = self.data.questions[asked[0][0]]
+        if not self.truncate:
+            raise ValueError(
+                f"{worst.where}: the question alone takes {self._length(*encoded[asked[0]])} "
+                f"tokens of a context of {self.context} ({len(asked)} such in {subject!r}): "
+                "--truncate cuts such prompts on the left"
+            )
+        cut = {}
+        for key in asked:
+            context, continuations = encoded[key]
+            surplus = self._length(context, continuations) - self.context
+            if surplus >= len(context):
+                raise ValueError(f"{worst.where}: a choice alone exceeds the context")
+            cut[key] = context[surplus:], continuations
+        yield None, cut
+
+    def _length(self, context, continuations) -> int:
+        """Tokens that the model reads: the last scored (or generated) one is not among them."""
+        new = MAX_NEW_TOKENS if self.scoring == "generate" else max(map(len, continuations))
+        return len(context) + new - 1
+
+    def _encode(self, subject, examples, asked) -> dict:
+        """{(question, rotation): (context ids, [continuation ids])}, as lm-evaluation-harness:
+        trailing white space moves to the continuation; the two are encoded as one text, and the
+        continuation is what comes after as many tokens as the context has alone."""
+        name = self.names.get(subject)
+        head = self.template.render_head(subject, name, examples, self.scoring)
+        questions = [self.data.questions[i] for i, _ in asked]
+        texts = [self.template.render_question(q, r) for q, (_, r) in zip(questions, asked)]
+        contexts = self._encode_texts(head, [text.rstrip() for text in texts])
+        if self.scoring == "generate":
+            return {key: (context, [np.zeros(1, int)]) for key, context in zip(asked, contexts)}
+        if self.scoring == "letter":
+            self._read_letters(head, questions[0], texts[0], len(contexts[0]))
+            return {key: (context, [self.letters[0]]) for key, context in zip(asked, contexts)}
+        answered = [
+            text + self.template.render_answer(q, c, self.scoring, r)
+            for q, text, (_, r) in zip(questions, texts, asked)
+            for c in range(len(LETTERS))
+        ]
+        joint = self._encode_texts(head, answered)
+        encoded = {}
+        for j, (key, context) in enumerate(zip(asked, contexts)):
+            four = [ids[len(context) :] for ids in joint[4 * j : 4 * j + 4]]
+            if not all(map(len, four)):
+                raise ValueError(f"{questions[j].where}: a choice has no tokens to score")
+            encoded[key] = context, four
+        return encoded
+
+    def _encode_texts(self, head, tails):
+        encoded = encode_after(self.tokenizer, head, tails)
+        bos = [self.tokenizer.bos_token_id] * self.bos
+        return [np.concatenate((bos, ids)).astype(np.int64) for ids in encoded]
+
+    def _read_letters(self, head, q, text, context_length):
+        """The letters' ids, from a prompt with each letter as its answer. They may share leading
+        tokens (a space, in the byte tokenizer) and must differ in one last token."""
+        answers = [self.template.render_answer(q, c, "letter") for c in range(len(LETTERS))]
+        joint = self._encode_texts(head, [text + answer for answer in answers])
+        letters = [ids[context_length:].tolist() for ids in joint]
+        same_start = len({(len(ids), *ids[:-1]) for ids in letters}) == 1
+        if not same_start or len({ids[-1] for ids in letters if ids}) < len(LETTERS):
+            raise ValueError(
+                f"tokenizer {self.tokenizer.name}: the answers {answers} become {letters}, which "
+                "one token does not tell apart; use --scoring continuation"
+            )
+        if self.letters is not None and letters != [ids.tolist() for ids in self.letters]:
+            raise ValueError(f"{q.where}: the letters' tokens {letters} are not those before")
+        self.letters = [np.array(ids) for ids in letters]
+
+
+def _shared_length(contexts) -> int:
+    """How many first tokens all contexts share, leaving at least one to each."""
+    least = min(map(len, contexts)) - 1
+    first = np.stack([context[:least] for context in contexts])
+    differs = (first != first[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else least
