@@ -24,6 +24,7 @@ import compute
 import distributed
 import results
 import scoring
+import stats
 from config import load_config
 from dataset import RandomWindows, Windows, build_tokenizer, open_stream
 from distributed import print0
@@ -266,7 +267,7 @@ def metrics_of(totals, data) -> dict:
     if isinstance(data.windows, RandomWindows):  # rosetrainer's figure: the mean over windows
         loss, stderr = float((nll / count).mean()), float((nll / count).std(ddof=1) / n**0.5)
     else:
-        loss, stderr = totals.loss, results.ratio_stderr(nll, count)
+        loss, stderr = totals.loss, stats.ratio_stderr(nll, count)
     perplexity = float(np.exp(loss)) if loss < 700 else float("inf")
     metrics = {
         "loss": {"value": loss, "stderr": stderr, "n": n},

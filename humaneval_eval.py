@@ -40,6 +40,7 @@ import numpy as np
 
 import cli
 import results
+import stats
 from sandbox import TIERS, Sandbox, Verdict
 
 # torch takes seconds to import, and judging a samples file needs none: what needs it is imported by
@@ -708,7 +709,7 @@ def summarise(tally, ks):
     """(metrics, breakdown, arrays) of a record."""
     n = np.array([kinds.total() for kinds in tally.values()])
     c = np.array([kinds["passed"] for kinds in tally.values()])
-    metrics = {f"pass@{k}": results.pass_at_k_summary(n, c, k) for k in ks}
+    metrics = {f"pass@{k}": stats.pass_at_k_summary(n, c, k) for k in ks}
     total = sum(tally.values(), Counter())
     breakdown = {
         "task": {
@@ -720,7 +721,7 @@ def summarise(tally, ks):
 
 
 def share(passed: int, n: int) -> dict:
-    return {"value": passed / n, "stderr": results.proportion_stderr(passed / n, n), "n": n}
+    return {"value": passed / n, "stderr": stats.proportion_stderr(passed / n, n), "n": n}
 
 
 # ---------------------------------------------------------------------------------------------

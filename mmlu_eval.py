@@ -45,10 +45,8 @@ from questions import (
 )
 from results import (
     IN_MEMORY,
-    calibration,
     dumps,
     new_record,
-    proportion_stderr,
     resume_key,
     running_code,
     save_record,
@@ -61,6 +59,10 @@ from scoring import (
     halve_until_it_fits,
     plan_batches,
     score_continuations,
+)
+from stats import (
+    calibration,
+    proportion_stderr,
 )
 from tokenizer import build_tokenizer
 

@@ -25,20 +25,22 @@ import cli
 from results import (
     LOWER_IS_BETTER,
     SCHEMA_VERSION,
-    bootstrap_ci,
     dumps,
-    examples_to_resolve,
     load_arrays,
     load_record,
     load_records,
     load_samples,
+    scalars,
+    utc_now,
+    write_atomic,
+)
+from stats import (
+    bootstrap_ci,
+    examples_to_resolve,
     mcnemar_exact,
     paired_difference,
     pass_at_k,
     ratio,
-    scalars,
-    utc_now,
-    write_atomic,
 )
 
 ROOT = Path(__file__).resolve().parent

@@ -23,13 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results import (  # noqa: E402
-    calibration,
     config_hash,
     new_record,
+    save_record,
+)
+from stats import (  # noqa: E402
+    calibration,
     pass_at_k_summary,
     proportion_stderr,
     ratio_stderr,
-    save_record,
 )
 
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")

@@ -16,6 +16,7 @@ FLOORS = [
         "jail",
         "lease",
         "results",
+        "stats",
         "decode_attention",
         "cross_entropy",
     ],
@@ -26,7 +27,7 @@ FLOORS = [
     ["train", "eval", "mmlu_eval", "humaneval_eval", "report"],
     ["sweep"],
 ]
-NO_TORCH = ("config", "formulas", "compute", "cli", "results", "jail", "sandbox")
+NO_TORCH = ("config", "formulas", "compute", "cli", "results", "stats", "jail", "sandbox")
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy.stats
 
 import report
 import results
+import stats
 
 ROOT = Path(report.__file__).parent
 spec = importlib.util.spec_from_file_location("synthetic", ROOT / "benchmarks" / "report.py")
@@ -43,14 +44,14 @@ def save(
 
 def loss_record(directory, nll, count, **more):
     value = float(nll.sum() / count.sum())
-    stderr = results.ratio_stderr(nll, count)
+    stderr = stats.ratio_stderr(nll, count)
     metrics = {"loss": {"value": value, "stderr": stderr, "n": len(nll)}}
     return save(directory, "perplexity", metrics, {"nll": nll, "count": count}, **more)
 
 
 def answers_record(directory, correct, arrays=None, **more):
     p = float(correct.mean())
-    stderr = results.proportion_stderr(p, len(correct))
+    stderr = stats.proportion_stderr(p, len(correct))
     metrics = {"accuracy": {"value": p, "stderr": stderr, "n": len(correct)}}
     return save(directory, "mmlu", metrics, {"correct": correct} | (arrays or {}), **more)
 
@@ -76,7 +77,7 @@ def test_table_ranks_marks_and_pairs(tmp_path):
     table = report.table_of(report.read(tmp_path)["ok"])
     assert [row[2] for row in table["rows"]] == ["2", "3", "1"]
     assert table["best"] == {(0, 3)} and table["rows"][0][4] == "best"
-    expected = stats.ttest_rel(nll[3] / 16, nll[2] / 16).confidence_interval(0.95)
+    expected = scipy.stats.ttest_rel(nll[3] / 16, nll[2] / 16).confidence_interval(0.95)
     difference = np.mean(nll[3] - nll[2]) / 16
     text = f"{difference:+.4f} [{expected.low:+.4f}, {expected.high:+.4f}]"
     assert table["rows"][1][4] == text
@@ -170,8 +171,8 @@ def test_compare_questions(tmp_path):
     only_b, only_a = int((b & ~a).sum()), int((a & ~b).sum())
     assert (out["better"], out["worse"]) == (only_b, only_a)
     assert out["both"] == int((a & b).sum())
-    assert out["p"] == pytest.approx(stats.binomtest(only_b, only_a + only_b).pvalue)
-    expected = stats.ttest_rel(b.astype(float), a.astype(float)).confidence_interval()
+    assert out["p"] == pytest.approx(scipy.stats.binomtest(only_b, only_a + only_b).pvalue)
+    expected = scipy.stats.ttest_rel(b.astype(float), a.astype(float)).confidence_interval()
     assert (out["low"], out["high"]) == pytest.approx((expected.low, expected.high), rel=1e-4)
     assert out["verdict"] == ("B is better" if out["p"] < 0.05 else "not resolved")
     flipped = np.flatnonzero(a != b)
@@ -207,13 +208,13 @@ def test_compare_tasks(tmp_path):
     c = np.array([3] * 30), np.array([5] * 15 + [3] * 14 + [10])
     paths = []
     for step, passed in enumerate(c):
-        metrics = {f"pass@{k}": results.pass_at_k_summary(n, passed, k) for k in (1, 10)}
+        metrics = {f"pass@{k}": stats.pass_at_k_summary(n, passed, k) for k in (1, 10)}
         paths.append(save(tmp_path, "humaneval", metrics, {"n": n, "c": passed}, step=step))
     out = report.compare(*report.pairs_of(*paths)[0])
     assert out["difference"] == pytest.approx((c[1] - c[0]).mean() / 10)
     assert out["changed"][0]["example"] == 29 and out["better"] == 16
     assert "pass@1 " in report.compare_text(*report.pairs_of(*paths)[0], out)
-    at_10 = results.pass_at_k(n, c[1], 10) - results.pass_at_k(n, c[0], 10)
+    at_10 = stats.pass_at_k(n, c[1], 10) - stats.pass_at_k(n, c[0], 10)
     assert out["pass"]["pass@10"]["difference"] == pytest.approx(at_10.mean())
     for path in paths:  # only pass@10 was asked for: then that is compared
         record = results.load_record(path)

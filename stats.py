@@ -1,0 +1,191 @@
+"""What the numbers mean: standard errors, intervals, tests, pass@k, calibration.
+
+    ratio_stderr(nll, count)            # of a loss per token, windows being clusters
+    paired_difference(a, b)             # of two checkpoints on the same examples
+    pass_at_k(n, c, k)                  # unbiased, of n samples of which c passed
+
+Standard library and numpy only. Every function names its source.
+"""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+
+def ratio_stderr(nll, count) -> float:
+    """Standard error of the loss per token, sum(nll) / sum(count), with windows as clusters: tokens
+    of one window are not independent, windows are taken to be. nll [n] nats, count [n] tokens.
+    NaN for fewer than two windows. With count = 1 it is that of a plain mean.
+    Source: the ratio estimator, Cochran, Sampling Techniques (1977), section 2.11 and chapter 6."""
+    nll, count = np.asarray(nll, np.float64), np.asarray(count, np.float64)
+    assert nll.shape == count.shape, f"nll {nll.shape} and count {count.shape} differ in shape"
+    nll, count = nll[count > 0], count[count > 0]
+    n = len(nll)
+    if n < 2:
+        return math.nan
+    residual = nll - nll.sum() / count.sum() * count
+    return float(math.sqrt(n / (n - 1) * (residual @ residual)) / count.sum())
+
+
+def proportion_stderr(p: float, n: int) -> float:
+    """Standard error of a share p of n right answers: sqrt(p(1-p)/(n-1)), the sample standard
+    deviation over sqrt(n) as lm-eval reports it. NaN for n < 2."""
+    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+
+
+def _mean(values):
+    return values.mean(axis=-1)
+
+
+def ratio(numerator, denominator):
+    """sum / sum along the last axis, 0/0 = NaN: the statistic of a loss per token."""
+    with np.errstate(invalid="ignore"):
+        return numerator.sum(axis=-1) / denominator.sum(axis=-1)
+
+
+def bootstrap_ci(values, statistic=_mean, n: int = 10_000, seed: int = 0, level: float = 0.95):
+    """Percentile interval (low, high) from n resamples of the examples, drawn with replacement.
+
+    values: an array [examples], or a tuple of such arrays that are resampled together (pairs, or
+    nll and count). statistic: gets each array as [resamples, examples] and reduces the last axis.
+    The same seed gives the same interval. (NaN, NaN) without examples.
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13."""
+    arrays = [np.asarray(a) for a in (values if isinstance(values, tuple) else (values,))]
+    size = len(arrays[0])
+    assert all(a.shape == (size,) for a in arrays), f"shapes {[a.shape for a in arrays]}"
+    if size == 0:
+        return math.nan, math.nan
+    rng, drawn = np.random.default_rng(seed), []
+    step = max(1, 4_000_000 // size)  # 16 MB of indices at a time
+    for start in range(0, n, step):
+        index = rng.integers(size, size=(min(step, n - start), size), dtype=np.int32)
+        drawn.append(statistic(*(a[index] for a in arrays)))
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def t_quantile(p: float, df: float) -> float:
+    """Quantile of Student's t. Source: the expansion in 1/df, Abramowitz & Stegun 26.7.5; within
+    0.1% for df >= 4 at p = 0.975, too small below (12% at df = 1)."""
+    z = NormalDist().inv_cdf(p)
+    return (
+        z
+        + (z**3 + z) / (4 * df)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * df**4)
+    )
+
+
+def paired_difference(a, b, count=None, level: float = 0.95) -> dict:
+    """How far b lies from a on the same examples: {difference, stderr, low, high, sd, n}.
+
+    a, b [n]: scores, or with `count` [n] the summed nats of windows of that many tokens; then the
+    difference is in nats per token. sd is per example: stderr * sqrt(n), for
+    `examples_to_resolve`. The interval is Student's t; NaN for fewer than two examples.
+    Source: Miller, Adding Error Bars to Evals (2024), section 4.2; ratios as in `ratio_stderr`."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, f"a {a.shape} and b {b.shape} are not the same examples"
+    count = np.ones_like(a) if count is None else np.asarray(count, np.float64)
+    kept = count > 0
+    n = int(kept.sum())
+    difference = float(ratio((b - a)[kept], count[kept])) if n else math.nan
+    stderr = ratio_stderr(b - a, count)
+    margin = t_quantile((1 + level) / 2, n - 1) * stderr if n > 1 else math.nan
+    return {
+        "difference": difference,
+        "stderr": stderr,
+        "low": difference - margin,
+        "high": difference + margin,
+        "sd": stderr * math.sqrt(n),
+        "n": n,
+    }
+
+
+def mcnemar_exact(b: int, c: int) -> float:
+    """Two-sided p-value that b and c, the examples that only one of two models got right, come
+    from a fair coin: min(1, 2 P(X <= min(b, c))), X ~ Binomial(b + c, 1/2), in exact integers.
+    Source: McNemar, Psychometrika 12 (1947); the exact form, Fagerland et al. (2013)."""
+    b, c = int(b), int(c)
+    term, below = 1, 0  # C(b + c, i), and their sum up to min(b, c)
+    for i in range(min(b, c) + 1):
+        below += term
+        term = term * (b + c - i) // (i + 1)
+    return min(1.0, 2 * below / 2 ** (b + c))
+
+
+def pass_at_k(n, c, k: int):
+    """1 - C(n-c, k) / C(n, k) for each task: the chance that one of k samples, out of n drawn of
+    which c passed, passes. n, c: integers or arrays [tasks]. ValueError when k exceeds an n.
+    Computed as 1 - prod_{j<k} (n-c-j)/(n-j), which neither overflows nor loses digits.
+    Source: Chen et al., Evaluating Large Language Models Trained on Code (2021), eq. 1."""
+    n, c = np.broadcast_arrays(np.asarray(n, np.int64), np.asarray(c, np.int64))
+    if k < 1:
+        raise ValueError(f"pass@{k}: k must be at least 1")
+    if np.any(n < k):
+        raise ValueError(
+            f"pass@{k} needs at least {k} samples of every task; {int((n < k).sum())} of {n.size} "
+            f"have fewer, the least {int(n.min())}: draw more samples or ask for a smaller k"
+        )
+    assert np.all((c >= 0) & (c <= n)), f"c must lie in 0..n: c {c}, n {n}"
+    none_passes = np.ones(n.shape)
+    for j in range(k):
+        none_passes *= np.maximum(n - c - j, 0) / (n - j)
+    return 1 - none_passes if n.ndim else float(1 - none_passes)
+
+
+def pass_at_k_summary(n, c, k: int) -> dict:
+    """{value, stderr, n} over tasks: the mean of `pass_at_k` and the standard error of that mean,
+    the tasks being a sample of all the tasks there could be (so it holds both the spread between
+    tasks and that of the samples drawn). n, c [tasks]. Source: Miller (2024), sections 2.1, 3.1."""
+    scores = np.atleast_1d(pass_at_k(n, c, k))
+    if not len(scores):
+        raise ValueError(f"pass@{k}: there are no tasks")
+    stderr = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
+    return {"value": float(scores.mean()), "stderr": stderr, "n": len(scores)}
+
+
+def examples_to_resolve(diff: float, sd: float, power: float = 0.8, alpha: float = 0.05) -> float:
+    """How many paired examples a two-sided test at level alpha needs to see a difference `diff`
+    with the given power, when single differences have standard deviation `sd`:
+    ((z_{1-alpha/2} + z_power) sd / diff)^2, rounded up; infinite for diff = 0.
+    Source: Miller (2024), section 5 (the usual sample size of a paired test)."""
+    if not diff or not math.isfinite(sd):
+        return math.inf
+    z = NormalDist().inv_cdf
+    return float(math.ceil(((z(1 - alpha / 2) + z(power)) * sd / diff) ** 2))
+
+
+def calibration(probabilities, correct, bins: int = 10) -> dict:
+    """Whether answers given with probability p are right p of the time.
+
+    probabilities [n] of the answer given, correct [n] booleans. Returns {ece, brier, bins}: the
+    expected calibration error over equal-width bins (low, high] weighted by their counts (Naeini
+    et al. 2015; Guo et al. 2017), the mean of (p - correct)^2 (Brier 1950, of the top answer
+    alone), and every bin that holds examples as {low, high, n, confidence, accuracy}."""
+    p, correct = np.asarray(probabilities, np.float64), np.asarray(correct, np.float64)
+    assert p.shape == correct.shape, f"probabilities {p.shape}, correct {correct.shape}"
+    if not p.size:
+        return {"ece": math.nan, "brier": math.nan, "bins": []}
+    if not np.all((p >= 0) & (p <= 1)):
+        raise ValueError(f"calibration: probabilities must lie in 0..1, not {p.min()}..{p.max()}")
+    index = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
+    n = np.bincount(index, minlength=bins)
+    confidence = np.bincount(index, p, bins) / np.maximum(n, 1)
+    accuracy = np.bincount(index, correct, bins) / np.maximum(n, 1)
+    return {
+        "ece": float(n @ np.abs(accuracy - confidence) / p.size),
+        "brier": float(np.mean((p - correct) ** 2)),
+        "bins": [
+            {
+                "low": i / bins,
+                "high": (i + 1) / bins,
+                "n": int(n[i]),
+                "confidence": float(confidence[i]),
+                "accuracy": float(accuracy[i]),
+            }
+            for i in np.flatnonzero(n).tolist()
+        ],
+    }
