@@ -12,6 +12,7 @@ what a record lacks is left out.
 
 import csv
 import io
+import json
 import math
 import os
 import sys
@@ -46,6 +47,7 @@ from stats import (
 ROOT = Path(__file__).resolve().parent
 PAGE = ROOT / "report.html.in"
 # Columns come in this order, then by name; the first of them ranks the checkpoints.
+SHOWN_DIFFERENCES = 100  # questions of a checkpoint
 METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy", "accuracy_macro", "pass@1")
 # What identifies a protocol at a glance, in the order it is said.
 SPOKEN = (
@@ -106,8 +108,9 @@ def value_of(record, name):
 
 
 def read(results_dir) -> dict:
-    """{ok, failed, replaced, skipped}: good records, failed ones, those that a later record of the
-    same run, checkpoint name and configuration replaces, and (path, reason) of unreadable files."""
+    """{ok, failed, replaced, skipped, differences}: good records, failed ones, those that a later
+    record of the same run, checkpoint name and configuration replaces, (path, reason) of unreadable
+    files, and the questions that scorings of one checkpoint answer differently."""
     skipped, newest, replaced = [], {}, []
     records = load_records(results_dir, skipped)
     for record in sorted(records, key=lambda r: str(r["environment"].get("time"))):
@@ -118,11 +121,33 @@ def read(results_dir) -> dict:
         newest[key] = record
     kept = sorted(newest.values(), key=by_step)
     return {
+        "differences": read_differences(results_dir, skipped),
         "ok": [r for r in kept if r["status"] == "ok"],
         "failed": [r for r in kept if r["status"] != "ok"],
         "replaced": replaced,
         "skipped": skipped,
     }
+
+
+def read_differences(results_dir, skipped: list) -> list[dict]:
+    """What mmlu_eval.py leaves beside the records of several scorings of one checkpoint: {place,
+    columns, rows}, a row for each question on which not all of them agree."""
+    found = []
+    for path in sorted(Path(results_dir).glob("*/*/mmlu-differences-*.jsonl")):
+        questions = {}  # a question has a line for each pair of columns that differ on it
+        try:
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                entry["where"] = os.path.basename(entry["where"])  # the page may travel
+                questions.setdefault(entry["id"], {}).update(entry)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            skipped.append((str(path), f"{path}: no list of differences: {error}"))
+            continue
+        names = dict.fromkeys(name for entry in questions.values() for name in entry)
+        columns = ["where", "subject", "gold", *(name for name in names if "/" in name)]
+        rows = [[q.get(name) for name in columns] for _, q in sorted(questions.items())]
+        found.append({"place": "/".join(path.parts[-3:-1]), "columns": columns, "rows": rows})
+    return found
 
 
 def by_step(record):
@@ -328,7 +353,7 @@ def terminal(table, colour=False) -> str:
     return "\n".join(lines + [f"  {note}" for note in table["notes"]])
 
 
-def markdown(tables, failed, skipped) -> str:
+def markdown(tables, found) -> str:
     def line(cells):
         texts = [plain(cell).replace("|", "\\|") for cell in cells]
         return f"| {' | '.join(texts)} |"
@@ -343,14 +368,21 @@ def markdown(tables, failed, skipped) -> str:
                 best = (f"**{c}**" if (i, j) in table["best"] else c for j, c in enumerate(row))
                 out.append(line(best))
             out += ["", *(f"{note}." for note in table["notes"]), ""]
-    if failed:
+    for d in found["differences"]:
+        out += [f"## Answered differently: {plain(d['place'])}, {len(d['rows']):,} questions", ""]
+        out += [line(d["columns"]), line(["---"] * len(d["columns"]))]
+        out += [line(row) for row in d["rows"][:SHOWN_DIFFERENCES]]
+        if len(d["rows"]) > SHOWN_DIFFERENCES:
+            out += ["", f"The first {SHOWN_DIFFERENCES}; its mmlu-differences file has them all."]
+        out.append("")
+    if found["failed"]:
         columns = ["run", "checkpoint", "evaluation", "reason"]
         out += ["## Failed", "", line(columns), line(["---"] * 4)]
-        for r in failed:
+        for r in found["failed"]:
             name = r["checkpoint"].get("name")
             out.append(line([r["run"], name, r["evaluation"], r.get("reason")]))
         out.append("")
-    out += [f"Not readable: {plain(reason)}" for _, reason in skipped]
+    out += [f"Not readable: {plain(reason)}" for _, reason in found["skipped"]]
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -634,6 +666,10 @@ def page_data(found, title, refresh=None) -> dict:
         "schema_version": SCHEMA_VERSION,
         "refresh": refresh,
         "groups": groups,
+        "differences": [
+            d | {"rows": d["rows"][:SHOWN_DIFFERENCES], "total": len(d["rows"])}
+            for d in found["differences"]
+        ],
         "failed": failed,
         "replaced": len(found["replaced"]),
         "skipped": [[os.path.basename(path), reason] for path, reason in found["skipped"]],
@@ -670,7 +706,7 @@ def write_report(results_dir, out_dir, *, html, sort, rows, refresh=None) -> str
     tables = [table_of(group, sort, rows) for group in groups_of(found["ok"])]
     files = {
         "report.csv": csv_text(found["ok"] + found["failed"]),
-        "report.md": markdown(tables, found["failed"], found["skipped"]),
+        "report.md": markdown(tables, found),
     }
     title = Path(results_dir).resolve().name
     try:
@@ -688,6 +724,13 @@ def write_report(results_dir, out_dir, *, html, sort, rows, refresh=None) -> str
         parts.append(plain(f"failed: {name} {r['evaluation']}: {r.get('reason')}"))
     if found["replaced"]:
         parts.append(f"left out, as later ones replace them: {len(found['replaced'])} records")
+    parts += [
+        plain(
+            f"{d['place']}: {len(d['rows']):,} questions answered differently by "
+            f"{', '.join(d['columns'][3:])}"
+        )
+        for d in found["differences"]
+    ]
     parts += [plain(f"not readable: {reason}") for _, reason in found["skipped"]]
     names = ["report.html"] * html + list(files)
     parts.append("written: " + ", ".join(str(Path(out_dir, name)) for name in names))
@@ -699,7 +742,7 @@ def signature(results_dir) -> set:
     found = set()
     for directory, _, names in os.walk(results_dir):
         for name in names:
-            if name.endswith(".json"):
+            if name.endswith((".json", ".jsonl")):
                 try:
                     stat = os.stat(os.path.join(directory, name))
                 except FileNotFoundError:  # replaced meanwhile

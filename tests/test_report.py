@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import os
 import shutil
@@ -310,6 +311,34 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end, "nothing came"
         time.sleep(0.05)
+
+
+def test_questions_answered_differently_are_listed(tmp_path):
+    """By three scorings of one checkpoint: a line in the file for each pair that differs."""
+    path = Path(save(tmp_path, "mmlu", {"accuracy": 0.5})).parent / "mmlu-differences-0a.jsonl"
+    names = ("lm_eval/letter", "zh/letter", "lm_eval/generate")
+    answers = {3: ("A", "B", "B"), 1: ("C", "C", None)}
+    lines = []
+    for i, given in answers.items():
+        for a, b in itertools.combinations(range(3), 2):
+            if given[a] != given[b]:
+                line = {"id": i, "subject": "law", "where": f"law.csv:{i}", "gold": "A"}
+                lines.append(json.dumps(line | {names[a]: given[a], names[b]: given[b]}) + "\n")
+    path.write_text("".join(lines))
+    text = report.write_report(tmp_path, tmp_path, html=True, sort=None, rows=0)
+    assert "2 questions answered differently by" in text
+    written = (tmp_path / "report.md").read_text()
+    table = [line for line in written.splitlines() if "law.csv" in line]
+    _, data = page_parts(tmp_path / "report.html")
+    (found,) = data["differences"]
+    assert sorted(found["columns"][3:]) == sorted(names) and found["total"] == 2
+    order = [names.index(name) for name in found["columns"][3:]]
+    for row, i, line in zip(found["rows"], (1, 3), table, strict=True):
+        assert row == [f"law.csv:{i}", "law", "A", *(answers[i][k] for k in order)]
+        assert line.split(" | ")[0] == f"| law.csv:{i}"
+    path.write_text(lines[0] + '{"id": 4')
+    text = report.write_report(tmp_path, tmp_path, html=False, sort=None, rows=0)
+    assert "answered differently" not in text and "no list of differences" in text
 
 
 # --- The page
