@@ -16,14 +16,6 @@ SHAPES = [(7, 50304, 50257), (33, 4096, 4096), (5, 64, 50), (1, 8192, 4097)]
 C = 64
 
 
-@pytest.fixture(autouse=True)
-def exact_float32():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def targets_of(N, V):
     targets = torch.randint(V, (N,), device="cuda")
     if N > 1:

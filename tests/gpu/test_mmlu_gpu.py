@@ -68,7 +68,6 @@ def lm_eval_scores(saved, data_dir, limit):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    torch.backends.cuda.matmul.allow_tf32 = False
     model = HFLM(
         pretrained=str(saved), device="cuda", dtype="float32", batch_size=16, max_length=4096
     )
