@@ -20,7 +20,7 @@ FLOORS = [
         "decode_attention",
         "cross_entropy",
     ],
-    ["sandbox", "model", "tokenizer", "formulas", "tensorfiles"],
+    ["ledger", "sandbox", "model", "tokenizer", "formulas", "tensorfiles"],
     ["compute", "dataset", "layouts", "hf_model", "engine", "questions"],
     ["checkpoint", "scoring"],
     ["prompts"],

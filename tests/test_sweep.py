@@ -23,6 +23,7 @@ import yaml
 import checkpoint
 import eval as perplexity_eval
 import lease
+import ledger
 import mmlu_eval
 import results
 import sweep
@@ -322,7 +323,7 @@ def test_two_evaluations_of_a_kind_are_told_apart(run_dir, data, tmp_path, capsy
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(flags))
     logged = []
     log = lambda record: logged.extend(results.scalars(record))  # noqa: E731
-    monkeypatch.setattr(sweep, "open_trackers", lambda args: [log])
+    monkeypatch.setattr(ledger, "open_trackers", lambda args: [log])
     run_sweep(run_dir, data, "--evaluations", str(tmp_path / "two.yaml"), "--until-step", "10")
     labels = [line[22:].partition(":")[0] for line in capsys.readouterr().out.splitlines()[:3]]
     assert labels == [
