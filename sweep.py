@@ -44,6 +44,7 @@ from config import load_config, load_yaml
 from distributed import print0
 from lease import Leases
 from ledger import Ledger
+from samples import read_problems
 from sandbox import Sandbox
 from tensorfiles import one_line
 from tokenizer import build_tokenizer
@@ -306,7 +307,7 @@ class HumanEval:
         return [cls(args, argv)]
 
     def check_data(self):
-        self.problems = humaneval_eval.read_problems(self.args.data_path, self.args.limit)
+        self.problems = read_problems(self.args.data_path, self.args.limit)
         with Sandbox(1, **self.options["sandbox"]):
             pass  # where no sandbox works, this says so
 

@@ -21,13 +21,23 @@ FLOORS = [
         "cross_entropy",
     ],
     ["ledger", "sandbox", "model", "tokenizer", "formulas", "tensorfiles"],
-    ["compute", "dataset", "layouts", "hf_model", "engine", "questions"],
+    ["compute", "dataset", "layouts", "hf_model", "engine", "questions", "samples"],
     ["checkpoint", "scoring"],
     ["prompts"],
     ["train", "eval", "mmlu_eval", "humaneval_eval", "report"],
     ["sweep"],
 ]
-NO_TORCH = ("config", "formulas", "compute", "cli", "results", "stats", "jail", "sandbox")
+NO_TORCH = (
+    "config",
+    "formulas",
+    "compute",
+    "cli",
+    "results",
+    "stats",
+    "jail",
+    "sandbox",
+    "samples",
+)
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -1,0 +1,312 @@
+"""Problems with tests, and samples of programs for them: read from files, judged, counted.
+
+    from samples import judge_file, read_problems
+    problems = read_problems("data/HumanEval.jsonl.gz")     # {task_id: problem}
+    judge_file("S.jsonl", problems)             # prints pass@k, writes S.jsonl_results.jsonl
+
+No model is needed, whatever drew the samples; `humaneval_eval.py --samples-file` is the command for
+it. Files are JSONL, gzipped or not: problems as HumanEval's, samples as OpenAI's
+evaluate_functional_correctness or EvalPlus takes them, results as the former writes them. What is
+wrong is named with its file and line. Source of the formats and of pass@k: Chen et al., "Evaluating
+Large Language Models Trained on Code" (2021), github.com/openai/human-eval.
+"""
+
+import ast
+import builtins
+import gzip
+import hashlib
+import json
+import os
+import time
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import results
+import stats
+from sandbox import Sandbox
+
+PASS_KS = (1, 10, 100)
+FIELDS = ("task_id", "prompt", "entry_point", "test")
+WHERE_TO_GET = "scripts/fetch_humaneval.sh downloads HumanEval.jsonl.gz"
+
+
+# ---------------------------------------------------------------------------------------------
+# Problems
+
+
+def read_jsonl(path, what="file"):
+    """Yield (file:line, object) of a JSONL file, gzipped or not. ValueError naming the line."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such {what}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip data: {error}") from None
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: not JSON: {error}") from None
+            if not isinstance(values, dict):
+                raise ValueError(f"{where}: an object expected, not {line[:40]!r}")
+            yield where, values
+
+
+def read_problems(path, limit: int | None = None) -> dict[str, dict]:
+    """{task_id: problem} in the order of the file, the first `limit` of them."""
+    problems = {}
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file of problems; {WHERE_TO_GET}")
+    for where, problem in read_jsonl(path):
+        for name in FIELDS:
+            if not isinstance(problem.get(name), str):
+                raise ValueError(f"{where}: field {name!r} is missing or not text")
+        if problem["task_id"] in problems:
+            raise ValueError(f"{where}: task {problem['task_id']} appears twice")
+        check_tests(where, problem)
+        problems[problem["task_id"]] = problem
+    if not problems:
+        raise ValueError(f"{path}: holds no problems; {WHERE_TO_GET}")
+    return dict(list(problems.items())[:limit])
+
+
+def check_tests(where: str, problem) -> None:
+    """ValueError for tests that no program could pass: the score would be a wrong 0, not low."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in published tests
+            names = compile(problem["test"], "<tests>", "exec", dont_inherit=True).co_names
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: field 'test' is not Python: {error}") from None
+    if "check" not in names:
+        raise ValueError(f"{where}: field 'test' defines no function check(candidate)")
+    if not problem["entry_point"].isidentifier():
+        raise ValueError(f"{where}: field 'entry_point' is no name: {problem['entry_point']!r:.60}")
+
+
+def data_hash(problems) -> str:
+    rows = [[problem[name] for name in FIELDS] for problem in problems.values()]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def find_task(problems, name: str) -> str:
+    """The task that --show names, in full or by what follows the last slash."""
+    tasks = list(problems)
+    for task in tasks:
+        if name in (task, task.rpartition("/")[2]):
+            return task
+    raise ValueError(f"--show {name}: no such task; there are {tasks[0]} to {tasks[-1]}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Samples
+
+
+def read_samples(path, problems) -> list[dict]:
+    """OpenAI's {"task_id", "completion"} and EvalPlus's {"task_id", "solution"}, as they are."""
+    samples = []
+    for where, sample in read_jsonl(path, "file of samples"):
+        task = sample.get("task_id")
+        if not isinstance(task, str) or task not in problems:
+            raise ValueError(f"{where}: task {task!r:.60} is not among the problems (--data-path)")
+        if not isinstance(sample.get("completion", sample.get("solution")), str):
+            raise ValueError(f"{where}: neither 'completion' nor 'solution' is there as text")
+        samples.append(sample)
+    if not samples:
+        raise ValueError(f"{path}: holds no samples")
+    return samples
+
+
+def program_of(problem, sample) -> tuple[str, str, str, str]:
+    """What Sandbox.judge takes. A completion continues the prompt. A solution is the program whole;
+    the prompt's helpers, which some tests call, are then given to the tests alone."""
+    prompt, test, entry = problem["prompt"], problem["test"], problem["entry_point"]
+    if "completion" in sample:
+        return prompt, sample["completion"], test, entry
+    try:
+        ast.parse(prompt)
+    except SyntaxError:
+        return "", sample["solution"], test, entry
+    helpers = f"candidate_ = {entry}\n{prompt}\n{entry} = candidate_\n"
+    return "", sample["solution"], helpers + test, entry
+
+
+def judge_file(
+    path, problems, sandbox=None, *, ks=None, workers=None, ignore_incomplete=False, show=None
+) -> None:
+    """Judge a file of samples, print their scores, and write {path}_results.jsonl, a line for each
+    sample, in its order.
+
+    sandbox: options of Sandbox. ks: k of pass@k beside the usual ones. workers: judges, default a
+    core each. ignore_incomplete: judge the others where tasks have no samples, which is ValueError
+    otherwise. show: the task of which a failing sample is printed.
+    """
+    samples = read_samples(path, problems)
+    counts = Counter(s["task_id"] for s in samples)
+    ks = check_counts(path, counts, problems, ks, ignore_incomplete)
+    start = time.perf_counter()
+    verdicts = [None] * len(samples)
+    with (
+        Sandbox(workers or count_cores(), **(sandbox or {})) as box,
+        cli.progress(len(samples), "judging", "sample") as bar,
+    ):
+        programs = (program_of(problems[s["task_id"]], s) for s in samples)
+        for i, verdict in box.judge_many(programs):
+            verdicts[i] = verdict
+            bar.update(1)
+        tier = box.tier
+    seconds = time.perf_counter() - start
+    lines = (s | {"result": v.result, "passed": v.passed} for s, v in zip(samples, verdicts))
+    out = f"{path}_results.jsonl"
+    results.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
+    judged = [(s["task_id"], s, v) for s, v in zip(samples, verdicts)]
+    tally = count_kinds(problems, judged)
+    metrics, _, _ = summarise(tally, ks)
+    print(f"{path}: {len(samples):,} samples of {len(tally)} tasks")
+    if len(tally) < len(problems):
+        print("A PART OF THE TASKS (--ignore-incomplete): not a score of the set")
+    print_scores(metrics, tally)
+    different = len({program_of(problems[s["task_id"]], s) for s in samples})
+    print(f"{different:,} different programs judged in {seconds:.1f} s; sandbox {tier}")
+    if show:
+        print_example(problems[show], judged)
+    print(f"results: {out}")
+
+
+def check_counts(path, counts, problems, ks, ignore_incomplete) -> list[int]:
+    """The k of pass@k that these numbers of samples allow. Tasks with fewer are named."""
+    missing = [task for task in problems if not counts[task]]
+    if missing and not ignore_incomplete:
+        raise ValueError(
+            f"{path}: no samples of {named(missing)}, so this is no score of the "
+            f"{len(problems)} tasks; --ignore-incomplete judges the others alone"
+        )
+    most, fewest = max(counts.values()), min(counts.values())
+
+    def short(of):
+        return named([f"{task} ({n})" for task, n in counts.items() if n < of])
+
+    for k in ks or ():
+        if k > fewest:
+            raise ValueError(f"--k {k}: fewer samples of {short(k)}; ask for a smaller k")
+    if fewest < most:
+        print(f"tasks with fewer samples than the {most} of others: {short(most)}")
+    return all_ks(ks, fewest)
+
+
+def named(tasks, most=8) -> str:
+    more = f" and {len(tasks) - most} more" if len(tasks) > most else ""
+    return ", ".join(tasks[:most]) + more
+
+
+def count_cores() -> int:
+    """Cores that this process may use. More judges would turn slow programs into timeouts."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = len(affinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = cores if quota == "max" else min(cores, int(quota) // int(period))
+    except (OSError, ValueError):  # no control group, or an older kernel's
+        pass
+    return max(1, cores)
+
+
+def count_workers() -> int:
+    """Judges beside a model: this rank's share of the host's cores, less one for itself."""
+    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+
+
+def kind_of(verdict) -> str:
+    """passed, wrong answer, timeout, …, and for an exception its builtin type."""
+    if verdict.kind != "exception":
+        return verdict.kind
+    name = verdict.detail.partition(":")[0]  # a program may raise what it likes, under any name
+    builtin = getattr(builtins, name, None)
+    known = isinstance(builtin, type) and issubclass(builtin, BaseException)
+    return name if known else "other exception"
+
+
+def count_kinds(problems, judged) -> dict[str, Counter]:
+    """{task_id: {kind of verdict: samples}}, tasks in the order of the problems."""
+    tally = {task: Counter() for task in problems}
+    for task, _, verdict in judged:
+        tally[task][kind_of(verdict)] += 1
+    return {task: kinds for task, kinds in tally.items() if kinds}
+
+
+def summarise(tally, ks):
+    """(metrics, breakdown, arrays) of a record."""
+    n = np.array([kinds.total() for kinds in tally.values()])
+    c = np.array([kinds["passed"] for kinds in tally.values()])
+    metrics = {f"pass@{k}": stats.pass_at_k_summary(n, c, k) for k in ks}
+    total = sum(tally.values(), Counter())
+    breakdown = {
+        "task": {
+            task: {"pass@1": share(kinds["passed"], kinds.total())} for task, kinds in tally.items()
+        },
+        "failure": {kind: count for kind, count in total.most_common() if kind != "passed"},
+    }
+    return metrics, breakdown, {"n": n, "c": c, "task_id": np.array(list(tally))}
+
+
+def share(passed: int, n: int) -> dict:
+    return {"value": passed / n, "stderr": stats.proportion_stderr(passed / n, n), "n": n}
+
+
+def all_ks(ks, num_samples) -> list[int]:
+    """Those asked for, and the usual ones that so many samples allow."""
+    return sorted({*(ks or ()), *(k for k in PASS_KS if k <= num_samples)})
+
+
+# ---------------------------------------------------------------------------------------------
+# Output
+
+
+def print_scores(metrics, tally) -> None:
+    """The table by task, then failures by kind, then pass@k."""
+    width = max(4, *map(len, tally))
+    print(f"{'task':{width}}  passed  samples  failures")
+    for task, kinds in tally.items():
+        failures = ", ".join(f"{k} {c:,}" for k, c in kinds.most_common() if k != "passed")
+        print(f"{task:{width}}  {kinds['passed']:>6,}  {kinds.total():>7,}  {failures}".rstrip())
+    total = sum(tally.values(), Counter())
+    failed = [(kind, count) for kind, count in total.most_common() if kind != "passed"]
+    print(f"{total['passed']:,} of {total.total():,} samples passed")
+    for kind, count in failed:
+        print(f"  {kind:24} {count:>9,}  {count / total.total():7.2%}")
+    for name, metric in metrics.items():
+        print(f"{name:9} {metric['value']:7.2%} ± {metric['stderr']:.2%}  ({metric['n']} tasks)")
+
+
+def print_example(problem, judged) -> None:
+    """The first failing sample of a task, as a program, and what became of it."""
+    own = [(sample, verdict) for task, sample, verdict in judged if task == problem["task_id"]]
+    failed = [(sample, verdict) for sample, verdict in own if not verdict.passed]
+    if not failed:
+        print(f"--show {problem['task_id']}: all of its {len(own)} samples passed")
+        return
+    sample, verdict = failed[0]
+    prompt, completion, *_ = program_of(problem, sample)
+    print(f"--- {problem['task_id']}, failing sample 1 of {len(failed)}\n{printable(prompt)}")
+    print(f">>> drawn from here\n{printable(completion)}")
+    print(f"--- {verdict.kind}: {printable(verdict.detail)}")
+
+
+def printable(text: str) -> str:
+    """A model's text for a terminal: what would steer it, or cannot be encoded, as escapes."""
+    plain = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "".join(plain)
