@@ -265,9 +265,10 @@ class Task:
     asked_for: dict
 
     @functools.cached_property
-    def prompts(self) -> Prompts:
-        asked = self.asked_for
-        return PromptMaker(
+    def prepared(self) -> tuple[Prompts, float]:
+        """The rows to score, and the seconds that it took to make them."""
+        start, asked = time.perf_counter(), self.asked_for
+        prompts = PromptMaker(
             self.tokenizer,
             self.data,
             self.template,
@@ -277,6 +278,7 @@ class Task:
             asked["truncate"],
             asked["bos"],
         ).make(asked["prefix_cache"])
+        return prompts, time.perf_counter() - start
 
     @property
     def configuration(self) -> dict:
@@ -369,24 +371,23 @@ def evaluate_mmlu(
     checkpoint.describe gives, or a function that will; it is called last. All ranks of `dist` call
     this alike and get the same figures.
     """
-    start, parameter = time.perf_counter(), next(model.parameters())
+    parameter = next(model.parameters())
     dtype = str(parameter.dtype).removeprefix("torch.")
     options |= {"dtype": dtype, "device_type": parameter.device.type}
     task = make_task(model, tokenizer, data_path, num_few_shot, **options)
-    return run_task(model, task, dist, checkpoint_info, run, start)
+    return run_task(model, task, dist, checkpoint_info, run)
 
 
-def run_task(model, task: Task, dist=None, checkpoint_info=None, run="run", start=None) -> dict:
-    """evaluate_mmlu of a task that was made for a model of this shape; the task may be used again.
-    start: perf_counter() when its preparation began, if it was made for this model alone."""
-    start = start or time.perf_counter()
+def run_task(model, task: Task, dist=None, checkpoint_info=None, run="run") -> dict:
+    """evaluate_mmlu of a task that was made for a model of this shape; it may be used again."""
     dist = dist or Dist(0, 1, 0, next(model.parameters()).device)
-    tokenizer, data, asked_for, prompts = task.tokenizer, task.data, task.asked_for, task.prompts
+    tokenizer, data, asked_for = task.tokenizer, task.data, task.asked_for
     scoring, num_few_shot = asked_for["scoring"], asked_for["shots"]
+    prompts, prepare_seconds = task.prepared
     check_vocabulary(prompts.rows, tokenizer, model)
-    prepared = time.perf_counter()
+    start = time.perf_counter()
     answers, batches, used_tokens = answer(model, tokenizer, prompts, asked_for, dist)
-    seconds = {"prepare": prepared - start, "score": time.perf_counter() - prepared}
+    seconds = {"prepare": prepare_seconds, "score": time.perf_counter() - start}
     rotation = np.arange(asked_for["permute_choices"])
     gold = (np.array([[q.answer] for q in data.questions]) - rotation) % len(LETTERS)
     metrics, breakdown, arrays = summarise(data, scoring, answers, gold)
@@ -640,7 +641,8 @@ def main(argv=None):
     args = parse(argv)
     pairs = combinations(args)
     paths = checkpoints.expand_paths(args.checkpoint_path)
-    with setup(args.device, args.timeout) as dist, ThreadPoolExecutor(1) as background:
+    made_for = tasks = None
+    with setup(args.device, args.timeout) as dist, ThreadPoolExecutor(2) as background:
         dtype = cli.resolve_dtype(args, dist.device.type)
         if dtype == "float32":
             torch.set_float32_matmul_precision("highest")
@@ -649,24 +651,30 @@ def main(argv=None):
             # hashing a large checkpoint takes seconds: beside the scoring, and on one rank only
             info = background.submit(checkpoints.describe, path).result if dist.is_main else None
             name = args.tokenizer_name or checkpoints.find_tokenizer(path) or "gpt2"
-            tokenizer = build_tokenizer(name)
+            tokenizer, shape = build_tokenizer(name), checkpoints.shape_of(path)
+            if made_for != (tokenizer.fingerprint, shape):  # checkpoints of a run share the prompts
+                made_for = tokenizer.fingerprint, shape
+                tasks = [
+                    make_task(
+                        shape,
+                        tokenizer,
+                        args.data_path,
+                        args.num_few_shot,
+                        dtype=dtype,
+                        device_type=dist.device.type,
+                        template=template,
+                        scoring=scoring,
+                        **options_of(args),
+                    )
+                    for template, scoring in pairs
+                ]
+            # questions become tokens while the weights come from the disk
+            prepared = background.submit(lambda tasks=tasks: [task.prepared for task in tasks])
             model = checkpoints.load_model(path, dtype, dist.device)
+            prepared.result()
             load_seconds = time.perf_counter() - start
-            records = [
-                evaluate_mmlu(
-                    model,
-                    tokenizer,
-                    args.data_path,
-                    args.num_few_shot,
-                    template=template,
-                    scoring=scoring,
-                    **options_of(args),
-                    dist=dist,
-                    checkpoint_info=info,
-                    run=args.run_name or Path(path).resolve().parent.name or "checkpoints",
-                )
-                for template, scoring in pairs
-            ]
+            run = args.run_name or Path(path).resolve().parent.name or "checkpoints"
+            records = [run_task(model, task, dist, info, run) for task in tasks]
             for record in records:
                 record["cost"]["load_seconds"] = load_seconds
             if dist.is_main:
