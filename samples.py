@@ -6,9 +6,10 @@
 
 No model is needed, whatever drew the samples; `humaneval_eval.py --samples-file` is the command for
 it. Files are JSONL, gzipped or not: problems as HumanEval's, samples as OpenAI's
-evaluate_functional_correctness or EvalPlus takes them, results as the former writes them. What is
-wrong is named with its file and line. Source of the formats and of pass@k: Chen et al., "Evaluating
-Large Language Models Trained on Code" (2021), github.com/openai/human-eval.
+evaluate_functional_correctness or EvalPlus takes them, results as the former writes them, with the
+sandbox's tier. What is wrong is named with its file and line. Source of the formats and of pass@k:
+Chen et al., "Evaluating Large Language Models Trained on Code" (2021),
+github.com/openai/human-eval.
 """
 
 import ast
@@ -166,7 +167,10 @@ def judge_file(
             bar.update(1)
         tier = box.tier
     seconds = time.perf_counter() - start
-    lines = (s | {"result": v.result, "passed": v.passed} for s, v in zip(samples, verdicts))
+    judged_by = {"sandbox_tier": tier.partition(" ")[0]}  # beside OpenAI's own fields
+    lines = (
+        s | {"result": v.result, "passed": v.passed} | judged_by for s, v in zip(samples, verdicts)
+    )
     out = f"{path}_results.jsonl"
     results.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
     judged = [(s["task_id"], s, v) for s, v in zip(samples, verdicts)]
