@@ -263,15 +263,8 @@ def load_model(path, dtype=torch.bfloat16, device="cpu", config: GPTConfig | Non
     with torch.device("meta"):
         model = GPTModel(config)
     _check_table(model, opened)
-    dtypes = model.inference_dtypes(dtype)
-    for name, p in list(model.named_parameters()):
-        module, _, leaf = name.rpartition(".")
-        place = torch.empty(p.shape, dtype=dtypes[name], device=device)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(place, requires_grad=False))
-    if model.config.tie_embeddings:
-        model.lm_head.weight = model.token_embedding.weight
+    model.allocate(dtype, device)
     _fill(model, opened)
-    model.materialize_buffers(device)
     return model.for_inference(dtype)
 
 

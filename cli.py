@@ -130,6 +130,15 @@ def resolve_dtype(args, device_type: str) -> str:
     return next(iter(wanted.values()), default)
 
 
+def check_seconds(p, args, *names) -> None:
+    """Flags that are None or a number of seconds to wait for: threads cannot wait longer."""
+    for name in names:
+        seconds = getattr(args, name)
+        if seconds is not None and not 0 < seconds <= threading.TIMEOUT_MAX:
+            flag = name.replace("_", "-")
+            p.error(f"--{flag} must be a positive number of seconds, not {seconds:g}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Running
 

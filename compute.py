@@ -267,7 +267,7 @@ def _inference(v: dict, setup: Setup) -> dict:
     cached = loaded | {"kv cache": v["M_cache"], "cublas": setup.workspace}
     cached["rounding"] += v["R_cache"]
     prefill = cached | {"workspace": v["W_prefill"]}
-    decode = cached | {"workspace": v["B"] * (v["Vp"] * v["c"] + v["V"] * 4)}
+    decode = cached | {"workspace": v["W_decode"]}
     scoring = loaded | {"cublas": setup.workspace, "workspace": v["W_scoring"]}
     events = (("load", loaded), ("prefill", prefill), ("decode", decode), ("scoring", scoring))
     timeline = [_event(name, parts) for name, parts in events]
@@ -321,9 +321,8 @@ def pass_seconds(c, gpu, batch, new, context, setup, compiled=False, ceilings=No
     touched = c.n_experts and c.n_experts * (1 - (1 - v["K"] / v["E"]) ** v["s"])
     v |= {"X": seen, "P_pass": batch * full, "touched": touched or 1, "compiled": int(compiled)}
     peak = gpu.fp32_flops if v["c"] == 4 else gpu.bf16_flops
-    head = ("head", "2*B*h*V", "w*h*V + c*B*V", "8 + 9*rope")  # with embeddings, angles, last norm
     seconds, bound = {}, {"compute": 0.0, "memory": 0.0, "launch": 0.0}
-    for name, flops, size, kernels in (*PASS, head):
+    for name, flops, size, kernels in PASS:
         times = 1 if name == "head" else c.n_layers
         row = solve((("flops", flops), ("bytes", size), ("kernels", kernels)), v)
         efficiency = ceilings.attention if name == "attention" else ceilings.matmul

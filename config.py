@@ -14,6 +14,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+VOCAB_MULTIPLE = 64  # matrix products fall off the fast path when a side is odd: GPT-2's 50257
 CONFIGS_DIR = Path(__file__).resolve().parent / "configs"
 
 CHOICES = {

@@ -17,7 +17,7 @@ times in training; key/value caches hold two tensors, of k heads and not a.
 from dataclasses import dataclass
 from functools import cache
 
-from config import GPTConfig
+from config import VOCAB_MULTIPLE, GPTConfig
 
 # ---------------------------------------------------------------------------------------------
 # The tables: symbol, expression, unit, meaning, source
@@ -196,7 +196,8 @@ INFERENCE = (
      "byte", "prefill, at the rotation of q", ""),
     ("W_mlp", "s*(12*h + (2*c*h + c*f if tanh and bias and c < 4 else c*f*(2 + 2*gated)))",
      "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
-    ("W_logits", "B*(Vp*c + V*4) + s*4*h", "byte", "last hidden states, logits of B tokens", ""),
+    ("W_decode", "B*(Vp*c + V*4)", "byte", "logits of B tokens, and in float32", ""),
+    ("W_logits", "W_decode + s*4*h", "byte", "beside the last hidden states", ""),
     ("W_prefill", "max(W_attention, W_mlp, W_logits)", "byte", "workspace of a prefill", ""),
     ("W_scoring", "max(W_attention, W_mlp, s*4*h + min(s, chunk)*(Vp*c + c*h))", "byte",
      "of scoring.py: logits of a chunk", ""),
@@ -214,6 +215,7 @@ PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes m
     ("elementwise", "0", "s*(32*h + 4*rope*(a + k)*d + 3*c*f) if compiled else"
      " s*(48*h + 48*rope*(a + k)*d + 28*qk_norm*(a + k)*d + 4*c*k*d + c*f*(2 + 3*gated))",
      "(4 if compiled else 7 + 18*rope + 6*qk_norm + gated)"),
+    ("head", "2*B*h*V", "w*h*V + c*B*V", "8 + 9*rope"),  # once: with embeddings, angles, last norm
 )
 # fmt: on
 
@@ -272,8 +274,7 @@ def solve(rows, symbols: dict) -> dict:
 DTYPES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625}  # bytes a weight
 DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 CUDA_CONTEXT = 500 * 2**20  # driver, kernels, handles: outside torch's counters
-CHUNK_TOKENS = 8192  # rows of logits that scoring.py holds at once
-VOCAB_MULTIPLE = 64  # to which model.py pads the head
+CHUNK_TOKENS = 8192  # rows of logits that scoring.py holds: 0.8 GB of GPT-2's in bfloat16
 
 
 def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
@@ -339,9 +340,7 @@ class Setup:
     zero: int = 0  # 3 is FSDP
     tp: int = 1
     sequence_parallel: bool = False
-    workspace: int = (
-        32 * 2**20
-    )  # bytes of cuBLAS per handle (Hopper); forward and backward have one
+    workspace: int = 32 * 2**20  # bytes of cuBLAS a handle (Hopper): forward and backward have one
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", DTYPE_NAMES.get(self.dtype, self.dtype))

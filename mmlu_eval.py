@@ -348,6 +348,26 @@ def make_task(
     return Task(tokenizer, template, data, asked_for)
 
 
+class TaskMaker:
+    """Tasks of the command line's flags: checkpoints of one tokenizer and shape share theirs, and
+    with it the prompts."""
+
+    def __init__(self, args, template, scoring):
+        self.args = args
+        self.options = options_of(args) | {"template": template, "scoring": scoring}
+        self.task = self.made_for = None
+
+    def make(self, tokenizer, shape, dtype, device_type) -> Task:
+        """shape: checkpoint.Shape."""
+        made_for = tokenizer.fingerprint, shape, dtype, device_type
+        if self.made_for != made_for:
+            self.made_for = made_for
+            where = self.args.data_path, self.args.num_few_shot
+            how = self.options | {"dtype": dtype, "device_type": device_type}
+            self.task = make_task(shape, tokenizer, *where, **how)
+        return self.task
+
+
 def evaluate_mmlu(
     model,
     tokenizer,
@@ -639,9 +659,8 @@ def combinations(args) -> list[tuple[str, str]]:
 
 def main(argv=None):
     args = parse(argv)
-    pairs = combinations(args)
+    makers = [TaskMaker(args, template, scoring) for template, scoring in combinations(args)]
     paths = checkpoints.expand_paths(args.checkpoint_path)
-    made_for = tasks = None
     with setup(args.device, args.timeout) as dist, ThreadPoolExecutor(2) as background:
         dtype = cli.resolve_dtype(args, dist.device.type)
         if dtype == "float32":
@@ -652,22 +671,7 @@ def main(argv=None):
             info = background.submit(checkpoints.describe, path).result if dist.is_main else None
             name = args.tokenizer_name or checkpoints.find_tokenizer(path) or "gpt2"
             tokenizer, shape = build_tokenizer(name), checkpoints.shape_of(path)
-            if made_for != (tokenizer.fingerprint, shape):  # checkpoints of a run share the prompts
-                made_for = tokenizer.fingerprint, shape
-                tasks = [
-                    make_task(
-                        shape,
-                        tokenizer,
-                        args.data_path,
-                        args.num_few_shot,
-                        dtype=dtype,
-                        device_type=dist.device.type,
-                        template=template,
-                        scoring=scoring,
-                        **options_of(args),
-                    )
-                    for template, scoring in pairs
-                ]
+            tasks = [maker.make(tokenizer, shape, dtype, dist.device.type) for maker in makers]
             # questions become tokens while the weights come from the disk
             prepared = background.submit(lambda tasks=tasks: [task.prepared for task in tasks])
             model = checkpoints.load_model(path, dtype, dist.device)

@@ -19,11 +19,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from config import GPTConfig
+from config import VOCAB_MULTIPLE, GPTConfig
 from cross_entropy import head_cross_entropy
 from decode_attention import decode_attention, merge_parts, plan_tiles
-
-VOCAB_MULTIPLE = 64  # matrix products fall off the fast path when a side is odd: GPT-2's 50257
 
 
 class Linear(nn.Linear):
@@ -434,6 +432,18 @@ class GPTModel(nn.Module):
             for name, _ in self.named_parameters()
         }
 
+    def allocate(self, dtype: torch.dtype, device) -> None:
+        """Room on `device` for the weights of a model that was built on meta, each once and in its
+        dtype of evaluation."""
+        dtypes = self.inference_dtypes(dtype)
+        for name, p in list(self.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            place = torch.empty(p.shape, dtype=dtypes[name], device=device)
+            setattr(self.get_submodule(module), leaf, nn.Parameter(place, requires_grad=False))
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.token_embedding.weight
+        self.materialize_buffers(device)
+
     @torch.no_grad()
     def for_inference(self, dtype: torch.dtype) -> "GPTModel":
         """Cast the weights once, freeze them, and lay the head out at a multiple of 64 rows.
@@ -484,18 +494,15 @@ class GPTModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., V] of hidden [..., C], in the head's dtype (autocast's in training)."""
-        return self.padded_logits(hidden)[..., : self.config.vocab_size]
-
-    def padded_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As `logits`, on CUDA with columns beyond V, to a multiple of 64: they mean nothing."""
-        return F.linear(*self._for_the_head(hidden))
+        return F.linear(*self._for_the_head(hidden))[..., : self.config.vocab_size]
 
     def nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Nats [N], float32, of targets [N] after hidden [N, C]; 0 where the target is -100."""
         return head_cross_entropy(*self._for_the_head(hidden), targets, self.config.vocab_size)
 
     def _for_the_head(self, hidden):
-        """(hidden, the head's weight), both in the dtype of their product, the weight padded."""
+        """(hidden, the head's weight), both in the dtype of their product. On CUDA the weight has
+        rows beyond V, to a multiple of 64, whose logits mean nothing."""
         if self._padded_head is not None:
             return hidden.to(self._padded_head.dtype), self._padded_head
         weight, V = self.lm_head.weight, self.config.vocab_size

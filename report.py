@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -46,8 +45,8 @@ from stats import (
 
 ROOT = Path(__file__).resolve().parent
 PAGE = ROOT / "report.html.in"
-# Columns come in this order, then by name; the first of them ranks the checkpoints.
 SHOWN_DIFFERENCES = 100  # questions of a checkpoint
+# Columns come in this order, then by name; the first of them ranks the checkpoints.
 METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy", "accuracy_macro", "pass@1")
 # What identifies a protocol at a glance, in the order it is said.
 SPOKEN = (
@@ -774,8 +773,7 @@ def parse_args(argv):
     for name in ("examples", "seed", "rows"):
         if getattr(args, name) < 0:
             p.error(f"--{name} cannot be negative")
-    if args.watch is not None and not 0 < args.watch <= threading.TIMEOUT_MAX:
-        p.error(f"--watch needs a positive number of seconds, not {args.watch:g}")
+    cli.check_seconds(p, args, "watch")
     return args
 
 

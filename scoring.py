@@ -20,10 +20,8 @@ import torch
 import compute
 from cross_entropy import IGNORE
 from distributed import print0
+from formulas import CHUNK_TOKENS
 from model import KVCache, attention_without_plans
-
-CHUNK_TOKENS = 8192  # rows of logits alive at once: 0.8 GB in bfloat16 for GPT-2's vocabulary
-
 
 # ---------------------------------------------------------------------------------------------
 # Tokens

@@ -127,10 +127,7 @@ def parse(argv):
     p.add_argument("--tensorboard", metavar="DIR", help="also log there")
     p.add_argument("--wandb", metavar="PROJECT", help="also log there")
     args = p.parse_args(argv)
-    for name in ("poll", "quiet", "lease"):
-        seconds = getattr(args, f"{name}_seconds")
-        if seconds is not None and not 0 < seconds <= threading.TIMEOUT_MAX:
-            p.error(f"--{name}-seconds must be a positive number, not {seconds:g}")
+    cli.check_seconds(p, args, "poll_seconds", "quiet_seconds", "lease_seconds")
     return args
 
 
@@ -255,8 +252,7 @@ class Mmlu:
     def __init__(self, args, flags, template, scoring):
         self.args, self.flags = args, [*flags, template, scoring]
         self.asked = {"template": template, "scoring": scoring}  # a list of them is several
-        self.options = mmlu_eval.options_of(args) | self.asked
-        self.task, self.made_for = None, None
+        self.maker, self.task = mmlu_eval.TaskMaker(args, template, scoring), None
 
     @classmethod
     def from_flags(cls, argv):
@@ -270,18 +266,7 @@ class Mmlu:
     def prepare(self, path, shape, dtype, device_type):
         name = self.args.tokenizer_name or checkpoint.find_tokenizer(path) or "gpt2"
         tokenizer = open_tokenizer(name)
-        made_for = tokenizer.fingerprint, shape, dtype, device_type
-        if self.made_for != made_for:
-            self.task = mmlu_eval.make_task(
-                shape,
-                tokenizer,
-                self.args.data_path,
-                self.args.num_few_shot,
-                dtype=dtype,
-                device_type=device_type,
-                **self.options,
-            )
-            self.made_for = made_for
+        self.task = self.maker.make(tokenizer, shape, dtype, device_type)
 
     def identify(self, fingerprint):
         return results.config_hash(self.task.configuration), self.task.resume_key(fingerprint)

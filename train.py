@@ -85,6 +85,9 @@ def parse(argv):
     args = p.parse_args(argv)
     if args.resume and args.init_from:
         p.error("--resume and --init-from contradict each other: give one of them")
+    chosen = any(getattr(args, name) for name in ("config", "init_from", *MODEL_FLAGS))
+    if args.use_toy_data and not chosen:
+        args.config, args.seq_len = "nano", min(args.seq_len, 256)
     return args
 
 
@@ -151,8 +154,6 @@ def open_data(args):
         args.data_mode, args.tokenizer_name = "text", "byte"
         args.train_data = [str(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
         args.val_ratio = args.val_ratio or 0.1
-        if not any(getattr(args, name) for name in ("config", "init_from", *MODEL_FLAGS)):
-            args.config, args.seq_len = "nano", min(args.seq_len, 256)
     kind = "data" if args.data_mode == "text" else "npy"
     files, val_files = getattr(args, f"train_{kind}"), getattr(args, f"val_{kind}")
     if not files:

@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import compute
 import scoring
 import train
+from benchmarks.generation import random_model
 from config import config_to_hf, load_config
 from model import GPTModel, KVCache
 
@@ -299,25 +300,10 @@ def measure_training(case: Case) -> dict:
     return figures
 
 
-def build_for_inference(c, device="cuda", dtype=torch.bfloat16):
-    """As checkpoint.load_checkpoint places it: each tensor once, in its final dtype."""
-    with torch.device("meta"):
-        model = GPTModel(c)
-    dtypes = model.inference_dtypes(dtype)
-    for name, p in list(model.named_parameters()):
-        module, _, leaf = name.rpartition(".")
-        place = torch.zeros(p.shape, dtype=dtypes[name], device=device)
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(place, requires_grad=False))
-    if c.tie_embeddings:
-        model.lm_head.weight = model.token_embedding.weight
-    model.materialize_buffers(device)
-    return model.for_inference(dtype)
-
-
 @torch.no_grad()
 def measure_inference(case: Case) -> dict:
     c = case.model_config()
-    model = build_for_inference(c)
+    model = random_model(c, "cuda")
     torch.cuda.empty_cache()
     figures = {"load": torch.cuda.memory_allocated()}
     B, T = case.B, case.T

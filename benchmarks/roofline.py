@@ -32,8 +32,9 @@ import torch.nn.functional as F
 
 import compute
 import formulas
+from benchmarks.generation import random_model
 from config import load_config
-from model import GPTModel, KVCache
+from model import KVCache
 
 # torch's CPU threads exist before the fork; the child neither waits for them nor takes their locks
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -135,13 +136,7 @@ def measure_ceilings() -> dict:
 @torch.no_grad()
 def measure_shape(kind: str, config: str, B: int, T: int) -> dict:
     c = load_config(config)
-    with torch.device("cuda"):
-        model = GPTModel(c).bfloat16()  # half the memory at once; the norms come back below
-    for module in model.modules():
-        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-            module.float()
-    model.materialize_buffers("cuda")
-    model.for_inference(torch.bfloat16)
+    model = random_model(c, "cuda")
     ids = torch.randint(0, c.vocab_size, (B, T), device="cuda")
     cache = KVCache(model, prefix_len=T, batch_size=B, max_len=8, n_prefixes=B)
 
@@ -187,19 +182,13 @@ def predict(kind, config, B, T, gpu, ceilings) -> dict:
     return compute.pass_seconds(load_config(config), gpu, B, new, context, setup, False, ceilings)
 
 
-def errors_of(records, gpu, ceilings) -> list[float]:
-    return [
-        predict(*r["shape"], gpu, ceilings)["seconds"] / r["measured"]["seconds"] - 1
-        for r in records
-    ]
-
-
 def calibrate(records, gpu, start: compute.Ceilings) -> compute.Ceilings:
     """The ceilings of least squared relative error: each fitted one is moved up or down by a step,
     as long as that helps; then the step is halved, from 20% to 0.2%."""
 
     def loss(ceilings):
-        return sum(e * e for e in errors_of(records, gpu, ceilings))
+        predicted = [predict(*r["shape"], gpu, ceilings)["seconds"] for r in records]
+        return sum((p / r["measured"]["seconds"] - 1) ** 2 for p, r in zip(predicted, records))
 
     best, step = start, 0.2
     while step > 0.002:
@@ -226,9 +215,10 @@ def evaluate(report: dict) -> None:
     if used:
         ceilings = calibrate(used, gpu, ceilings)
     report["fitted"] = asdict(ceilings)
-    for record, error in zip(good, errors_of(good, gpu, ceilings)):
-        record["predicted"] = predict(*record["shape"], gpu, ceilings)
-        record |= {"error": error, "calibration": record in used}
+    for record in good:
+        record["predicted"] = predicted = predict(*record["shape"], gpu, ceilings)
+        record["error"] = predicted["seconds"] / record["measured"]["seconds"] - 1
+        record["calibration"] = record["shape"][1] in CALIBRATION
 
 
 def summary(report: dict) -> str:

@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
+def problems(data_dir):
+    """HumanEval, {task_id: problem}."""
+    from samples import read_problems
+
+    return read_problems(data_dir / "HumanEval.jsonl.gz")
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data. Unset: the test is skipped; set but not there: it fails."""
     value = os.environ.get("ROSEVAL_DATA")

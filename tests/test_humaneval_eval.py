@@ -20,17 +20,11 @@ import results
 from config import GPTConfig
 from humaneval_eval import evaluate_humaneval
 from model import GPTModel
-from samples import read_problems
 from sandbox import Sandbox
 from tokenizer import build_tokenizer
 
 ROOT = Path(humaneval_eval.__file__).parent
 INFO = {"name": "checkpoint-1", "fingerprint": "f" * 64, "path": "here"}
-
-
-@pytest.fixture(scope="session")
-def problems(data_dir):
-    return read_problems(data_dir / "HumanEval.jsonl.gz")
 
 
 @pytest.fixture

@@ -25,11 +25,6 @@ from sandbox import Verdict
 GOOD = {"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(c): c()"}
 
 
-@pytest.fixture(scope="session")
-def problems(data_dir):
-    return read_problems(data_dir / "HumanEval.jsonl.gz")
-
-
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
