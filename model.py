@@ -174,7 +174,7 @@ def attention_with_lse(q, k, v, causal=False):
 def merge_attention(out_a, lse_a, out_b, lse_b):
     """Attention over the union of two disjoint sets of keys, from that over each [B, H, T, D]."""
     share = torch.sigmoid(lse_a - lse_b)[..., None]
-    return (out_a.float() * share + out_b.float() * (1 - share)).to(out_a.dtype)
+    return torch.lerp(out_b, out_a, share.to(out_a.dtype))  # in float32, rounded once
 
 
 class KVCache:
@@ -277,11 +277,10 @@ class KVCache:
     def _attend_prefix(self, layer, q):
         """All queries of all rows see the whole prefix: one product without a mask."""
         B, H, T, D = q.shape
-        G = self.config.n_kv_heads
-        folded = q.reshape(B, G, H // G, T, D).transpose(0, 1).reshape(1, G, -1, D)
-        out, lse = attention_with_lse(folded, self.prefix_k[layer], self.prefix_v[layer])
-        out = out.reshape(G, B, H // G, T, D).transpose(0, 1).reshape(B, H, T, D)
-        return out, lse.reshape(G, B, H // G, T).transpose(0, 1).reshape(B, H, T)
+        queries = q.transpose(1, 2).reshape(1, B * T, H, D).transpose(1, 2)  # a view
+        out, lse = attention_with_lse(queries, self.prefix_k[layer], self.prefix_v[layer])
+        out = out.transpose(1, 2).view(B, T, H, D).transpose(1, 2)
+        return out, lse.view(H, B, T).transpose(0, 1)
 
     def _attend_window(self, layer, q, k, v, window):
         """With a window in reach: prefix and own keys side by side under a dense mask."""

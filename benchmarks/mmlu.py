@@ -1,7 +1,7 @@
 """MMLU side by side with lm-evaluation-harness: one run, one GPU, the same 14,042 prompts.
 
     python benchmarks/mmlu.py --data data/mmlu --tokenizer data/gpt2 --out benchmarks/results
-    python benchmarks/mmlu.py --data data/mmlu --tokenizer data/gpt2 --models 7b --gpus 1 2
+    python benchmarks/mmlu.py --data data/mmlu --tokenizer data/gpt2 --models 7b --gpus 2
 
 Random weights with GPT-2's vocabulary and a context of 4,096, so that nothing is truncated, saved
 in bfloat16 as Hugging Face directories that both sides load. Each side is a process of its own,
@@ -9,8 +9,9 @@ timed from its start to its last line: imports, loading, prompts, tokenising, sc
 The peer's requests are built from our templates, which is quicker than its own task machinery. On
 the larger models it gets every n-th question of every subject (--peer-every) and its scoring time
 is scaled by the length of their prompts to all of them: whole subjects would not do, for one of
-them, professional_law, is a quarter of all tokens. With --gpus, roseval alone is run on each number
-of GPUs. The row is written after each step, so that what was measured is kept.
+them, professional_law, is a quarter of all tokens. With --gpus, only roseval on so many GPUs is
+run, and added to the model's row of an earlier run. The row is written after each step, so that
+what was measured is kept.
 
 --tokenizer: a directory with vocab.json and merges.txt. TIKTOKEN_CACHE_DIR, where set, is used by
 our side, as users of `--tokenizer-name gpt2` would.
@@ -174,28 +175,26 @@ def beside_the_peer(args, name, model_dir, work, ours_seconds, arrays) -> dict:
     }
 
 
-def compare(args, name, work):
+def compare(args, row, work):
     """Yield the model's row each time that there is more in it."""
+    name = row["model"]
     model_dir = work / name
     make_in_child = [sys.executable, __file__, "--make", name, "--data", args.data]
     make_in_child += ["--context", args.context]
     timed([*make_in_child, "--tokenizer", args.tokenizer, "--result", model_dir])
-    row = {"model": name, "dtype": args.dtype, "ours": []}
-    for _ in range(args.repeat):
-        seconds, record, arrays, text = run_ours(args, model_dir, work)
-        row["ours"].append(record["cost"] | {"wall_seconds": seconds})
-        row["questions"] = record["metrics"]["accuracy"]["n"]
-        row["ours_seconds"] = min(cost["wall_seconds"] for cost in row["ours"])
-        print(f"{name} roseval: {seconds:.1f} s from start to table", flush=True)
+    for gpus in args.gpus or [1] * args.repeat:
+        seconds, record, arrays, text = run_ours(args, model_dir, work, gpus)
+        cost = record["cost"] | {"wall_seconds": seconds}
+        if args.gpus:
+            row[f"gpus_{gpus}"] = cost
+        else:
+            row["ours"] = [*row.get("ours", []), cost]
+            row["questions"] = record["metrics"]["accuracy"]["n"]
+            row["ours_seconds"] = min(cost["wall_seconds"] for cost in row["ours"])
+        print(f"{name} roseval, {gpus} GPU: {seconds:.1f} s from start to table", flush=True)
         yield row
     print(text[-900:])
-    for gpus in args.gpus:
-        runs = [run_ours(args, model_dir, work, gpus) for _ in range(args.repeat)]
-        seconds, record, *_ = min(runs, key=lambda run: run[0])
-        row[f"gpus_{gpus}"] = record["cost"] | {"wall_seconds": seconds}
-        print(f"{name} on {gpus} GPUs: {seconds:.1f} s, scoring {record['cost']['seconds']:.1f} s")
-        yield row
-    if not args.no_peer:
+    if not (args.no_peer or args.gpus):
         row |= beside_the_peer(args, name, model_dir, work, row["ours_seconds"], arrays)
         print(f"{name} lm-eval: {row['peer_seconds']:.1f} s; speed-up {row['speedup']:.1f}")
         yield row
@@ -226,16 +225,13 @@ def report(rows, about) -> str:
         else:
             cells += ["–"] * 4
         lines.append("| " + " | ".join(cells) + " |")
-    scaling = [
-        (row, {int(k[5:]): v for k, v in row.items() if k.startswith("gpus_")}) for row in rows
-    ]
-    for row, runs in scaling:
-        for gpus, cost in runs.items():
-            gain = runs[min(runs)]["seconds"] / cost["seconds"]
+    for row in rows:
+        one = min(row["ours"], key=lambda cost: cost["wall_seconds"])
+        for gpus, cost in ((key[5:], row[key]) for key in row if key.startswith("gpus_")):
             lines += [
                 "",
                 f"{row['model']} on {gpus} GPUs: {cost['wall_seconds']:.1f} s, scoring "
-                f"{cost['seconds']:.2f} s ({gain:.2f}× of {min(runs)}).",
+                f"{cost['seconds']:.2f} s ({one['seconds'] / cost['seconds']:.2f}× of one).",
             ]
     return "\n".join(lines) + "\n"
 
@@ -255,7 +251,7 @@ def main():
     p.add_argument("--peer-batch", type=int, help="the peer's batch size")
     p.add_argument("--no-peer", action="store_true")
     p.add_argument("--repeat", type=int, default=2, help="our runs; the fastest counts (2)")
-    p.add_argument("--gpus", nargs="*", type=int, default=[], help="also roseval on so many GPUs")
+    p.add_argument("--gpus", nargs="*", type=int, default=[], help="roseval on so many GPUs")
     p.add_argument("--out", default="benchmarks/results")
     p.add_argument("--peer", help=argparse.SUPPRESS)  # these three: the script calling itself
     p.add_argument("--make", help=argparse.SUPPRESS)
@@ -282,7 +278,11 @@ def main():
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     with tempfile.TemporaryDirectory() as work:
         for model in args.models:  # a model measured anew replaces its row, the others stay
-            for row in compare(args, model, Path(work)):
+            earlier = next((r for r in rows if r["model"] == model), None)
+            if args.gpus and earlier is None:
+                p.error(f"{path} has no row of {model} to add to: run it without --gpus first")
+            begun = earlier if args.gpus else {"model": model, "dtype": args.dtype}
+            for row in compare(args, begun, Path(work)):
                 rows = sorted([r for r in rows if r["model"] != model] + [row], key=order_of)
                 path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
                 path.with_suffix(".md").write_text(report(rows, about))
