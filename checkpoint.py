@@ -260,8 +260,7 @@ def load_model(path, dtype=torch.bfloat16, device="cpu", config: GPTConfig | Non
         return _load_fallback(path, dtype, device)
     opened = open_checkpoint(path)
     config = config_of(opened, config)
-    with torch.device("meta"):
-        model = GPTModel(config)
+    model = GPTModel.on_meta(config)
     _check_table(model, opened)
     model.allocate(dtype, device)
     _fill(model, opened)

@@ -13,6 +13,7 @@ text with windows of 1024 and --stride 1024, and 16.44 with --stride 512.
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from distributed import print0
 def main(argv=None):
     args = parse(argv)
     paths = checkpoint.expand_paths(args.checkpoint_path)
-    with distributed.setup(args.device, args.timeout) as dist:
+    with distributed.setup(args.device, args.timeout) as dist, ThreadPoolExecutor(1) as background:
         dtype = cli.resolve_dtype(args, dist.device.type)
         if dtype == "float32":
             torch.set_float32_matmul_precision("highest")
@@ -43,6 +44,8 @@ def main(argv=None):
             start = time.perf_counter()
             model = checkpoint.load_model(path, dtype, dist.device, config)
             load_seconds = time.perf_counter() - start
+            # hashing a large checkpoint takes seconds: beside the scoring
+            describe = background.submit(checkpoint.describe, path, model.config)
             name = tokenizer_name(args, path, model.vocab_size)
             data = open_data(args, name and build_tokenizer(name), model, data)
             record, arrays = evaluate_perplexity(
@@ -53,7 +56,7 @@ def main(argv=None):
                 batch_size=args.batch_size,
                 compile_mode=args.compile,
                 n_models=len(paths),
-                checkpoint_info=checkpoint.describe(path, model.config),
+                checkpoint_info=describe.result,
                 run=args.run_name or run_name(path),
             )
             record["cost"]["load_seconds"] = load_seconds
@@ -202,7 +205,7 @@ def evaluate_perplexity(
     The record is results.py's, metrics loss, perplexity and bits_per_byte; arrays hold nats and
     tokens by window, and by (window, file, special). Out of memory halves the batch, agreed by all
     ranks. dtype: the name of what the model was loaded in. n_models: how many checkpoints will
-    share a compilation.
+    share a compilation. checkpoint_info: what checkpoint.describe gives, or a function that will.
     """
     config = getattr(model, "config", None) if model.is_native else None
     windows, device = data.windows, dist.device
@@ -239,7 +242,7 @@ def evaluate_perplexity(
         metrics_of(totals, data),
         protocol | {"batch_size": used_batch_size, "compiled": compiled},
         run=run,
-        checkpoint=checkpoint_info,
+        checkpoint=checkpoint_info() if callable(checkpoint_info) else checkpoint_info,
         configuration=configuration_of(data, dtype, batch_size),
         data=describe_data(data, totals),
         cost=cost_of(config, windows, totals, seconds, dist),

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import VOCAB_MULTIPLE, GPTConfig
@@ -371,6 +372,15 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.ln2(x)))
 
 
+class _WithoutInit(TorchFunctionMode):
+    """torch.nn.init does nothing within: on meta, drawing numbers would import all of dynamo."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 class GPTModel(nn.Module):
     """See the file's docstring. `activation_checkpointing` recomputes blocks in the backward."""
 
@@ -394,6 +404,12 @@ class GPTModel(nn.Module):
         self._padded_head = None
         self._init_weights()
         self.materialize_buffers(self.lm_head.weight.device)
+
+    @classmethod
+    def on_meta(cls, config: GPTConfig) -> "GPTModel":
+        """The model without weights: shapes alone, until `allocate` makes room for them."""
+        with torch.device("meta"), _WithoutInit():
+            return cls(config)
 
     def _init_weights(self):
         """GPT-2's: N(0, 0.02), the projections into the residual stream scaled by 1/sqrt(2L)."""

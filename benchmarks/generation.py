@@ -33,8 +33,7 @@ START = time.perf_counter()
 
 
 def random_model(config: GPTConfig, device, dtype=torch.bfloat16) -> GPTModel:
-    with torch.device("meta"):
-        model = GPTModel(config.replace(dropout=0.0))
+    model = GPTModel.on_meta(config.replace(dropout=0.0))
     model.allocate(dtype, device)
     for name, p in model.named_parameters():
         p.data.fill_(1.0) if p.dim() == 1 and name.endswith("weight") else p.data.normal_(std=0.02)

@@ -79,9 +79,7 @@ def save_random(name, work) -> Path:
     directory = work / f"random-{name}"
     if (directory / "config.json").exists():
         return directory
-    with torch.device("meta"):
-        model = GPTModel(load_config(name)).to(torch.bfloat16)
-    model = model.to_empty(device="cuda")
+    model = GPTModel.on_meta(load_config(name)).to(torch.bfloat16).to_empty(device="cuda")
     torch.manual_seed(0)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.ones_(p)

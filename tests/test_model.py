@@ -1,5 +1,9 @@
 """model.py against transformers' own models, closed formulas and itself without a cache."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +11,7 @@ import layouts
 from config import GPTConfig, config_from_hf, load_config
 from model import GPTModel, KVCache
 
+ROOT = Path(__file__).resolve().parent.parent
 V, T = 97, 48
 SIZES = dict(
     vocab_size=V,
@@ -263,6 +268,18 @@ def test_parameters_of_full_size_presets(name):
     with torch.device("meta"):
         model = GPTModel(load_config(name))
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_shapes_alone_come_without_drawing_weights():
+    """On meta, torch draws through dynamo, whose import costs more than a small checkpoint."""
+    code = (
+        "import sys, torch; from model import GPTModel; from config import load_config\n"
+        "model = GPTModel.on_meta(load_config('llama3-8b'))\n"
+        "assert all(p.is_meta for p in model.parameters()) and model.rope.device.type == 'meta'\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "assert torch.nn.init.ones_(torch.zeros(3)).sum() == 3 == len(torch.nn.Linear(2, 3).bias)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_names_and_order_are_rosetrainers():
