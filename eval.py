@@ -44,8 +44,10 @@ def main(argv=None):
             start = time.perf_counter()
             model = checkpoint.load_model(path, dtype, dist.device, config)
             load_seconds = time.perf_counter() - start
-            # hashing a large checkpoint takes seconds: beside the scoring
-            describe = background.submit(checkpoint.describe, path, model.config)
+            # hashing a large checkpoint takes seconds: beside the scoring, and on one rank only
+            info = None
+            if dist.is_main:
+                info = background.submit(checkpoint.describe, path, model.config).result
             name = tokenizer_name(args, path, model.vocab_size)
             data = open_data(args, name and build_tokenizer(name), model, data)
             record, arrays = evaluate_perplexity(
@@ -56,7 +58,7 @@ def main(argv=None):
                 batch_size=args.batch_size,
                 compile_mode=args.compile,
                 n_models=len(paths),
-                checkpoint_info=describe.result,
+                checkpoint_info=info,
                 run=args.run_name or run_name(path),
             )
             record["cost"]["load_seconds"] = load_seconds
@@ -242,7 +244,7 @@ def evaluate_perplexity(
         metrics_of(totals, data),
         protocol | {"batch_size": used_batch_size, "compiled": compiled},
         run=run,
-        checkpoint=checkpoint_info() if callable(checkpoint_info) else checkpoint_info,
+        checkpoint=checkpoint_info,
         configuration=configuration_of(data, dtype, batch_size),
         data=describe_data(data, totals),
         cost=cost_of(config, windows, totals, seconds, dist),

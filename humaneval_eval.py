@@ -216,8 +216,7 @@ def evaluate_humaneval(
     )
     prompts = make_prompts(tokenizer, problems, strip_prompt, asked_for["bos"])
     check_model(model, tokenizer, prompts)
-    info = checkpoint_info() if callable(checkpoint_info) else checkpoint_info
-    info = dist.broadcast(info or results.IN_MEMORY)
+    info = dist.broadcast(results.checkpoint_of(checkpoint_info))
     folder = place_of(results_dir, run, info, configuration_of(asked_for))
     key = resume_key(info["fingerprint"], asked_for, problems)
     with (

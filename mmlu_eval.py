@@ -44,7 +44,6 @@ from questions import (
     subject_table,
 )
 from results import (
-    IN_MEMORY,
     dumps,
     new_record,
     resume_key,
@@ -426,7 +425,7 @@ def run_task(model, task: Task, dist=None, checkpoint_info=None, run="run") -> d
         metrics,
         asked_for | came_of_it,
         run=run,
-        checkpoint=checkpoint_info() if callable(checkpoint_info) else checkpoint_info or IN_MEMORY,
+        checkpoint=checkpoint_info,
         configuration=task.configuration,
         data={
             "files": data.files,

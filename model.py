@@ -175,7 +175,7 @@ def attention_with_lse(q, k, v, causal=False):
 def merge_attention(out_a, lse_a, out_b, lse_b):
     """Attention over the union of two disjoint sets of keys, from that over each [B, H, T, D]."""
     share = torch.sigmoid(lse_a - lse_b)[..., None]
-    return torch.lerp(out_b, out_a, share.to(out_a.dtype))  # in float32, rounded once
+    return torch.lerp(out_b, out_a, share.to(out_a.dtype))  # float32 inside
 
 
 class KVCache:

@@ -352,13 +352,19 @@ def environment() -> dict:
 IN_MEMORY = {"name": "in-memory", "fingerprint": "0" * 16}  # a model that came from no file
 
 
+def checkpoint_of(info) -> dict:
+    """What a record says of its checkpoint: `info`, what it gives if it is a function (hashing goes
+    on meanwhile), or IN_MEMORY if it is None."""
+    return (info() if callable(info) else info) or IN_MEMORY
+
+
 def new_record(
     evaluation: str,
     metrics: dict,
     protocol: dict,
     *,
     run: str,
-    checkpoint: dict,
+    checkpoint,
     configuration: dict | None = None,
     data: dict | None = None,
     cost: dict | None = None,
@@ -368,14 +374,15 @@ def new_record(
     reason: str | None = None,
 ) -> dict:
     """A record as SCHEMA has it. `configuration` is what was asked for, where the protocol also
-    says what came of it (a batch halved for memory); `code` is `code_version(__file__)`."""
+    says what came of it (a batch halved for memory); `checkpoint` is what `checkpoint_of` takes;
+    `code` is `code_version(__file__)`."""
     assert status in ("ok", "failed"), f"status {status!r} is neither 'ok' nor 'failed'"
     for name, value in metrics.items():
         assert not isinstance(value, dict) or "value" in value, (
             f"metric {name}: {value} lacks value"
         )
     fields = ("path", "name", "step", "tokens", "fingerprint", "config")
-    checkpoint = dict.fromkeys(fields) | checkpoint
+    checkpoint = dict.fromkeys(fields) | checkpoint_of(checkpoint)
     assert checkpoint["name"] and checkpoint["fingerprint"], f"unnamed checkpoint {checkpoint}"
     data = data or {}
     hashed = config_hash(protocol if configuration is None else configuration)
