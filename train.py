@@ -1,7 +1,7 @@
 """Pretrain a GPT on the data that eval.py scores, writing checkpoints that it reads.
 
     python train.py --config nano --tokenizer-name byte --data-mode fineweb_npy \\
-        --train-npy 'data/stdlib_train_*.npy' --val-npy 'data/stdlib_val_*.npy' \\
+        --train-npy 'data/stdlib/stdlib_train_*.npy' --val-npy 'data/stdlib/stdlib_val_*.npy' \\
         --seq-len 256 --num-steps 500 --eval-steps 100 --checkpoint-path checkpoints/nano
     torchrun --nproc-per-node=8 train.py --config gpt2 … --batch-size 32 --compile on
 

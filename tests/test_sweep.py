@@ -617,7 +617,7 @@ def test_a_tracker_that_is_not_installed(run_dir, data, monkeypatch, flag):
 # --- Several ranks, and kill -9
 
 LONELY = """
-import sys, time
+import os, sys
 sys.path.insert(0, {root!r})
 import cli, distributed
 def main():
@@ -630,7 +630,7 @@ def main():
                 dist.sum([1.0])
             except RuntimeError as e:
                 dist.agree_on_error(e, patience)
-                print("agreed", e, flush=True)
+                os.write(1, f"agreed {{e}}\\n".encode())  # both ranks share the pipe: one write
 cli.run(main)
 """
 
