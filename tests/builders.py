@@ -1,0 +1,130 @@
+"""What the tests build again and again: a tiny model, a saved checkpoint, small data, a command.
+
+    model = tiny_model("llama", seed=3)
+    path = saved_checkpoint(tmp_path / "run", step=10)      # with the byte tokenizer beside it
+    out = torchrun(2, "eval.py", "--checkpoint-path", path, ...)       # 0: plain Python, no torchrun
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+from config import GPTConfig
+from dataset import build_tokenizer
+from model import GPTModel
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {
+    "gpt": GPTConfig(
+        vocab_size=257,
+        max_position_embeddings=256,
+        n_layers=2,
+        n_heads=2,
+        d_model=32,
+        d_ff=64,
+        dropout=0.0,
+    ),
+    "llama": GPTConfig(
+        vocab_size=257,
+        max_position_embeddings=256,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        d_model=32,
+        d_ff=48,
+        dropout=0.0,
+        norm="rmsnorm",
+        position="rope",
+        gated_mlp=True,
+        activation="silu",
+        bias=False,
+        tie_embeddings=False,
+    ),
+}
+CONFIGS["windowed"] = CONFIGS["llama"].replace(sliding_window=24)
+
+
+def tiny_model(kind="gpt", seed=0, std=0.3, **changes) -> GPTModel:
+    """A GPTModel of CONFIGS[kind], with `changes`; matrices drawn from N(0, std), so that its
+    predictions are far from uniform and sensitive to every weight."""
+    torch.manual_seed(seed)
+    model = GPTModel(CONFIGS[kind].replace(**changes))
+    for p in model.parameters():
+        if std is not None and p.dim() > 1:
+            torch.nn.init.normal_(p, std=std)
+    return model.eval()
+
+
+def saved_checkpoint(folder, step=10, kind="gpt", seed=None, std=0.3, **changes) -> Path:
+    """folder/checkpoint-{step}: a tiny model, by default drawn from the seed `step`, as train.py
+    saves it, with the byte tokenizer."""
+    model = tiny_model(kind, step if seed is None else seed, std, **changes)
+    byte = build_tokenizer("byte")
+    return checkpoint.save_checkpoint(model, None, None, 0, step, 5.0, folder, tokenizer=byte)
+
+
+def token_shard(path, n=1003, seed=0) -> Path:
+    """n token ids below 256 as a .npy shard, with a few end-of-text tokens (256) among them."""
+    ids = np.random.RandomState(seed).randint(0, 256, n).astype(np.uint16)
+    ids[:: max(1, n // 4)] = 256
+    np.save(path, ids)
+    return Path(path)
+
+
+def small_mmlu(folder, subjects=("anatomy", "virology"), n=9) -> Path:
+    """MMLU's layout with n questions a subject in dev/ and test/."""
+    for split in ("dev", "test"):
+        (Path(folder) / split).mkdir(parents=True, exist_ok=True)
+        for s, subject in enumerate(subjects):
+            rows = [
+                f"What is {i + s} and {split}?,one {i},two,three {s},four,{'ABCD'[(i + s) % 4]}\n"
+                for i in range(n)
+            ]
+            (Path(folder) / split / f"{subject}_{split}.csv").write_text("".join(rows))
+    return Path(folder)
+
+
+def small_humaneval(path, n=3) -> Path:
+    """Problems of HumanEval's form that a program of a few tokens could pass."""
+    problems = [
+        {
+            "task_id": f"Test/{i}",
+            "prompt": f"def f{i}(x):\n    # {i} more\n",
+            "entry_point": f"f{i}",
+            "canonical_solution": f"    return x + {i}\n",
+            "test": f"def check(candidate):\n    assert candidate(1) == {1 + i}\n",
+        }
+        for i in range(n)
+    ]
+    Path(path).write_text("".join(json.dumps(p) + "\n" for p in problems))
+    return Path(path)
+
+
+def command(n: int, script, *argv) -> list[str]:
+    """The words that start a script of ours: under torchrun with n ranks, plainly if n is 0."""
+    launcher = [sys.executable]
+    if n:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    return [*launcher, str(ROOT / script), *map(str, argv)]
+
+
+def torchrun(n: int, script, *argv, code: int | None = 0, timeout=300, **options):
+    """Run a script to its end and return the CompletedProcess, its output as text. code: the exit
+    code that must come out, None: any."""
+    out = subprocess.run(
+        command(n, script, *argv), capture_output=True, text=True, timeout=timeout, **options
+    )
+    assert code is None or out.returncode == code, out.stdout[-2000:] + out.stderr[-4000:]
+    return out
+
+
+def without_torchrun() -> dict:
+    """This environment, without what a torchrun around the tests may have set."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in names}
