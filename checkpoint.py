@@ -35,15 +35,15 @@ import torch
 from torch import nn
 
 import cli
-import layouts
-import tensorfiles
 from config import GPTConfig, UnsupportedArchitecture, config_to_hf, load_config
-from hf_model import TransformersModel, load_transformers, transformers_sizes
+from durable import dumps, fsync
+from formats import layouts, tensorfiles
+from formats.tensorfiles import FLOATS, Stored, one_line
 from model import GPTModel
-from results import dumps, fsync
-from tensorfiles import FLOATS, Stored, one_line
 from tokenizer import TOKENIZER_FILES
+from transformers_model import TransformersModel, load_transformers, transformers_sizes
 
+READ_WITH = ("formats/tensorfiles.py", "formats/layouts.py")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 MANIFEST_FORMAT = "roseval checkpoint 1"
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")

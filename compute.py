@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from config import GPTConfig, load_config, load_yaml, presets
-from formulas import (
+from costs.formulas import (
     ACTIVATIONS,
     CUDA_CONTEXT,
     DTYPE_NAMES,

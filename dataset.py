@@ -33,7 +33,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cli import progress
-from cross_entropy import IGNORE
+from gpu_kernels.cross_entropy import IGNORE
 from tokenizer import SAFE_BREAK, build_tokenizer, utf8_bytes
 
 __all__ = [

@@ -24,8 +24,8 @@ import cli
 import compute
 import distributed
 import results
-import scoring
 import stats
+from backends import scoring
 from config import load_config
 from dataset import RandomWindows, Windows, build_tokenizer, open_stream
 from distributed import print0
@@ -186,7 +186,7 @@ def configuration_of(data: Data, dtype, batch_size) -> dict:
 def resume_key(fingerprint, data: Data, dtype, batch_size) -> str:
     """The resume_key of the record that evaluate_perplexity will return."""
     configuration = configuration_of(data, dtype, batch_size)
-    code = results.running_code(__file__)
+    code = results.running_code(__file__, checkpoint.READ_WITH)
     stream = data.stream.fingerprint
     return results.resume_key(fingerprint, "perplexity", configuration, stream, code)
 
@@ -249,7 +249,7 @@ def evaluate_perplexity(
         data=describe_data(data, totals),
         cost=cost_of(config, windows, totals, seconds, dist),
         breakdown={"file": by_file(totals, data.stream)},
-        code=results.running_code(__file__),
+        code=results.running_code(__file__, checkpoint.READ_WITH),
     )
     nll, count = totals.by_window()
     arrays = {"nll": nll, "count": count.astype(np.int64)}

@@ -33,8 +33,10 @@ from pathlib import Path
 import numpy as np
 
 import cli
+import durable
 import results
-from samples import (
+from sandbox.judge import TIERS, Sandbox, Verdict
+from tasks.programs import (
     all_ks,
     count_kinds,
     count_workers,
@@ -47,7 +49,6 @@ from samples import (
     read_problems,
     summarise,
 )
-from sandbox import TIERS, Sandbox, Verdict
 
 # torch takes seconds to import, and judging a samples file needs none: what needs it is imported by
 # the functions that draw samples.
@@ -134,14 +135,14 @@ def read_journals(folder: Path, key: str) -> dict[tuple, dict]:
     """{(task_id, sample): all that is known of it}"""
     known = {}
     for path in sorted(folder.glob(f"journal-{key[:16]}-rank*")):
-        for entry in results.read_journal(path)[0]:
+        for entry in durable.read_journal(path)[0]:
             known.setdefault((entry["task_id"], entry["sample"]), {}).update(entry)
     # a verdict whose sample was on a damaged line
     return {at: entry for at, entry in known.items() if "completion" in entry}
 
 
 def open_journal(folder: Path, key: str, rank: int):
-    return results.Journal(folder / f"journal-{key[:16]}-rank{rank}")
+    return durable.Journal(folder / f"journal-{key[:16]}-rank{rank}")
 
 
 def one_line(entry) -> str:
@@ -228,7 +229,7 @@ def evaluate_humaneval(
         job = Job(model, tokenizer, problems, prompts, asked_for, compile_mode, dist, box, journal)
         entries, came_of_it, cost = job.run(known)
     if folder and dist.is_main:
-        results.write_atomic(folder / "samples.jsonl", "".join(map(one_line, entries)))
+        durable.write_atomic(folder / "samples.jsonl", "".join(map(one_line, entries)))
     judged = [(entry["task_id"], entry, Verdict(**entry["verdict"])) for entry in entries]
     tally = count_kinds(problems, judged)
     metrics, breakdown, arrays = summarise(tally, ks)
@@ -300,7 +301,11 @@ def configure(
     }
 
 
-CODE_BESIDE = ("jail.py",)  # a program that is started, not imported
+CODE_BESIDE = (
+    "sandbox/jail.py",
+    "formats/tensorfiles.py",
+    "formats/layouts.py",
+)  # a program that is started, not imported
 
 
 def configuration_of(asked_for: dict) -> dict:
@@ -382,8 +387,8 @@ class Job:
         """(all ranks' entries in order, what came of it, cost); `known`: what journals hold."""
         import torch
 
-        from engine import default_batch_size
-        from scoring import agree_on_memory, halve_until_it_fits
+        from backends.engine import default_batch_size
+        from backends.scoring import agree_on_memory, halve_until_it_fits
 
         protocol, dist = self.protocol, self.dist
         start, resumed = time.perf_counter(), len(known)
@@ -411,7 +416,7 @@ class Job:
 
     def draw_and_judge(self, known: dict, batch_size: int) -> None:
         """Draw this rank's samples that are not in `known`, and add them there with verdicts."""
-        from engine import plan_units
+        from backends.engine import plan_units
 
         n, done = self.protocol["num_samples"], queue.SimpleQueue()
         units = plan_units(len(self.tasks), n, batch_size)
@@ -451,7 +456,7 @@ class Job:
 
     def draw(self, known, batch_size, units):
         """Yield entries of samples as they finish, journaled and in `known`."""
-        from engine import generate
+        from backends.engine import generate
 
         protocol, at = self.protocol, {task: i for i, task in enumerate(self.tasks)}
         for sample in generate(

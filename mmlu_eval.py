@@ -31,18 +31,16 @@ import torch
 import checkpoint as checkpoints
 import cli
 import compute
-from distributed import Dist, print0, setup
-from engine import generate
-from prompts import MAX_NEW_TOKENS, PromptMaker, Prompts
-from questions import (
-    LETTERS,
-    SCORINGS,
-    QuestionSet,
-    Template,
-    load_template,
-    read_data,
-    subject_table,
+from backends.engine import generate
+from backends.scoring import (
+    Continuations,
+    batch_overhead,
+    device_cost,
+    halve_until_it_fits,
+    plan_batches,
+    score_continuations,
 )
+from distributed import Dist, print0, setup
 from results import (
     dumps,
     new_record,
@@ -51,17 +49,19 @@ from results import (
     save_record,
     write_atomic,
 )
-from scoring import (
-    Continuations,
-    batch_overhead,
-    device_cost,
-    halve_until_it_fits,
-    plan_batches,
-    score_continuations,
-)
 from stats import (
     calibration,
     proportion_stderr,
+)
+from tasks.prompts import MAX_NEW_TOKENS, PromptMaker, Prompts
+from tasks.questions import (
+    LETTERS,
+    SCORINGS,
+    QuestionSet,
+    Template,
+    load_template,
+    read_data,
+    subject_table,
 )
 from tokenizer import build_tokenizer
 
@@ -288,7 +288,7 @@ class Task:
 
     def resume_key(self, fingerprint) -> str:
         """The resume_key of the record that run_task will return."""
-        code = running_code(__file__)
+        code = running_code(__file__, checkpoints.READ_WITH)
         return resume_key(fingerprint, "mmlu", self.configuration, self.data.hash, code)
 
 
@@ -435,7 +435,7 @@ def run_task(model, task: Task, dist=None, checkpoint_info=None, run="run") -> d
         },
         cost=cost_of(model, prompts.rows, batches, seconds, dist),
         breakdown=breakdown,
-        code=running_code(__file__),
+        code=running_code(__file__, checkpoints.READ_WITH),
     )
     samples = functools.partial(make_samples, data, prompts, answers, gold)
     return record | {"_arrays": arrays, "_samples": samples, "_data": data}

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import VOCAB_MULTIPLE, GPTConfig
-from cross_entropy import head_cross_entropy
-from decode_attention import decode_attention, merge_parts, plan_tiles
+from gpu_kernels.cross_entropy import head_cross_entropy
+from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
 
 
 class Linear(nn.Linear):

@@ -44,7 +44,7 @@ from stats import (
 )
 
 ROOT = Path(__file__).resolve().parent
-PAGE = ROOT / "report.html.in"
+PAGE = ROOT / "reporting" / "page.html"
 SHOWN_DIFFERENCES = 100  # questions of a checkpoint
 # Columns come in this order, then by name; the first of them ranks the checkpoints.
 METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy", "accuracy_macro", "pass@1")

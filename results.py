@@ -7,31 +7,27 @@
     import glob, json, pandas   # every record of a results directory as one table
     pandas.json_normalize([json.load(open(p)) for p in glob.glob("results/*/*/*.json")])
 
-Two parts, in this order: files that survive a crash (`write_atomic`, `Journal`) and records (the
-schema is SCHEMA below). What the numbers mean is stats.py's. Standard library and numpy only.
+A record's schema is SCHEMA below. What the numbers mean is stats.py's; how files survive a crash,
+durable.py's. Standard library and numpy only.
 """
 
 import ast
 import contextlib
-import errno
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import io
 import json
-import math
 import os
 import platform
 import re
-import secrets
 import subprocess
-import time
-import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+
+from durable import dumps, encode, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parent
 SCHEMA_VERSION = 1
@@ -69,208 +65,13 @@ humaneval `n [tasks]`, `c [tasks]` (samples drawn, samples passed).
 """
 
 
-# --- Files that survive a crash
-
-
-def _plain(value):
-    """numpy, tuples and paths as JSON has them; NaN and infinities as None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
-def dumps(obj, **options) -> str:
-    """Strict JSON text. NaN and infinities become null: one undefined standard error must not cost
-    the hours that the rest of a record took."""
-    return json.dumps(_plain(obj), ensure_ascii=False, allow_nan=False, **options)
-
-
-def fsync(path: Path) -> None:
-    """A file or a directory to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems' directories cannot be synced
-            raise
-    finally:
-        os.close(fd)
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _encode(text: str) -> bytes:
-    # A lone surrogate (a model's broken output) becomes \\udxxx, JSON's own escape for it.
-    return text.encode(errors="backslashreplace")
-
-
-def _make_directories(path: Path) -> None:
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for directory in missing:
-        fsync(directory.parent)
-
-
-def write_atomic(path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds the old one or the whole new
-    one: temporary in the same directory, fsync, rename, fsync of the directory. Parents are made.
-    OSError, in one line that names `path`, when it cannot; then no partial file is left."""
-    path = Path(path)
-    data = _encode(data) if isinstance(data, str) else data
-    temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        _make_directories(path.parent)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            _write_all(fd, data)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-        fsync(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise _write_error(error, path) from None
-        raise
-
-
-def _write_error(error: OSError, path: Path) -> OSError:
-    number = error.errno or errno.EIO
-    return OSError(number, f"{os.strerror(number)}; nothing was written", str(path))
-
-
-def write_json(path, obj) -> None:
-    """`write_atomic` of strict, indented JSON (see `dumps`)."""
-    write_atomic(path, dumps(obj, indent=2) + "\n")
-
-
-def _frame(record) -> bytes:
-    payload = _encode(dumps(record, separators=(",", ":")))  # holds no newline
-    return b"%08x %08x %s\n" % (len(payload), zlib.crc32(payload), payload)
-
-
-def _unframe(line: bytes):
-    payload = line[18:]
-    if line[:18] != b"%08x %08x " % (len(payload), zlib.crc32(payload)):
-        raise ValueError("length or checksum differ")
-    return json.loads(payload)
-
-
-def _scan(data: bytes):
-    """(records, bad, end): the whole records, how many lines are not one, and where the last
-    whole record ends."""
-    *lines, torn = data.split(b"\n")
-    records, bad, end, position = [], int(bool(torn)), 0, 0
-    for line in lines:
-        position += len(line) + 1
-        try:
-            records.append(_unframe(line))
-            end = position
-        except ValueError:
-            bad += 1
-    return records, bad, end
-
-
-def read_journal(path) -> tuple[list, int]:
-    """(records, bad): what `Journal` wrote, and how many lines were torn or damaged and skipped.
-    A journal that does not exist is empty. Safe while a writer appends."""
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        return [], 0
-    return _scan(data)[:2]
-
-
-class Journal:
-    """Append-only file of JSON records that survives kill -9: one line a record, framed by length
-    and crc32, one writer.
-
-    Opening reads what is there into `records` (damaged lines counted in `bad`) and cuts the file
-    after the last whole record, so that a torn line never swallows the next one. `append` hands
-    the record to the kernel before it returns: a killed process loses nothing. It is on disk after
-    at most `sync_seconds` of appending and at `close`: a power cut loses no more than that.
-    ValueError when another process writes the same journal; OSError when the disk is full, and
-    then the file ends with the last whole record.
-    """
-
-    def __init__(self, path, sync_seconds: float = 1.0):
-        self.path, self.sync_seconds = Path(path), sync_seconds
-        _make_directories(self.path.parent)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            self._lock()
-            self.records, self.bad, self._end = _scan(self.path.read_bytes())
-            os.ftruncate(self._fd, self._end)
-            os.fsync(self._fd)
-            fsync(self.path.parent)
-        except BaseException:
-            os.close(self._fd)
-            raise
-        self._synced = time.monotonic()
-
-    def _lock(self):
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{self.path}: another process is writing this journal; wait for it or end it"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a mount without locks
-                raise
-
-    def append(self, record) -> None:
-        frame = _frame(record)
-        try:
-            os.lseek(self._fd, self._end, os.SEEK_SET)
-            _write_all(self._fd, frame)
-            if time.monotonic() - self._synced >= self.sync_seconds:
-                self.sync()
-        except OSError as error:
-            os.ftruncate(self._fd, self._end)
-            raise _write_error(error, self.path) from None
-        self._end += len(frame)
-
-    def sync(self) -> None:
-        os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
-        self._synced = time.monotonic()
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.close()
-
-
 # --- Records
 
 
 def config_hash(configuration: dict) -> str:
     """sha256 of a configuration's canonical JSON: the order of keys does not matter."""
     text = dumps(configuration, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(_encode(text)).hexdigest()
+    return hashlib.sha256(encode(text)).hexdigest()
 
 
 def resume_key(fingerprint, evaluation, configuration, data_hash, code) -> str:
@@ -281,39 +82,85 @@ def resume_key(fingerprint, evaluation, configuration, data_hash, code) -> str:
     return config_hash({"key": [fingerprint, evaluation, configuration, data_hash, code]})
 
 
+# What an evaluation's numbers do not depend on: how flags are read and what is printed
+WITHOUT_NUMBERS = ("cli.py",)
+# A door to rooms of which one is entered: its imports of those are left to `chosen`
+DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends"}
+
+
 def _imported_files(path: Path, root: Path):
+    """The files below `root` that a source file imports, at its top or inside a function: `import
+    a.b`, `from a import b` and `from a.b import c`, and the packages' own files that come first."""
+    within = path.parent.relative_to(root).parts  # of a relative import
     for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module]
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(within[: len(within) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (package, node.module)))
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
         for name in names:
-            candidate = root / (name.replace(".", "/") + ".py")
-            if candidate.is_file():
-                yield candidate
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                place = root.joinpath(*parts[:depth])
+                for candidate in (place.with_suffix(".py"), place / "__init__.py"):
+                    if parts[0] and candidate.is_file():
+                        yield candidate
 
 
-def code_version(module_file, extra=()) -> str:
-    """sha256 of a script and of all it imports, directly or not, from the script's own directory;
-    `extra` adds files that it uses without importing (a program it starts). Read from the AST, so
-    nothing is imported, and an edited README changes nothing."""
+def code_files(module_file, chosen=(), root: Path | None = None) -> list[Path]:
+    """The sources that an evaluation's numbers depend on: its script and all that it imports,
+    directly or not, below `root`, the script's own directory unless given. Of the formats and
+    backends behind DOORS only `chosen` count, paths relative to `root`, where programs that are
+    started instead of imported are named too. Read from the AST, so nothing is imported."""
     module_file = Path(module_file).resolve()
-    root = module_file.parent
-    seen, waiting = set(), [module_file, *(root / name for name in extra)]
+    root = root or module_file.parent
+    seen, waiting = set(), [module_file, *(root / name for name in chosen)]
     while waiting:
         path = waiting.pop()
-        if path not in seen:
-            seen.add(path)
-            waiting.extend(_imported_files(path, root))
+        name = str(path.relative_to(root))
+        if path in seen or name in WITHOUT_NUMBERS:
+            continue
+        seen.add(path)
+        behind = root / DOORS[name] if name in DOORS else None
+        waiting += [p for p in _imported_files(path, root) if p.parent != behind]
+    return sorted(seen)
+
+
+PRINTING = re.compile(r"show|(show|print)_\w+|main")
+
+
+def _source_that_counts(path: Path) -> bytes:
+    """A file without its functions that print (by their names, PRINTING) and what starts it."""
+    source = path.read_bytes()
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source, str(path)).body:
+        prints = isinstance(node, ast.FunctionDef) and PRINTING.fullmatch(node.name)
+        starts = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        if prints or starts:
+            lines[node.lineno - 1 : node.end_lineno] = [b""] * (node.end_lineno - node.lineno + 1)
+    return b"".join(lines)
+
+
+def code_version(module_file, chosen=()) -> str:
+    """sha256 of `code_files`, without what prints: an edited README, table or flag's help changes
+    nothing, an edited score everything."""
+    module_file = Path(module_file).resolve()
     digest = hashlib.sha256()
-    for path in sorted(seen):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{path.relative_to(root)} {content}\n".encode())
+    for path in code_files(module_file, chosen):
+        content = hashlib.sha256(_source_that_counts(path)).hexdigest()
+        digest.update(f"{path.relative_to(module_file.parent)} {content}\n".encode())
     return digest.hexdigest()
 
 
 running_code = functools.cache(code_version)  # the code that runs, whatever is edited meanwhile
+
+
+def source_files() -> list[Path]:
+    """Every script and room of the house, without tests, benchmarks and helpers of the shell."""
+    rooms = [p.parent for p in ROOT.glob("*/__init__.py") if p.parent.name != "tests"]
+    return sorted(p for folder in (ROOT, *rooms) for p in folder.glob("*.py"))
 
 
 @functools.cache  # the code that runs is the code that was there at the start
@@ -328,7 +175,7 @@ def _code_commit() -> str:
         out = None
     if out and out.returncode == 0:
         return "git:" + out.stdout.strip()
-    return "sources:" + code_version(__file__, extra=[p.name for p in ROOT.glob("*.py")])
+    return "sources:" + hashlib.sha256(b"".join(p.read_bytes() for p in source_files())).hexdigest()
 
 
 def utc_now() -> str:
@@ -443,7 +290,7 @@ def save_record(results_dir, record: dict, arrays=None, samples=None) -> Path:
         files["arrays"] = _save_beside(path, ".npz", buffer.getvalue())
     if samples is not None:
         text = "".join(dumps(sample) + "\n" for sample in samples)
-        files["samples"] = _save_beside(path, ".jsonl", _encode(text))
+        files["samples"] = _save_beside(path, ".jsonl", encode(text))
     stored = {key: value for key, value in record.items() if not key.startswith("_")}
     write_json(path, stored | {"files": files})
     return path

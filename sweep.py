@@ -42,11 +42,11 @@ import mmlu_eval
 import results
 from config import load_config, load_yaml
 from distributed import print0
-from lease import Leases
-from ledger import Ledger
-from samples import read_problems
-from sandbox import Sandbox
-from tensorfiles import one_line
+from formats.tensorfiles import one_line
+from sandbox.judge import Sandbox
+from sweeping.lease import Leases
+from sweeping.ledger import Ledger
+from tasks.programs import read_problems
 from tokenizer import build_tokenizer
 
 SHARE_OF_MEMORY = 0.5  # of what is available, that reading ahead may fill

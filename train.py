@@ -29,8 +29,9 @@ import checkpoint
 import cli
 import compute
 import distributed
+import durable
 import results
-import scoring
+from backends import scoring
 from config import GPTConfig, load_config, load_yaml
 from dataset import TrainBatches, Windows, build_tokenizer, open_stream
 from distributed import print0
@@ -152,7 +153,7 @@ def open_data(args):
     """(tokenizer, training stream, validation stream or None)."""
     if args.use_toy_data:
         args.data_mode, args.tokenizer_name = "text", "byte"
-        args.train_data = [str(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+        args.train_data = [str(path) for path in results.source_files()]
         args.val_ratio = args.val_ratio or 0.1
     kind = "data" if args.data_mode == "text" else "npy"
     files, val_files = getattr(args, f"train_{kind}"), getattr(args, f"val_{kind}")
@@ -395,7 +396,7 @@ class Log:
                     continue
                 if entry["step"] <= step:
                     kept.append(line + "\n")
-        results.write_atomic(self.path, "".join(kept))
+        durable.write_atomic(self.path, "".join(kept))
 
     def clock_starts_again(self, step=None):
         """Validation and saving are not training time."""

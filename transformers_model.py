@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from config import GPTConfig
-from cross_entropy import cross_entropy
-from tensorfiles import extremes, one_line, refuse_nonfinite
+from formats.tensorfiles import extremes, one_line, refuse_nonfinite
+from gpu_kernels.cross_entropy import cross_entropy
 
 
 class TransformersModel(nn.Module):

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 import compute
-from cross_entropy import IGNORE
+from costs.formulas import CHUNK_TOKENS
 from distributed import print0
-from formulas import CHUNK_TOKENS
+from gpu_kernels.cross_entropy import IGNORE
 from model import KVCache, attention_without_plans
 
 # ---------------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 import cli
-import decode_attention
-import engine
+from backends import engine
 from config import GPTConfig, load_config
+from gpu_kernels import decode_attention
 from model import GPTModel
 
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}

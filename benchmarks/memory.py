@@ -34,8 +34,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import compute
-import scoring
 import train
+from backends import scoring
 from benchmarks.generation import random_model
 from config import config_to_hf, load_config
 from model import GPTModel, KVCache

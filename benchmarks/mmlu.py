@@ -63,7 +63,7 @@ def peer(args):
     import numpy as np
     import torch
 
-    from questions import LETTERS, load_template, read_data
+    from tasks.questions import LETTERS, load_template, read_data
 
     template = load_template("lm_eval")
     data = read_data(args.data, SHOTS)
@@ -155,7 +155,7 @@ def beside_the_peer(args, name, model_dir, work, ours_seconds, arrays) -> dict:
     """The row's part about the peer: its time for all prompts, and whether it answers alike."""
     import numpy as np
 
-    from questions import read_data
+    from tasks.questions import read_data
 
     seconds, told, peer_arrays, batch = run_peer(args, name, model_dir, work)
     part = part_of_the_work(read_data(args.data, SHOTS), told["every"])

@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 
 import compute
-import formulas
 from benchmarks.generation import random_model
 from config import load_config
+from costs import formulas
 from model import KVCache
 
 # torch's CPU threads exist before the fork; the child neither waits for them nor takes their locks

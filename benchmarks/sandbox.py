@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sandbox import TIERS, Sandbox
+from sandbox.judge import TIERS, Sandbox
 
 
 def human_eval_round(problems, workers, salt):

@@ -1,6 +1,6 @@
 """The confined child: a zygote that forks one candidate at a time into a cage. Linux only.
 
-sandbox.py starts this file as its own program, `python -S jail.py CONFIG` (CONFIG is JSON), in a
+judge.py starts this file as its own program, `python -S jail.py CONFIG` (CONFIG is JSON), in a
 scrubbed environment with a Unix socket as standard input. Over the socket the judge asks for the
 next candidate, passing the two pipes that lead to it; over the pipes it sends the candidate's
 program and calls its function. Neither this process nor a candidate ever holds a test.
@@ -12,7 +12,7 @@ is decoded to plain data (`decode`), limited in size, depth and number of items.
 Tiers: A builds namespaces around the zygote (user, mount, IPC, UTS, network) and a fresh PID
 namespace and scratch tmpfs around every candidate; B is started inside bubblewrap; C has neither.
 In all of them a candidate gets rlimits, no_new_privs, Landlock and seccomp where the kernel has
-them, and an unprivileged uid if the judge is root. `sandbox.py` runs a canary before trusting any.
+them, and an unprivileged uid if the judge is root. judge.py runs a canary before trusting any.
 """
 
 import _socket  # socket itself would add a megabyte to every fork

@@ -6,7 +6,7 @@
         for index, verdict in box.judge_many(programs):  # as they complete
             ...
 
-`python sandbox.py` says which tier this machine gives and what each of the others lacks.
+`python sandbox/judge.py` says which tier this machine gives and what each of the others lacks.
 
 A check inside the candidate's own process can be forged (`os._exit(0)`, an `__eq__` that is always
 true, a walk up the frames), so the tests never enter it. Each worker is a separate process that
@@ -44,7 +44,10 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import jail
+if __name__ == "__main__":  # a worker is started by path: what it imports starts at the root too
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from sandbox import jail
 
 TIERS = ("A", "B", "C")
 GRACE = 5.0  # seconds that a worker may take beyond its timeout before it is killed itself

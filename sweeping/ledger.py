@@ -14,6 +14,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import durable
 import results
 
 
@@ -106,7 +107,7 @@ class Ledger:
         if self.args.lm_eval_json:
             root, path = Path(self.args.results_dir), Path(record["_path"])
             place = root / "lm_eval" / path.parent.relative_to(root)
-            results.write_json(place / f"results_{path.name}", results.to_lm_eval(record))
+            durable.write_json(place / f"results_{path.name}", results.to_lm_eval(record))
 
 
 def digest(files: tuple) -> str:

@@ -1,6 +1,6 @@
 """Problems with tests, and samples of programs for them: read from files, judged, counted.
 
-    from samples import judge_file, read_problems
+    from tasks.programs import judge_file, read_problems
     problems = read_problems("data/HumanEval.jsonl.gz")     # {task_id: problem}
     judge_file("S.jsonl", problems)             # prints pass@k, writes S.jsonl_results.jsonl
 
@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 
 import cli
-import results
+import durable
 import stats
-from sandbox import Sandbox
+from sandbox.judge import Sandbox
 
 PASS_KS = (1, 10, 100)
 FIELDS = ("task_id", "prompt", "entry_point", "test")
@@ -172,7 +172,7 @@ def judge_file(
         s | {"result": v.result, "passed": v.passed} | judged_by for s, v in zip(samples, verdicts)
     )
     out = f"{path}_results.jsonl"
-    results.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
+    durable.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
     judged = [(s["task_id"], s, v) for s, v in zip(samples, verdicts)]
     tally = count_kinds(problems, judged)
     metrics, _, _ = summarise(tally, ks)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from questions import LETTERS, subject_table
-from scoring import MIN_PREFIX, Continuations
+from backends.scoring import MIN_PREFIX, Continuations
+from tasks.questions import LETTERS, subject_table
 from tokenizer import SAFE_BREAK
 
 MAX_NEW_TOKENS = 16  # of --scoring generate

@@ -1,6 +1,6 @@
 """Four-choice questions from files, and the prompt templates that ask them.
 
-    from questions import load_template, read_data
+    from tasks.questions import load_template, read_data
     data = read_data("data/mmlu", num_few_shot=5)         # data.questions, data.examples by subject
     template = load_template("lm_eval")                   # configs/prompts/lm_eval.yaml
 
@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import load_yaml
+from config import CONFIGS_DIR, load_yaml
 
 LETTERS = "ABCD"
 SCORINGS = ("letter", "continuation", "generate")
-CONFIGS_DIR = Path(__file__).resolve().parent / "configs"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What the tests build again and again: a tiny model, a saved checkpoint, small data, a command.
 
-    model = tiny_model("llama", seed=3)
-    path = saved_checkpoint(tmp_path / "run", step=10)      # with the byte tokenizer beside it
-    out = torchrun(2, "eval.py", "--checkpoint-path", path, ...)       # 0: plain Python, no torchrun
+model = tiny_model("llama", seed=3)
+path = saved_checkpoint(tmp_path / "run", step=10)      # with the byte tokenizer beside it
+out = torchrun(2, "eval.py", "--checkpoint-path", path)      # 0: plain Python
 """
 
 import json

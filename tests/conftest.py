@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def problems(data_dir):
     """HumanEval, {task_id: problem}."""
-    from samples import read_problems
+    from tasks.programs import read_problems
 
     return read_problems(data_dir / "HumanEval.jsonl.gz")
 

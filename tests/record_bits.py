@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import builders  # noqa: E402
 from builders import torchrun  # noqa: E402
+
 from config import GPTConfig  # noqa: E402
 
 
@@ -95,8 +96,10 @@ CASES = {  # name: (script, flags)
     "eval transformers": ("eval.py", ["--checkpoint-path", "{r}/mixtral", *SHARD, *EVAL]),
     "mmlu both": (
         "mmlu_eval.py",
-        ["--checkpoint-path", "{r}/run/checkpoint-10", *MMLU, "--num-few-shot", "2"]
-        + ["--template", "lm_eval", "continuation", "--permute-choices", "2"],
+        [
+            *("--checkpoint-path", "{r}/run/checkpoint-10", *MMLU, "--num-few-shot", "2"),
+            *("--template", "lm_eval", "continuation", "--permute-choices", "2"),
+        ],
     ),
     "mmlu generate": (
         "mmlu_eval.py",
@@ -116,18 +119,24 @@ CASES = {  # name: (script, flags)
     ),
     "humaneval sampled": (
         "humaneval_eval.py",
-        ["--checkpoint-path", "{r}/llama", *PROGRAMS, "--num-samples", "4"]
-        + ["--temperature", "0.8", "--top-k", "20", "--k", "2", "--batch-size", "3"],
+        [
+            *("--checkpoint-path", "{r}/llama", *PROGRAMS, "--num-samples", "4"),
+            *("--temperature", "0.8", "--top-k", "20", "--k", "2", "--batch-size", "3"),
+        ],
     ),
     "humaneval transformers": (
         "humaneval_eval.py",
-        ["--checkpoint-path", "{r}/mixtral", *PROGRAMS, "--num-samples", "2"]
-        + ["--temperature", "0.8"],
+        [
+            *("--checkpoint-path", "{r}/mixtral", *PROGRAMS, "--num-samples", "2"),
+            *("--temperature", "0.8"),
+        ],
     ),
     "sweep": (
         "sweep.py",
-        ["--checkpoint-path", "{r}/run", "--evaluations", "{r}/sweep.yaml"]
-        + ["--tokenizer-name", "byte", "--poll-seconds", "0.1"],
+        [
+            *("--checkpoint-path", "{r}/run", "--evaluations", "{r}/sweep.yaml"),
+            *("--tokenizer-name", "byte", "--poll-seconds", "0.1"),
+        ],
     ),
 }
 TRAIN = ["--tokenizer-name", "byte", "--train-data", "{r}/a.txt", "{r}/b.txt", "--num-steps", "4"]

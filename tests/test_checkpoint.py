@@ -22,7 +22,6 @@ import pytest
 import torch
 
 import checkpoint
-import tensorfiles
 from checkpoint import (
     describe,
     expand_paths,
@@ -38,6 +37,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import GPTConfig
+from formats import tensorfiles
 from model import GPTModel
 from tokenizer import build_tokenizer
 

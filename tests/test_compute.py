@@ -19,10 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import compute
-import cross_entropy
-import formulas
 import model as model_file
-import scoring
+from backends import scoring
 from benchmarks import memory as memory_benchmark
 from compute import (
     GPU,
@@ -34,7 +32,9 @@ from compute import (
     roofline,
 )
 from config import GPTConfig, config_to_hf, load_config, presets
-from formulas import Setup, solve_all
+from costs import formulas
+from costs.formulas import Setup, solve_all
+from gpu_kernels import cross_entropy
 from model import GPTModel, KVCache
 
 ROOT = Path(__file__).resolve().parent.parent

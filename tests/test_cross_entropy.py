@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cross_entropy import cross_entropy, head_cross_entropy
+from gpu_kernels.cross_entropy import cross_entropy, head_cross_entropy
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(7, 640, 601), (33, 256, 256), (5, 64, 50), (1, 8192, 4097)]  # N, W, V
@@ -48,7 +48,7 @@ def test_values_and_gradients(N, W, V, dtype):
 
 INTERPRETED = """
 import torch, torch.nn.functional as F
-import cross_entropy
+from gpu_kernels import cross_entropy
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     for N, W, V in ((3, 9000, 8999), (5, 64, 50), (2, 8192, 4097)):

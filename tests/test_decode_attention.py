@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from decode_attention import decode_attention, merge_parts, plan_tiles
+from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
 
 
 def softmax_attention(q, keys, values):

@@ -13,13 +13,13 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-import engine
+from backends import engine
+from backends.engine import generate, plan_units, sample_tokens, threefry
 from checkpoint import load_model
 from config import GPTConfig
-from engine import generate, plan_units, sample_tokens, threefry
-from hf_model import TransformersModel
 from model import GPTModel
 from tokenizer import HuggingFaceTokenizer, build_tokenizer
+from transformers_model import TransformersModel
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = {

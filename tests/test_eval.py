@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import checkpoint
 import distributed
 import eval as eval_script
-import scoring
+from backends import scoring
 from config import GPTConfig
 from dataset import FineWebNPYDataset, Windows, build_tokenizer, open_stream
 from model import GPTModel

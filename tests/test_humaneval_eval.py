@@ -15,12 +15,13 @@ import torch
 from test_samples import GOOD, open_ai, read_lines, write_five, write_jsonl
 
 import checkpoint
+import durable
 import humaneval_eval
 import results
 from config import GPTConfig
 from humaneval_eval import evaluate_humaneval
 from model import GPTModel
-from sandbox import Sandbox
+from sandbox.judge import Sandbox
 from tokenizer import build_tokenizer
 
 ROOT = Path(humaneval_eval.__file__).parent
@@ -231,13 +232,13 @@ MORTAL = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import cli, humaneval_eval, results
-append, drawn = results.Journal.append, []
+append, drawn = durable.Journal.append, []
 def mortal(journal, entry):
     append(journal, entry)
     drawn.append("completion" in entry)
     if sum(drawn) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-results.Journal.append = mortal
+durable.Journal.append = mortal
 cli.run(humaneval_eval.main)
 """
 
@@ -265,7 +266,7 @@ def finish(process):
 
 def journaled(where):
     paths = where.rglob("journal-*")
-    return [sum("completion" in e for e in results.read_journal(p)[0]) for p in sorted(paths)]
+    return [sum("completion" in e for e in durable.read_journal(p)[0]) for p in sorted(paths)]
 
 
 def test_killed_on_two_ranks_resumed_on_three_is_as_run_on_one(saved, data_dir, tmp_path):

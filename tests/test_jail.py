@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jail
+from sandbox import jail
 
 scalars = (
     st.none()

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 import mmlu_eval
 import results
-import scoring
+from backends import scoring
 from config import GPTConfig
 from distributed import Dist
 from mmlu_eval import evaluate_mmlu
 from model import GPTModel
-from prompts import PromptMaker
-from questions import LETTERS, Question, load_template, read_data, subject_table
+from tasks.prompts import PromptMaker
+from tasks.questions import LETTERS, Question, load_template, read_data, subject_table
 from tokenizer import build_tokenizer
 
 ROOT = Path(mmlu_eval.__file__).parent
@@ -896,7 +896,7 @@ def test_unique_flops_against_a_count_of_every_token():
 def test_the_transformers_fallback_scores_the_same(saved, gpt2, data_dir):
     """A model without a cache, transformers' own code, on the weights of a native one."""
     import checkpoint
-    import hf_model
+    import transformers_model as hf_model
 
     options = {"subjects": ["anatomy", "sociology"], "limit": 4}
     fallback = hf_model.load_transformers(saved, torch.float32, CPU, None)

@@ -15,7 +15,7 @@ import yaml
 
 import checkpoint
 from mmlu_eval import evaluate_mmlu
-from questions import LETTERS, load_template, read_data
+from tasks.questions import LETTERS, load_template, read_data
 from tokenizer import build_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: no oracle")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import layouts
 from config import GPTConfig, config_from_hf, load_config
+from formats import layouts
 from model import GPTModel, KVCache
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import durable
 import report
 import results
 import stats
@@ -220,7 +221,7 @@ def test_compare_tasks(tmp_path):
     for path in paths:  # only pass@10 was asked for: then that is compared
         record = results.load_record(path)
         del record["metrics"]["pass@1"]
-        results.write_json(path, record)
+        durable.write_json(path, record)
     out = report.compare(*report.pairs_of(*paths)[0])
     assert out["metric"] == "pass@10" and out["difference"] == pytest.approx(at_10.mean())
 

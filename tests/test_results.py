@@ -12,13 +12,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import builders
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import durable
 import results
-from results import Journal, read_journal
+from durable import Journal, read_journal
 
 ROOT = Path(results.__file__).parent
 
@@ -28,8 +30,8 @@ ROOT = Path(results.__file__).parent
 
 def test_write_atomic_replaces_whole_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "a" / "b" / "x.json"
-    results.write_atomic(path, "old")
-    results.write_atomic(path, b"new")
+    durable.write_atomic(path, "old")
+    durable.write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(path.parent) == ["x.json"]
     umask = os.umask(0)
@@ -47,7 +49,7 @@ def test_json_is_strict_and_takes_numpy():
         "p": Path("x/y"),
         1: (1, 2),
     }
-    text = results.dumps(obj)
+    text = durable.dumps(obj)
     refuse = {"parse_constant": lambda name: pytest.fail(f"{name} in strict JSON")}
     back = json.loads(text, **refuse)
     assert back == {
@@ -60,23 +62,23 @@ def test_json_is_strict_and_takes_numpy():
         "1": [1, 2],
     }
     with pytest.raises(TypeError):
-        results.dumps({"x": object()})
+        durable.dumps({"x": object()})
 
 
 def test_broken_unicode_survives(tmp_path):
-    results.write_json(tmp_path / "x.json", {"text": "é \ud800 \u2028 \n"})
+    durable.write_json(tmp_path / "x.json", {"text": "é \ud800 \u2028 \n"})
     assert json.loads((tmp_path / "x.json").read_bytes())["text"] == "é \ud800 \u2028 \n"
 
 
 def test_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
     """A file-size limit fails in the middle of a write, as a full disk does."""
     path = tmp_path / "x.bin"
-    results.write_atomic(path, b"old")
+    durable.write_atomic(path, b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(OSError, match=r"nothing was written: '.*x\.bin'") as caught:
-            results.write_atomic(path, b"n" * 10_000)
+            durable.write_atomic(path, b"n" * 10_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
@@ -87,7 +89,7 @@ def test_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
 def test_unwritable_places(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="nothing was written"):
-        results.write_atomic(tmp_path / "file" / "x.json", "{}")  # the parent is a file
+        durable.write_atomic(tmp_path / "file" / "x.json", "{}")  # the parent is a file
     directory = tempfile.mkdtemp()  # below /tmp itself: an unprivileged user can reach it
     os.chmod(directory, 0o555)
     euid = os.geteuid()
@@ -95,7 +97,7 @@ def test_unwritable_places(tmp_path):
         if euid == 0:
             os.seteuid(65534)
         with pytest.raises(PermissionError, match=r"Permission denied; nothing was written"):
-            results.write_atomic(Path(directory) / "x.json", "{}")
+            durable.write_atomic(Path(directory) / "x.json", "{}")
         assert os.listdir(directory) == []
     finally:
         os.seteuid(euid)
@@ -179,7 +181,7 @@ def test_journal_on_a_full_disk_ends_with_a_whole_record(tmp_path):
 
 WRITER = """
 import sys
-from results import Journal
+from durable import Journal
 with Journal(sys.argv[1]) as journal:
     i = len(journal.records)
     while True:
@@ -244,7 +246,7 @@ def test_record_round_trip(tmp_path):
     assert sorted(p.suffix for p in directory.iterdir()) == [".json", ".jsonl", ".npz"]
     loaded = results.load_record(path)
     assert {k: v for k, v in loaded.items() if k not in ("_path", "files")} == {
-        k: v for k, v in json.loads(results.dumps(record)).items() if k != "files"
+        k: v for k, v in json.loads(durable.dumps(record)).items() if k != "files"
     }
     back = results.load_arrays(loaded)
     assert back.keys() == arrays.keys()
@@ -349,28 +351,97 @@ def test_keys_depend_on_what_they_should():
     )
 
 
-def test_code_version_follows_imports_only(tmp_path):
-    files = {
-        "job.py": "import os\nimport room\ndef f():\n    from lazy import x\n",
-        "room.py": "import cellar, numpy",
+def test_code_version_follows_every_form_of_import(tmp_path):
+    counts = {
+        "job.py": "import os\nimport room\ndef f():\n    from lazy import x\n    import rooms.deep.well\n",
+        "room.py": "import cellar, numpy\nfrom rooms import north\n",
         "cellar.py": "import room  # a cycle",
         "lazy.py": "x = 1",
-        "unrelated.py": "y = 1",
-        "jail.py": "z = 1",
-        "README.md": "hello",
+        "rooms/__init__.py": "",
+        "rooms/north.py": "from rooms.south import thing\nfrom . import east\n",
+        "rooms/south.py": "thing = 1",
+        "rooms/east.py": "from .west import thing",
+        "rooms/west.py": "thing = 2",
+        "rooms/deep/__init__.py": "",
+        "rooms/deep/well.py": "import checkpoint",
+        "checkpoint.py": "from formats import a, b\n",
+        "formats/a.py": "from formats import shared",
+        "formats/shared.py": "",
     }
-    for name, text in files.items():
+    others = {
+        "unrelated.py": "y = 1",
+        "rooms/unused.py": "z = 1",
+        "formats/b.py": "a = 2",
+        "README.md": "hello",
+        "cli.py": "flags = 1",
+    }
+    for name, text in (counts | others).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    base = results.code_version(tmp_path / "job.py")
-    with_jail = results.code_version(tmp_path / "job.py", extra=["jail.py"])
-    assert base != with_jail
-    for name in files:
-        (tmp_path / name).write_text(files[name] + "\n")
-        changed = results.code_version(tmp_path / "job.py") != base
-        assert changed == (name in ("job.py", "room.py", "cellar.py", "lazy.py")), name
-        changed = results.code_version(tmp_path / "job.py", extra=["jail.py"]) != with_jail
-        assert changed == (name not in ("unrelated.py", "README.md")), name
-        (tmp_path / name).write_text(files[name])
+    (tmp_path / "room.py").write_text(counts["room.py"] + "import cli\n")
+
+    def version():
+        return results.code_version(tmp_path / "job.py", ("formats/a.py",))
+
+    base = version()
+    for name in counts | others:
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(before + "\nnew = 1\n")
+        assert (version() != base) == (name in counts), name
+        (tmp_path / name).write_text(before)
+    assert results.code_version(tmp_path / "job.py") != base  # another format opened it
+
+
+def test_what_prints_does_not_count(tmp_path):
+    job = tmp_path / "job.py"
+    text = "def score():\n    return 1\n\n\ndef show(records):\n    print({})\n\n\n"
+    text += "def print_table(x):\n    print(x, {})\n\n\nif __name__ == '__main__':\n    show({})\n"
+    job.write_text(text.format(1, 2, 3))
+    base = results.code_version(job)
+    job.write_text(text.format(4, 5, 6))
+    assert results.code_version(job) == base
+    job.write_text(text.format(1, 2, 3).replace("return 1", "return 2"))
+    assert results.code_version(job) != base
+
+
+LOADED = """
+import sys
+sys.path.insert(0, {root!r})
+import {script}, cli
+try:
+    {script}.main({argv!r})
+finally:
+    files = [getattr(m, "__file__", None) for m in list(sys.modules.values())]
+    print("LOADED", *[f for f in files if f and f.startswith({root!r}) and "/." not in f], sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("script", ["eval", "mmlu_eval", "humaneval_eval"])
+def test_code_version_sees_every_module_that_a_script_loads(script, tmp_path):
+    saved = builders.saved_checkpoint(tmp_path / "run")
+    argv = ["--checkpoint-path", saved, "--device", "cpu", "--results-dir", tmp_path / "results"]
+    argv += {
+        "eval": ["--data-mode", "fineweb_npy", "--seq-len", "16"]
+        + ["--val-npy", builders.token_shard(tmp_path / "x.npy")],
+        "mmlu_eval": ["--data-path", builders.small_mmlu(tmp_path / "mmlu")],
+        "humaneval_eval": ["--max-new-tokens", "4"]
+        + ["--data-path", builders.small_humaneval(tmp_path / "p.jsonl")],
+    }[script]
+    program = LOADED.format(root=str(ROOT), script=script, argv=[str(word) for word in argv])
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200
+    )
+    assert out.returncode == 0, out.stderr
+    loaded = {Path(line) for line in out.stdout.split("LOADED\n")[1].splitlines()}
+    record = results.load_records(tmp_path / "results")[0]
+    chosen = ("formats/tensorfiles.py", "formats/layouts.py")
+    chosen += ("sandbox/jail.py",) * (script == "humaneval_eval")
+    counted = set(results.code_files(ROOT / f"{script}.py", chosen))
+    assert record["code_version"] == results.code_version(ROOT / f"{script}.py", chosen)
+    left_out = {str(path.relative_to(ROOT)) for path in loaded - counted}
+    doors = [name for name in left_out if name.split("/")[0] in ("formats", "backends")]
+    assert left_out - {*doors} == {"cli.py"}, left_out
+    assert not {*doors} & {*chosen}
 
 
 def test_environment_names_no_host():
@@ -391,7 +462,7 @@ def test_importing_results_needs_no_torch():
 
 
 def test_scalars_are_flat_and_stable():
-    flat = results.scalars(json.loads(results.dumps(make_record())))
+    flat = results.scalars(json.loads(durable.dumps(make_record())))
     assert flat == {
         "mmlu/accuracy": 0.5,
         "mmlu/accuracy_stderr": 0.1,
@@ -402,7 +473,7 @@ def test_scalars_are_flat_and_stable():
 
 
 def test_lm_eval_shape(tmp_path):
-    shaped = results.to_lm_eval(json.loads(results.dumps(make_record())))
+    shaped = results.to_lm_eval(json.loads(durable.dumps(make_record())))
     assert shaped["results"]["mmlu"]["acc,none"] == 0.5
     assert shaped["results"]["mmlu"]["acc_stderr,none"] == 0.1
     assert shaped["results"]["mmlu_stem"]["acc_stderr,none"] == "N/A"

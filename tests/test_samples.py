@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from samples import (
+from sandbox.judge import Verdict
+from tasks.programs import (
     count_cores,
     count_workers,
     judge_file,
@@ -20,7 +21,6 @@ from samples import (
     read_problems,
     summarise,
 )
-from sandbox import Verdict
 
 GOOD = {"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(c): c()"}
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-import sandbox
-from sandbox import Sandbox, Verdict
+from sandbox import judge as judge_module
+from sandbox.judge import Sandbox, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 HONEST = "def solve(x):\n    return x + 1\n"
@@ -32,7 +32,7 @@ def available(tier):
         return False
 
 
-TIERS = [tier for tier in sandbox.TIERS if available(tier)]
+TIERS = [tier for tier in judge_module.TIERS if available(tier)]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_a_timeout_is_a_verdict_given_in_time(hasty):
     verdict = hasty.judge("def solve(x):\n", "    while True: pass\n", TEST, "solve")
     assert (verdict.kind, verdict.passed) == ("timeout", False)
     assert verdict.detail == verdict.result == "timed out"
-    assert 2 <= verdict.seconds < 2 + sandbox.GRACE
+    assert 2 <= verdict.seconds < 2 + judge_module.GRACE
 
 
 def test_arguments_that_a_function_changes_are_changed_for_the_tests(box):
@@ -337,7 +337,7 @@ def test_answers_that_hang_the_tests_are_a_timeout_and_the_worker_is_replaced(ha
     program = "def solve(x):\n    return range(1 << 60)\n"
     test = "def check(candidate):\n    assert sum(candidate(1)) == 0\n"  # in C: no alarm helps
     verdict = hasty.judge("", program, test, "solve")
-    assert verdict.kind == "timeout" and verdict.seconds < 2 + 2 * sandbox.GRACE
+    assert verdict.kind == "timeout" and verdict.seconds < 2 + 2 * judge_module.GRACE
     greedy = "def check(candidate):\n    assert list(candidate(1)) == []\n"
     assert hasty.judge("", program, greedy, "solve").kind in ("memory", "exception", "timeout")
     endless = "def check(candidate):\n    for _ in candidate(1): pass\n"
@@ -374,7 +374,7 @@ def test_no_process_outlives_an_evaluator_that_is_killed():
     script = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from sandbox import Sandbox
+from sandbox.judge import Sandbox
 with Sandbox(workers=2) as box:
     box.submit("", "def solve(x):\\n    while True: pass\\n", {TEST!r}, "solve")
     print("ready", flush=True)
@@ -429,12 +429,12 @@ def test_the_canary_sees_what_an_open_cage_lets_through():
     """Negative control: without a cage the canary must not pass for any tier."""
     config = {"tier": "none", "timeout": 20.0, "memory_mb": 1024, "packages": []}
     old = signal.getsignal(signal.SIGALRM)
-    judge = sandbox._Judge(config)
+    judge = judge_module._Judge(config)
     try:
-        for tier in sandbox.TIERS:
+        for tier in judge_module.TIERS:
             with pytest.raises(OSError, match=r"canary: could (read a file|be root)"):
-                sandbox._run_canary(judge, {**config, "tier": tier})
-        sandbox._run_canary(judge, config)
+                judge_module._run_canary(judge, {**config, "tier": tier})
+        judge_module._run_canary(judge, config)
     finally:
         judge.close()
         signal.signal(signal.SIGALRM, old)
@@ -442,7 +442,7 @@ def test_the_canary_sees_what_an_open_cage_lets_through():
 
 def test_no_tier_is_a_refusal_that_names_the_probe_unless_unsafe(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr(sandbox, "TIERS", ("B",))
+    monkeypatch.setattr(judge_module, "TIERS", ("B",))
     with (
         pytest.raises(
             ValueError, match=r"no sandbox works here \(B: bwrap: not installed\).*unsafe"
@@ -485,10 +485,10 @@ def test_bad_options_are_refused(wrong, message):
 def test_kinds_of_root_still_get_a_cage(prefix):
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip(f"cannot run {prefix[0]} here")
-    command = [*prefix, sys.executable, str(ROOT / "sandbox.py")]
+    command = [*prefix, sys.executable, str(ROOT / "sandbox" / "judge.py")]
     lines = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout.splitlines()
     assert len(lines) == 3
-    for tier, line in zip(sandbox.TIERS, lines, strict=True):
+    for tier, line in zip(judge_module.TIERS, lines, strict=True):
         if tier in TIERS and tier != "B" and prefix[0] == "unshare":
             assert line.startswith(f"{tier} (")
         assert line.startswith((f"{tier} (", f"no sandbox works here ({tier}: "))
@@ -517,7 +517,8 @@ def start_battery(folder, tier, nobody):
         if os.geteuid() != 0 or not (python := interpreter_for_everybody()):
             return None
         options = {"user": 65534, "group": 65534, "extra_groups": []}
-    for path in [ROOT / "sandbox.py", ROOT / "jail.py", *(ROOT / "tests/hostile").glob("*.*")]:
+    shutil.copytree(ROOT / "sandbox", folder / "sandbox", ignore=shutil.ignore_patterns("*.pyc"))
+    for path in (ROOT / "tests/hostile").glob("*.*"):
         shutil.copy(path, folder)
     folder.chmod(0o755)
     config = json.dumps({"tier": tier, "timeout": 0.5})
@@ -560,7 +561,7 @@ def test_hostile_programs(open_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nobody", [False, True])
-@pytest.mark.parametrize("tier", sandbox.TIERS)
+@pytest.mark.parametrize("tier", judge_module.TIERS)
 def test_hostile_programs_in_every_tier_and_as_every_user(open_folder, tier, nobody):
     if tier not in TIERS and not nobody:
         pytest.skip(f"tier {tier} is not available to this user")

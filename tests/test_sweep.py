@@ -22,14 +22,13 @@ import yaml
 
 import checkpoint
 import eval as perplexity_eval
-import lease
-import ledger
 import mmlu_eval
 import results
 import sweep
 from config import GPTConfig
 from dataset import build_tokenizer
 from model import GPTModel
+from sweeping import lease, ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = GPTConfig(vocab_size=257, max_position_embeddings=256, n_layers=1, n_heads=2, d_model=16,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import results
 import train
 from config import GPTConfig
 from dataset import TrainBatches, build_tokenizer, open_stream
@@ -227,7 +228,7 @@ def test_errors_are_plain(shard, tmp_path):
 def test_toy_data_and_held_out_tail(tmp_path):
     args = train.parse(["--use-toy-data", "--checkpoint-path", str(tmp_path)])
     tokenizer, head, tail = train.open_data(args)
-    text = b"".join(path.read_bytes() + b"\xff" for path in sorted(ROOT.glob("*.py")))
+    text = b"".join(path.read_bytes() + b"\xff" for path in results.source_files())
     assert len(head) + len(tail) == len(text)
     assert len(tail) == pytest.approx(0.1 * len(text), abs=1)
     joined = [*head.read(0, len(head)), *tail.read(0, len(tail))]

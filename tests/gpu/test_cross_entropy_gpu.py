@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cross_entropy import cross_entropy, head_cross_entropy
+from gpu_kernels.cross_entropy import cross_entropy, head_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 SHAPES = [(7, 50304, 50257), (33, 4096, 4096), (5, 64, 50), (1, 8192, 4097)]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import decode_attention
-import engine
+from backends import engine
+from backends.engine import generate
 from config import GPTConfig
-from engine import generate
+from gpu_kernels import decode_attention
 from model import GPTModel
 from tokenizer import build_tokenizer
 

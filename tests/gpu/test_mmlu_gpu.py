@@ -16,7 +16,7 @@ import checkpoint
 from config import GPTConfig, load_config
 from mmlu_eval import evaluate_mmlu
 from model import GPTModel
-from questions import LETTERS, load_template, read_data
+from tasks.questions import LETTERS, load_template, read_data
 from tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -160,7 +160,7 @@ def judge_honest(box, name, test):
 
 def judge_all(world, config):
     """Run every program and check the world after it; (count, failures)."""
-    from sandbox import GRACE, Sandbox
+    from sandbox.judge import GRACE, Sandbox
 
     honest_test = (
         "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 3\n"

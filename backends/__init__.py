@@ -1,0 +1,1 @@
+"""Who answers: scoring, continuations and generation of a model."""

@@ -1,0 +1,1 @@
+"""The back rooms of compute.py: what a model costs, without torch."""

@@ -1,0 +1,1 @@
+"""How weights and tokens lie in files: one file a format."""

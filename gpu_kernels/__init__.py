@@ -1,0 +1,1 @@
+"""Kernels for the GPU, each beside its plain PyTorch twin."""

@@ -1,0 +1,1 @@
+"""One file for each process that judging a program takes."""
