@@ -353,7 +353,8 @@ def test_keys_depend_on_what_they_should():
 
 def test_code_version_follows_every_form_of_import(tmp_path):
     counts = {
-        "job.py": "import os\nimport room\ndef f():\n    from lazy import x\n    import rooms.deep.well\n",
+        "job.py": "import os\nimport room\n"
+        "def f():\n    from lazy import x\n    import rooms.deep.well\n",
         "room.py": "import cellar, numpy\nfrom rooms import north\n",
         "cellar.py": "import room  # a cycle",
         "lazy.py": "x = 1",
@@ -411,8 +412,8 @@ import {script}, cli
 try:
     {script}.main({argv!r})
 finally:
-    files = [getattr(m, "__file__", None) for m in list(sys.modules.values())]
-    print("LOADED", *[f for f in files if f and f.startswith({root!r}) and "/." not in f], sep="\\n")
+    files = [getattr(m, "__file__", None) or "" for m in list(sys.modules.values())]
+    print("LOADED", *[f for f in files if f.startswith({root!r}) and "/." not in f], sep="\\n")
 """
 
 
@@ -421,11 +422,15 @@ def test_code_version_sees_every_module_that_a_script_loads(script, tmp_path):
     saved = builders.saved_checkpoint(tmp_path / "run")
     argv = ["--checkpoint-path", saved, "--device", "cpu", "--results-dir", tmp_path / "results"]
     argv += {
-        "eval": ["--data-mode", "fineweb_npy", "--seq-len", "16"]
-        + ["--val-npy", builders.token_shard(tmp_path / "x.npy")],
+        "eval": [
+            *("--data-mode", "fineweb_npy", "--seq-len", "16"),
+            *("--val-npy", builders.token_shard(tmp_path / "x.npy")),
+        ],
         "mmlu_eval": ["--data-path", builders.small_mmlu(tmp_path / "mmlu")],
-        "humaneval_eval": ["--max-new-tokens", "4"]
-        + ["--data-path", builders.small_humaneval(tmp_path / "p.jsonl")],
+        "humaneval_eval": [
+            *("--max-new-tokens", "4"),
+            *("--data-path", builders.small_humaneval(tmp_path / "p.jsonl")),
+        ],
     }[script]
     program = LOADED.format(root=str(ROOT), script=script, argv=[str(word) for word in argv])
     out = subprocess.run(
