@@ -1,8 +1,13 @@
 """What the command lines of all scripts share: flags, exit codes, signals, progress.
 
+    @dataclass(frozen=True)
+    class Options:                                  # the flags, YAML keys and keywords of a script
+        limit: int | None = option(None, "the first so many questions", type=positive_int)
+
     def main(argv=None):
-        args = parser(__doc__).parse_args(argv)
-        ...
+        p = parser(__doc__)
+        add_options(p, Options)
+        options = read_options(Options, p.parse_args(argv))
 
     if __name__ == "__main__":
         cli.run(main)
@@ -19,6 +24,8 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import MISSING, field, fields, is_dataclass
+from typing import Any
 
 DTYPES = {
     "fp32": "float32",
@@ -65,6 +72,65 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"needs a positive whole number, not {text!r}")
     return value
+
+
+def option(default: Any = MISSING, help: str | None = None, **argument: Any) -> Any:
+    """A dataclass field that is also a flag, `--name-of-the-field`. argument: what argparse's
+    add_argument takes (type, choices, nargs, metavar, action); without it a bool is a switch."""
+    return field(default=default, metadata={"help": help, **argument})
+
+
+def add_options(p, *kinds: Any) -> None:
+    """A flag for each option of dataclasses (or of instances, whose values are the defaults). A
+    field that is a dataclass stands for its own options."""
+    for kind in kinds:
+        for f in fields(kind):
+            default = getattr(kind, f.name, f.default)
+            if is_dataclass(default):
+                add_options(p, default)
+            elif "help" in f.metadata:
+                p.add_argument(
+                    flag_of(f.name), dest=f.name, default=default, **_argument(f, default)
+                )
+
+
+def _argument(f, default) -> dict:
+    argument = dict(f.metadata)
+    if isinstance(default, bool) and not argument.keys() & {"action", "choices", "type"}:
+        argument["action"] = "store_true"
+    if default is MISSING:
+        argument["required"] = True
+    return argument
+
+
+def read_options(kind: Any, values: Any) -> Any:
+    """An instance of an options dataclass (or of an instance's, for its defaults) from a mapping or
+    an argparse namespace; lists become tuples. ValueError names what it has no option for."""
+    given = values if isinstance(values, dict) else vars(values)
+    cls, chosen = kind if isinstance(kind, type) else type(kind), {}
+    for f in fields(cls):
+        default = getattr(kind, f.name, f.default)
+        if is_dataclass(default):
+            chosen[f.name] = read_options(default, given)
+        elif f.name in given:
+            value = given[f.name]
+            chosen[f.name] = tuple(value) if isinstance(value, list) else value
+        elif default is not MISSING:
+            chosen[f.name] = default
+    return cls(**chosen)
+
+
+def option_names(kind: Any) -> list[str]:
+    """The options' names, those of nested dataclasses among them."""
+    names = []
+    for f in fields(kind):
+        default = getattr(kind, f.name, f.default)
+        names += option_names(default) if is_dataclass(default) else [f.name]
+    return names
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def add_precision_flags(p) -> None:

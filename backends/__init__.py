@@ -1,1 +1,115 @@
-"""Who answers: scoring, continuations and generation of a model."""
+"""Who answers: a model as three verbs, wherever it runs. No torch here.
+
+    totals = backend.score_windows(stream, windows, batch_size)         # nats of every token
+    scores = backend.score_rows(rows, max_tokens)       # log-probabilities after shared prefixes
+    for sample in backend.generate(prompts, sampling, n_samples):       # as they are finished
+        ...
+
+local.py is a torch model on these ranks, whatever module is inside; an endpoint is the same over
+HTTP. An evaluation asks a backend for nothing else.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import cli
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model before it runs, from a checkpoint's headers or a server's answers.
+
+    context: positions it can hold, None if nobody says. dtype: by name. tokenizer: an object of
+    tokenizer.py, None where shards are scored that need none. shares_prefixes: whether a prefix is
+    run once for all rows that go on from it. lacks: {verb: why it cannot be had and the remedy}.
+    """
+
+    name: str
+    vocab_size: int
+    context: int | None
+    dtype: str
+    device: str = "cpu"
+    tokenizer: Any = None
+    shares_prefixes: bool = True
+    lacks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def kind(self) -> tuple:
+        """What a plan depends on: models of one kind share it."""
+        tokenizer = self.tokenizer and self.tokenizer.fingerprint
+        rest = self.vocab_size, self.context, self.dtype, self.device, self.shares_prefixes
+        return (tokenizer, *rest, self.lacks)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Flags of every script that draws, and columns on the device
+    (sampling.py). ValueError for a value out of range."""
+
+    max_new_tokens: int = cli.option(256, "tokens of a sample at most", type=cli.positive_int)
+    temperature: float = cli.option(0.0, "0: greedy, the likeliest token", type=float)
+    top_p: float = cli.option(1.0, "the fewest likeliest tokens of this share; 1: off", type=float)
+    top_k: int = cli.option(0, "the k likeliest tokens; 0: off", type=int)
+    stop: tuple[str, ...] = cli.option(
+        (),
+        "a sample ends before the first of these, \\n being a newline",
+        nargs="*",
+        metavar="TEXT",
+        type=lambda text: text.replace("\\n", "\n"),
+    )
+    seed: int = cli.option(42, "of the random numbers", type=int)
+
+    def __post_init__(self):
+        for name, right, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("stop", all(self.stop), "texts of a character or more"),
+        ):
+            if not right:
+                flag, value = cli.flag_of(name), getattr(self, name)
+                raise ValueError(f"{flag} must be {wanted}, not {value}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """text: what follows the prompt, cut before a stop string. token_ids: all that was generated,
+    end-of-sequence token excepted. finish_reason: "eos", "stop", or "length"."""
+
+    prompt_index: int
+    sample_index: int
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+
+
+class Backend(Protocol):
+    """A model on all ranks of `dist`; every rank calls a verb alike and gets the same from it, but
+    for `generate`, which gives a rank its own share."""
+
+    facts: Facts
+    dist: Any
+
+    def score_windows(self, stream, windows, batch_size: int, **options) -> Any:
+        """scoring.WindowTotals of windows over a token stream."""
+
+    def score_rows(self, rows, max_tokens: int, max_rows: int | None = None, **options) -> Any:
+        """continuations.RowScores of rows that go on from shared prefixes."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling | Sequence[Sampling],
+        n_samples: int = 1,
+        **options,
+    ) -> Iterator[Sample]:
+        """This rank's samples, each when it is finished."""
+
+    def cost(self, flops: float | None = None) -> dict:
+        """Of the last verb: seconds, peak memory, GPU, ranks, and model FLOPs utilisation."""
+
+    def ran(self) -> dict:
+        """How the last verb ran: the batch that memory held, compiled or not."""
