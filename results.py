@@ -205,6 +205,13 @@ def checkpoint_of(info) -> dict:
     return (info() if callable(info) else info) or IN_MEMORY
 
 
+def metric(value, stderr=None, n=None, better: str = "higher") -> dict:
+    """A metric as records hold it; n counts the examples behind it."""
+    assert better in ("higher", "lower"), f"better {better!r}"
+    found = {"value": value, "stderr": stderr, "n": n, "better": better}
+    return {name: x for name, x in found.items() if name in ("value", "better") or x is not None}
+
+
 def new_record(
     evaluation: str,
     metrics: dict,
@@ -219,6 +226,8 @@ def new_record(
     code: str | None = None,
     status: str = "ok",
     reason: str | None = None,
+    examples: dict | None = None,
+    words=(),
 ) -> dict:
     """A record as SCHEMA has it. `configuration` is what was asked for, where the protocol also
     says what came of it (a batch halved for memory); `checkpoint` is what `checkpoint_of` takes;
@@ -251,6 +260,8 @@ def new_record(
         "code_version": code,
         "resume_key": key,
         "files": {},
+        "examples": examples,
+        "words": list(words),
     }
 
 

@@ -612,3 +612,21 @@ def _features(values) -> frozenset:
     noisy = values["temperature"] > 0
     used = {"n": noisy, "k": noisy & (values["top_k"] > 0), "p": noisy & (values["top_p"] < 1)}
     return frozenset(name for name, where in used.items() if where.any())
+
+
+_generate = generate
+
+
+def generate(model, prompts, sampling, **options):
+    s = sampling
+    return _generate(
+        model,
+        prompts,
+        max_new_tokens=s.max_new_tokens,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k,
+        stop=s.stop,
+        seed=s.seed,
+        **options,
+    )

@@ -28,6 +28,7 @@ import numpy as np
 
 import cli
 import durable
+import results
 import stats
 from sandbox.judge import Sandbox
 
@@ -256,7 +257,7 @@ def summarise(tally, ks):
     """(metrics, breakdown, arrays) of a record."""
     n = np.array([kinds.total() for kinds in tally.values()])
     c = np.array([kinds["passed"] for kinds in tally.values()])
-    metrics = {f"pass@{k}": stats.pass_at_k_summary(n, c, k) for k in ks}
+    metrics = {f"pass@{k}": results.metric(**stats.pass_at_k_summary(n, c, k)) for k in ks}
     total = sum(tally.values(), Counter())
     breakdown = {
         "task": {
@@ -264,11 +265,13 @@ def summarise(tally, ks):
         },
         "failure": {kind: count for kind, count in total.most_common() if kind != "passed"},
     }
-    return metrics, breakdown, {"n": n, "c": c, "task_id": np.array(list(tally))}
+    arrays = {"n": n, "c": c, "task_id": np.array(list(tally))}
+    arrays |= {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
+    return metrics, breakdown, arrays
 
 
 def share(passed: int, n: int) -> dict:
-    return {"value": passed / n, "stderr": stats.proportion_stderr(passed / n, n), "n": n}
+    return results.metric(passed / n, stats.proportion_stderr(passed / n, n), n)
 
 
 def all_ks(ks, num_samples) -> list[int]:
