@@ -210,19 +210,3 @@ def test_a_reader_that_has_enough_ends_the_script_quietly(flags):
     out = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert (out.returncode, out.stderr) == (141, "")
-
-
-def test_contradicting_precision_flags_are_refused():
-    import cli
-
-    def dtype(*flags):
-        p = cli.parser("x")
-        cli.add_precision_flags(p)
-        return cli.resolve_dtype(p.parse_args(flags), "cuda")
-
-    assert dtype() == "bfloat16"
-    assert dtype("--no-amp") == "float32"
-    assert dtype("--bf16", "--dtype", "bf16") == "bfloat16"
-    assert dtype("--dtype", "fp16") == "float16"
-    with pytest.raises(ValueError, match="--bf16 and --no-amp contradict"):
-        dtype("--bf16", "--no-amp")
