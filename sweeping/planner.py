@@ -49,7 +49,7 @@ class Entry:
         own = [
             f"{name.replace('_', '-')}={_text(value)}"
             for name, value in self.asked.items()
-            if any(other[name] != value for other in others)
+            if value not in (None, ()) and any(other[name] != value for other in others)
         ]
         return replace(self, label=" ".join([self.evaluation.name, *own]))
 

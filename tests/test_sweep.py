@@ -293,7 +293,7 @@ def test_two_evaluations_of_a_kind_are_told_apart(run_dir, data, tmp_path, capsy
     assert labels == [
         "mmlu template=lm_eval scoring=letter",
         "mmlu template=continuation scoring=continuation",
-        "mmlu limit=3 template=lm_eval scoring=letter",
+        "mmlu template=lm_eval scoring=letter limit=3",
     ]
     names = [label.replace(" ", "_") + "/accuracy" for label in labels]
     assert all(logged.count(name) == 1 for name in names)

@@ -29,7 +29,7 @@ def test_a_label_is_the_name_and_what_sets_an_entry_apart():
     shard = {"data-mode": "fineweb_npy", "val-npy": "x.npy"}
     assert labels(PERPLEXITY, shard) == ["perplexity"]
     assert labels(PERPLEXITY, shard, shard | {"seq-len": 32}) == [
-        "perplexity seq-len=None",
+        "perplexity",
         "perplexity seq-len=32",
     ]
     both = {"data-path": "m", "template": ["lm_eval", "continuation"]}
@@ -44,7 +44,7 @@ def test_a_label_is_the_name_and_what_sets_an_entry_apart():
     ]
     byte = {"tokenizer-name": "byte"}
     assert labels(MMLU, {"data-path": "m"}, {"data-path": "m"} | byte) == [
-        "mmlu tokenizer-name=None",
+        "mmlu",
         "mmlu tokenizer-name=byte",
     ]
 
