@@ -21,7 +21,7 @@ from model import GPTModel
 from tokenizer import HuggingFaceTokenizer, build_tokenizer
 from transformers_model import TransformersModel
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {
     "norm": "rmsnorm", "position": "rope", "gated_mlp": True, "activation": "silu", "bias": False,
     "n_kv_heads": 2, "tie_embeddings": False,
@@ -323,7 +323,7 @@ RANKS = """
 def on_ranks(tmp_path, n):
     script = tmp_path / "ranks.py"
     script.write_text(
-        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/backends')!r}]\n"
         "import distributed\nwith distributed.setup('cpu') as dist:" + RANKS
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
