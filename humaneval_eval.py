@@ -456,21 +456,24 @@ class Job:
 
     def draw(self, known, batch_size, units):
         """Yield entries of samples as they finish, journaled and in `known`."""
+        from backends import Sampling
         from backends.engine import generate
 
         protocol, at = self.protocol, {task: i for i, task in enumerate(self.tasks)}
         for sample in generate(
             self.model,
             self.prompts,
+            Sampling(
+                max_new_tokens=protocol["max_new_tokens"],
+                temperature=protocol["temperature"],
+                top_p=protocol["top_p"],
+                top_k=protocol["top_k"],
+                stop=tuple(protocol["stop"]),
+                seed=protocol["seed"],
+            ),
             tokenizer=self.tokenizer,
             n_samples=protocol["num_samples"],
-            max_new_tokens=protocol["max_new_tokens"],
-            temperature=protocol["temperature"],
-            top_p=protocol["top_p"],
-            top_k=protocol["top_k"],
-            stop=protocol["stop"],
             eos_ids=end_tokens(self.tokenizer, self.model),
-            seed=protocol["seed"],
             keys=self.tasks,
             done={(at[task], s) for task, s in known},
             batch_size=batch_size,

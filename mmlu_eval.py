@@ -31,6 +31,7 @@ import torch
 import checkpoint as checkpoints
 import cli
 import compute
+from backends import Sampling
 from backends.engine import generate
 from backends.scoring import (
     Continuations,
@@ -119,7 +120,7 @@ def generate_answers(model, tokenizer, prompts: Prompts, batch_size, dist) -> An
         for sample in generate(
             model,
             [ids.tolist() for ids in prompts.rows.ids],
-            max_new_tokens=MAX_NEW_TOKENS,
+            Sampling(max_new_tokens=MAX_NEW_TOKENS),
             eos_ids=() if eos is None else (eos,),
             batch_size=batch_size,
             dist=dist,

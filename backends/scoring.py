@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 import compute
+from backends.kvcache import PrefixCache
 from costs.formulas import CHUNK_TOKENS
 from distributed import print0
 from gpu_kernels.cross_entropy import IGNORE
-from model import KVCache, attention_without_plans
+from model import attention_without_plans
 
 # ---------------------------------------------------------------------------------------------
 # Tokens
@@ -484,11 +485,12 @@ def deal_batches(rows: Continuations, batches: list[Batch], world_size: int) -> 
 
 
 def make_prefix_cache(model, prefix, device):
-    """A KVCache that holds `prefix` (token ids [P]) for any number of rows; None if P is 0."""
+    """A PrefixCache that holds `prefix` (token ids [P]) for any number of rows; None if P is 0."""
     if len(prefix) == 0:
         return None
-    cache = KVCache(model, prefix_len=len(prefix))
-    model.hidden(torch.as_tensor(np.asarray(prefix, np.int64), device=device)[None], cache=cache)
+    cache = PrefixCache(model, len(prefix))
+    ids = torch.as_tensor(np.asarray(prefix, np.int64), device=device)[None]
+    model.hidden(ids, cache=cache.filling())
     return cache
 
 
