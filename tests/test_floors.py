@@ -16,8 +16,9 @@ FLOORS = [
     "gpu_kernels/decode_attention sandbox/jail sweeping/lease",
     "results sandbox/judge costs/formulas formats/tensorfiles model",
     "dataset transformers_model formats/layouts compute tasks/questions tasks/programs "
-    "sweeping/ledger backends/engine",
-    "checkpoint backends/scoring",
+    "sweeping/ledger",
+    "checkpoint backends/kvcache backends/sampling",
+    "backends/engine backends/scoring",
     "tasks/prompts",
     "train eval mmlu_eval humaneval_eval report",
     "sweep",
