@@ -35,10 +35,11 @@ import torch
 from torch import nn
 
 import cli
-from config import GPTConfig, UnsupportedArchitecture, config_to_hf, load_config
+from config import GPTConfig, load_config
 from durable import dumps, fsync
 from formats import layouts, tensorfiles
 from formats.tensorfiles import FLOATS, Stored, one_line
+from hf_config import UnsupportedArchitecture, config_to_hf
 from model import GPTModel
 from tokenizer import TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes

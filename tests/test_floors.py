@@ -12,6 +12,7 @@ PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
 # Each room imports only from floors above its own, here; inside a folder, only from files named
 # earlier.
 FLOORS = [
+    "hf_config",
     "cli stats durable distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/jail sweeping/lease",
     "results sandbox/judge costs/formulas formats/tensorfiles model",
@@ -22,8 +23,8 @@ FLOORS = [
     "train eval mmlu_eval humaneval_eval report",
     "sweep",
 ]
-NO_TORCH = "cli stats durable config results costs/formulas compute sandbox/jail sandbox/judge"
-NO_TORCH += " tasks/programs"
+NO_TORCH = "cli stats durable hf_config config results costs/formulas compute sandbox/jail "
+NO_TORCH += "sandbox/judge tasks/programs"
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 ORDER = {room: i for i, room in enumerate(" ".join(FLOORS).split())}
 ROOMS = sorted(
