@@ -39,8 +39,10 @@ def number(name: str, value, kind: type = float) -> int | float:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             taken = kind(value)
-    if type(taken) is int or (kind is type(taken) is float and math.isfinite(taken)):
+    if type(taken) is int:
         return taken
+    if kind is float and isinstance(taken, float) and math.isfinite(taken):
+        return float(taken)  # numpy's float64 is a float too
     raise ValueError(f"{name} must be a{'n integer' if kind is int else ' number'}, not {value!r}")
 
 

@@ -15,8 +15,9 @@ FLOORS = [
     "hf_config",
     "cli stats durable distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/jail sweeping/lease",
-    "results sandbox/judge costs/formulas formats/tensorfiles model",
-    "dataset transformers_model formats/layouts compute tasks/questions tasks/programs "
+    "results sandbox/judge costs/formulas formats/stored formats/tensorfiles model",
+    "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
+    "formats/training_state formats/native formats/pt_files compute tasks/questions tasks/programs "
     "sweeping/ledger backends/engine",
     "checkpoint backends/scoring",
     "tasks/prompts",
