@@ -239,6 +239,7 @@ def evaluate_perplexity(
             f"the model gives NaN or infinite losses, first in window {bad[0]}; no score is written"
         )
     protocol = data.protocol | {"dtype": dtype}
+    about = describe_data(data, totals)
     record = results.new_record(
         "perplexity",
         metrics_of(totals, data),
@@ -246,15 +247,32 @@ def evaluate_perplexity(
         run=run,
         checkpoint=checkpoint_info,
         configuration=configuration_of(data, dtype, batch_size),
-        data=describe_data(data, totals),
+        examples=EXAMPLES,
+        words=words_of(protocol) + results.data_words(about),
+        data=about,
         cost=cost_of(config, windows, totals, seconds, dist),
         breakdown={"file": by_file(totals, data.stream)},
         code=results.running_code(__file__, checkpoint.READ_WITH),
     )
     nll, count = totals.by_window()
-    arrays = {"nll": nll, "count": count.astype(np.int64)}
+    start, _ = windows.target_span(np.arange(len(windows)))
+    arrays = {"nll": nll, "count": count.astype(np.int64), "start": start}
     arrays |= {f"entry_{name}": getattr(totals, name) for name in totals.__dataclass_fields__}
     return record, arrays
+
+
+EXAMPLES = {
+    "unit": "windows",
+    "scores": {"loss": "nll"},
+    "weight": "count",
+    "labels": {"start": "from token {:,}"},
+}
+
+
+def words_of(protocol) -> list[str]:
+    bos = ["BOS"] if protocol["bos"] else []
+    window, stride = protocol["window"], protocol["stride"]
+    return [f"window {window}", f"stride {stride}", *bos, protocol["dtype"]]
 
 
 def warm_up(nll_fn, windows, batch_size, device) -> None:
@@ -275,16 +293,13 @@ def metrics_of(totals, data) -> dict:
         loss, stderr = totals.loss, stats.ratio_stderr(nll, count)
     perplexity = float(np.exp(loss)) if loss < 700 else float("inf")
     metrics = {
-        "loss": {"value": loss, "stderr": stderr, "n": n},
-        "perplexity": {"value": perplexity, "stderr": perplexity * stderr, "n": n},
+        "loss": results.metric(loss, stderr, n, "lower", "nats per token"),
+        "perplexity": results.metric(perplexity, perplexity * stderr, n, "lower"),
     }
     if totals.bits_per_byte is not None:
         ratio = totals.bits_per_byte / loss if loss else 0.0
-        metrics["bits_per_byte"] = {
-            "value": totals.bits_per_byte,
-            "stderr": stderr * ratio,
-            "n": n,
-        }
+        bits = totals.bits_per_byte
+        metrics["bits_per_byte"] = results.metric(bits, stderr * ratio, n, "lower")
     return metrics
 
 

@@ -41,6 +41,7 @@ from tasks.programs import (
     count_kinds,
     count_workers,
     data_hash,
+    examples_of,
     find_task,
     judge_file,
     print_example,
@@ -234,6 +235,7 @@ def evaluate_humaneval(
     tally = count_kinds(problems, judged)
     metrics, breakdown, arrays = summarise(tally, ks)
     breakdown["finish"] = dict(Counter(entry["finish"] for entry in entries).most_common())
+    about = {"files": [Path(data_path).name], "hash": data_hash(problems), "tasks": len(problems)}
     record = results.new_record(
         "humaneval",
         metrics,
@@ -241,7 +243,9 @@ def evaluate_humaneval(
         run=run,
         checkpoint=info,
         configuration=configuration_of(asked_for),
-        data={"files": [Path(data_path).name], "hash": data_hash(problems), "tasks": len(problems)},
+        examples=examples_of(metrics),
+        words=words_of(asked_for) + results.data_words(about),
+        data=about,
         cost=cost,
         breakdown=breakdown,
         code=results.running_code(__file__, CODE_BESIDE),
@@ -299,6 +303,15 @@ def configure(
         "sandbox_tier": sandbox["tier"],
         "unsafe_no_sandbox": sandbox["unsafe"],
     }
+
+
+def words_of(protocol) -> list[str]:
+    words = ["BOS"] if protocol["bos"] else []
+    words += [f"{protocol['num_samples']} samples", f"temperature {protocol['temperature']}"]
+    words += [f"top-p {protocol['top_p']}", protocol["dtype"]]
+    if protocol["limit"]:
+        words.append(f"limit {protocol['limit']}: not a score")
+    return words
 
 
 CODE_BESIDE = (

@@ -41,17 +41,19 @@ from backends.scoring import (
     score_continuations,
 )
 from distributed import Dist, print0, setup
+from durable import dumps, write_atomic
 from results import (
-    dumps,
+    data_words,
+    metric,
     new_record,
     resume_key,
     running_code,
     save_record,
-    write_atomic,
+    share,
 )
 from stats import (
     calibration,
-    proportion_stderr,
+    choice_logprob,
 )
 from tasks.prompts import MAX_NEW_TOKENS, PromptMaker, Prompts
 from tasks.questions import (
@@ -141,10 +143,9 @@ def first_letter(text: str) -> int:
 # Metrics
 
 
-def share(correct) -> dict:
-    """{value, stderr, n} of booleans [n]."""
-    p = float(np.mean(correct))
-    return {"value": p, "stderr": proportion_stderr(p, len(correct)), "n": len(correct)}
+def share_of(correct) -> dict:
+    """The metric of booleans [n]."""
+    return share(int(np.sum(correct)), len(correct))
 
 
 def mean_of_shares(shares) -> dict:
@@ -152,7 +153,8 @@ def mean_of_shares(shares) -> dict:
     questions in each as drawn: variances add."""
     values, errors = [s["value"] for s in shares], [s["stderr"] for s in shares]
     stderr = math.sqrt(sum(e * e for e in errors)) / len(errors)
-    return {"value": float(np.mean(values)), "stderr": stderr, "n": sum(s["n"] for s in shares)}
+    n = sum(s["n"] for s in shares)
+    return metric(float(np.mean(values)), stderr, n, unit="share")
 
 
 def accuracies(data, correct: dict) -> tuple[dict, dict]:
@@ -168,8 +170,8 @@ def accuracies(data, correct: dict) -> tuple[dict, dict]:
             (category, sorted({*category} - {""}), by_category),
         ):
             for group in groups:
-                out.setdefault(str(group), {})[name] = share(right[key == group])
-        metrics[name] = share(right)
+                out.setdefault(str(group), {})[name] = share_of(right[key == group])
+        metrics[name] = share_of(right)
         macro = name.replace("accuracy", "accuracy_macro")
         metrics[macro] = mean_of_shares([by_subject[s][name] for s in data.subjects])
     return metrics, {"category": by_category, "subject": by_subject}
@@ -201,15 +203,16 @@ def summarise(data, scoring, answers: Answers, gold):
         for i, letter in enumerate(LETTERS)
     }
     if scores is None:
-        metrics["answered"] = share(predicted >= 0)
+        metrics["answered"] = share_of(predicted >= 0)
     else:
         p = np.exp(scores - scores.max(-1, keepdims=True))
         p = (p / p.sum(-1, keepdims=True))[np.arange(len(p)), predicted]
         measured = calibration(p, right[:, 0])
-        metrics |= {"ece": measured["ece"], "brier": measured["brier"]}
+        metrics |= {name: metric(measured[name], better="lower") for name in ("ece", "brier")}
         breakdown["calibration"] = measured["bins"]
         best, second = np.sort(scores, -1)[:, :1:-1].T
-        metrics["ties"] = int((best == second).sum())
+        metrics["ties"] = metric(int((best == second).sum()), better="lower")
+        arrays["gold_logprob"] = choice_logprob(scores, gold[:, 0])
     if right.shape[1] > 1:
         add_permuted(metrics, breakdown, answers.predicted, right)
         arrays["correct_permuted"] = right
@@ -221,10 +224,31 @@ def add_permuted(metrics, breakdown, predicted, right) -> None:
     was drawn, and how often a question gets the same choice in all of them."""
     rotations, mean = right.shape[1], right.mean(axis=1)
     stderr = mean.std(ddof=1) / math.sqrt(len(mean)) if len(mean) > 1 else math.nan
-    metrics["accuracy_permuted"] = {"value": float(mean.mean()), "stderr": stderr, "n": len(mean)}
+    metrics["accuracy_permuted"] = metric(float(mean.mean()), stderr, len(mean), unit="share")
     chosen = np.where(predicted < 0, -1, (predicted + np.arange(rotations)) % len(LETTERS))
-    metrics["same_answer"] = share((chosen == chosen[:, :1]).all(axis=1) & (chosen[:, 0] >= 0))
-    breakdown["rotation"] = {str(r): {"accuracy": share(right[:, r])} for r in range(rotations)}
+    metrics["same_answer"] = share_of((chosen == chosen[:, :1]).all(axis=1) & (chosen[:, 0] >= 0))
+    breakdown["rotation"] = {str(r): {"accuracy": share_of(right[:, r])} for r in range(rotations)}
+
+
+def examples_of(arrays) -> dict:
+    scores = {"accuracy": "correct", "accuracy_normalised": "correct_normalised"}
+    return {
+        "unit": "questions",
+        "scores": {name: array for name, array in scores.items() if array in arrays},
+        "labels": {"subject": "{}", "question": "{}"},
+        "tie_break": {"accuracy": "gold_logprob"} if "gold_logprob" in arrays else {},
+    }
+
+
+def words_of(protocol) -> list[str]:
+    words = [protocol["template"], protocol["scoring"], f"{protocol['shots']}-shot"]
+    words += ["BOS"] if protocol["bos"] else []
+    words.append(protocol["dtype"])
+    if protocol["subjects"]:
+        words.append(f"{protocol['subjects']} subjects only: not a score")
+    if protocol["limit"]:
+        words.append(f"limit {protocol['limit']}: not a score")
+    return words
 
 
 def make_samples(data, prompts, answers: Answers, gold):
@@ -420,6 +444,12 @@ def run_task(model, task: Task, dist=None, checkpoint_info=None, run="run") -> d
         "shortened": int((prompts.shots < num_few_shot).sum()),
         "shots_kept": np.bincount(prompts.shots.ravel()).tolist(),  # prompts by examples kept
     }
+    about = {
+        "files": data.files,
+        "hash": data.hash,
+        "examples_hash": data.examples_hash,
+        "tokens": prompts.rows.unique_tokens(),
+    }
     record = new_record(
         "mmlu",
         metrics,
@@ -427,12 +457,9 @@ def run_task(model, task: Task, dist=None, checkpoint_info=None, run="run") -> d
         run=run,
         checkpoint=checkpoint_info,
         configuration=task.configuration,
-        data={
-            "files": data.files,
-            "hash": data.hash,
-            "examples_hash": data.examples_hash,
-            "tokens": prompts.rows.unique_tokens(),
-        },
+        examples=examples_of(arrays),
+        words=words_of(asked_for | came_of_it) + data_words(about),
+        data=about,
         cost=cost_of(model, prompts.rows, batches, seconds, dist),
         breakdown=breakdown,
         code=running_code(__file__, checkpoints.READ_WITH),
@@ -535,9 +562,11 @@ def print_details(record) -> None:
     bias = "  ".join(f"{k} {v['predicted']:.1%}/{v['gold']:.1%}" for k, v in letters.items())
     print0(f"{column_of(record)}: letters predicted/gold  {bias}")
     if "ece" in metrics:
-        print0(f"  calibration error {metrics['ece']:.4f}, Brier {metrics['brier']:.4f}")
-    if metrics.get("ties"):
-        print0(f"  ties between the best two answers, which go to the first: {metrics['ties']:,}")
+        ece, brier = metrics["ece"]["value"], metrics["brier"]["value"]
+        print0(f"  calibration error {ece:.4f}, Brier {brier:.4f}")
+    ties = metrics.get("ties", {}).get("value")
+    if ties:
+        print0(f"  ties between the best two answers, which go to the first: {ties:,}")
     if "answered" in metrics:
         print0(f"  gave a letter: {metrics['answered']['value']:.2%}")
     if "accuracy_permuted" in metrics:

@@ -22,17 +22,15 @@ from pathlib import Path
 import numpy as np
 
 import cli
+from durable import dumps, write_atomic
 from results import (
-    LOWER_IS_BETTER,
     SCHEMA_VERSION,
-    dumps,
     load_arrays,
     load_record,
     load_records,
     load_samples,
     scalars,
     utc_now,
-    write_atomic,
 )
 from stats import (
     bootstrap_ci,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import durable
 import results
+from sweeping.export import to_lm_eval
 
 
 class Ledger:
@@ -107,7 +108,7 @@ class Ledger:
         if self.args.lm_eval_json:
             root, path = Path(self.args.results_dir), Path(record["_path"])
             place = root / "lm_eval" / path.parent.relative_to(root)
-            durable.write_json(place / f"results_{path.name}", results.to_lm_eval(record))
+            durable.write_json(place / f"results_{path.name}", to_lm_eval(record))
 
 
 def digest(files: tuple) -> str:

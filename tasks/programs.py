@@ -28,6 +28,7 @@ import numpy as np
 
 import cli
 import durable
+import results
 import stats
 from sandbox.judge import Sandbox
 
@@ -256,19 +257,27 @@ def summarise(tally, ks):
     """(metrics, breakdown, arrays) of a record."""
     n = np.array([kinds.total() for kinds in tally.values()])
     c = np.array([kinds["passed"] for kinds in tally.values()])
-    metrics = {f"pass@{k}": stats.pass_at_k_summary(n, c, k) for k in ks}
+    metrics = {
+        f"pass@{k}": results.metric(**stats.pass_at_k_summary(n, c, k), unit="share") for k in ks
+    }
+    estimates = {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
     total = sum(tally.values(), Counter())
     breakdown = {
         "task": {
-            task: {"pass@1": share(kinds["passed"], kinds.total())} for task, kinds in tally.items()
+            task: {"pass@1": results.share(kinds["passed"], kinds.total())}
+            for task, kinds in tally.items()
         },
         "failure": {kind: count for kind, count in total.most_common() if kind != "passed"},
     }
-    return metrics, breakdown, {"n": n, "c": c, "task_id": np.array(list(tally))}
+    return metrics, breakdown, {"n": n, "c": c, "task_id": np.array(list(tally))} | estimates
 
 
-def share(passed: int, n: int) -> dict:
-    return {"value": passed / n, "stderr": stats.proportion_stderr(passed / n, n), "n": n}
+def examples_of(metrics) -> dict:
+    return {
+        "unit": "tasks",
+        "scores": {name: name for name in metrics},
+        "labels": {"task_id": "{}"},
+    }
 
 
 def all_ks(ks, num_samples) -> list[int]:

@@ -12,18 +12,19 @@ PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
 # Each room imports only from floors above its own, here; inside a folder, only from files named
 # earlier.
 FLOORS = [
-    "cli stats durable distributed config tokenizer gpu_kernels/cross_entropy "
+    "cli stats durable sources",
+    "distributed config tokenizer records_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/jail sweeping/lease",
     "results sandbox/judge costs/formulas formats/tensorfiles model",
     "dataset transformers_model formats/layouts compute tasks/questions tasks/programs "
-    "sweeping/ledger backends/engine",
+    "sweeping/export sweeping/ledger backends/engine",
     "checkpoint backends/scoring",
     "tasks/prompts",
     "train eval mmlu_eval humaneval_eval report",
     "sweep",
 ]
-NO_TORCH = "cli stats durable config results costs/formulas compute sandbox/jail sandbox/judge"
-NO_TORCH += " tasks/programs"
+NO_TORCH = "cli stats durable sources config results costs/formulas compute sandbox/jail "
+NO_TORCH += "sandbox/judge tasks/programs sweeping/export"
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 ORDER = {room: i for i, room in enumerate(" ".join(FLOORS).split())}
 ROOMS = sorted(

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import durable
 import results
 from durable import Journal, read_journal
+from sweeping.export import to_lm_eval
 
 ROOT = Path(results.__file__).parent
 
@@ -223,7 +224,10 @@ def test_journal_survives_kill_9_many_times(tmp_path):
 def make_record(**changes):
     fields = {
         "evaluation": "mmlu",
-        "metrics": {"accuracy": {"value": 0.5, "stderr": 0.1, "n": 26}, "ece": 0.25},
+        "metrics": {
+            "accuracy": results.metric(0.5, 0.1, 26),
+            "ece": results.metric(0.25, better="lower"),
+        },
         "protocol": {"shots": 5, "dtype": "float32"},
         "run": "base",
         "checkpoint": {"name": "checkpoint-10", "step": 10, "fingerprint": "ab" * 32},
@@ -245,7 +249,7 @@ def test_record_round_trip(tmp_path):
     assert path == directory / f"mmlu-{hashed[:8]}.json"
     assert sorted(p.suffix for p in directory.iterdir()) == [".json", ".jsonl", ".npz"]
     loaded = results.load_record(path)
-    assert {k: v for k, v in loaded.items() if k not in ("_path", "files")} == {
+    assert {k: v for k, v in loaded.items() if k[0] != "_" and k != "files"} == {
         k: v for k, v in json.loads(durable.dumps(record)).items() if k != "files"
     }
     back = results.load_arrays(loaded)
@@ -266,7 +270,7 @@ def test_documented_pandas_line_reads_records(tmp_path):
     pandas = pytest.importorskip("pandas")
     results.save_record(tmp_path / "results", make_record())
     results.save_record(
-        tmp_path / "results", make_record(evaluation="perplexity", metrics={"a": 1})
+        tmp_path / "results", make_record(evaluation="perplexity", metrics={"a": results.metric(1)})
     )
     files = glob.glob(str(tmp_path / "results/*/*/*.json"))
     table = pandas.json_normalize([json.load(open(p)) for p in files])  # noqa: SIM115
@@ -478,7 +482,7 @@ def test_scalars_are_flat_and_stable():
 
 
 def test_lm_eval_shape(tmp_path):
-    shaped = results.to_lm_eval(json.loads(durable.dumps(make_record())))
+    shaped = to_lm_eval(json.loads(durable.dumps(make_record())))
     assert shaped["results"]["mmlu"]["acc,none"] == 0.5
     assert shaped["results"]["mmlu"]["acc_stderr,none"] == 0.1
     assert shaped["results"]["mmlu_stem"]["acc_stderr,none"] == "N/A"
