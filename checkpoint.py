@@ -36,9 +36,9 @@ from torch import nn
 
 import cli
 from config import GPTConfig, UnsupportedArchitecture, config_to_hf, load_config
-from durable import dumps, fsync
+from durable import dumps, fsync, refuse_impostor
 from formats import layouts, tensorfiles
-from formats.tensorfiles import FLOATS, Stored, one_line
+from formats.tensorfiles import FLOATS, Stored
 from model import GPTModel
 from tokenizer import TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
@@ -90,11 +90,11 @@ def _files(weights: Path) -> list[Path]:
     """The files of an index, or the one file that it is."""
     if weights.suffix != ".json":
         return [weights]
-    tensorfiles.refuse_impostor(weights)
+    refuse_impostor(weights)
     try:
         names = sorted(set(json.loads(weights.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{weights} is no index of shards: {one_line(error)}") from None
+        raise ValueError(f"{weights} is no index of shards: {cli.first_line(error)}") from None
     for name in names:
         if type(name) is not str or Path(name).name != name or name == "..":
             raise ValueError(f"{weights} names {name!r}: a shard lies in the same directory")
@@ -774,7 +774,7 @@ def inspect(path, config: GPTConfig | None = None) -> dict:
     try:
         config = config_of(opened, config)
     except ValueError as error:
-        config, note = None, one_line(error)
+        config, note = None, cli.first_line(error)
     said = opened.rest | (_manifest(path) or {})
     sizes = {name: math.prod(t.shape) for name, t in opened.tensors.items()}
     if config is not None and config.tie_embeddings:

@@ -237,6 +237,13 @@ def run(main) -> None:
     sys.exit(code)
 
 
+def first_line(error: Exception) -> str:
+    """What a library's exception says, in brief: its first line, or its type if it is silent."""
+    text = str(error).strip().rpartition("WeightsUnpickler error:")[2]  # torch's advice is before
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def _report(error: Exception) -> None:
     """One line. Bad input fails every rank alike, so the others leave the word to rank 0, whose
     exit makes torchrun end them; a rank that failed alone is still there to speak."""

@@ -58,12 +58,12 @@ metrics         {name: {value, stderr?, n?, better, unit?}}. The order matters: 
                 name ("nats per token"), or absent
 examples        null | {unit, scores, weight?, labels?, tie_break?}: the values that are kept for
                 each example, for paired comparison. unit: what the examples are ("windows",
-                "questions", "tasks"). scores: {metric: array of the .npz, one value an example}, whose mean is
-                the metric; with weight, an array too, the metric is sum(scores) / sum(weight).
-                labels: {name: format}: what an example is called, in this order; the name is an
-                array's, or a field of the sample whose `id` is the example; the format holds one
-                {} or {:,}. tie_break: {metric: array}: of examples whose score changed alike,
-                those come first for which this moved most
+                "questions", "tasks"). scores: {metric: array of the .npz, a value an example},
+                whose mean is the metric; with weight, another array, it is sum(scores) /
+                sum(weight). labels: {name: format}: what an example is called, in this order; the
+                name is an array's, or a field of the sample whose `id` is the example; the format
+                holds one {} or {:,}. tie_break: {metric: array}: of examples whose score changed
+                alike, those come first for which this moved most
 words           the protocol in words, each a short text: "5-shot", "window 1024", "bfloat16".
                 "...: not a score" marks a part of the set
 breakdown       {dimension: {group: {name: metric as above, or a number}, or a number}}: by file,

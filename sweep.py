@@ -42,7 +42,6 @@ import mmlu_eval
 import results
 from config import load_config, load_yaml
 from distributed import print0
-from formats.tensorfiles import one_line
 from sandbox.judge import Sandbox
 from sweeping.lease import Leases
 from sweeping.ledger import Ledger
@@ -95,7 +94,7 @@ def on_main(dist, function, *args):
         try:
             result = function(*args)
         except (ValueError, OSError) as error:  # told to all ranks, which then end alike
-            problem = one_line(error)
+            problem = cli.first_line(error)
     result, problem = dist.broadcast((result, problem))
     if problem:
         raise ValueError(problem)
@@ -404,7 +403,7 @@ def reason_of(error: Exception) -> str:
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     expected = isinstance(error, (ValueError, OSError))
-    return one_line(error) if expected else f"{type(error).__name__}: {one_line(error)}"
+    return cli.first_line(error) if expected else f"{type(error).__name__}: {cli.first_line(error)}"
 
 
 class ReadAhead:

@@ -20,11 +20,12 @@ FLOORS = [
     "sweeping/export sweeping/ledger backends/engine",
     "checkpoint backends/scoring",
     "tasks/prompts",
+    "reporting/groups reporting/compare reporting/tables reporting/page",
     "train eval mmlu_eval humaneval_eval report",
     "sweep",
 ]
 NO_TORCH = "cli stats durable sources config results costs/formulas compute sandbox/jail "
-NO_TORCH += "sandbox/judge tasks/programs sweeping/export"
+NO_TORCH += "sandbox/judge tasks/programs sweeping/export report"
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 ORDER = {room: i for i, room in enumerate(" ".join(FLOORS).split())}
 ROOMS = sorted(
