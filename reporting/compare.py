@@ -69,15 +69,13 @@ def check_pair(a: Record, b: Record, x: Examples, y: Examples) -> None:
     hashes = a["data"].get("hash"), b["data"].get("hash")
     if hashes[0] != hashes[1]:
         raise ValueError(f"{name}: A and B saw different data (hashes {hashes})")
-    if (x.unit, len(x)) != (y.unit, len(y)) or not _equal(x.weight, y.weight):
-        raise ValueError(
-            f"{name}: A has {len(x):,} {x.unit}, B {len(y):,} {y.unit}, or their weights "
-            f"({a['examples'].get('weight')}) differ: the same tokenizer and protocol are needed"
-        )
-
-
-def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is b if a is None or b is None else np.array_equal(a, b)
+    differ = None
+    if (x.unit, len(x)) != (y.unit, len(y)):
+        differ = f"A has {len(x):,} {x.unit}, B {len(y):,} {y.unit}"
+    elif (x.weight is None) != (y.weight is None) or not np.array_equal(x.weight, y.weight):
+        differ = f"the weights of their {x.unit} differ ({a['examples'].get('weight')})"
+    if differ:
+        raise ValueError(f"{name}: {differ}: the same tokenizer and protocol are needed")
 
 
 def shared_metrics(a: Record, b: Record, x: Examples, y: Examples) -> list[str]:

@@ -1,6 +1,7 @@
 """Records made up for the tests of what reads them: the report, the ledger, results.py itself."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,26 @@ QUESTIONS = {
     "scores": {"accuracy": "correct"},
     "labels": {"subject": "{}", "question": "{}"},
 }
+
+
+def make_record(**changes):
+    """A small record of a four-choice set, with `changes`."""
+    fields = {
+        "evaluation": "mmlu",
+        "metrics": {
+            "accuracy": results.metric(0.5, 0.1, 26),
+            "ece": results.metric(0.25, better="lower"),
+        },
+        "protocol": {"shots": 5, "dtype": "float32"},
+        "run": "base",
+        "checkpoint": {"name": "checkpoint-10", "step": 10, "fingerprint": "ab" * 32},
+        "data": {"hash": "d" * 64},
+        "cost": {"seconds": 2.0},
+        "breakdown": {"category": {"stem": {"accuracy": {"value": 0.4, "stderr": None, "n": 9}}}},
+        "code": "c" * 64,
+    }
+    fields.update(changes)
+    return results.new_record(fields.pop("evaluation"), fields.pop("metrics"), **fields)
 
 
 def save(
@@ -58,6 +79,20 @@ def answers_record(directory, correct, arrays=None, tie_break=None, **more):
     examples = QUESTIONS | {"tie_break": {"accuracy": tie_break} if tie_break else {}}
     arrays = {"correct": correct} | (arrays or {})
     return save(directory, "mmlu", metrics, arrays, examples=examples, **more)
+
+
+def odd_records(directory):
+    """No metrics, null values, no step, unknown evaluations and breakdowns."""
+    save(directory, "mmlu", {})
+    save(directory, "mmlu", {"accuracy": None}, step=2)
+    save(directory, "mmlu", {"accuracy": float("nan")}, step=3)
+    save(directory, "gsm8k", {"exact_match": 0.25, "flag": True}, step=None)
+    odd = {"depth": {"1": 0.5, "2": {"value": 0.6}}, "text": "x", "calibration": None}
+    save(directory, "gsm8k", {"exact_match": 0.5}, step=5, breakdown=odd)
+    escape = save(directory, "mmlu", {"accuracy": 0.5}, run="a\x1b[2Jb", step=7)
+    record = json.loads(escape.read_text())
+    record["checkpoint"]["step"], record["data"]["tokens"] = "seven", "many"  # edited by hand
+    escape.write_text(json.dumps(record))
 
 
 def run_report(*arguments, **options):
