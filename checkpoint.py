@@ -376,7 +376,7 @@ def inspect(path: str | Path, config: GPTConfig | None = None) -> dict[str, Any]
         config = ckpt.config
         note = None if config else ckpt.problem
     except ValueError as error:
-        config, note = None, tensorfiles.one_line(error)
+        config, note = None, cli.first_line(error)
     sizes = {name: math.prod(t.shape) for name, t in ckpt.tensors.items()}
     if config is not None and config.tie_embeddings:
         sizes.pop("lm_head.weight", None)

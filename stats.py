@@ -158,6 +158,14 @@ def examples_to_resolve(diff: float, sd: float, power: float = 0.8, alpha: float
     return float(math.ceil(((z(1 - alpha / 2) + z(power)) * sd / diff) ** 2))
 
 
+def choice_logprob(logprobs: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    """log-probability [n], in nats, of the choice [n] among those offered, whose log-probabilities
+    [n, choices] need not add up to 1. NaN where all are impossible."""
+    total = np.logaddexp.reduce(logprobs, axis=1)
+    with np.errstate(invalid="ignore"):
+        return logprobs[np.arange(len(choice)), np.asarray(choice, int)] - total
+
+
 def calibration(probabilities, correct, bins: int = 10) -> dict:
     """Whether answers given with probability p are right p of the time.
 

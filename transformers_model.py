@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cli import first_line
 from config import GPTConfig
-from formats.tensorfiles import extremes, one_line, refuse_nonfinite
+from formats.tensorfiles import extremes, refuse_nonfinite
 from gpu_kernels.cross_entropy import cross_entropy
 
 
@@ -96,7 +97,7 @@ def transformers_sizes(path: Path) -> tuple[int, int | None]:
         return _sizes(AutoConfig.from_pretrained(path, local_files_only=True).get_text_config())
     except Exception as error:  # an edge: transformers raises what it likes
         raise ValueError(
-            f"{path}: transformers cannot read its config: {one_line(error)}"
+            f"{path}: transformers cannot read its config: {first_line(error)}"
         ) from error
 
 
@@ -109,7 +110,7 @@ def load_transformers(path: Path, dtype, device, config: GPTConfig | None) -> Tr
             path, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # an edge: transformers raises what it likes
-        raise ValueError(f"{path}: transformers cannot load it: {one_line(error)}") from error
+        raise ValueError(f"{path}: transformers cannot load it: {first_line(error)}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if told[what]:
             first = ", ".join(sorted(map(str, told[what]))[:5])

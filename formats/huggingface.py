@@ -12,7 +12,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
 from config import GPTConfig, read_json
+from durable import refuse_impostor
 from formats import Opened, layouts, tensorfiles
 from formats.stored import Stored
 from hf_config import UnsupportedArchitecture
@@ -65,11 +67,11 @@ def shard_files(index: Path) -> list[Path]:
     """The files of an index, or the one file that it is."""
     if index.suffix != ".json":
         return [index]
-    tensorfiles.refuse_impostor(index)
+    refuse_impostor(index)
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = tensorfiles.one_line(error)
+        why = cli.first_line(error)
         raise ValueError(f"{index} is no index of shards: {why}") from None
     for name in names:
         if type(name) is not str or Path(name).name != name or name == "..":

@@ -20,24 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import cli
+from durable import refuse_impostor
 from formats.stored import FLOATS, Stored, whole
 
 SAFETENSORS_DTYPES = {"F32": FLOATS[0], "BF16": FLOATS[1], "F16": FLOATS[2], "F64": FLOATS[3]}
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 MAX_HEADER = 10 << 20  # of a safetensors file; 20 MB take seconds to parse, honest ones have < 1 MB
 MAX_PICKLE = 64 << 20  # of a torch file's structure, without its tensors
-
-
-def refuse_impostor(path: Path) -> None:
-    """What a failed download leaves behind."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: it is still to be written, or the copy failed")
-    with open(path, "rb") as f:
-        head = f.read(64).lstrip().lower()
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(f"{path} is a web page, not a checkpoint: download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file: fetch it with `git lfs pull`")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -64,7 +54,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path} ({size:,} bytes) is truncated, still being written, or no safetensors file: "
-            f"{one_line(error)}"
+            f"{cli.first_line(error)}"
         ) from None
     header.pop("__metadata__", None)
     return {
@@ -167,7 +157,7 @@ def load_torch(path: Path, mapped: bool, place="cpu"):
             if not unsafe:
                 return torch.load(path, map_location=place, mmap=mapped, weights_only=True)
         except Exception as error:  # an edge: a hostile pickle can raise anything
-            raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+            raise ValueError(f"{path} cannot be read: {cli.first_line(error)}") from None
     raise ValueError(
         f"{path} holds {', '.join(sorted(unsafe)[:5])}: loading that could run code, so it is "
         "refused. Save state_dict() and plain values instead, where the file was made"
@@ -247,13 +237,6 @@ def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
         strides = None if t.is_contiguous() else strides
         table[name] = whole(path, offset, t.dtype, shape, records.get(start, ""), strides)
     return table
-
-
-def one_line(error: Exception) -> str:
-    """What an exception of a library says, in brief."""
-    text = str(error).strip().rpartition("WeightsUnpickler error:")[2]  # torch's advice is before
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def extremes(t: torch.Tensor) -> torch.Tensor:
