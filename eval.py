@@ -21,12 +21,12 @@ import torch
 
 import checkpoint
 import cli
-import compute
 import distributed
 import results
 import stats
 from backends import scoring
 from config import load_config
+from costs.flops import estimate_flops
 from dataset import RandomWindows, Windows, build_tokenizer, open_stream
 from distributed import print0
 
@@ -313,7 +313,7 @@ def describe_data(data, totals) -> dict:
 def cost_of(config, windows, totals, seconds, dist) -> dict:
     flops = None
     if config is not None:
-        flops = compute.estimate_flops(config, len(windows), windows.seq_len)["forward_causal"]
+        flops = estimate_flops(config, len(windows), windows.seq_len)["forward_causal"]
     return {
         "seconds": seconds["score"],
         "warm_up_seconds": seconds["warm_up"],

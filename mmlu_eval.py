@@ -30,7 +30,6 @@ import torch
 
 import checkpoint as checkpoints
 import cli
-import compute
 from backends.engine import generate
 from backends.scoring import (
     Continuations,
@@ -40,6 +39,7 @@ from backends.scoring import (
     plan_batches,
     score_continuations,
 )
+from costs.flops import estimate_flops
 from distributed import Dist, print0, setup
 from results import (
     dumps,
@@ -469,7 +469,7 @@ def cost_of(model, rows, batches, seconds, dist) -> dict:
 
 def unique_flops(config, rows: Continuations) -> float:
     """FLOPs of a forward over each prefix and each row once, the head at scored positions only."""
-    per_token = compute.estimate_flops(config, 1, 1)["parts"]
+    per_token = estimate_flops(config, 1, 1)["parts"]
     P = np.array([len(prefix) for prefix in rows.prefixes], dtype=np.float64)
     P = np.where(np.isin(np.arange(len(P)), rows.prefix), P, 0)
     T, before = rows.lengths.astype(np.float64), P[rows.prefix]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import compute
+from costs import gpus
 from costs.formulas import CHUNK_TOKENS
 from distributed import print0
 from gpu_kernels.cross_entropy import IGNORE
@@ -295,9 +295,9 @@ def device_cost(dist, flops: float | None, seconds: float) -> dict:
     if dist.device.type == "cuda":
         cost["gpu"] = torch.cuda.get_device_name(dist.device)
         cost["peak_memory_bytes"] = max(dist.gather(torch.cuda.max_memory_allocated(dist.device)))
-        gpu = compute.find_gpu(cost["gpu"])
+        gpu = gpus.find_gpu(cost["gpu"])
         if gpu is not None and flops is not None:
-            cost["mfu"] = compute.mfu(flops, seconds, dist.world_size, gpu)
+            cost["mfu"] = gpus.mfu(flops, seconds, dist.world_size, gpu)
     return cost
 
 

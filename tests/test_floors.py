@@ -13,16 +13,16 @@ PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
 # earlier.
 FLOORS = [
     "cli stats durable distributed config tokenizer gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention sandbox/jail sweeping/lease",
-    "results sandbox/judge costs/formulas formats/tensorfiles model",
-    "dataset transformers_model formats/layouts compute tasks/questions tasks/programs "
+    "gpu_kernels/decode_attention costs/gpus sandbox/jail sweeping/lease",
+    "results sandbox/judge costs/formulas costs/flops costs/memory costs/time formats/tensorfiles model",
+    "dataset transformers_model formats/layouts tasks/questions tasks/programs "
     "sweeping/ledger backends/engine",
     "checkpoint backends/scoring",
     "tasks/prompts",
-    "train eval mmlu_eval humaneval_eval report",
+    "train eval mmlu_eval humaneval_eval report compute",
     "sweep",
 ]
-NO_TORCH = "cli stats durable config results costs/formulas compute sandbox/jail sandbox/judge"
+NO_TORCH = "cli stats durable config results costs/gpus costs/formulas costs/flops costs/memory costs/time compute sandbox/jail sandbox/judge"
 NO_TORCH += " tasks/programs"
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 ORDER = {room: i for i, room in enumerate(" ".join(FLOORS).split())}
