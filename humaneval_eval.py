@@ -302,7 +302,9 @@ def configure(
 
 
 CODE_BESIDE = (
+    "sandbox/worker.py",
     "sandbox/jail.py",
+    "sandbox/frames.py",
     "formats/tensorfiles.py",
     "formats/layouts.py",
 )  # a program that is started, not imported

