@@ -1,0 +1,119 @@
+"""compute.py: the command, what it prints, and the names that others import from it."""
+
+import ast
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+from builders import ROOT, torchrun
+
+import compute
+from config import load_config
+from costs import flops, formulas, gpus, memory, time
+
+
+def compute_command(*arguments):
+    return torchrun(0, "compute.py", *arguments, code=None, timeout=60)
+
+
+def test_json_has_the_promised_fields():
+    report = json.loads(compute_command("--config", "7b", "--seq-len", "2048", "--json").stdout)
+    assert report["parameters"]["total"] == report["parameters"]["active"] == 6_738_415_616
+    assert report["flops"]["forward"] == 29_261_612_187_648
+    assert report["flops"]["forward_causal"] < report["flops"]["forward"]
+    assert report["flops"]["training"] == 3 * report["flops"]["forward"]
+    assert report["memory"]["peak_bytes"] == sum(report["memory"]["parts"].values())
+
+
+def test_explain_prints_each_formula_with_numbers_that_give_its_value():
+    lines = compute_command("--config", "qwen3-8b", "--explain", "--training").stdout.splitlines()
+    shown = [i for i, line in enumerate(lines) if line.startswith("  ") and line[2] != " "]
+    assert len(shown) > 50
+    for i in shown:
+        _, numbers, value = (line.strip("= ").split(" byte")[0] for line in lines[i + 1 : i + 4])
+        names = {"pairs": formulas.pairs, "slack": formulas.slack, "max": max, "min": min}
+        value = float(value.removesuffix(" FLOP").replace(",", ""))
+        assert eval(numbers, names) == pytest.approx(value, rel=1e-9), lines[i]
+
+
+def test_every_kind_of_input(tmp_path):
+    load_config("gpt2").save_pretrained(tmp_path / "ours")
+    (tmp_path / "my.yaml").write_text("n_layers: 2\nd_model: 64\nn_heads: 4\n")
+    (tmp_path / "gpu.yaml").write_text(
+        "bf16_flops: 1.0e+14\nfp32_flops: 1.0e+13\nbandwidth: 1.0e+12\nmemory: 5.0e+10\n"
+    )
+    for arguments in (
+        ("--config", tmp_path / "ours"),
+        ("--config", tmp_path / "ours" / "config.json", "--training"),
+        ("--config", tmp_path / "my.yaml", "--gpu", tmp_path / "gpu.yaml"),
+        ("--config", "7b", "--fits"),
+        ("--params", "7e9"),
+    ):
+        result = compute_command(*map(str, arguments))
+        assert result.returncode == 0 and len(result.stdout.splitlines()) > 5, result.stderr
+    assert "124,439,808" in compute_command("--config", str(tmp_path / "ours")).stdout
+
+
+def test_wrong_input_gets_one_line_and_exit_2(tmp_path):
+    (tmp_path / "step.pt").write_bytes(b"")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ckpt.pt").write_bytes(b"")
+    (tmp_path / "bad.yaml").write_text("flops: 3\n")
+    for arguments, expected in (
+        (("--config", tmp_path / "step.pt"), f"python checkpoint.py inspect {tmp_path}/step.pt"),
+        (("--config", tmp_path / "run"), f"python checkpoint.py inspect {tmp_path}/run"),
+        (("--config", "8b"), "presets are"),
+        (("--config", "7b", "--gpu", "z9"), "no GPU named 'z9'"),
+        (("--config", "7b", "--gpu", tmp_path / "bad.yaml"), "bf16_flops"),
+        (("--config", "7b", "--tp", "5"), "tp 5"),
+        (("--config", "7b", "--dtype", "int8", "--training"), "LoRA"),
+        (("--config", "7b", "--fsdp", "--zero", "1"), "contradicts"),
+        ((), "--config"),
+    ):
+        result = compute_command(*map(str, arguments))
+        assert result.returncode == 2 and expected in result.stderr, (arguments, result.stderr)
+        assert len(result.stderr.strip().splitlines()) == 1 and not result.stdout
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "timeline.png"
+    assert compute_command("--config", "gpt2", "--plot", str(path)).returncode == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_start_up_is_quick():
+    times = []
+    for _ in range(5):  # processor time: a busy machine is not our doing
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert compute_command("--config", "7b").returncode == 0
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
+    assert min(times) < 0.3, times
+
+
+def test_neither_compute_nor_config_imports_torch():
+    allowed = set(sys.stdlib_module_names) | {"config", "costs", "yaml", "matplotlib", "cli"}
+    for path in (ROOT / "compute.py", ROOT / "config.py", *(ROOT / "costs").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found = {node.module.split(".")[0]}
+            else:
+                continue
+            assert found <= allowed, (path, found)
+    program = (
+        "import compute, sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_names_that_others_import_from_compute_are_those_of_costs():
+    rooms = (flops, formulas, gpus, memory, time)
+    for name in set(compute.__all__) - {"load_gpu"}:
+        owners = [room for room in rooms if getattr(room, name, None) is getattr(compute, name)]
+        assert owners, name
