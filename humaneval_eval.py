@@ -424,7 +424,7 @@ HUMANEVAL = Evaluation(
     table=print_table,
     check=check,
     samples="always",
-    programs=("sandbox/jail.py",),
+    programs=("sandbox/worker.py", "sandbox/jail.py", "sandbox/frames.py"),
 )
 
 
