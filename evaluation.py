@@ -109,7 +109,7 @@ class Evaluation:
 
     def code_version(self, *rooms: str) -> str:
         """Of the code that makes its numbers, `rooms` being the format and the backend."""
-        return results.running_code(self.script, (*rooms, *self.programs))
+        return results.running_code(self.script, (*rooms, *self.programs), results.ROOT)
 
     def __call__(
         self, model, tokenizer, *, dist=None, info=None, run="run", results_dir=None, **options
