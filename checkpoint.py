@@ -49,7 +49,6 @@ from formats import (
     tensorfiles,
     training_state,
 )
-from formats.native import write_weights
 from model import GPTModel
 from tokenizer import TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
@@ -172,6 +171,7 @@ class Checkpoint:
         dtype = as_dtype(dtype)
         if not self.native:
             tensorfiles.require_safe_torch()
+            self._check_unchanged()
             return load_transformers(self.path, dtype, device, self.config)
         model = GPTModel.on_meta(self.config)
         self._check_fits(model)
@@ -227,6 +227,8 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 # ---------------------------------------------------------------------------------------------
 # By path
+
+save_checkpoint, write_weights = native.save_checkpoint, native.write_weights
 
 
 def load_model(
