@@ -91,11 +91,12 @@ def reader_of(path: Path) -> ModuleType:
 class Checkpoint:
     """A checkpoint that was opened once: what its files state, and the way to its model.
 
-    Attributes beside the properties below: path; kind (roseval, huggingface, rosetrainer, nanogpt,
-    training, weights); format, the file that opened it ("formats/native.py"); name; step, as the
+    Attributes beside the properties below: path; name; kind (roseval, huggingface, rosetrainer,
+    nanogpt, training, weights); format, the file that opened it ("formats/native.py"); step, as the
     files or the name state it; tensors, {name: stored.Stored}, and their layout; tokenizer, the
     directory with tokenizer files that goes with it; facts, plain values that the files state
-    (epoch, loss, tokens); native, whether GPTModel runs it, not transformers. No file stays open.
+    (epoch, loss, tokens); native, whether GPTModel runs it, not transformers; problem, why its
+    config is not known. No file stays open.
     """
 
     def __init__(self, opened: Opened):
