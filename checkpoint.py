@@ -49,7 +49,6 @@ from formats import (
     tensorfiles,
     training_state,
 )
-from formats.native import write_weights
 from model import GPTModel
 from tokenizer import TOKENIZER_COPIES, TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
@@ -90,11 +89,12 @@ def reader_of(path: Path) -> ModuleType:
 class Checkpoint:
     """A checkpoint that was opened once: what its files state, and the way to its model.
 
-    Attributes beside the properties below: path; kind (roseval, huggingface, rosetrainer, nanogpt,
-    training, weights); format, the file that opened it ("formats/native.py"); name; step, as the
+    Attributes beside the properties below: path; name; kind (roseval, huggingface, rosetrainer,
+    nanogpt, training, weights); format, the file that opened it ("formats/native.py"); step, as the
     files or the name state it; tensors, {name: stored.Stored}, and their layout; tokenizer, the
     directory with tokenizer files that goes with it; facts, plain values that the files state
-    (epoch, loss, tokens); native, whether GPTModel runs it, not transformers. No file stays open.
+    (epoch, loss, tokens); native, whether GPTModel runs it, not transformers; problem, why its
+    config is not known. No file stays open.
     """
 
     def __init__(self, opened: Opened):
@@ -170,6 +170,7 @@ class Checkpoint:
         dtype = as_dtype(dtype)
         if not self.native:
             tensorfiles.require_safe_torch()
+            self._check_unchanged()
             return load_transformers(self.path, dtype, device, self.config)
         model = GPTModel.on_meta(self.config)
         self._check_fits(model)
@@ -225,6 +226,8 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 # ---------------------------------------------------------------------------------------------
 # By path
+
+save_checkpoint, write_weights = native.save_checkpoint, native.write_weights
 
 
 def load_model(
