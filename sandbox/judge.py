@@ -199,11 +199,11 @@ class _WorkerLate(Exception):
 class _Worker:
     """A process of worker.py and the pipes to it."""
 
-    def __init__(self, config):
+    def __init__(self, config: dict):
         self.config = config
         self.restart()
 
-    def restart(self):
+    def restart(self) -> None:
         """Start the process anew. Raises _WorkerLost if it cannot build its cage."""
         self.kill()
         # Nothing of the user's environment: the candidates' side cannot read it, nor can tests.
@@ -227,8 +227,9 @@ class _Worker:
             raise _WorkerLost("the worker did not start within 60 s") from None
         self.active = answer["active"]
 
-    def ask(self, line, seconds):
-        """Send a line, return the JSON object that answers it."""
+    def ask(self, line: str, seconds: float) -> dict:
+        """Send a line, return the JSON object that answers it. Raises _WorkerLate after `seconds`,
+        _WorkerLost where the process is gone or answers with an error."""
         try:
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
@@ -247,13 +248,14 @@ class _Worker:
             raise _WorkerLost(answer["error"])
         return answer
 
-    def retire(self):
+    def retire(self) -> None:
         """Have an idle worker take its cage down; returns when all its processes are gone."""
         self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(2)
 
-    def kill(self):
+    def kill(self) -> None:
+        """End the process, whatever it is at."""
         if process := getattr(self, "process", None):
             process.kill()
             process.wait()

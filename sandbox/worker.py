@@ -241,7 +241,7 @@ def _death(status):
     return "crash", f"ended by {signal.Signals(number).name}"
 
 
-def merge(old, new):
+def merge(old: object, new: object) -> object:
     """Bring `old`, plain data of the tests, to the value of `new`, in place where it is mutable."""
     if type(old) is not type(new):
         return new
