@@ -18,7 +18,7 @@ FLOORS = [
     "dataset transformers_model formats/layouts compute tasks/questions tasks/programs "
     "sweeping/ledger",
     "checkpoint backends/kvcache backends/sampling",
-    "backends/engine backends/scoring",
+    "backends/rows backends/engine backends/scoring",
     "tasks/prompts",
     "train eval mmlu_eval humaneval_eval report",
     "sweep",
