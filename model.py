@@ -15,7 +15,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -51,7 +51,7 @@ ACTIVATIONS = {
 # Rotary positions
 
 
-def rope_frequencies(config: GPTConfig) -> tuple[torch.Tensor, float]:
+def rope_frequencies(config: GPTConfig) -> tuple[Tensor, float]:
     """Angular frequency of each pair of channels [D/2], float32, and the factor on cos and sin.
 
     Plain (Su et al. 2021), linear interpolation, Llama 3's and YaRN's (Peng et al. 2023) scaling,
@@ -101,7 +101,7 @@ def _yarn_frequencies(config, frequencies, scaling, original):
     return frequencies * (1 - interpolate) + frequencies / factor * interpolate, attention_factor
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, T, heads, D] turned by cos, sin [B or 1, T, 1, D/2]; channel i pairs with i + D/2."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -111,19 +111,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 # Attention
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,  # the terms of attention itself, each with one meaning: no object would say them better
-    causal: bool,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    lse: bool = False,
-    mask: torch.Tensor | None = None,
-    dropout: float = 0.0,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def attend(  # so many parameters, since they are the terms of attention itself
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool, window: int | None = None, softcap: float | None = None,
+    scale: float | None = None, lse: bool = False, mask: Tensor | None = None, dropout: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of q [B, H, T, D] over k, v [B, G, S, D]: [B, H, T, D] in q's dtype.
 
     Which kernel runs is decided here, for all but the decode step (gpu_kernels/decode_attention).
@@ -407,12 +399,8 @@ class GPTModel(nn.Module):
         return self.requires_grad_(False).eval()
 
     def hidden(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        cache=None,
-        mask: list[torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+        self, input_ids: Tensor, positions: Tensor | None = None, cache=None, mask=None
+    ) -> Tensor:
         """Final hidden states [B, T, C], float32, of input_ids [B, T] int64.
 
         positions: [T] or [B, T], 0..T-1 unless given (or what the cache says). cache: keys and
@@ -440,11 +428,11 @@ class GPTModel(nn.Module):
                 x = block(x, rope, mask, cache)
         return self.ln_f(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden [..., C], in the head's dtype (autocast's in training)."""
         return F.linear(*self._for_the_head(hidden))[..., : self.config.vocab_size]
 
-    def nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats [N], float32, of targets [N] after hidden [N, C]; 0 where the target is -100."""
         return head_cross_entropy(*self._for_the_head(hidden), targets, self.config.vocab_size)
 
@@ -461,11 +449,8 @@ class GPTModel(nn.Module):
         return hidden.to(weight.dtype), weight
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(logits [B, T, V], loss). attention_mask [B, T]: 0 marks padding, on either side.
 
         Labels are shifted inside, as in rosetrainer: position t is scored on labels[t + 1]. -100
@@ -482,7 +467,7 @@ class GPTModel(nn.Module):
         shifted = logits[:, :-1].float().flatten(0, 1)
         return logits, F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
 
-    def _padding_masks(self, real: torch.Tensor) -> list[torch.Tensor] | None:
+    def _padding_masks(self, real: Tensor) -> list[Tensor] | None:
         """Bool masks [B, 1, T, T] by layer, None if causality alone hides the padding (right)."""
         if not (real[:, 1:] & ~real[:, :-1]).any():
             return None

@@ -33,10 +33,6 @@ class TransformersModel(nn.Module):
         self.scale, self.softcap = 1.0, None
         self._find_logit_rule(hf)
 
-    @property
-    def device(self) -> torch.device:
-        return self.causal_lm.device
-
     def _find_logit_rule(self, hf) -> None:
         """Of the scales and caps that the config names, those that make the model's own logits."""
         scales = [1.0, getattr(hf, "logit_scale", None), getattr(hf, "logits_scaling", None)]

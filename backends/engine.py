@@ -9,9 +9,9 @@
     progress = engine.step()         # tokens that became known, and samples that are finished
 
 A prompt's keys and values are computed once and shared by its samples; a row that finishes takes
-the next sample. On CUDA a decode step, from embedding to sampled token, is one CUDA graph that
-serves the whole job: lengths, parameters and new sequences are read from device memory. The host
-looks at sampled tokens `LAG` steps late, so it never waits for the step that is running.
+the next sample. On CUDA a decode step, from embedding to sampled token, is one CUDA graph
+(rows.py). The host looks at sampled tokens `rows.LAG` steps late, so it never waits for the step
+that is running.
 
 A sample is a function of (seed, key of its prompt, sample index), whoever its neighbours are: its
 random numbers come from a counter-based generator keyed by these, and batch shapes are fixed. Work
@@ -25,51 +25,20 @@ import functools
 import os
 from collections import abc, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from backends import Sample, Sampling
-from backends.kvcache import DecodeCache, pad_rows
-from backends.sampling import COLUMNS, features_of, sample_tokens, stream_key, top_logprobs
-from model import attention_without_plans, inductor_options
+from backends.rows import CachedRows, Capacity, PlainRows, Request, Sequence
+from backends.sampling import COLUMNS, features_of, stream_key
 
-LAG = 2  # steps launched before the host looks at a token: a finished row runs on for so many
 UNIT_BATCHES = 8  # a unit refills each row so often on average: its last rows wait for few others
 MIN_UNITS = 8  # a job has at least so many units where it has the prompts: work for as many ranks
 COMPILE_STEPS = 8192  # torch.compile costs up to a minute and saves milliseconds a step
-PREFILL_TOKENS = 8192  # padded tokens of prompts computed in one call
 
 # ---------------------------------------------------------------------------------------------
-# Sequences, and what ends them
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt whose samples are wanted, and how many of them are not finished."""
-
-    name: Hashable
-    prompt: list[int]
-    unfinished: int
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One sample on its way. limit: tokens it may have; key: of its random stream; launched: steps
-    sent to the device; reason: why it ended, once it has."""
-
-    request: Request
-    index: int
-    sampling: Sampling
-    limit: int
-    key: tuple[int, int]
-    endings: "Endings"
-    tokens: list[int] = field(default_factory=list)
-    tail: str = ""
-    launched: int = 0
-    reason: str | None = None
+# What ends a sequence
 
 
 class Endings:
@@ -126,247 +95,6 @@ class Endings:
             cuts = [at for s in self.stop if (at := text.find(s)) >= 0]
             text = text[: min(cuts, default=len(text))]
         return Sample(sequence.request.name, sequence.index, sequence.tokens, text, sequence.reason)
-
-
-# ---------------------------------------------------------------------------------------------
-# Rows on the device
-
-# what the device knows of each row: its last token, tokens sampled, its random stream, whether it
-# has a sequence, and its parameters; the cache knows its prompt and its length
-STATE = {"token": torch.int64} | dict.fromkeys(("position", "key0", "key1", "active"), torch.int32)
-STATE |= {name: dtype for name, (dtype, _) in COLUMNS.items()}
-STAGED = ("new", "prompt", *STATE)  # what the host sends of a row that changed
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What an engine has room for: rows at a time, tokens of a prompt and new ones of a sample, and
-    prompts kept at a time (0: one a row)."""
-
-    rows: int
-    prompt_tokens: int
-    new_tokens: int
-    prompts: int = 0
-
-
-def _decode_step(model, cache, state, staged, features):
-    """One token for every row: take new sequences in, run the model, sample, store, go on.
-
-    state: STATE's tensors [B], and logprobs' [B, 1 + k] where they are wanted; staged
-    [len(STAGED), B] float64: which rows start anew, and with what. All in place, without a look at
-    any value: this is what the CUDA graph captures.
-    """
-    sent = dict(zip(STAGED, staged))
-    new = sent["new"] > 0
-    for name in STATE:
-        state[name].copy_(torch.where(new, sent[name].to(state[name].dtype), state[name]))
-    cache.start(new, sent["prompt"])
-    sent["new"].zero_()
-    hidden = model.hidden(state["token"][:, None], cache=cache)
-    keys = torch.stack((state["key0"], state["key1"]), dim=1)
-    logits = model.logits(hidden[:, 0])
-    tokens = sample_tokens(logits, keys, state["position"], state, features)
-    state["token"].copy_(tokens)
-    if "logprobs" in state:
-        ids, values = top_logprobs(logits, tokens, state["logprobs"].shape[1] - 1)
-        state["likeliest"].copy_(ids)
-        state["logprobs"].copy_(values)
-    state["position"].add_(state["active"])
-    cache.advance(state["active"])
-
-
-@functools.cache
-def _compiled_step():
-    import torch._dynamo.config as dynamo_config
-
-    # every batch size, cache size and model is a compilation of its own, and a sweep has many
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 64)
-    return torch.compile(_decode_step, fullgraph=True, dynamic=False, options=inductor_options())
-
-
-class CachedRows:
-    """B rows of a DecodeCache, their state on the device, and the step that moves them all."""
-
-    def __init__(self, model, capacity: Capacity, features, compiled: bool, logprobs: int | None):
-        self.model, self.device = model, model.device
-        self.cuda, self.compiled = self.device.type == "cuda", compiled
-        self.bucket = 64 if self.cuda else 1
-        B, P = capacity.rows, capacity.prompt_tokens - 1  # the last one is the first step's input
-        P = min(-(-P // self.bucket) * self.bucket, model.max_positions)
-        self.cache = DecodeCache(model, capacity.prompts or B, P, B, capacity.new_tokens)
-        self.lag, self.patience = LAG if self.cuda else 0, max(1, B // 16)
-        self.slot_of, self.running = {}, [None] * B  # request -> slot; sequence on the device
-        self.row_prompt = np.zeros(B, dtype=np.int64)
-        self.state = {n: torch.zeros(B, dtype=d, device=self.device) for n, d in STATE.items()}
-        if logprobs is not None:
-            for name, dtype in (("likeliest", torch.int64), ("logprobs", torch.float32)):
-                self.state[name] = torch.zeros(B, 1 + logprobs, dtype=dtype, device=self.device)
-        self.staged = torch.zeros(len(STAGED), B, dtype=torch.float64, device=self.device)
-        self.make_buffers(self.lag + 2)
-        self.n_steps = 0
-        step = _compiled_step() if compiled else _decode_step
-        self._advance = lambda: step(model, self.cache, self.state, self.staged, features)
-        if self.cuda:
-            self._capture()
-
-    def make_buffers(self, n: int) -> None:
-        """The host's side of n steps in flight: those of this step are free again once the step
-        `lag` before it was looked at."""
-        pin = {"pin_memory": self.cuda}
-        read = [name for name in ("token", "likeliest", "logprobs") if name in self.state]
-
-        def like(tensor):
-            return torch.zeros(tensor.shape, dtype=tensor.dtype, **pin)
-
-        self.staged_ring = [like(self.staged) for _ in range(n)]
-        self.tiles_ring = [self.cache.new_staging(**pin) for _ in range(n)]
-        self.read_ring = [{name: like(self.state[name]) for name in read} for _ in range(n)]
-        self.done = [torch.cuda.Event() for _ in range(n)] if self.cuda else None
-
-    @torch.no_grad()
-    def _capture(self):
-        """The step as a CUDA graph. All rows are idle, so running it changes nothing."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._advance()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._advance()
-        self._advance = self.graph.replay
-
-    def admit(self, rows: list[Sequence | None], waiting: deque[Sequence]) -> None:
-        """Give free rows (None) to waiting sequences; computes prompts not yet in the cache."""
-        free = deque(i for i, sequence in enumerate(rows) if sequence is None)
-        busy, prompts = len(free) < len(rows), []
-        while free and waiting:
-            request = waiting[0].request
-            if request not in self.slot_of:
-                if busy and not prompts and len(free) < self.patience:
-                    break  # several prompts at once, or for several rows, cost little more than one
-                slot = self._free_slot(rows, request)
-                if slot is None:
-                    break
-                self.slot_of[request] = slot
-                prompts.append((slot, request.prompt))
-            rows[free.popleft()] = waiting.popleft()
-        self._prefill([(slot, ids[:-1]) for slot, ids in prompts if len(ids) > 1])
-        short = [slot for slot, ids in prompts if len(ids) == 1]
-        if short:
-            self.cache.set_lengths(short, [0] * len(short))
-
-    def _free_slot(self, rows, request):
-        used = {sequence.request for sequence in rows if sequence is not None} | {request}
-        self.slot_of = {r: slot for r, slot in self.slot_of.items() if r in used}
-        taken = set(self.slot_of.values())
-        return next((i for i in range(self.cache.n_prompts) if i not in taken), None)
-
-    @torch.no_grad()
-    def _prefill(self, prompts) -> None:
-        """Keys and values of prompts [(slot, ids)], as many a call as PREFILL_TOKENS allow."""
-        while prompts:
-            n, T = 0, 0
-            for _, ids in prompts:
-                longer = max(T, -(-len(ids) // self.bucket) * self.bucket)
-                if n and longer * (n + 1) > PREFILL_TOKENS:
-                    break
-                n, T = n + 1, min(longer, self.cache.prompt_len)
-            slots, ids = zip(*prompts[:n])
-            prompts = prompts[n:]
-            padded = torch.from_numpy(pad_rows(ids, T)).to(self.device)
-            filling = self.cache.filling(list(slots), list(map(len, ids)))
-            with attention_without_plans():
-                self.model.hidden(padded, cache=filling)
-
-    def _stage(self, rows, i: int) -> None:
-        """Send the device what changed: rows that start a sequence, and rows that became idle."""
-        changed = [r for r, s in enumerate(rows) if s is not self.running[r]]
-        if not changed:
-            return
-        staged = self.staged_ring[i].numpy()
-        staged[:] = 0
-        before = self.row_prompt.copy()
-        for r in changed:
-            self.running[r] = s = rows[r]
-            values = {"new": 1}
-            if s is not None:
-                self.row_prompt[r] = self.slot_of[s.request]
-                values |= {"token": s.request.prompt[-1], "active": 1}
-                values |= {"key0": s.key[0], "key1": s.key[1]}
-                values |= {name: getattr(s.sampling, name) for name in COLUMNS}
-            values["prompt"] = self.row_prompt[r]
-            for name, value in values.items():
-                staged[STAGED.index(name), r] = value
-        self.staged.copy_(self.staged_ring[i], non_blocking=True)
-        if (before != self.row_prompt).any():
-            self.cache.group_rows(self.row_prompt, self.tiles_ring[i])
-
-    @torch.no_grad()
-    def step(self, rows: list[Sequence | None]) -> int:
-        """Launch one step for these sequences; returns a ticket for `look`."""
-        i = self.n_steps % len(self.read_ring)
-        self._stage(rows, i)
-        if not (self.cuda or self.compiled):
-            self.cache.read_at_most(1 + max((s.launched for s in self.running if s), default=0))
-        self._advance()
-        for name, buffer in self.read_ring[i].items():
-            buffer.copy_(self.state[name], non_blocking=True)
-        if self.cuda:
-            self.done[i].record()
-        self.n_steps += 1
-        return i
-
-    def look(self, ticket: int) -> dict[str, list]:
-        """What that step made of each row, waiting for it if it still runs: "token", and where
-        wanted "likeliest" and "logprobs"."""
-        if self.cuda:
-            self.done[ticket].synchronize()
-        return {name: buffer.tolist() for name, buffer in self.read_ring[ticket].items()}
-
-
-class PlainRows:
-    """The same for a model without a cache: every step runs every row from its first token."""
-
-    lag = 0
-
-    def __init__(self, model, capacity: Capacity, features, logprobs: int | None):
-        self.model, self.features, self.n_logprobs = model, features, logprobs
-        self.result = {}
-
-    def admit(self, rows: list[Sequence | None], waiting: deque[Sequence]) -> None:
-        for i, sequence in enumerate(rows):
-            if sequence is None and waiting:
-                rows[i] = waiting.popleft()
-
-    @torch.no_grad()
-    def step(self, rows: list[Sequence | None]) -> int:
-        device = self.model.device
-
-        def column(value, idle, dtype):
-            values = [idle if s is None else value(s) for s in rows]
-            return torch.tensor(values, dtype=dtype).to(device)
-
-        ids = [s.request.prompt + s.tokens if s else [0] for s in rows]
-        hidden = self.model.hidden(torch.from_numpy(pad_rows(ids)).to(device))
-        last = torch.tensor([len(own) - 1 for own in ids], device=device)
-        logits = self.model.logits(hidden[torch.arange(len(rows), device=device), last])
-        keys = column(lambda s: s.key, (0, 0), torch.int32)
-        position = column(lambda s: len(s.tokens), 0, torch.int32)
-        columns = {
-            name: column(lambda s, name=name: getattr(s.sampling, name), 0, dtype)
-            for name, (dtype, _) in COLUMNS.items()
-        }
-        tokens = sample_tokens(logits, keys, position, columns, self.features)
-        self.result = {"token": tokens}
-        if self.n_logprobs is not None:
-            likeliest, logprobs = top_logprobs(logits, tokens, self.n_logprobs)
-            self.result |= {"likeliest": likeliest, "logprobs": logprobs}
-        return 0
-
-    def look(self, ticket: int) -> dict[str, list]:
-        return {name: tensor.tolist() for name, tensor in self.result.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -460,9 +188,7 @@ class Engine:
             check_stop(own, self.tokenizer)
             assert features_of([own]) <= self.features, (own, self.features)
             stream = stream_key(own.seed, name if key is None else key, s)
-            sequences.append(
-                Sequence(request, s, own, limit, stream, self._endings(tuple(own.stop)))
-            )
+            sequences.append(Sequence(request, s, own, limit, stream))
         if sequences:
             request.unfinished = len(sequences)
             self.requests[name] = request
@@ -502,7 +228,8 @@ class Engine:
             if sequence is None or sequence.reason is not None:
                 continue
             request, token, top = sequence.request, seen["token"][i], None
-            reason = sequence.endings.add(sequence, token)
+            endings = self._endings(tuple(sequence.sampling.stop))
+            reason = endings.add(sequence, token)
             if "logprobs" in seen:
                 top = seen["likeliest"][i], seen["logprobs"][i]
             if reason != "eos":
@@ -513,7 +240,7 @@ class Engine:
                 request.unfinished -= 1
                 if not request.unfinished:
                     del self.requests[request.name]
-                progress.finished.append(sequence.endings.sample(sequence))
+                progress.finished.append(endings.sample(sequence))
         return progress
 
 
@@ -606,18 +333,13 @@ def generate(
     units = plan_units(len(prompts), n_samples, batch_size) if units is None else units
     B = min(batch_size, n_samples * max(map(len, units)))
     alive = min(B, -(-2 * B // n_samples) + 6)  # prompts at once, stragglers' included
-    worthwhile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
+    if compile == "auto":
+        compile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
 
     def stream():
-        engine = Engine(
-            model,
-            Capacity(B, P, S, alive),
-            tokenizer,
-            eos_ids=eos_ids,
-            features=features_of(distinct),
-            compiled=worthwhile if compile == "auto" else bool(compile),
-            on_launch=dist.bump if dist else lambda: None,
-        )
+        features, bump = features_of(distinct), dist.bump if dist else lambda: None
+        options = {"eos_ids": eos_ids, "features": features, "compiled": bool(compile)}
+        engine = Engine(model, Capacity(B, P, S, alive), tokenizer, on_launch=bump, **options)
         for u in dist.shard(len(units)) if dist else range(len(units)):
             for p in units[u]:
                 wanted = [s for s in range(n_samples) if (p, s) not in done]

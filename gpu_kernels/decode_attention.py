@@ -163,7 +163,7 @@ def plan_tiles(row_prompt: Sequence[int], N: int, R: int, dtype: torch.dtype) ->
     return torch.from_numpy(tiles)
 
 
-def decode_attention(
+def decode_attention(  # one step's tensors, and the terms that model.attend has as well
     q: torch.Tensor,
     k_new: torch.Tensor,
     v_new: torch.Tensor,

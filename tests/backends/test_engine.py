@@ -17,7 +17,7 @@ from builders import tiny_model
 from scipy.stats import chi2
 from test_sampling import exact_distribution
 
-from backends import Sampling, engine
+from backends import Sampling, rows
 from backends.engine import Capacity, Engine, generate, plan_units
 from checkpoint import load_model
 from tokenizer import HuggingFaceTokenizer, build_tokenizer
@@ -79,8 +79,8 @@ def draw(model, prompts, **options):
     given = {"seed": 0} | {n: options.pop(n) for n in FIELDS if n in options}
     lists = {name: value for name, value in given.items() if isinstance(value, list)}
     one = Sampling(**{name: value for name, value in given.items() if name not in lists})
-    rows = [dict(zip(lists, values)) for values in zip(*lists.values())]
-    sampling = [replace(one, **row) for row in rows] if lists else one
+    each = [dict(zip(lists, values)) for values in zip(*lists.values())]
+    sampling = [replace(one, **own) for own in each] if lists else one
     return by_index(generate(model, prompts, sampling, **options))
 
 
@@ -441,8 +441,8 @@ def test_freed_rows_are_refilled():
 
 def test_rows_refill_with_the_cache_as_well(monkeypatch):
     model, prompts = small_model(), ragged_prompts(n=10)
-    steps, step = [], engine._decode_step
-    monkeypatch.setattr(engine, "_decode_step", lambda *a: (steps.append(1), step(*a)))
+    steps, step = [], rows._decode_step
+    monkeypatch.setattr(rows, "_decode_step", lambda *a: (steps.append(1), step(*a)))
     lengths = [10, 1, 6, 2, 8, 3, 9, 4, 7, 5, 1, 2]
     units = [range(12)]
     samples = draw(model, prompts, max_new_tokens=lengths, batch_size=3, units=units)
@@ -468,7 +468,7 @@ def test_a_host_that_looks_late_changes_nothing(monkeypatch):
     options = {"max_new_tokens": 14, "temperature": 1.0, "eos_ids": range(40), "batch_size": 3}
     options |= {"tokenizer": tok, "stop": ("e", "\x90"), "n_samples": 2}
     prompt_now = draw(model, prompts, **options)
-    build = engine.CachedRows.__init__
+    build = rows.CachedRows.__init__
 
     def late(self, *args):
         build(self, *args)
@@ -476,7 +476,7 @@ def test_a_host_that_looks_late_changes_nothing(monkeypatch):
         self.make_buffers(4)
         self.compiled = True  # reading is then not narrowed step by step
 
-    monkeypatch.setattr(engine.CachedRows, "__init__", late)
+    monkeypatch.setattr(rows.CachedRows, "__init__", late)
     assert draw(model, prompts, **options) == prompt_now
     assert {s.finish_reason for s in prompt_now.values()} >= {"eos", "length"}
 
@@ -669,7 +669,7 @@ def test_logprobs_off_leave_nothing_on_the_device():
     server = Engine(small_model(), Capacity(2, 4, 4))
     server.submit("a", [1, 2], Sampling(4))
     streamed, _ = run(server)
-    assert server.rows.state.keys() == engine.STATE.keys()
+    assert server.rows.state.keys() == rows.STATE.keys()
     assert all(token.logprobs is None for token in streamed["a", 0])
 
 
