@@ -40,15 +40,13 @@ from durable import dumps, fsync, refuse_impostor
 from formats import layouts, tensorfiles
 from formats.tensorfiles import FLOATS, Stored
 from model import GPTModel
-from tokenizer import TOKENIZER_FILES
+from tokenizer import TOKENIZER_COPIES, TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
 
 READ_WITH = ("formats/tensorfiles.py", "formats/layouts.py")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 MANIFEST_FORMAT = "roseval checkpoint 1"
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER_COPIES = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
-TOKENIZER_COPIES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 TOKEN_IDS = ("bos_token_id", "eos_token_id")  # null if not known: Hugging Face has defaults
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 NOT_WEIGHTS = re.compile(
@@ -729,7 +727,7 @@ def _check_manifest(path: Path, content: bool = False) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
+    with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -761,6 +759,32 @@ def _remembered_sha256(path: Path) -> str:
         cache.mkdir(parents=True, exist_ok=True)
         memo.write_text(digest)
     return digest
+
+
+READERS = (tensorfiles, layouts)
+
+
+class _Handle:
+    def __init__(self, path, config):
+        self.path, self._config = Path(path), config
+        self.vocab_size, self.max_positions, self.supports_cache = shape_of(path, config)
+        self.tokenizer, info = find_tokenizer(path), info_of(Path(path))
+        self.name, self.step, self.kind = info.name, info.step, info.kind
+        self.format = READ_WITH[0]
+
+    @property
+    def fingerprint(self):
+        return fingerprint(self.path)
+
+    def describe(self):
+        return describe(self.path, self._config)
+
+    def load(self, dtype, device):
+        return load_model(self.path, dtype, device, self._config)
+
+
+def open(path, config=None):
+    return _Handle(path, config)
 
 
 # ---------------------------------------------------------------------------------------------

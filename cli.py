@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 DTYPES = {
@@ -120,80 +120,97 @@ def read_options(kind: Any, values: Any) -> Any:
     return cls(**chosen)
 
 
-def option_names(kind: Any) -> list[str]:
-    """The options' names, those of nested dataclasses among them."""
-    names = []
+def convert_options(kind: Any, values: dict, where: str) -> dict:
+    """Values of a file as the flags of the same names would read them: types, choices, switches,
+    one value or several. ValueError naming `where` and the option."""
+    known = dict(_option_fields(kind))
+    converted = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{where}: no option is called {name!r}")
+        try:
+            converted[name] = _convert(known[name], value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{where}: {name}: {error}") from None
+    return converted
+
+
+def _option_fields(kind: Any):
     for f in fields(kind):
         default = getattr(kind, f.name, f.default)
-        names += option_names(default) if is_dataclass(default) else [f.name]
-    return names
+        if is_dataclass(default):
+            yield from _option_fields(default)
+        elif "help" in f.metadata:
+            yield f.name, f
+
+
+def _convert(f, value):
+    argument = f.metadata
+    if argument.get("nargs") in ("+", "*"):
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert_one(argument, item) for item in items)
+    if isinstance(f.default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"needs true or false, not {value!r}")
+        return value
+    return None if value is None and f.default is None else _convert_one(argument, value)
+
+
+def _convert_one(argument, value):
+    choices = argument.get("choices")
+    if isinstance(value, bool) and choices and "on" in choices:
+        value = "on" if value else "off"  # as YAML reads these two words
+    if isinstance(value, (bool, list, dict)) or value is None:
+        raise ValueError(f"needs one value, not {value!r}")
+    value = argument.get("type", str)(str(value))
+    if choices and value not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def option_names(kind: Any) -> list[str]:
+    """The options' names, those of nested dataclasses among them."""
+    return [name for name, _ in _option_fields(kind)]
 
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_precision_flags(p) -> None:
-    p.add_argument(
-        "--dtype", choices=sorted(DTYPES), help="default: bfloat16 on CUDA, else float32"
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """In what precision a model runs."""
+
+    dtype: str | None = option(
+        None, "default: bfloat16 on CUDA, else float32", choices=sorted(DTYPES)
     )
-    p.add_argument("--bf16", action="store_true", help="the same as --dtype bfloat16")
-    p.add_argument("--no-amp", action="store_true", help="the same as --dtype float32, TF32 off")
+    bf16: bool = option(False, "the same as --dtype bfloat16")
+    no_amp: bool = option(False, "the same as --dtype float32, TF32 off")
+
+    def resolve(self, device_type: str) -> str:
+        """float32, bfloat16 or float16; contradictions are refused."""
+        wanted = {}
+        if self.dtype:
+            wanted[f"--dtype {self.dtype}"] = DTYPES[self.dtype]
+        if self.bf16:
+            wanted["--bf16"] = "bfloat16"
+        if self.no_amp:
+            wanted["--no-amp"] = "float32"
+        if len(set(wanted.values())) > 1:
+            raise ValueError(f"{' and '.join(wanted)} contradict each other: give one of them")
+        default = "bfloat16" if device_type == "cuda" else "float32"
+        return next(iter(wanted.values()), default)
 
 
-def add_run_flags(p) -> None:
+@dataclass(frozen=True)
+class RunOptions:
     """Where and how a job runs: every script that uses a device has these."""
-    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    p.add_argument("--seed", type=int, default=42)
-    p.add_argument(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="torch.compile; auto: on CUDA, if the job is long enough to repay it",
-    )
-    p.add_argument(
-        "--timeout",
-        type=float,
-        default=120,
-        help="seconds without progress after which a rank counts as dead (120)",
-    )
-    p.add_argument("--debug", action="store_true", help="show the traceback of input errors")
 
-
-def add_evaluation_flags(p, batch_size: int | None = 8, needs_checkpoint=True) -> None:
-    """What every evaluation of checkpoints has. needs_checkpoint: whether it does nothing else."""
-    p.add_argument(
-        "--checkpoint-path",
-        nargs="+",
-        required=needs_checkpoint,
-        metavar="PATH",
-        help="checkpoint files or directories, globs, or a directory of checkpoints",
+    device: str | None = option(None, "default: cuda where there is one", choices=("cpu", "cuda"))
+    timeout: float = option(
+        120.0, "seconds without progress after which a rank counts as dead (120)", type=float
     )
-    p.add_argument("--config", help="the model's shape, for old checkpoint files that hold none")
-    p.add_argument(
-        "--tokenizer-name",
-        help="byte, a tiktoken name or a local directory; default: the checkpoint's own, else gpt2",
-    )
-    p.add_argument("--batch-size", type=positive_int, default=batch_size)
-    p.add_argument("--results-dir", default="results")
-    p.add_argument("--run-name", help="default: the name of the checkpoints' parent directory")
-    add_precision_flags(p)
-    add_run_flags(p)
-
-
-def resolve_dtype(args, device_type: str) -> str:
-    """float32, bfloat16 or float16 from --dtype, --bf16, --no-amp; contradictions are refused."""
-    wanted = {}
-    if args.dtype:
-        wanted[f"--dtype {args.dtype}"] = DTYPES[args.dtype]
-    if args.bf16:
-        wanted["--bf16"] = "bfloat16"
-    if args.no_amp:
-        wanted["--no-amp"] = "float32"
-    if len(set(wanted.values())) > 1:
-        raise ValueError(f"{' and '.join(wanted)} contradict each other: give one of them")
-    default = "bfloat16" if device_type == "cuda" else "float32"
-    return next(iter(wanted.values()), default)
+    debug: bool = option(False, "show the traceback of input errors")
 
 
 def check_seconds(p, args, *names) -> None:

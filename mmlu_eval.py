@@ -9,10 +9,10 @@
     result = evaluate_mmlu(model, tokenizer, "data/mmlu", num_few_shot=5)
     result["metrics"]["accuracy"]            # {"value": ..., "stderr": ..., "n": 14042}
 
-Questions and templates are read by questions.py and become rows of tokens in prompts.py. A
-subject's few-shot examples are run once and their keys and values shared by all its questions
-(scoring.py). Here, top to bottom: scores, metrics, the evaluation, tables. Guessing gives 25%;
-Llama-2-7B's published score is 45.3% (5-shot).
+Questions and templates are read by tasks/questions.py and become rows of tokens in
+tasks/prompts.py. A subject's few-shot examples are run once and their keys and values shared by all
+its questions (backends/continuations.py). Here, top to bottom: options, plan, scores, metrics,
+tables. Guessing gives 25%; Llama-2-7B's published score is 45.3% (5-shot).
 """
 
 import functools
@@ -21,53 +21,175 @@ import math
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import checkpoint as checkpoints
 import cli
-import compute
-from backends.engine import generate
-from backends.scoring import (
-    Continuations,
-    batch_overhead,
-    device_cost,
-    halve_until_it_fits,
-    plan_batches,
-    score_continuations,
-)
-from distributed import Dist, print0, setup
+import evaluation
+import results
+import stats
+from backends import Facts, Sampling
 from durable import dumps, write_atomic
-from results import (
-    data_words,
-    metric,
-    new_record,
-    resume_key,
-    running_code,
-    save_record,
-    share,
-)
-from stats import (
-    calibration,
-    choice_logprob,
-)
+from evaluation import Evaluation, Outcome, Plan
 from tasks.prompts import MAX_NEW_TOKENS, PromptMaker, Prompts
 from tasks.questions import (
     LETTERS,
     SCORINGS,
     QuestionSet,
-    Template,
     load_template,
     read_data,
     subject_table,
 )
-from tokenizer import build_tokenizer
 
 BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch
+
+# ---------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked and how: flags, YAML keys and keywords."""
+
+    data_path: str = cli.option("", "directory of the set, or one file of it", metavar="PATH")
+    num_few_shot: int = cli.option(0, "examples from dev (0)", type=int, metavar="K")
+    template: tuple[str, ...] = cli.option(("lm_eval",), "names or YAML files", nargs="+")
+    scoring: tuple[str, ...] = cli.option(
+        (), "default: the template's own", nargs="+", choices=SCORINGS
+    )
+    split: str = cli.option("test", "what is asked", choices=("test", "val"))
+    subjects: tuple[str, ...] = cli.option((), "only these", nargs="+", metavar="NAME")
+    limit: int | None = cli.option(
+        None, "so many questions of each subject: not a score", type=cli.positive_int
+    )
+    permute_choices: int = cli.option(
+        1, "also score rotated choice orders, K in all (at most 4)", type=int, metavar="K"
+    )
+    truncate: bool = cli.option(
+        False, "cut questions that alone exceed the context on the left: no error"
+    )
+    bos: str = evaluation.bos_option()
+    no_prefix_cache: bool = cli.option(False, "run every prompt whole")
+    batch_tokens: int | None = cli.option(
+        None,
+        "padded tokens of a batch at most (32768 on CUDA, 4096 on CPU)",
+        type=cli.positive_int,
+    )
+    batch_size: int | None = cli.option(None, "rows of a batch at most", type=cli.positive_int)
+
+    def __post_init__(self):
+        if not self.data_path:
+            raise ValueError("--data-path PATH is needed: the directory of the set")
+        if self.num_few_shot < 0:
+            raise ValueError("--num-few-shot must not be negative")
+        if not 1 <= self.permute_choices <= len(LETTERS):
+            raise ValueError(f"--permute-choices must be 1 to 4, not {self.permute_choices}")
+
+
+def variants(options: Options) -> list[Options]:
+    """One for each template and scoring. Beside others, a scoring that a template has no letters
+    for is left out of it; a template that is left with none is an error."""
+    found = []
+    for name in dict.fromkeys(options.template):
+        template = load_template(name)
+        wanted = dict.fromkeys(options.scoring or template.scorings[:1])
+        possible = [scoring for scoring in wanted if scoring in template.scorings]
+        if not possible:
+            raise ValueError(
+                f"--scoring {' '.join(wanted)} does not go with --template {name}, which shows "
+                "no letters: --scoring continuation"
+            )
+        found += [replace(options, template=(name,), scoring=(scoring,)) for scoring in possible]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Plan: the questions, and the rows of tokens that ask them
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The questions of a plan, and how they become rows: made when first asked for, since that
+    takes seconds and can go on while weights load."""
+
+    facts: Facts
+    data: QuestionSet
+    maker: PromptMaker
+    share_prefix: bool
+
+    @functools.cached_property
+    def prepared(self) -> tuple[Prompts, float]:
+        """The prompts, and the seconds that it took to make them."""
+        start = time.perf_counter()
+        prompts = self.maker.make(self.share_prefix)
+        evaluation.check_vocabulary(prompts.rows.highest_token, self.facts)
+        return prompts, time.perf_counter() - start
+
+
+def plan(options: Options, facts: Facts) -> Plan:
+    """Reads the questions; of several templates or scorings only the first is planned."""
+    template, tokenizer = load_template(options.template[0]), facts.tokenizer
+    scoring = options.scoring[0] if options.scoring else template.scorings[0]
+    if scoring not in template.scorings:
+        raise ValueError(f"template {template.name} shows no letters: --scoring continuation only")
+    bos = evaluation.resolve_bos(options.bos, tokenizer)
+    share_prefix = not options.no_prefix_cache and facts.shares_prefixes and scoring != "generate"
+    data = read_questions(options)
+    protocol = {
+        "template": template.name,
+        "template_hash": template.hash,
+        "scoring": scoring,
+        "shots": options.num_few_shot,
+        "split": options.split,
+        "subjects": sorted(options.subjects) or None,
+        "limit": options.limit,
+        "permute_choices": options.permute_choices,
+        "truncate": options.truncate,
+        "bos": bos,
+        "context": facts.context,
+        "dtype": facts.dtype,
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "prefix_cache": share_prefix,
+        "batch_tokens": options.batch_tokens or BATCH_TOKENS[facts.device],
+        "batch_size": options.batch_size,
+        "examples_hash": data.examples_hash,
+    }
+    maker = PromptMaker(
+        tokenizer=tokenizer,
+        data=data,
+        template=template,
+        scoring=scoring,
+        context=facts.context or sys.maxsize,
+        rotations=options.permute_choices,
+        truncate=options.truncate,
+        bos=bos,
+    )
+    work = Asked(facts, data, maker, share_prefix)
+    about = {"files": data.files, "hash": data.hash, "examples_hash": data.examples_hash}
+    return Plan(protocol, about, work, words_of(protocol), prepare=lambda: work.prepared)
+
+
+def read_questions(options: Options) -> QuestionSet:
+    subjects = list(options.subjects) or None
+    return read_data(
+        options.data_path, options.num_few_shot, options.split, subjects, options.limit
+    )
+
+
+def words_of(protocol: dict) -> tuple[str, ...]:
+    subjects, limit = protocol["subjects"], protocol["limit"]
+    return (
+        protocol["template"],
+        protocol["scoring"],
+        f"{protocol['shots']}-shot",
+        *(["BOS"] if protocol["bos"] else []),
+        protocol["dtype"],
+        *([f"{len(subjects)} subjects only: not a score"] if subjects else []),
+        *([f"limit {limit}: not a score"] if limit else []),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -85,51 +207,30 @@ class Answers:
     texts: np.ndarray | None = None
 
 
-def answer(model, tokenizer, prompts: Prompts, asked_for: dict, dist):
-    """(Answers, batches, tokens of a batch at most): the batches are halved until they fit."""
-    max_rows, rows = asked_for["batch_size"], prompts.rows
-    if dist.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(dist.device)
-    if asked_for["scoring"] == "generate":
-        answers = generate_answers(model, tokenizer, prompts, max_rows, dist)
-        return answers, [], asked_for["batch_tokens"]
-    overhead = batch_overhead(model, dist.device)
-
-    def score(max_tokens):
-        batches = plan_batches(rows, max_tokens, max_rows, overhead)
-        with cli.progress(len(rows.ids), "mmlu", "row") as bar:
-            return batches, score_continuations(model, rows, batches, dist, bar)
-
-    (batches, (choices, targets)), max_tokens = halve_until_it_fits(
-        score, asked_for["batch_tokens"]
-    )
+def answer(backend, prompts: Prompts, protocol: dict) -> Answers:
+    if protocol["scoring"] == "generate":
+        return generate_answers(backend, prompts, protocol["batch_size"])
+    rows = prompts.rows
+    found = backend.score_rows(rows, protocol["batch_tokens"], protocol["batch_size"])
     scores = np.zeros((*prompts.shots.shape, len(LETTERS)))
     if rows.choice_ids:
-        scores[prompts.question, prompts.rotation] = choices + targets[:, None]
+        scores[prompts.question, prompts.rotation] = found.choices + found.targets[:, None]
     else:
-        scores[prompts.question, prompts.rotation, prompts.choice] = targets
-    if not np.isfinite(scores).all():
-        raise ValueError("the model gives NaN or infinite log-probabilities; no score is written")
-    return Answers(scores.argmax(-1), scores), batches, max_tokens
+        scores[prompts.question, prompts.rotation, prompts.choice] = found.targets
+    return Answers(scores.argmax(-1), scores)
 
 
-def generate_answers(model, tokenizer, prompts: Prompts, batch_size, dist) -> Answers:
+def generate_answers(backend, prompts: Prompts, batch_size: int | None) -> Answers:
     """The first letter that stands alone in MAX_NEW_TOKENS greedy tokens, before a blank line."""
-    eos = tokenizer.eos_token_id
-    mine = []
-    with cli.progress(len(prompts.rows.ids), "mmlu", "row") as bar:
-        for sample in generate(
-            model,
-            [ids.tolist() for ids in prompts.rows.ids],
-            max_new_tokens=MAX_NEW_TOKENS,
-            eos_ids=() if eos is None else (eos,),
-            batch_size=batch_size,
-            dist=dist,
-        ):
+    tokenizer, mine = backend.facts.tokenizer, []
+    ids = [row.tolist() for row in prompts.rows.ids]
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0)
+    with cli.progress(len(ids), "mmlu", "row") as bar:
+        for sample in backend.generate(ids, greedy, batch_size=batch_size):
             mine.append((sample.prompt_index, tokenizer.decode(sample.token_ids)))
             bar.update(1)
     texts = np.full(prompts.shots.shape, "", dtype=object)
-    for row, text in itertools.chain.from_iterable(dist.gather(mine)):
+    for row, text in itertools.chain.from_iterable(backend.dist.gather(mine)):
         texts[prompts.question[row], prompts.rotation[row]] = text
     return Answers(np.vectorize(first_letter, otypes=[np.int64])(texts), texts=texts)
 
@@ -140,12 +241,55 @@ def first_letter(text: str) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
-# Metrics
+# Run, and what the answers amount to
 
 
-def share_of(correct) -> dict:
+def run(backend, plan: Plan, folder) -> Outcome:
+    """Score every question; arrays hold an entry for each, of the choices as they are listed."""
+    protocol, data = plan.protocol, plan.work.data
+    prompts, prepare_seconds = plan.work.prepared
+    answers = answer(backend, prompts, protocol)
+    rotation = np.arange(protocol["permute_choices"])
+    gold = (np.array([[q.answer] for q in data.questions]) - rotation) % len(LETTERS)
+    metrics, breakdown, arrays = summarise(data, protocol["scoring"], answers, gold)
+    generates = protocol["scoring"] == "generate"
+    tokens = prompts.rows.unique_tokens()
+    return Outcome(
+        metrics=metrics,
+        breakdown=breakdown,
+        arrays=arrays,
+        examples={
+            "unit": "questions",
+            "scores": {
+                metric: name
+                for metric, name in SCORED.items()
+                if metric in metrics and name in arrays
+            },
+            "labels": {"subject": "{}", "question": "{}"},
+            "tie_break": {"accuracy": "gold_logprob"} if answers.scores is not None else {},
+        },
+        protocol={
+            "subjects": len(data.subjects) if protocol["subjects"] else None,
+            "letter_ids": prompts.rows.choice_ids,
+            "max_new_tokens": MAX_NEW_TOKENS if generates else None,
+            "truncated": prompts.truncated,
+            "shortened": int((prompts.shots < protocol["shots"]).sum()),
+            "shots_kept": np.bincount(prompts.shots.ravel()).tolist(),  # prompts by examples kept
+        },
+        data={"tokens": tokens},
+        cost={"prepare_seconds": prepare_seconds},
+        words=tuple(results.data_words({"tokens": tokens})),
+        samples=functools.partial(make_samples, data, prompts, answers, gold),
+        shown=data,
+    )
+
+
+SCORED = {"accuracy": "correct", "accuracy_normalised": "correct_normalised"}
+
+
+def share(correct) -> dict:
     """The metric of booleans [n]."""
-    return share(int(np.sum(correct)), len(correct))
+    return results.share(int(np.sum(correct)), len(correct))
 
 
 def mean_of_shares(shares) -> dict:
@@ -154,7 +298,7 @@ def mean_of_shares(shares) -> dict:
     values, errors = [s["value"] for s in shares], [s["stderr"] for s in shares]
     stderr = math.sqrt(sum(e * e for e in errors)) / len(errors)
     n = sum(s["n"] for s in shares)
-    return metric(float(np.mean(values)), stderr, n, unit="share")
+    return results.metric(float(np.mean(values)), stderr, n, unit="share")
 
 
 def accuracies(data, correct: dict) -> tuple[dict, dict]:
@@ -170,8 +314,8 @@ def accuracies(data, correct: dict) -> tuple[dict, dict]:
             (category, sorted({*category} - {""}), by_category),
         ):
             for group in groups:
-                out.setdefault(str(group), {})[name] = share_of(right[key == group])
-        metrics[name] = share_of(right)
+                out.setdefault(str(group), {})[name] = share(right[key == group])
+        metrics[name] = share(right)
         macro = name.replace("accuracy", "accuracy_macro")
         metrics[macro] = mean_of_shares([by_subject[s][name] for s in data.subjects])
     return metrics, {"category": by_category, "subject": by_subject}
@@ -190,6 +334,7 @@ def summarise(data, scoring, answers: Answers, gold):
     correct, scores = {"accuracy": right[:, 0]}, None
     if answers.scores is not None:
         arrays["logprobs"] = scores = answers.scores[:, 0]
+        arrays["gold_logprob"] = stats.choice_logprob(scores, gold[:, 0])
     if scoring == "continuation":  # log-likelihood per character, lm-evaluation-harness's acc_norm
         characters = np.array([[max(len(c), 1) for c in q.choices] for q in data.questions])
         correct["accuracy_normalised"] = (scores / characters).argmax(-1) == gold[:, 0]
@@ -203,16 +348,17 @@ def summarise(data, scoring, answers: Answers, gold):
         for i, letter in enumerate(LETTERS)
     }
     if scores is None:
-        metrics["answered"] = share_of(predicted >= 0)
+        metrics["answered"] = share(predicted >= 0)
     else:
         p = np.exp(scores - scores.max(-1, keepdims=True))
         p = (p / p.sum(-1, keepdims=True))[np.arange(len(p)), predicted]
-        measured = calibration(p, right[:, 0])
-        metrics |= {name: metric(measured[name], better="lower") for name in ("ece", "brier")}
+        measured = stats.calibration(p, right[:, 0])
+        for name in ("ece", "brier"):
+            metrics[name] = results.metric(measured[name], better="lower")
         breakdown["calibration"] = measured["bins"]
-        best, second = np.sort(scores, -1)[:, :1:-1].T
-        metrics["ties"] = metric(int((best == second).sum()), better="lower")
-        arrays["gold_logprob"] = choice_logprob(scores, gold[:, 0])
+        ordered = np.sort(scores, -1)
+        ties = int((ordered[:, -1] == ordered[:, -2]).sum())  # of the two best
+        metrics["ties"] = results.metric(ties, better="lower")
     if right.shape[1] > 1:
         add_permuted(metrics, breakdown, answers.predicted, right)
         arrays["correct_permuted"] = right
@@ -224,31 +370,12 @@ def add_permuted(metrics, breakdown, predicted, right) -> None:
     was drawn, and how often a question gets the same choice in all of them."""
     rotations, mean = right.shape[1], right.mean(axis=1)
     stderr = mean.std(ddof=1) / math.sqrt(len(mean)) if len(mean) > 1 else math.nan
-    metrics["accuracy_permuted"] = metric(float(mean.mean()), stderr, len(mean), unit="share")
+    metrics["accuracy_permuted"] = results.metric(
+        float(mean.mean()), stderr, len(mean), unit="share"
+    )
     chosen = np.where(predicted < 0, -1, (predicted + np.arange(rotations)) % len(LETTERS))
-    metrics["same_answer"] = share_of((chosen == chosen[:, :1]).all(axis=1) & (chosen[:, 0] >= 0))
-    breakdown["rotation"] = {str(r): {"accuracy": share_of(right[:, r])} for r in range(rotations)}
-
-
-def examples_of(arrays) -> dict:
-    scores = {"accuracy": "correct", "accuracy_normalised": "correct_normalised"}
-    return {
-        "unit": "questions",
-        "scores": {name: array for name, array in scores.items() if array in arrays},
-        "labels": {"subject": "{}", "question": "{}"},
-        "tie_break": {"accuracy": "gold_logprob"} if "gold_logprob" in arrays else {},
-    }
-
-
-def words_of(protocol) -> list[str]:
-    words = [protocol["template"], protocol["scoring"], f"{protocol['shots']}-shot"]
-    words += ["BOS"] if protocol["bos"] else []
-    words.append(protocol["dtype"])
-    if protocol["subjects"]:
-        words.append(f"{protocol['subjects']} subjects only: not a score")
-    if protocol["limit"]:
-        words.append(f"limit {protocol['limit']}: not a score")
-    return words
+    metrics["same_answer"] = share((chosen == chosen[:, :1]).all(axis=1) & (chosen[:, 0] >= 0))
+    breakdown["rotation"] = {str(r): {"accuracy": share(right[:, r])} for r in range(rotations)}
 
 
 def make_samples(data, prompts, answers: Answers, gold):
@@ -275,238 +402,6 @@ def letter_or_none(index) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The evaluation
-
-
-@dataclass(frozen=True)
-class Task:
-    """All that is known before a model runs, and so the same for every checkpoint of one shape."""
-
-    tokenizer: object
-    template: Template
-    data: QuestionSet
-    asked_for: dict
-
-    @functools.cached_property
-    def prepared(self) -> tuple[Prompts, float]:
-        """The rows to score, and the seconds that it took to make them."""
-        start, asked = time.perf_counter(), self.asked_for
-        prompts = PromptMaker(
-            self.tokenizer,
-            self.data,
-            self.template,
-            asked["scoring"],
-            asked["context"] or sys.maxsize,
-            asked["permute_choices"],
-            asked["truncate"],
-            asked["bos"],
-        ).make(asked["prefix_cache"])
-        return prompts, time.perf_counter() - start
-
-    @property
-    def configuration(self) -> dict:
-        """What decides the numbers. A tokenizer counts by its content: each checkpoint may hold a
-        copy under a path of its own."""
-        asked_for = {name: value for name, value in self.asked_for.items() if name != "tokenizer"}
-        return asked_for | {"examples_hash": self.data.examples_hash}
-
-    def resume_key(self, fingerprint) -> str:
-        """The resume_key of the record that run_task will return."""
-        code = running_code(__file__, checkpoints.READ_WITH)
-        return resume_key(fingerprint, "mmlu", self.configuration, self.data.hash, code)
-
-
-def make_task(
-    model,
-    tokenizer,
-    data_path,
-    num_few_shot=0,
-    *,
-    dtype,
-    device_type="cpu",
-    template="lm_eval",
-    scoring=None,
-    split="test",
-    subjects=None,
-    limit=None,
-    permute_choices=1,
-    truncate=False,
-    add_bos=None,
-    prefix_cache=True,
-    batch_tokens=None,
-    batch_size=None,
-) -> Task:
-    """What evaluate_mmlu describes, for a model or the checkpoint.Shape of one, in a dtype by name.
-    Reads the questions; they become tokens when the prompts are first asked for."""
-    template = load_template(template)
-    scoring = scoring or template.scorings[0]
-    if scoring not in template.scorings:
-        raise ValueError(f"template {template.name} shows no letters: --scoring continuation only")
-    if not 1 <= permute_choices <= len(LETTERS):
-        raise ValueError(f"--permute-choices must be 1 to 4, not {permute_choices}")
-    if add_bos and tokenizer.bos_token_id is None:
-        raise ValueError(f"--bos on: tokenizer {tokenizer.name} has no BOS token")
-    add_bos = tokenizer.adds_bos if add_bos is None else add_bos
-    share_prefix = prefix_cache and model.supports_cache and scoring != "generate"
-    asked_for = {
-        "template": template.name,
-        "template_hash": template.hash,
-        "scoring": scoring,
-        "shots": num_few_shot,
-        "split": split,
-        "subjects": sorted(subjects) if subjects else None,
-        "limit": limit,
-        "permute_choices": permute_choices,
-        "truncate": truncate,
-        "bos": add_bos,
-        "context": model.max_positions,
-        "dtype": dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "prefix_cache": share_prefix,
-        "batch_tokens": batch_tokens or BATCH_TOKENS[device_type],
-        "batch_size": batch_size,
-    }
-    data = read_data(data_path, num_few_shot, split, subjects, limit)
-    return Task(tokenizer, template, data, asked_for)
-
-
-class TaskMaker:
-    """Tasks of the command line's flags: checkpoints of one tokenizer and shape share theirs, and
-    with it the prompts."""
-
-    def __init__(self, args, template, scoring):
-        self.args = args
-        self.options = options_of(args) | {"template": template, "scoring": scoring}
-        self.task = self.made_for = None
-
-    def make(self, tokenizer, shape, dtype, device_type) -> Task:
-        """shape: checkpoint.Shape."""
-        made_for = tokenizer.fingerprint, shape, dtype, device_type
-        if self.made_for != made_for:
-            self.made_for = made_for
-            where = self.args.data_path, self.args.num_few_shot
-            how = self.options | {"dtype": dtype, "device_type": device_type}
-            self.task = make_task(shape, tokenizer, *where, **how)
-        return self.task
-
-
-def evaluate_mmlu(
-    model,
-    tokenizer,
-    data_path,
-    num_few_shot=0,
-    *,
-    dist=None,
-    checkpoint_info=None,
-    run="run",
-    **options,
-) -> dict:
-    """Score `model` on a four-choice set and return results.py's record.
-
-    model: GPTModel or the transformers fallback. data_path, split, subjects, limit: see read_data.
-    template: a name or file; scoring: letter, continuation or generate, default the template's
-    first. permute_choices: choice orders tried, each one rotated by one more. truncate: cut a
-    question that alone exceeds the context on the left, instead of ValueError. add_bos: default as
-    the tokenizer itself would. batch_tokens, batch_size: padded tokens and rows of a batch at most.
-    The defaults of these options are make_task's. The record's "_arrays" hold per-question results
-    and "_samples()" yields one dict a question; `save_record` takes both. checkpoint_info: what
-    checkpoint.describe gives, or a function that will; it is called last. All ranks of `dist` call
-    this alike and get the same figures.
-    """
-    parameter = next(model.parameters())
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    options |= {"dtype": dtype, "device_type": parameter.device.type}
-    task = make_task(model, tokenizer, data_path, num_few_shot, **options)
-    return run_task(model, task, dist, checkpoint_info, run)
-
-
-def run_task(model, task: Task, dist=None, checkpoint_info=None, run="run") -> dict:
-    """evaluate_mmlu of a task that was made for a model of this shape; it may be used again."""
-    dist = dist or Dist(0, 1, 0, next(model.parameters()).device)
-    tokenizer, data, asked_for = task.tokenizer, task.data, task.asked_for
-    scoring, num_few_shot = asked_for["scoring"], asked_for["shots"]
-    prompts, prepare_seconds = task.prepared
-    check_vocabulary(prompts.rows, tokenizer, model)
-    start = time.perf_counter()
-    answers, batches, used_tokens = answer(model, tokenizer, prompts, asked_for, dist)
-    seconds = {"prepare": prepare_seconds, "score": time.perf_counter() - start}
-    rotation = np.arange(asked_for["permute_choices"])
-    gold = (np.array([[q.answer] for q in data.questions]) - rotation) % len(LETTERS)
-    metrics, breakdown, arrays = summarise(data, scoring, answers, gold)
-    came_of_it = {
-        "subjects": len(data.subjects) if asked_for["subjects"] else None,
-        "batch_tokens": used_tokens,
-        "compiled": False,
-        "letter_ids": prompts.rows.choice_ids,
-        "max_new_tokens": MAX_NEW_TOKENS if scoring == "generate" else None,
-        "truncated": prompts.truncated,
-        "shortened": int((prompts.shots < num_few_shot).sum()),
-        "shots_kept": np.bincount(prompts.shots.ravel()).tolist(),  # prompts by examples kept
-    }
-    about = {
-        "files": data.files,
-        "hash": data.hash,
-        "examples_hash": data.examples_hash,
-        "tokens": prompts.rows.unique_tokens(),
-    }
-    record = new_record(
-        "mmlu",
-        metrics,
-        asked_for | came_of_it,
-        run=run,
-        checkpoint=checkpoint_info,
-        configuration=task.configuration,
-        examples=examples_of(arrays),
-        words=words_of(asked_for | came_of_it) + data_words(about),
-        data=about,
-        cost=cost_of(model, prompts.rows, batches, seconds, dist),
-        breakdown=breakdown,
-        code=running_code(__file__, checkpoints.READ_WITH),
-    )
-    samples = functools.partial(make_samples, data, prompts, answers, gold)
-    return record | {"_arrays": arrays, "_samples": samples, "_data": data}
-
-
-def check_vocabulary(rows, tokenizer, model) -> None:
-    highest = max(int(ids.max(initial=0)) for ids in (*rows.ids, *rows.prefixes, *rows.targets))
-    highest = max(highest, *(rows.choice_ids or [0]))
-    if highest >= model.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer.name} gives token {highest}, the model has {model.vocab_size}: "
-            "name the tokenizer that it was trained with (--tokenizer-name)"
-        )
-
-
-def cost_of(model, rows, batches, seconds, dist) -> dict:
-    """Time, and the share of the arithmetic limit reached: FLOPs of the unique tokens only (each
-    prefix once, no padding), over what the GPU's dense bf16 peak allows in the scoring time."""
-    score, prefixes = seconds["score"], rows.prefixes
-    flops = unique_flops(model.config, rows) if model.is_native else None
-    return {
-        "seconds": score,
-        "prepare_seconds": seconds["prepare"],
-        "tokens_per_second": rows.unique_tokens() / score,
-        "rows": len(rows.ids),
-        "tokens_padded": sum(batch.tokens for batch in batches),
-        "tokens_unshared": int(rows.lengths.sum()) + sum(len(prefixes[g]) for g in rows.prefix),
-        "batches": len(batches),
-    } | device_cost(dist, flops, score)
-
-
-def unique_flops(config, rows: Continuations) -> float:
-    """FLOPs of a forward over each prefix and each row once, the head at scored positions only."""
-    per_token = compute.estimate_flops(config, 1, 1)["parts"]
-    P = np.array([len(prefix) for prefix in rows.prefixes], dtype=np.float64)
-    P = np.where(np.isin(np.arange(len(P)), rows.prefix), P, 0)
-    T, before = rows.lengths.astype(np.float64), P[rows.prefix]
-    pairs = (P * (P + 1) / 2).sum() + (T * before + T * (T + 1) / 2).sum()
-    heads = sum(map(len, rows.targets)) + (len(rows.ids) if rows.choice_ids else 0)
-    linear = per_token["linear"] * rows.unique_tokens()
-    return linear + per_token["attention_causal"] * pairs + per_token["head"] * heads
-
-
-# ---------------------------------------------------------------------------------------------
 # Output
 
 
@@ -519,16 +414,28 @@ def show_share(share) -> str:
     return f"{value:.2%}" if math.isnan(stderr) else f"{value:.2%} ± {stderr:.2%}"
 
 
-def print_table(records) -> None:
+def show(records) -> None:
+    """All records of a checkpoint, side by side, and where they lie."""
+    print_accuracies(records)
+    for record in records:
+        print_details(record)
+    for record in records:
+        print(f"record: {record.path}")
+    if len(records) > 1:
+        path = records[-1].path
+        print_differences(records, path.with_name(f"mmlu-differences-{path.stem[-8:]}.jsonl"))
+
+
+def print_accuracies(records) -> None:
     """Accuracy overall, by category and by subject, one column for each record of a checkpoint."""
     first = records[0]
-    data, protocol = first["_data"], first["protocol"]
-    print0(
+    data, protocol = first.shown, first["protocol"]
+    print(
         f"\n{first['checkpoint']['name']}: {len(data.questions):,} questions of "
         f"{len(data.subjects)} subjects, {protocol['shots']}-shot"
     )
     if protocol["limit"] or protocol["subjects"]:
-        print0("A PART OF THE QUESTIONS (--limit, --subjects): not a score of the set")
+        print("A PART OF THE QUESTIONS (--limit, --subjects): not a score of the set")
     names = ["accuracy", "accuracy_normalised"]
     columns = [
         (r, n, column_of(r) + ("/norm" if n != "accuracy" else ""))
@@ -539,7 +446,7 @@ def print_table(records) -> None:
     widths = [max(17, len(title)) + 2 for *_, title in columns]
 
     def line(label, cells):
-        print0(f"{label:38}" + "".join(f"{c:>{width}}" for c, width in zip(cells, widths)))
+        print(f"{label:38}" + "".join(f"{c:>{width}}" for c, width in zip(cells, widths)))
 
     def share_line(label, shares):
         line(label, map(show_share, shares))
@@ -552,37 +459,35 @@ def print_table(records) -> None:
     for dimension in ("category", "subject"):
         for group in first["breakdown"][dimension]:
             share_line(f"  {group}", [r["breakdown"][dimension][group][n] for r, n, _ in columns])
-    for record in records:
-        print_details(record)
 
 
 def print_details(record) -> None:
     metrics, protocol, cost = record["metrics"], record["protocol"], record["cost"]
     letters = record["breakdown"]["letter"]
     bias = "  ".join(f"{k} {v['predicted']:.1%}/{v['gold']:.1%}" for k, v in letters.items())
-    print0(f"{column_of(record)}: letters predicted/gold  {bias}")
+    print(f"{column_of(record)}: letters predicted/gold  {bias}")
     if "ece" in metrics:
         ece, brier = metrics["ece"]["value"], metrics["brier"]["value"]
-        print0(f"  calibration error {ece:.4f}, Brier {brier:.4f}")
+        print(f"  calibration error {ece:.4f}, Brier {brier:.4f}")
     ties = metrics.get("ties", {}).get("value")
     if ties:
-        print0(f"  ties between the best two answers, which go to the first: {ties:,}")
+        print(f"  ties between the best two answers, which go to the first: {ties:,}")
     if "answered" in metrics:
-        print0(f"  gave a letter: {metrics['answered']['value']:.2%}")
+        print(f"  gave a letter: {metrics['answered']['value']:.2%}")
     if "accuracy_permuted" in metrics:
         permuted, same = metrics["accuracy_permuted"], metrics["same_answer"]["value"]
-        print0(
+        print(
             f"  over {protocol['permute_choices']} choice orders: {show_share(permuted)}; "
             f"same answer in all of them: {same:.2%}"
         )
     if protocol["shortened"] or protocol["truncated"]:
-        print0(
+        print(
             f"  context of {protocol['context']}: {protocol['shortened']:,} prompts lost few-shot "
             f"examples, {protocol['truncated']:,} were cut"
         )
     speed = f"{cost['tokens_per_second']:,.0f} tokens/s"
     mfu = "" if cost["mfu"] is None else f", {cost['mfu']:.1%} of the arithmetic limit"
-    print0(
+    print(
         f"  prepared in {cost['prepare_seconds']:.2f} s, scored in {cost['seconds']:.2f} s: "
         f"{speed}{mfu}"
     )
@@ -590,138 +495,49 @@ def print_details(record) -> None:
 
 def print_differences(records, path: Path) -> None:
     """Pairs of columns: how many questions they answer differently, and all of them in a file."""
-    lines, questions = [], records[0]["_data"].questions
+    lines, questions = [], records[0].shown.questions
     for a, b in itertools.combinations(records, 2):
-        ours, theirs = a["_arrays"]["predicted"], b["_arrays"]["predicted"]
+        ours, theirs = a.arrays["predicted"], b.arrays["predicted"]
         ids = np.flatnonzero(ours != theirs)
-        print0(f"{column_of(a)} and {column_of(b)} differ on {len(ids):,} questions")
+        print(f"{column_of(a)} and {column_of(b)} differ on {len(ids):,} questions")
         for i in ids.tolist():
             q = questions[i]
             line = {"id": i, "subject": q.subject, "where": q.where, "gold": LETTERS[q.answer]}
             line |= {column_of(a): letter_or_none(ours[i]), column_of(b): letter_or_none(theirs[i])}
             lines.append(dumps(line) + "\n")
     write_atomic(path, "".join(lines))
-    print0(f"differences: {path}")
+    print(f"differences: {path}")
 
 
 # ---------------------------------------------------------------------------------------------
-# Command line
+# The evaluation
+
+MMLU = Evaluation(
+    name="mmlu",
+    script=__file__,
+    Options=Options,
+    plan=plan,
+    run=run,
+    show=show,
+    check=read_questions,
+    variants=variants,
+)
 
 
-def parse(argv):
-    p = cli.parser(__doc__)
-    cli.add_evaluation_flags(p, batch_size=None)
-    p.add_argument("--data-path", required=True, help="directory of the set, or one file of it")
-    p.add_argument("--num-few-shot", type=int, default=0, metavar="K", help="examples from dev (0)")
-    p.add_argument("--template", nargs="+", default=["lm_eval"], help="names or YAML files")
-    p.add_argument("--scoring", nargs="+", choices=SCORINGS, help="default: the template's own")
-    p.add_argument("--split", choices=("test", "val"), default="test")
-    p.add_argument("--subjects", nargs="+", metavar="NAME", help="only these")
-    p.add_argument("--limit", type=cli.positive_int, help="so many questions of each subject")
-    p.add_argument(
-        "--permute-choices",
-        type=int,
-        default=1,
-        metavar="K",
-        help="also score rotated choice orders, K in all (at most 4)",
-    )
-    p.add_argument(
-        "--truncate",
-        action="store_true",
-        help="cut questions that alone exceed the context on the left: no error",
-    )
-    p.add_argument(
-        "--bos",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="BOS before each prompt; auto: as the tokenizer does by itself",
-    )
-    p.add_argument("--no-prefix-cache", action="store_true", help="run every prompt whole")
-    p.add_argument(
-        "--batch-tokens",
-        type=cli.positive_int,
-        help="padded tokens of a batch at most (32768 on CUDA, 4096 on CPU)",
-    )
-    p.add_argument("--log-samples", action="store_true", help="keep every question and its scores")
-    args = p.parse_args(argv)
-    if args.num_few_shot < 0:
-        p.error("--num-few-shot must not be negative")
-    if args.compile == "on":
-        p.error(
-            "--compile on: mmlu_eval.py always runs eagerly; compiling costs more than it saves"
-        )
-    return args
+def evaluate_mmlu(model, tokenizer, data_path, num_few_shot=0, **options) -> evaluation.Result:
+    """results.py's record of a model on a four-choice set; see tasks.questions.read_data.
 
-
-def options_of(args) -> dict:
-    """The flags as make_task's options, all but the template and the scoring."""
-    return {
-        "split": args.split,
-        "subjects": args.subjects,
-        "limit": args.limit,
-        "permute_choices": args.permute_choices,
-        "truncate": args.truncate,
-        "add_bos": {"auto": None, "on": True, "off": False}[args.bos],
-        "prefix_cache": not args.no_prefix_cache,
-        "batch_tokens": args.batch_tokens,
-        "batch_size": args.batch_size,
-    }
-
-
-def combinations(args) -> list[tuple[str, str]]:
-    """The (template, scoring) pairs asked for. Beside others, a scoring that a template has no
-    letters for is left out of it; a template that is left with none is an error."""
-    pairs = []
-    for name in dict.fromkeys(args.template):
-        template = load_template(name)
-        wanted = dict.fromkeys(args.scoring or template.scorings[:1])
-        possible = [(name, scoring) for scoring in wanted if scoring in template.scorings]
-        if not possible:
-            raise ValueError(
-                f"--scoring {' '.join(wanted)} does not go with --template {name}, which shows "
-                "no letters: --scoring continuation"
-            )
-        pairs += possible
-    return pairs
+    options: Options' fields (`template` and `scoring` one each, as a text). Also dist, info and
+    run: see Evaluation.
+    """
+    for name in ("template", "scoring"):
+        if isinstance(options.get(name), str):
+            options[name] = (options[name],)
+    return MMLU(model, tokenizer, data_path=data_path, num_few_shot=num_few_shot, **options)
 
 
 def main(argv=None):
-    args = parse(argv)
-    makers = [TaskMaker(args, template, scoring) for template, scoring in combinations(args)]
-    paths = checkpoints.expand_paths(args.checkpoint_path)
-    with setup(args.device, args.timeout) as dist, ThreadPoolExecutor(2) as background:
-        dtype = cli.resolve_dtype(args, dist.device.type)
-        if dtype == "float32":
-            torch.set_float32_matmul_precision("highest")
-        for path in paths:
-            start = time.perf_counter()
-            # hashing a large checkpoint takes seconds: beside the scoring, and on one rank only
-            info = background.submit(checkpoints.describe, path).result if dist.is_main else None
-            name = args.tokenizer_name or checkpoints.find_tokenizer(path) or "gpt2"
-            tokenizer, shape = build_tokenizer(name), checkpoints.shape_of(path)
-            tasks = [maker.make(tokenizer, shape, dtype, dist.device.type) for maker in makers]
-            # questions become tokens while the weights come from the disk
-            prepared = background.submit(lambda tasks=tasks: [task.prepared for task in tasks])
-            model = checkpoints.load_model(path, dtype, dist.device)
-            prepared.result()
-            load_seconds = time.perf_counter() - start
-            run = args.run_name or Path(path).resolve().parent.name or "checkpoints"
-            records = [run_task(model, task, dist, info, run) for task in tasks]
-            for record in records:
-                record["cost"]["load_seconds"] = load_seconds
-            if dist.is_main:
-                save_and_print(records, args)
-            del model
-
-
-def save_and_print(records, args) -> None:
-    print_table(records)
-    for record in records:
-        samples = record["_samples"]() if args.log_samples else None
-        path = save_record(args.results_dir, record, record["_arrays"], samples)
-        print0(f"record: {path}")
-    if len(records) > 1:
-        print_differences(records, path.with_name(f"mmlu-differences-{path.stem[-8:]}.jsonl"))
+    evaluation.main(MMLU, argv, __doc__)
 
 
 if __name__ == "__main__":

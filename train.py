@@ -44,7 +44,7 @@ MODEL_FLAGS += ("dropout", "activation")
 def main(argv=None):
     args = parse(argv)
     with distributed.setup(args.device, args.timeout) as dist:
-        exact = cli.resolve_dtype(args, dist.device.type) == "float32"
+        exact = cli.read_options(cli.PrecisionOptions, args).resolve(dist.device.type) == "float32"
         torch.set_float32_matmul_precision("highest" if exact else "high")
         tokenizer, train_stream, val_stream = open_data(args)
         model = build_model(args, tokenizer, dist.device)
@@ -78,8 +78,9 @@ def parse(argv):
     p.add_argument("--use-wandb", action="store_true")
     p.add_argument("--wandb-project", default="roseval")
     p.add_argument("--wandb-run-name")
-    cli.add_precision_flags(p)
-    cli.add_run_flags(p)
+    cli.add_options(p, cli.PrecisionOptions, cli.RunOptions)
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     args, _ = p.parse_known_args(argv)
     if args.train_config:
         p.set_defaults(**yaml_flags(p, args.train_config))
@@ -270,7 +271,7 @@ def wrap(args, model, dist) -> nn.Module:
 
 
 def train(args, model, optimizer, scheduler, first_step, stream, val_stream, tokenizer, dist):
-    dtype = cli.resolve_dtype(args, dist.device.type)
+    dtype = cli.read_options(cli.PrecisionOptions, args).resolve(dist.device.type)
     if dtype == "float16":
         raise ValueError("train.py has no loss scaling for float16: use --dtype bfloat16")
     amp = nullcontext()
@@ -336,7 +337,7 @@ def validate(args, model, stream, dtype, dist) -> float:
     model.eval()
     nll = scoring.nll_function(model, compiled=False)
 
-    def nll_fn(input_ids, targets):
+    def nll_fn(input_ids, targets, window_ids=None):
         with torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             return nll(input_ids, targets)
 

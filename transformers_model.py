@@ -33,6 +33,10 @@ class TransformersModel(nn.Module):
         self.scale, self.softcap = 1.0, None
         self._find_logit_rule(hf)
 
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.device
+
     def _find_logit_rule(self, hf) -> None:
         scales = [1.0, getattr(hf, "logit_scale", None), getattr(hf, "logits_scaling", None)]
         scales = [s for s in scales[:2] if s] + [1 / s for s in scales[2:] if s]

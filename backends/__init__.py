@@ -108,7 +108,7 @@ class Backend(Protocol):
     ) -> Iterator[Sample]:
         """This rank's samples, each when it is finished."""
 
-    def cost(self, flops: float | None = None) -> dict:
+    def cost(self) -> dict:
         """Of the last verb: seconds, peak memory, GPU, ranks, and model FLOPs utilisation."""
 
     def ran(self) -> dict:

@@ -8,7 +8,6 @@ kept by (window, file, ordinary or special token) as float64 sums with their tok
 so any mean over files, windows or bytes can be formed afterwards without approximation.
 """
 
-import itertools
 import math
 import queue
 import threading
@@ -17,11 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import compute
 from costs.formulas import CHUNK_TOKENS
-from distributed import print0
 from gpu_kernels.cross_entropy import IGNORE
-from model import KVCache, attention_without_plans
+from model import inductor_options
 
 # ---------------------------------------------------------------------------------------------
 # Tokens
@@ -34,12 +31,6 @@ def token_nll(model, hidden, targets):
     """
     chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS))
     return torch.cat([model.nll(h, t) for h, t in chunks])
-
-
-def choice_logprobs(model, hidden, choice_ids):
-    """Log-probabilities [B, K], float32, over the vocabulary, of K tokens after hidden [B, C]."""
-    logits = model.logits(hidden).float()
-    return logits[:, choice_ids] - logits.logsumexp(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -66,51 +57,38 @@ def compute_perplexity(model, dataloader, device) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# Compiled or eager. Decided from the whole job, so that every rank and every world size agree
+# The loss of each token, compiled or eager
 
 
-def should_compile(mode: str, device: torch.device, config, n_tokens: int) -> bool:
-    """True if torch.compile pays for itself over n_tokens of scoring.
-
-    What compiling saves is memory traffic between layers, in proportion to layers x width; what it
-    costs was measured as COMPILE_SECONDS, nearly the same for every size since all blocks share
-    one compilation.
-    """
-    if mode != "auto" or config is None:
-        return mode == "on" and config is not None
-    saved = n_tokens * config.n_layers * config.d_model * SAVED_SECONDS_PER_UNIT
-    return device.type == "cuda" and saved > COMPILE_SECONDS
-
-
-SAVED_SECONDS_PER_UNIT = 4e-11  # a token, a layer, a channel: H200, bfloat16, 124M to 7B
-COMPILE_SECONDS = 8.0
-
-
-def inductor_options() -> dict:
-    """Kernels chosen by rule: left alone, inductor picks reductions by timing them, so that two
-    processes, and with them two world sizes, could sum in another order."""
-    import torch._inductor.config as inductor  # half of the start-up, needed to compile only
-
-    options = {"triton.autotune_pointwise": False}
-    return options | ({"deterministic": True} if hasattr(inductor, "deterministic") else {})
-
-
-def nll_function(model, compiled: bool):
-    """f(input_ids [B, T], targets [B, T]) -> nats [B, T] float32.
+def nll_function(model, compiled: bool, consumer=None):
+    """f(input_ids [B, T], targets [B, T], window_ids [B]) -> nats [B, T] float32.
 
     Compiled block by block: all layers share one compilation of seconds, and the whole model's,
     of up to half a minute, is no faster (H200: 124M 1% faster, XL 1%, 7B 2% slower).
+    consumer: called with the logits [N, V] of each scored position, the targets [N] and their
+    places [N], window * T + column, in chunks of at most CHUNK_TOKENS.
     """
     for block in model.blocks if model.is_native else ():
-        block._compiled_call_impl = None  # whoever scored with this model before
+        block._compiled_call_impl = None  # of an evaluation that compiled this model before
         if compiled:
             block.compile(dynamic=False, options=inductor_options())
 
-    def nll(input_ids, targets):
+    def nll(input_ids, targets, window_ids=None):
         hidden = model.hidden(input_ids).flatten(0, 1)
+        if consumer is not None and window_ids is not None:
+            _hand_on_logits(model, hidden, targets, window_ids, consumer)
         return token_nll(model, hidden, targets.flatten()).view_as(targets)
 
     return nll
+
+
+def _hand_on_logits(model, hidden, targets, window_ids, consumer) -> None:
+    T = targets.shape[1]
+    places = window_ids[:, None] * T + torch.arange(T, device=targets.device)
+    scored = (targets != IGNORE).flatten()
+    rows = hidden[scored], targets.flatten()[scored], places.flatten()[scored]
+    for h, t, place in zip(*(x.split(CHUNK_TOKENS) for x in rows)):
+        consumer(model.logits(h), t, place)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -122,6 +100,7 @@ class WindowTotals:
     """Sums by entry. An entry is one (window, file, special or not): arrays of equal length.
 
     nll: nats, float64. tokens, bytes: int64. window, file: int64. special: bool.
+    token_nll [windows, T], float64: of every target, 0 where not scored; None unless asked for.
     """
 
     nll: np.ndarray
@@ -130,6 +109,11 @@ class WindowTotals:
     window: np.ndarray
     file: np.ndarray
     special: np.ndarray
+    token_nll: np.ndarray | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The sums by entry, by name."""
+        return {name: getattr(self, name) for name in ENTRY}
 
     @property
     def loss(self) -> float:
@@ -154,7 +138,10 @@ class WindowTotals:
 
     def of_file(self, index: int) -> "WindowTotals":
         keep = self.file == index
-        return WindowTotals(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return WindowTotals(**{name: array[keep] for name, array in self.arrays().items()})
+
+
+ENTRY = ("nll", "tokens", "bytes", "window", "file", "special")
 
 
 class WindowLayout:
@@ -215,17 +202,20 @@ def batch_sums(nll, targets, file_offset, n_files, special, token_bytes):
 
 @torch.no_grad()
 def score_windows(
-    nll_fn, stream, windows, batch_size, dist, token_bytes, special, progress=None
+    nll_fn, stream, windows, batch_size, dist, token_bytes, special, progress=None, per_token=False
 ) -> WindowTotals:
     """Score every window once and return the sums of all ranks, the same bits on any number.
 
     nll_fn: from nll_function. stream, windows: dataset.py's. token_bytes [V] int, special [V] bool:
-    by token id. Batch b holds windows b*batch_size.. whatever the world size; the last one is
-    filled up with dummy rows, so that shapes never change.
+    by token id. per_token: keep every target's nats as well. Batch b holds windows b*batch_size..
+    whatever the world size; the last one is filled up with dummy rows, so that shapes never change.
     """
     layout = WindowLayout(stream, windows)
     n_batches = -(-len(windows) // batch_size)
     totals = torch.zeros(layout.n_entries + 1, 3, dtype=torch.float64, device=dist.device)
+    # dummy rows (id -1) end up in a last row of their own
+    shape = (len(windows) + 1, windows.seq_len) if per_token else (0, 0)
+    tokens = torch.zeros(shape, dtype=torch.float64, device=dist.device)
     token_bytes = torch.as_tensor(token_bytes, device=dist.device)
     special = torch.as_tensor(special, device=dist.device)
 
@@ -234,15 +224,17 @@ def score_windows(
         ids[ids >= len(windows)] = -1
         batch = windows.batch(stream, ids)
         slots, offsets = layout.of_batch(ids, batch["first_target"], batch["targets"].shape[1])
-        return batch["input_ids"], batch["targets"], slots, offsets
+        return batch["input_ids"], batch["targets"], slots, offsets, ids
 
     def run():
-        for input_ids, targets, slots, offsets in prefetch(
+        for input_ids, targets, slots, offsets, ids in prefetch(
             make, dist.shard(n_batches), dist.device
         ):
-            nll = nll_fn(input_ids, targets)
+            nll = nll_fn(input_ids, targets, ids)
             sums = batch_sums(nll, targets, offsets, slots.shape[1], special, token_bytes)
             totals[slots.flatten()] = sums.flatten(0, 2)
+            if per_token:
+                tokens[ids] = nll.double()
             dist.bump()
             if progress is not None:
                 progress.update(min(dist.world_size, n_batches - progress.n))
@@ -250,8 +242,8 @@ def score_windows(
     agree_on_memory(run, dist)
     totals = dist.sum(totals[:-1].contiguous())
     counts = np.rint(totals[:, 1:]).astype(np.int64)
-    nll = totals[:, 0]
-    return WindowTotals(nll, counts[:, 0], counts[:, 1], *layout.describe())
+    every = dist.sum(tokens[:-1].contiguous()) if per_token else None
+    return WindowTotals(totals[:, 0], counts[:, 0], counts[:, 1], *layout.describe(), every)
 
 
 class BatchTooLarge(Exception):
@@ -269,36 +261,6 @@ def agree_on_memory(run, dist) -> None:
         if dist.device.type == "cuda":
             torch.cuda.empty_cache()
         raise BatchTooLarge
-
-
-def halve_until_it_fits(score, batch_size: int):
-    """(score(b), b) for the first b of batch_size, batch_size // 2, … that memory holds.
-
-    Batches of another size may round differently, so the size belongs in the record.
-    """
-    while True:
-        try:
-            return score(batch_size), batch_size
-        except BatchTooLarge:
-            if batch_size == 1:
-                raise ValueError(
-                    "out of memory with a batch of one: shorter sequences or a smaller --dtype help"
-                ) from None
-            batch_size //= 2
-            print0(f"out of memory: going on with a batch of {batch_size}")
-
-
-def device_cost(dist, flops: float | None, seconds: float) -> dict:
-    """The part of a record's cost that the device knows: its name, the highest peak of memory on
-    any rank, and the model FLOPs utilisation of `flops` done by all ranks in `seconds`."""
-    cost = {"world_size": dist.world_size, "gpu": None, "peak_memory_bytes": None, "mfu": None}
-    if dist.device.type == "cuda":
-        cost["gpu"] = torch.cuda.get_device_name(dist.device)
-        cost["peak_memory_bytes"] = max(dist.gather(torch.cuda.max_memory_allocated(dist.device)))
-        gpu = compute.find_gpu(cost["gpu"])
-        if gpu is not None and flops is not None:
-            cost["mfu"] = compute.mfu(flops, seconds, dist.world_size, gpu)
-    return cost
 
 
 def prefetch(make, indices, device, depth=4):
@@ -341,215 +303,3 @@ def prefetch(make, indices, device, depth=4):
     finally:
         stop.set()
         thread.join()
-
-
-# ---------------------------------------------------------------------------------------------
-# Continuations of shared prefixes: multiple-choice questions after their few-shot examples
-
-MIN_PREFIX = 32  # a shorter shared prefix saves less than merging two attentions costs
-HEAD_ROWS = 2048  # rows of [V] logits alive at once
-
-
-@dataclass(frozen=True)
-class Continuations:
-    """R rows of tokens, each going on from one of a few shared prefixes.
-
-    prefixes: token ids [P] of each, possibly none. prefix [R]: which one a row goes on from.
-    ids: each row's own tokens [T], at least one. targets: the tokens [S] scored after the last S
-    positions of the row; all S are 0 where only choices are asked for. choice_ids [K]: tokens
-    scored after the last position of every row, or None.
-    """
-
-    prefixes: list
-    prefix: np.ndarray
-    ids: list
-    targets: list
-    choice_ids: list | None = None
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(ids) for ids in self.ids], dtype=np.int64)
-
-    @property
-    def target_offsets(self) -> np.ndarray:
-        """[R + 1]: where each row's targets lie among all of them."""
-        return np.cumsum([0, *map(len, self.targets)])
-
-    def unique_tokens(self) -> int:
-        used = np.unique(self.prefix)
-        return int(self.lengths.sum()) + sum(len(self.prefixes[g]) for g in used)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows [B] of one prefix, right-padded to `length` tokens; `overhead`: see batch_overhead."""
-
-    prefix: int
-    rows: np.ndarray
-    length: int
-    overhead: int
-
-    @property
-    def tokens(self) -> int:
-        return len(self.rows) * self.length
-
-
-def batch_overhead(model, device) -> int:
-    """How many tokens one more batch costs, launches and half-filled kernels, next to padding.
-
-    A block's launches take 0.2 ms or so, in which a GPU at 200 TFLOP/s gets through 2e10 weights.
-    """
-    if device.type == "cpu" or not model.is_native:
-        return 128
-    weights = sum(p.numel() for p in model.blocks[0].parameters())
-    return int(min(max(2e10 / weights, 512), 8192))
-
-
-def plan_batches(rows: Continuations, max_tokens: int, max_rows=None, overhead=512) -> list[Batch]:
-    """Batches of at most max_tokens padded tokens, prefix by prefix, longest rows first.
-
-    Lengths are padded to a multiple of 8, never beyond the prefix's longest row, so that padding
-    has positions wherever that row has. Which lengths share a batch minimises padding plus
-    `overhead` tokens a batch. The result depends on the rows alone, never on the world size.
-    """
-    lengths = rows.lengths
-    padded = -(-lengths // 8) * 8
-    batches = []
-    for g in range(len(rows.prefixes)):
-        members = np.flatnonzero(rows.prefix == g)
-        members = members[np.lexsort((members, -lengths[members]))]
-        if not len(members):
-            continue
-        padded[members] = np.minimum(padded[members], lengths[members].max())
-        for start, stop in _length_classes(padded[members], max_tokens, overhead):
-            T = int(padded[members[start]])
-            most = min(max(max_tokens // T, 1), max_rows or len(members))
-            n_batches = -(-(stop - start) // most)
-            for part in np.array_split(members[start:stop], n_batches):
-                batches.append(Batch(g, part, T, overhead))
-    return batches
-
-
-def _length_classes(lengths, max_tokens, overhead):
-    """Cut descending lengths [n] into runs padded to their first, at the least total cost."""
-    starts = np.flatnonzero(np.diff(lengths, prepend=-1)).tolist()  # of each distinct length
-    ends = [*starts[1:], len(lengths)]
-    best = [(0, None)]  # cost of the first j distinct lengths, and where their last run starts
-    for j, end in enumerate(ends):
-        options = []
-        for i in range(j + 1):
-            tokens = (end - starts[i]) * int(lengths[starts[i]])
-            cost = tokens + overhead * -(-tokens // max_tokens)
-            options.append((best[i][0] + cost, i))
-        best.append(min(options))
-    runs, j = [], len(ends)
-    while j:
-        i = best[j][1]
-        runs.append((starts[i], ends[j - 1]))
-        j = i
-    return runs[::-1]
-
-
-def deal_batches(rows: Continuations, batches: list[Batch], world_size: int) -> list[range]:
-    """One contiguous run of batches for each rank, the largest run's cost being the least possible.
-
-    Contiguous, so that at most world_size - 1 prefixes are computed twice; a prefix's batches give
-    the same values wherever they run.
-    """
-    costs = [batch.tokens + batch.overhead for batch in batches]
-    prefix_costs = [len(rows.prefixes[batch.prefix]) + batch.overhead for batch in batches]
-
-    def cut(capacity):
-        """Where runs of at most `capacity` start, each as long as can be."""
-        starts, load = [], capacity + 1
-        for i, cost in enumerate(costs):
-            new_prefix = i == 0 or batches[i].prefix != batches[i - 1].prefix
-            load += cost + prefix_costs[i] * new_prefix
-            if load > capacity:
-                starts.append(i)
-                load = cost + prefix_costs[i]
-        return starts
-
-    low = max((a + b for a, b in zip(costs, prefix_costs)), default=0)
-    high = sum(costs) + sum(prefix_costs)
-    while low < high:
-        middle = (low + high) // 2
-        if len(cut(middle)) <= world_size:
-            high = middle
-        else:
-            low = middle + 1
-    starts = cut(low)
-    starts += [len(batches)] * (world_size + 1 - len(starts))
-    return [range(a, b) for a, b in itertools.pairwise(starts)]
-
-
-def make_prefix_cache(model, prefix, device):
-    """A KVCache that holds `prefix` (token ids [P]) for any number of rows; None if P is 0."""
-    if len(prefix) == 0:
-        return None
-    cache = KVCache(model, prefix_len=len(prefix))
-    model.hidden(torch.as_tensor(np.asarray(prefix, np.int64), device=device)[None], cache=cache)
-    return cache
-
-
-def pad_rows(rows: Continuations, batch: Batch):
-    """input_ids [B, T] right-padded with 0, and the row lengths [B]."""
-    ids = np.zeros((len(batch.rows), batch.length), dtype=np.int64)
-    for i, r in enumerate(batch.rows):
-        ids[i, : len(rows.ids[r])] = rows.ids[r]
-    return ids, np.array([len(rows.ids[r]) for r in batch.rows], dtype=np.int64)
-
-
-def _pack(rows: Continuations, batch: Batch, offsets):
-    """What a batch needs on the device: input_ids [B, T], the last position of each row in B*T,
-    row ids [B], and for all targets: position in B*T, token, slot in the result."""
-    ids, lengths = pad_rows(rows, batch)
-    ends = np.arange(len(lengths)) * batch.length + lengths
-    counts = [len(rows.targets[r]) for r in batch.rows]
-    positions = [np.arange(end - n, end) for end, n in zip(ends, counts)]
-    slots = [np.arange(offsets[r], offsets[r] + n) for r, n in zip(batch.rows, counts)]
-    targets = np.concatenate([np.asarray(rows.targets[r], np.int64) for r in batch.rows])
-    return ids, ends - 1, batch.rows, np.concatenate(positions), targets, np.concatenate(slots)
-
-
-@torch.no_grad()
-def score_continuations(model, rows: Continuations, batches, dist, progress=None):
-    """(choices [R, K], targets [R]): log-probabilities in nats, float64, over the full vocabulary.
-
-    targets: summed over each row's scored tokens. Every rank returns everything, and the same bits
-    on any number of ranks: a batch is the same wherever it runs. Only scored positions meet the
-    head. One prefix is computed once (per rank that has batches of it) and shared by its rows.
-    Raises BatchTooLarge on every rank if any runs out of memory.
-    """
-    device, K = dist.device, len(rows.choice_ids or ())
-    choice_ids = torch.tensor(rows.choice_ids or [], dtype=torch.int64, device=device)
-    offsets = rows.target_offsets
-    choices = torch.zeros(len(rows.ids), K, dtype=torch.float64, device=device)
-    scored = torch.zeros(int(offsets[-1]), dtype=torch.float64, device=device)
-    mine = deal_batches(rows, batches, dist.world_size)[dist.rank]
-
-    def score_mine():
-        prefix, cache = None, None
-        packed = prefetch(lambda i: _pack(rows, batches[i], offsets), mine, device)
-        for i, (ids, last, row_ids, positions, targets, slots) in zip(mine, packed):
-            if batches[i].prefix != prefix:
-                prefix = batches[i].prefix
-                cache = make_prefix_cache(model, rows.prefixes[prefix], device)
-            hidden = model.hidden(ids, cache=cache).flatten(0, 1)
-            if K:
-                parts = hidden[last].split(HEAD_ROWS)
-                values = [choice_logprobs(model, part, choice_ids) for part in parts]
-                choices[row_ids] = torch.cat(values).double()
-            if len(slots):
-                scored[slots] = -token_nll(model, hidden[positions], targets).double()
-            dist.bump()
-            if progress is not None:
-                progress.update(min(len(row_ids) * dist.world_size, progress.total - progress.n))
-
-    with attention_without_plans():
-        agree_on_memory(score_mine, dist)
-    summed = dist.sum(torch.cat((choices.flatten(), scored)))
-    choices = summed[: choices.numel()].reshape(len(rows.ids), K)
-    scored = summed[choices.size :]
-    row_of_target = np.repeat(np.arange(len(rows.ids)), np.diff(offsets))
-    return choices, np.bincount(row_of_target, scored, len(rows.ids))

@@ -1,7 +1,7 @@
 """From questions to the rows of tokens that a model is scored on.
 
     prompts = PromptMaker(tokenizer, data, template, "letter", ...).make()
-    prompts.rows                             # scoring.py's Continuations
+    prompts.rows                             # backends/continuations.py's
 
 Text becomes tokens as in lm-evaluation-harness: prompt and answer encoded as one text, white space
 at the prompt's end being the answer's. A subject's prompts share their first tokens, which
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backends.scoring import MIN_PREFIX, Continuations
+from backends.continuations import MIN_PREFIX, Continuations
 from tasks.questions import LETTERS, subject_table
 from tokenizer import SAFE_BREAK
 

@@ -218,8 +218,8 @@ def subject_table(subjects) -> dict:
     """{"categories": {subject: category}, "names": {subject: name}} of the known data set
     (configs/subjects/) that shares most subjects; both empty if none shares any."""
     best, table = 0, {}
-    for name in ("mmlu", "cmmlu", "ceval"):
-        candidate = load_yaml(CONFIGS_DIR / "subjects" / f"{name}.yaml")
+    for path in sorted((CONFIGS_DIR / "subjects").glob("*.yaml"), reverse=True):
+        candidate = load_yaml(path)
         members = {s: c for c, listed in candidate["categories"].items() for s in listed}
         shared = len(members.keys() & set(subjects))
         if shared > best:

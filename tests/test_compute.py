@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import compute
 import model as model_file
 from backends import scoring
+from backends.kvcache import DecodeCache
 from benchmarks import memory as memory_benchmark
 from compute import (
     GPU,
@@ -35,7 +36,7 @@ from config import GPTConfig, config_to_hf, load_config, presets
 from costs import formulas
 from costs.formulas import Setup, solve_all
 from gpu_kernels import cross_entropy
-from model import GPTModel, KVCache
+from model import GPTModel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -605,9 +606,9 @@ def test_peak_of_a_prefill_on_cpu(kind):
     estimate = estimate_memory(c, B, T, "bf16", training=False, workspace=0)
     assert estimate["states"]["weights"] == sum(p.nbytes for p in model.parameters())
     with LiveBytes(model) as live, torch.no_grad():
-        cache = KVCache(model, prefix_len=T, batch_size=B, n_prefixes=B)
-        cache.fill(list(range(B)), [T] * B)
-        model.logits(model.hidden(ids, cache=cache)[:, -1])
+        cache = DecodeCache(model, n_prompts=B, prompt_len=T, n_rows=B, max_len=0)
+        filling = cache.filling(list(range(B)), [T] * B)
+        model.logits(model.hidden(ids, cache=filling)[:, -1])
     assert estimate["peak_bytes"] - estimate["load_bytes"] == pytest.approx(live.peak, rel=0.03)
 
 

@@ -17,8 +17,9 @@ FLOORS = [
     "gpu_kernels/decode_attention sandbox/jail sweeping/lease",
     "results sandbox/judge costs/formulas formats/tensorfiles model",
     "dataset transformers_model formats/layouts compute tasks/questions tasks/programs "
-    "sweeping/export sweeping/ledger backends/engine",
-    "checkpoint backends/scoring",
+    "sweeping/export sweeping/ledger",
+    "checkpoint backends/kvcache backends/sampling",
+    "backends/engine backends/scoring",
     "tasks/prompts",
     "reporting/groups reporting/compare reporting/tables reporting/page",
     "train eval mmlu_eval humaneval_eval report",

@@ -1,0 +1,269 @@
+"""Log-probabilities of rows of tokens that go on from a few shared prefixes.
+
+    rows = Continuations(prefixes, prefix, ids, targets, choice_ids)
+    batches = plan_batches(rows, max_tokens=32768)          # the same for any number of ranks
+    scores = score_continuations(model, rows, batches, dist)
+    scores.choices, scores.targets                          # [R, K], [R] in nats
+
+A prefix's keys and values are computed once and shared by all rows that go on from it, and only
+scored positions meet the head. A batch gives the same bits wherever it runs.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import compute
+from backends.kvcache import PrefixCache, pad_rows
+from backends.scoring import agree_on_memory, prefetch, token_nll
+from model import attention_without_plans
+
+MIN_PREFIX = 32  # a shorter shared prefix saves less than merging two attentions costs
+HEAD_ROWS = 2048  # rows of [V] logits alive at once
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """R rows of tokens, each going on from one of a few shared prefixes.
+
+    prefixes: token ids [P] of each, possibly none. prefix [R]: which one a row goes on from.
+    ids: each row's own tokens [T], at least one. targets: the tokens [S] scored after the last S
+    positions of the row; all S are 0 where only choices are asked for. choice_ids [K]: tokens
+    scored after the last position of every row, or None.
+    """
+
+    prefixes: list
+    prefix: np.ndarray
+    ids: list
+    targets: list
+    choice_ids: list | None = None
+
+    @property
+    def highest_token(self) -> int:
+        """Of all that a model would read or be asked about."""
+        tokens = (*self.prefixes, *self.ids, *self.targets, np.array(self.choice_ids or [0]))
+        return max(int(np.max(ids, initial=0)) for ids in tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(ids) for ids in self.ids], dtype=np.int64)
+
+    @property
+    def target_offsets(self) -> np.ndarray:
+        """[R + 1]: where each row's targets lie among all of them."""
+        return np.cumsum([0, *map(len, self.targets)])
+
+    def unique_tokens(self) -> int:
+        used = np.unique(self.prefix)
+        return int(self.lengths.sum()) + sum(len(self.prefixes[g]) for g in used)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows [B] of one prefix, right-padded to `length` tokens; `overhead`: what one more batch
+    costs, in tokens."""
+
+    prefix: int
+    rows: np.ndarray
+    length: int
+    overhead: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.rows) * self.length
+
+
+def plan_batches(rows: Continuations, max_tokens: int, max_rows=None, overhead=512) -> list[Batch]:
+    """Batches of at most max_tokens padded tokens, prefix by prefix, longest rows first.
+
+    Lengths are padded to a multiple of 8, never beyond the prefix's longest row, so that padding
+    has positions wherever that row has. Which lengths share a batch minimises padding plus
+    `overhead` tokens a batch. The result depends on the rows alone, never on the world size.
+    """
+    lengths = rows.lengths
+    padded = -(-lengths // 8) * 8
+    batches = []
+    for g in range(len(rows.prefixes)):
+        members = np.flatnonzero(rows.prefix == g)
+        members = members[np.lexsort((members, -lengths[members]))]
+        if not len(members):
+            continue
+        padded[members] = np.minimum(padded[members], lengths[members].max())
+        for start, stop in _length_classes(padded[members], max_tokens, overhead):
+            T = int(padded[members[start]])
+            most = min(max(max_tokens // T, 1), max_rows or len(members))
+            n_batches = -(-(stop - start) // most)
+            for part in np.array_split(members[start:stop], n_batches):
+                batches.append(Batch(g, part, T, overhead))
+    return batches
+
+
+def _length_classes(lengths, max_tokens, overhead):
+    """Cut descending lengths [n] into runs padded to their first, at the least total cost."""
+    starts = np.flatnonzero(np.diff(lengths, prepend=-1)).tolist()  # of each distinct length
+    ends = [*starts[1:], len(lengths)]
+    best = [(0, None)]  # cost of the first j distinct lengths, and where their last run starts
+    for j, end in enumerate(ends):
+        options = []
+        for i in range(j + 1):
+            tokens = (end - starts[i]) * int(lengths[starts[i]])
+            cost = tokens + overhead * -(-tokens // max_tokens)
+            options.append((best[i][0] + cost, i))
+        best.append(min(options))
+    runs, j = [], len(ends)
+    while j:
+        i = best[j][1]
+        runs.append((starts[i], ends[j - 1]))
+        j = i
+    return runs[::-1]
+
+
+def deal_batches(rows: Continuations, batches: list[Batch], world_size: int) -> list[range]:
+    """One contiguous run of batches for each rank, the largest run's cost being the least possible.
+
+    Contiguous, so that at most world_size - 1 prefixes are computed twice; a prefix's batches give
+    the same values wherever they run.
+    """
+    costs = [batch.tokens + batch.overhead for batch in batches]
+    prefix_costs = [len(rows.prefixes[batch.prefix]) + batch.overhead for batch in batches]
+
+    def cut(capacity):
+        """Where runs of at most `capacity` start, each as long as can be."""
+        starts, load = [], capacity + 1
+        for i, cost in enumerate(costs):
+            new_prefix = i == 0 or batches[i].prefix != batches[i - 1].prefix
+            load += cost + prefix_costs[i] * new_prefix
+            if load > capacity:
+                starts.append(i)
+                load = cost + prefix_costs[i]
+        return starts
+
+    low = max((a + b for a, b in zip(costs, prefix_costs)), default=0)
+    high = sum(costs) + sum(prefix_costs)
+    while low < high:
+        middle = (low + high) // 2
+        if len(cut(middle)) <= world_size:
+            high = middle
+        else:
+            low = middle + 1
+    starts = cut(low)
+    starts += [len(batches)] * (world_size + 1 - len(starts))
+    return [range(a, b) for a, b in itertools.pairwise(starts)]
+
+
+def make_prefix_cache(model, prefix, device):
+    """A PrefixCache that holds `prefix` (token ids [P]) for any number of rows; None if P is 0."""
+    if len(prefix) == 0:
+        return None
+    cache = PrefixCache(model, len(prefix))
+    ids = torch.as_tensor(np.asarray(prefix, np.int64), device=device)[None]
+    model.hidden(ids, cache=cache.filling())
+    return cache
+
+
+def _pack(rows: Continuations, batch: Batch, offsets):
+    """What a batch needs on the device: input_ids [B, T], the last position of each row in B*T,
+    row ids [B], and for all targets: position in B*T, token, slot in the result."""
+    own = [rows.ids[r] for r in batch.rows]
+    ids, lengths = pad_rows(own, batch.length), np.array([len(row) for row in own], dtype=np.int64)
+    ends = np.arange(len(lengths)) * batch.length + lengths
+    counts = [len(rows.targets[r]) for r in batch.rows]
+    positions = [np.arange(end - n, end) for end, n in zip(ends, counts)]
+    slots = [np.arange(offsets[r], offsets[r] + n) for r, n in zip(batch.rows, counts)]
+    targets = np.concatenate([np.asarray(rows.targets[r], np.int64) for r in batch.rows])
+    return ids, ends - 1, batch.rows, np.concatenate(positions), targets, np.concatenate(slots)
+
+
+def choice_logprobs(model, hidden, choice_ids):
+    """Log-probabilities [B, K], float32, over the vocabulary, of K tokens after hidden [B, C]."""
+    logits = model.logits(hidden).float()
+    return logits[:, choice_ids] - logits.logsumexp(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Log-probabilities in nats, float64, over the full vocabulary, of R rows.
+
+    choices [R, K]: of the choice_ids after each row. targets [R]: of each row's scored tokens,
+    summed; tokens [sum of S]: of each of them, row after row (Continuations.target_offsets).
+    greedy [R]: whether every scored token of a row is the likeliest one; None unless asked for.
+    """
+
+    choices: np.ndarray
+    targets: np.ndarray
+    tokens: np.ndarray
+    greedy: np.ndarray | None = None
+
+
+@torch.no_grad()
+def score_continuations(
+    model, rows: Continuations, batches, dist, progress=None, greedy=False, consumer=None
+) -> RowScores:
+    """Score every row once. Every rank returns everything, the same bits on any number of ranks.
+
+    greedy: also find out whether each scored token is the likeliest. consumer: called with the
+    logits [N, V] of scored positions, their targets [N] and the targets' places [N] among all of
+    them, in chunks of at most HEAD_ROWS. Raises BatchTooLarge on every rank if any runs out of
+    memory.
+    """
+    device, K = dist.device, len(rows.choice_ids or ())
+    choice_ids = torch.tensor(rows.choice_ids or [], dtype=torch.int64, device=device)
+    offsets = rows.target_offsets
+    choices = torch.zeros(len(rows.ids), K, dtype=torch.float64, device=device)
+    scored = torch.zeros(int(offsets[-1]), dtype=torch.float64, device=device)
+    likeliest = torch.zeros(len(scored) if greedy else 0, dtype=torch.float64, device=device)
+    mine = deal_batches(rows, batches, dist.world_size)[dist.rank]
+
+    def score_mine():
+        prefix, cache = None, None
+        packed = prefetch(lambda i: _pack(rows, batches[i], offsets), mine, device)
+        for i, (ids, last, row_ids, positions, targets, slots) in zip(mine, packed):
+            if batches[i].prefix != prefix:
+                prefix = batches[i].prefix
+                cache = make_prefix_cache(model, rows.prefixes[prefix], device)
+            hidden = model.hidden(ids, cache=cache).flatten(0, 1)
+            if K:
+                parts = hidden[last].split(HEAD_ROWS)
+                values = [choice_logprobs(model, part, choice_ids) for part in parts]
+                choices[row_ids] = torch.cat(values).double()
+            if len(slots):
+                scored[slots] = -token_nll(model, hidden[positions], targets).double()
+            if len(slots) and (greedy or consumer):
+                see_logits(hidden[positions], targets, slots)
+            dist.bump()
+            if progress is not None:
+                progress.update(min(len(row_ids) * dist.world_size, progress.total - progress.n))
+
+    def see_logits(hidden, targets, slots):
+        for h, t, at in zip(*(x.split(HEAD_ROWS) for x in (hidden, targets, slots))):
+            logits = model.logits(h)
+            if greedy:
+                likeliest[at] = (logits.argmax(-1) == t).double()
+            if consumer is not None:
+                consumer(logits, t, at)
+
+    with attention_without_plans():
+        agree_on_memory(score_mine, dist)
+    summed = dist.sum(torch.cat((choices.flatten(), scored, likeliest)))
+    parts = np.split(summed, np.cumsum([choices.numel(), len(scored)]))
+    choices = parts[0].reshape(len(rows.ids), K)
+    row_of_target = np.repeat(np.arange(len(rows.ids)), np.diff(offsets))
+    sums = np.bincount(row_of_target, parts[1], len(rows.ids))
+    if not greedy:
+        return RowScores(choices, sums, parts[1])
+    missed = np.bincount(row_of_target, 1 - parts[2], len(rows.ids))
+    return RowScores(choices, sums, parts[1], missed == 0)
+
+
+def unique_flops(config, rows: Continuations) -> float:
+    """FLOPs of a forward over each prefix and each row once, the head at scored positions only."""
+    per_token = compute.estimate_flops(config, 1, 1)["parts"]
+    P = np.array([len(prefix) for prefix in rows.prefixes], dtype=np.float64)
+    P = np.where(np.isin(np.arange(len(P)), rows.prefix), P, 0)
+    T, before = rows.lengths.astype(np.float64), P[rows.prefix]
+    pairs = (P * (P + 1) / 2).sum() + (T * before + T * (T + 1) / 2).sum()
+    heads = sum(map(len, rows.targets)) + (len(rows.ids) if rows.choice_ids else 0)
+    linear = per_token["linear"] * rows.unique_tokens()
+    return linear + per_token["attention_causal"] * pairs + per_token["head"] * heads

@@ -1,0 +1,316 @@
+"""A torch model on these ranks as the three verbs: native or transformers', whatever is inside.
+
+    backend = Local(model, tokenizer)                             # in memory, on this process alone
+    backend = Local(model, facts=facts_of(ckpt, ...), dist=dist, compile="auto")
+
+Kept here and nowhere else: compiled or eager, batches that are halved until memory holds them,
+warm-up, what NaN does, and what it all cost.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+import cli
+import compute
+from backends import Facts, Sample, Sampling, continuations, engine, scoring
+from distributed import Dist, print0
+
+# What compiling saves is memory traffic between layers, in proportion to layers x width; what it
+# costs is nearly the same for every size, since all blocks share one compilation
+SAVED_SECONDS_PER_UNIT = 4e-11  # a token, a layer, a channel: H200, bfloat16, 124M to 7B
+COMPILE_SECONDS = 8.0
+OUT_OF_MEMORY = "out of memory with a batch of one: shorter sequences or a smaller --dtype help"
+
+
+def facts_of(source, tokenizer, dtype: str, device: str, name: str = "in-memory") -> Facts:
+    """Facts of a checkpoint's handle or of a model: whatever tells vocab_size, max_positions and
+    supports_cache."""
+    return Facts(
+        name=name,
+        vocab_size=source.vocab_size,
+        context=source.max_positions,
+        dtype=dtype,
+        device=device,
+        tokenizer=tokenizer,
+        shares_prefixes=source.supports_cache,
+    )
+
+
+class Local:
+    """See the file's docstring; the verbs are those of backends.Backend.
+
+    compile: "auto" (on CUDA, if the work is long enough to repay it), "on" or "off". n_jobs: how
+    many jobs like each one will share a compilation, for "auto". Whether a verb compiles is decided
+    from the whole job, so that every rank and every world size agree.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer=None,
+        *,
+        facts: Facts | None = None,
+        dist: Dist | None = None,
+        compile: str = "auto",
+        n_jobs: float = 1,
+    ):
+        parameter = next(model.parameters())
+        if facts is None:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            facts = facts_of(model, tokenizer, dtype, parameter.device.type)
+        self.model, self.facts, self.compile, self.n_jobs = model, facts, compile, n_jobs
+        self.dist = dist or Dist(0, 1, 0, parameter.device)
+        self.config = model.config if model.is_native else None
+        self._cost: dict = {}
+        self._ran: dict = {}
+        self._flops: float | None = None
+
+    # -- The verbs ----------------------------------------------------------------------------
+
+    def score_windows(
+        self, stream, windows, batch_size: int = 8, *, per_token=False, consumer=None
+    ) -> scoring.WindowTotals:
+        """Nats of every window of a dataset.TokenStream; per_token, consumer: as in scoring.py.
+        ValueError where the model gives NaN or infinite losses."""
+        batch_size, device = min(batch_size, len(windows)), self.dist.device
+        compiled = self._should_compile(len(windows) * windows.seq_len)
+        nll_fn = scoring.nll_function(self.model, compiled, consumer)
+        token_bytes, special = self._bytes_of_tokens()
+        seconds = {}
+
+        def score(b):
+            start = time.perf_counter()
+            zeros = torch.zeros(b, windows.seq_len, dtype=torch.int64, device=device)
+            scoring.agree_on_memory(lambda: self._warm_up(nll_fn, zeros), self.dist)
+            seconds["warm_up_seconds"] = time.perf_counter() - start
+            start = time.perf_counter()
+            with cli.progress(-(-len(windows) // b), "windows", "batch") as bar:
+                totals = scoring.score_windows(
+                    *(nll_fn, stream, windows, b, self.dist, token_bytes, special, bar, per_token)
+                )
+            seconds["seconds"] = time.perf_counter() - start
+            return totals
+
+        self._reset_peak()
+        totals, used = halve_until_it_fits(score, batch_size)
+        if not np.isfinite(totals.nll).all():
+            bad = totals.window[~np.isfinite(totals.nll)]
+            raise ValueError(
+                "the model gives NaN or infinite losses, first in window "
+                f"{bad[0]}; no score is written"
+            )
+        flops = None
+        if self.config is not None:
+            flops = compute.estimate_flops(self.config, len(windows), windows.seq_len)
+            flops = flops["forward_causal"]
+        rate = {"tokens_per_second": int(totals.tokens.sum()) / seconds["seconds"]}
+        self._note(seconds | rate, flops, batch_size=used, compiled=compiled)
+        return totals
+
+    def score_rows(
+        self,
+        rows: continuations.Continuations,
+        max_tokens: int,
+        max_rows: int | None = None,
+        *,
+        greedy=False,
+        consumer=None,
+    ) -> continuations.RowScores:
+        """Log-probabilities of rows after shared prefixes, in batches of at most max_tokens padded
+        tokens and max_rows rows; always eager: compiling would cost more than it saves. ValueError
+        where the model gives NaN."""
+        overhead = batch_overhead(self.model, self.dist.device)
+
+        def score(most):
+            batches = continuations.plan_batches(rows, most, max_rows, overhead)
+            with cli.progress(len(rows.ids), "rows", "row") as bar:
+                return batches, continuations.score_continuations(
+                    self.model, rows, batches, self.dist, bar, greedy, consumer
+                )
+
+        self._reset_peak()
+        start = time.perf_counter()
+        (batches, scores), used = halve_until_it_fits(score, max_tokens)
+        seconds = time.perf_counter() - start
+        if not (np.isfinite(scores.choices).all() and np.isfinite(scores.targets).all()):
+            raise ValueError(
+                "the model gives NaN or infinite log-probabilities; no score is written"
+            )
+        flops = None if self.config is None else continuations.unique_flops(self.config, rows)
+        unshared = rows.lengths.sum() + sum(len(rows.prefixes[g]) for g in rows.prefix)
+        cost = {
+            "seconds": seconds,
+            "tokens_per_second": rows.unique_tokens() / seconds,
+            "rows": len(rows.ids),
+            "tokens_padded": sum(batch.tokens for batch in batches),
+            "tokens_unshared": int(unshared),
+            "batches": len(batches),
+        }
+        self._note(cost, flops, batch_tokens=used, compiled=False)
+        return scores
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling | Sequence,
+        n_samples: int = 1,
+        *,
+        keys: list[str] | None = None,
+        end_ids=None,
+        done=frozenset(),
+        batch_size: int | None = None,
+    ) -> Iterator[Sample]:
+        """This rank's Samples as they are finished, of n_samples of each prompt but those in
+        `done`, {(prompt_index, sample_index)}. keys: what names each prompt in the random streams.
+        end_ids: tokens that end a sample, the tokenizer's end of text unless given. The last one
+        comes once every rank has drawn its share. ValueError where the model gives NaN."""
+        tokenizer, dist, n_tokens = self.facts.tokenizer, self.dist, 0
+        if end_ids is None:
+            eos = getattr(tokenizer, "eos_token_id", None)
+            end_ids = () if eos is None else (eos,)
+        self._refuse_nan(prompts)
+        longest = max(map(len, prompts), default=1)
+        most = sampling if isinstance(sampling, Sampling) else max(sampling, key=_most_new_tokens)
+        most = min(_most_new_tokens(most), self.facts.context or 2**31)
+        batch_size = batch_size or engine.default_batch_size(self.model, longest, most)
+        self._reset_peak()
+        start = time.perf_counter()
+        seconds, drawn = 0.0, set(done)
+        while True:
+            fits = True
+            try:
+                for sample in engine.generate(
+                    self.model,
+                    prompts,
+                    sampling,
+                    tokenizer=tokenizer,
+                    n_samples=n_samples,
+                    eos_ids=end_ids,
+                    keys=keys,
+                    done=drawn,
+                    batch_size=batch_size,
+                    compile={"auto": "auto", "on": True, "off": False}[self.compile],
+                    dist=dist,
+                ):
+                    drawn.add((sample.prompt_index, sample.sample_index))
+                    n_tokens += len(sample.token_ids)
+                    yield sample
+            except torch.OutOfMemoryError:
+                fits = False
+            seconds = time.perf_counter() - start
+            if all(dist.gather(fits)):
+                break
+            self._empty_cache()
+            if batch_size == 1:
+                raise ValueError(OUT_OF_MEMORY)
+            batch_size //= 2
+            print0(f"out of memory: going on with a batch of {batch_size}")
+            drawn = set().union(*dist.gather(drawn))  # units are dealt anew
+        parts = np.array(dist.gather((seconds, n_tokens)))
+        slowest, total = float(parts[:, 0].max()), int(parts[:, 1].sum())
+        cost = {"seconds": slowest, "tokens": total, "tokens_per_second": total / slowest}
+        self._note(cost, None, batch_size=batch_size, compiled=self.compile)
+
+    # -- What they cost -----------------------------------------------------------------------
+
+    def cost(self) -> dict:
+        """Of the last verb: seconds, counts, ranks, the GPU and the highest peak of its memory on
+        any rank, and the model FLOPs utilisation. All ranks ask alike."""
+        dist = self.dist
+        cost = {"world_size": dist.world_size, "gpu": None, "peak_memory_bytes": None, "mfu": None}
+        if dist.device.type == "cuda":
+            cost["gpu"] = torch.cuda.get_device_name(dist.device)
+            peaks = dist.gather(torch.cuda.max_memory_allocated(dist.device))
+            cost["peak_memory_bytes"] = max(peaks)
+            gpu = compute.find_gpu(cost["gpu"])
+            if gpu is not None and self._flops is not None:
+                seconds = self._cost["seconds"]
+                cost["mfu"] = compute.mfu(self._flops, seconds, dist.world_size, gpu)
+        return self._cost | cost
+
+    def ran(self) -> dict:
+        """How the last verb ran, for a record's protocol."""
+        return dict(self._ran)
+
+    # -- Inside -------------------------------------------------------------------------------
+
+    def _should_compile(self, n_tokens: int) -> bool:
+        """Whether torch.compile pays for itself over n_tokens of scoring and the jobs to come."""
+        c = self.config
+        if self.compile != "auto" or c is None:
+            return self.compile == "on" and c is not None
+        saved = n_tokens * self.n_jobs * c.n_layers * c.d_model * SAVED_SECONDS_PER_UNIT
+        return self.dist.device.type == "cuda" and saved > COMPILE_SECONDS
+
+    def _bytes_of_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """(bytes of text [V] int64, special or not [V] bool) by token id; zeros without a
+        tokenizer."""
+        V, tokenizer = self.facts.vocab_size, self.facts.tokenizer
+        n_bytes, special = np.zeros(V, dtype=np.int64), np.zeros(V, dtype=bool)
+        if tokenizer is not None:
+            known = tokenizer.token_bytes()[:V]
+            n_bytes[: len(known)] = known
+            special[[i for i in tokenizer.special_ids if i < V]] = True
+        return n_bytes, special
+
+    def _warm_up(self, nll_fn, zeros) -> None:
+        """One batch of zeros: compiles, picks kernels, and shows whether memory suffices."""
+        with torch.no_grad():
+            nll_fn(zeros, zeros)
+        if zeros.is_cuda:
+            torch.cuda.synchronize(zeros.device)
+
+    @torch.no_grad()
+    def _refuse_nan(self, prompts) -> None:
+        if prompts:
+            shortest = min(prompts, key=len)[: self.facts.context]
+            ids = torch.tensor([shortest], device=self.dist.device)
+            if not self.model.logits(self.model.hidden(ids)[:, -1]).isfinite().all():
+                raise ValueError("the model gives NaN or infinite logits; no score is written")
+
+    def _reset_peak(self) -> None:
+        if self.dist.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.dist.device)
+
+    def _empty_cache(self) -> None:
+        if self.dist.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _note(self, cost: dict, flops: float | None, **ran) -> None:
+        self._cost, self._flops, self._ran = cost, flops, ran
+
+
+def _most_new_tokens(sampling) -> int:
+    """Of one Sampling, or of the several that one prompt's samples have."""
+    if isinstance(sampling, Sampling):
+        return sampling.max_new_tokens
+    return max(map(_most_new_tokens, sampling))
+
+
+def batch_overhead(model, device: torch.device) -> int:
+    """How many tokens one more batch costs, launches and half-filled kernels, next to padding.
+
+    A block's launches take 0.2 ms or so, in which a GPU at 200 TFLOP/s gets through 2e10 weights.
+    """
+    if device.type == "cpu" or not model.is_native:
+        return 128
+    weights = sum(p.numel() for p in model.blocks[0].parameters())
+    return int(min(max(2e10 / weights, 512), 8192))
+
+
+def halve_until_it_fits(score, batch_size: int):
+    """(score(b), b) for the first b of batch_size, batch_size // 2, … that memory holds.
+
+    Batches of another size may round differently, so the size belongs in the record.
+    """
+    while True:
+        try:
+            return score(batch_size), batch_size
+        except scoring.BatchTooLarge:
+            if batch_size == 1:
+                raise ValueError(OUT_OF_MEMORY) from None
+            batch_size //= 2
+            print0(f"out of memory: going on with a batch of {batch_size}")

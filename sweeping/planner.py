@@ -1,0 +1,313 @@
+"""What a sweep does next: sees checkpoints, records and the leases of other sweeps, and chooses.
+
+planner = Planner(models, options, entries, dtype, dist)       # on every rank
+while work := planner.next_work():                             # rank 0: waits if need be
+    planner.save(work, label, result)
+    planner.close(work)
+"""
+
+import os
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import checkpoint
+import cli
+import evaluation
+from backends import Facts
+from backends.local import facts_of
+from distributed import print0
+from evaluation import Evaluation, ModelOptions, Plan, Plans, Result
+from sweeping.lease import Leases
+from sweeping.ledger import Ledger
+from sweeping.seen import Seen, Shelf, signature
+
+PARENT = os.getppid()
+
+# ---------------------------------------------------------------------------------------------
+# Entries of the YAML file
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """An evaluation with its options; `label` tells it from the others of a sweep."""
+
+    evaluation: Evaluation
+    options: Any
+    tokenizer_name: str | None
+    label: str = ""
+
+    @property
+    def asked(self) -> dict:
+        """The options by name: all that is known of it before a checkpoint can be opened."""
+        return _flat(self.options) | {"tokenizer_name": self.tokenizer_name}
+
+    def labelled(self, entries: list["Entry"]) -> "Entry":
+        """Its evaluation's name, and the options that set it apart from others of that name."""
+        others = [e.asked for e in entries if e.evaluation is self.evaluation]
+        own = [
+            f"{name.replace('_', '-')}={_text(value)}"
+            for name, value in self.asked.items()
+            if any(other[name] != value for other in others)
+        ]
+        return replace(self, label=" ".join([self.evaluation.name, *own]))
+
+
+def _flat(options) -> dict:
+    values = {}
+    for f in fields(options):
+        value = getattr(options, f.name)
+        values |= _flat(value) if hasattr(value, "__dataclass_fields__") else {f.name: value}
+    return values
+
+
+def _text(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class Work(NamedTuple):
+    """A checkpoint, and the entries that it lacks; rank 0 holds its lease."""
+
+    path: Path
+    files: tuple  # signature() when it was planned
+    info: dict  # what records say of it
+    run: str
+    pending: dict[str, str]  # label: resume_key
+    ahead: Path | None  # likely to be next
+
+
+def reason_of(error: Exception) -> str:
+    """Why a checkpoint has no record, in one line."""
+    expected = isinstance(error, (ValueError, OSError))
+    return cli.first_line(error) if expected else f"{type(error).__name__}: {cli.first_line(error)}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Choosing
+
+
+class Planner:
+    """options: sweep.SweepOptions. All but plan_of is rank 0's alone."""
+
+    def __init__(self, models: ModelOptions, options, entries: list[Entry], dtype: str, dist):
+        self.models, self.options, self.dtype, self.dist = models, options, dtype, dist
+        self.entries = {entry.label: entry for entry in entries}
+        self.plans = {entry.label: Plans(entry.evaluation, entry.options) for entry in entries}
+        self.shelf = Shelf(models.checkpoint_path, options.watch, options.poll_seconds)
+        self.before, self.failed, self.n_gone = set(), set(), 0
+        self.lease = None
+
+    def open(self) -> None:
+        """Look around for the first time. ValueError for a results directory that cannot be
+        written, and for paths without a checkpoint."""
+        place = self.models.results_dir
+        try:
+            self.leases = Leases(Path(place) / ".leases", self.options.lease_seconds)
+            if probe := self.leases.take("probe"):
+                probe.release()
+        except OSError as error:
+            raise ValueError(f"--results-dir {place} cannot be written: {error.strerror}") from None
+        self.ledger = Ledger(place, list(self.entries.values()), self.dtype, self.options)
+        self.look()
+        if not (self.shelf.seen or self.options.watch):
+            checkpoint.expand_paths(self.models.checkpoint_path)  # says what is wrong
+
+    def look(self) -> None:
+        for gone in self.shelf.look():
+            self.n_gone += 1
+            say(gone.info.name, "gone before it was evaluated")
+
+    def plan_of(self, entry: Entry, ckpt) -> tuple[Plan, Facts]:
+        """What does not depend on the weights, the same on every rank."""
+        needed = entry.evaluation.needs_tokenizer(entry.options)
+        tokenizer = evaluation.pick_tokenizer(entry.tokenizer_name, ckpt, needed)
+        facts = facts_of(ckpt, tokenizer, self.dtype, self.dist.device.type, ckpt.name)
+        return self.plans[entry.label].of(facts), facts
+
+    def next_work(self) -> Work | None:
+        """The next checkpoint that lacks something, its lease taken; waits for one if need be."""
+        while True:
+            self._check_launcher()
+            if self.shelf.is_due():
+                self.look()
+            if self.options.watch and (file := self._stop_file()):
+                print0(f"{file} is there: the sweep ends")
+                return None
+            work, left = self._choose()
+            if work or not (left or self._is_watching()):
+                return work
+            time.sleep(self.options.poll_seconds)
+
+    def _choose(self) -> tuple[Work | None, int]:
+        """(work, 0), or (None, how many checkpoints are not ready, or in others' hands)."""
+        left, waiting = 0, self.shelf.waiting(self.options.until_step, self.options.newest_first)
+        for i, seen in enumerate(waiting):
+            if not self.shelf.is_ready(seen):
+                left += 1
+                continue
+            if seen.about is None and not self._make_plan(seen):
+                left += 1  # it changed under our eyes
+                self.shelf.looked = -float("inf")
+                continue
+            if self._pending(seen):
+                lease = self.leases.take(seen.about["fingerprint"][:32])
+                if lease is None:
+                    left += 1
+                    continue
+                # whoever had the lease until now may have done it
+                pending = self._pending(seen, on_disk=True)
+                if pending:
+                    self.lease = lease
+                    ahead = next((s.path for s in waiting[i + 1 :] if self._may_need(s)), None)
+                    run = self.models.run_of(seen.path)
+                    return Work(seen.path, seen.files, seen.about, run, pending, ahead), 0
+                lease.release()
+            seen.settled = True
+        return None, left
+
+    def _make_plan(self, seen: Seen) -> bool:
+        """What each entry's record will be known by. What fails already here is recorded. False if
+        the checkpoint is not what it was."""
+        path, problems, keys = seen.path, {}, {}
+        about = {"path": str(path), "name": seen.info.name, "step": seen.info.step}
+        try:
+            ckpt = checkpoint.open(path, self.models.model_config())
+            about = ckpt.describe()
+        except Exception as error:  # an edge: one checkpoint of a sweep
+            problems = dict.fromkeys(self.entries, reason_of(error))
+        for label, entry in self.entries.items():
+            if label in problems:
+                continue
+            try:
+                plan, _ = self.plan_of(entry, ckpt)
+                rooms = about["fingerprint"], ckpt.format, "backends/local.py"
+                key = evaluation.resume_key(entry.evaluation, plan, *rooms)
+                keys[label] = self._record_path(entry, plan, about, path), key
+            except Exception as error:  # the same edge
+                problems[label] = reason_of(error)
+        if signature(path) != seen.files:
+            return False
+        seen.about, seen.keys = about, keys
+        for label, reason in problems.items():
+            self._fail(path, seen.files, about, label, reason)
+        return True
+
+    def _record_path(self, entry: Entry, plan: Plan, about: dict, path: Path) -> Path:
+        run, place = self.models.run_of(path), self.models.results_dir
+        return evaluation.record_path(entry.evaluation, plan, about, run, place)
+
+    def _pending(self, seen: Seen, on_disk=False) -> dict[str, str]:
+        """{label: resume_key} of the records to make. on_disk: look for others' records too."""
+        pending = {}
+        for label, (record, key) in seen.keys.items():
+            if on_disk:
+                self.ledger.read(record)
+            if self.ledger.is_done(key):
+                self.ledger.forget_failure(seen.path, label)
+                if key not in self.ledger.made:
+                    self.before.add(key)
+            elif self.ledger.has_failed(seen.path, seen.files, label):
+                self._say_known(seen.path, seen.about, label)
+            else:
+                pending[label] = key
+        return pending
+
+    def _may_need(self, seen: Seen) -> bool:
+        return seen.about is None or bool(self._pending(seen))
+
+    # -- ending -------------------------------------------------------------------------------
+
+    def _is_watching(self) -> bool:
+        """Whether more may come, when nothing is left to do."""
+        options = self.options
+        if not options.watch:
+            return False
+        if options.until_step and self.shelf.last_step >= options.until_step:
+            return False
+        quiet = time.monotonic() - self.shelf.news
+        return not options.quiet_seconds or quiet < options.quiet_seconds
+
+    def _stop_file(self) -> Path | None:
+        folders = [*self.models.checkpoint_path, self.models.results_dir]
+        return next((f for d in folders if (f := Path(d) / "STOP").exists()), None)
+
+    def _check_launcher(self) -> None:
+        """Workers whose torchrun was killed would watch for ever, and hold the GPUs."""
+        left_alone = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
+        if left_alone or self.dist.is_orphan:
+            raise ValueError("torchrun has ended; start the sweep again to go on")
+
+    # -- recording ----------------------------------------------------------------------------
+
+    def save(self, work: Work, label: str, result: Result) -> None:
+        key = work.pending[label]
+        assert result["resume_key"] == key, f"planned {key}, got {result['resume_key']}"
+        kept = self.entries[label].evaluation.samples
+        self.ledger.save(result, kept == "always" or self.options.log_samples, work.path, label)
+        self.failed.discard((work.path, label))
+        say(work.info["name"], f"{label}: {headline(result)}")
+
+    def fail(self, work: Work, label: str, reason: str) -> None:
+        self._fail(work.path, work.files, work.info, label, reason)
+
+    def _fail(self, path, files, info, label, reason) -> None:
+        """Record a failure, unless it is the checkpoint's disappearance or replacement."""
+        if signature(path) != files:
+            return
+        if self.ledger.has_failed(path, files, label):
+            self._say_known(path, info, label)
+            return
+        self.ledger.fail(path, files, info, self.models.run_of(path), label, reason)
+        self.failed.add((path, label))
+        say(info["name"], f"{label}: failed: {reason}")
+
+    def _say_known(self, path, info, label) -> None:
+        """Of a failure that an earlier sweep recorded, once."""
+        if (path, label) not in self.failed:
+            self.failed.add((path, label))
+            reason = self.ledger.known_failure(path, label).get("reason")
+            say(info["name"], f"{label}: failed before: {reason} (--retry-failed tries again)")
+
+    def close(self, work: Work) -> None:
+        self.release()
+        if signature(work.path) == work.files:
+            self.shelf.seen[work.path].settled = True
+        else:
+            self.look()
+        self.shelf.news = time.monotonic()
+
+    def release(self) -> None:
+        if self.lease:
+            self.lease.release()
+            self.lease = None
+
+    def finish(self) -> int:
+        """The last word; returns how many evaluations failed."""
+        self.leases.clear()
+        n_made, n_before, n_failed = len(self.ledger.made), len(self.before), len(self.failed)
+        print0(f"evaluations: {n_made} made, {n_before} done before, {n_failed} failed")
+        if self.n_gone:
+            print0(f"{self.n_gone} checkpoints gone before their turn")
+        if not n_made:
+            print0("nothing was left to do (--force does it again)")
+        print0(f"table: python report.py {self.models.results_dir}")
+        return n_failed
+
+
+# ---------------------------------------------------------------------------------------------
+# Output
+
+
+def say(checkpoint_name: str, text: str) -> None:
+    print0(f"{checkpoint_name:<20}  {text}")
+
+
+def headline(record) -> str:
+    """The first metrics and the time they took."""
+    parts = []
+    for name, metric in list(record["metrics"].items())[:3]:
+        stderr = metric.get("stderr")
+        known = stderr is not None and stderr == stderr and stderr > 0  # NaN of one example
+        parts.append(f"{name} {metric['value']:.5g}" + (f" ± {stderr:.2g}" if known else ""))
+    return ", ".join(parts) + f"  ({record['cost']['seconds']:.1f} s)"

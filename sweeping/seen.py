@@ -1,0 +1,88 @@
+"""The checkpoints of a sweep as they lie there: which have come, changed, gone, and are whole."""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import checkpoint
+
+
+@dataclass
+class Seen:
+    """A checkpoint as it lies there now; with other `files` it is another one."""
+
+    path: Path
+    files: tuple  # signature()
+    info: checkpoint.CheckpointInfo
+    since: float  # monotonic, when these files were first seen
+    settled: bool = False  # nothing is left to do
+    about: dict | None = field(default=None, repr=False)  # what records say of it, once planned
+    keys: dict[str, tuple] = field(default_factory=dict, repr=False)  # label: (record, resume_key)
+
+
+def signature(path: Path) -> tuple | None:
+    """(name, size, mtime, inode) of a checkpoint's files; None once it is gone."""
+    try:
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        stats = [(p.name, p.stat()) for p in files]
+    except OSError:
+        return None
+    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats) or None
+
+
+class Shelf:
+    """Every checkpoint below the paths given, looked at again and again."""
+
+    def __init__(self, paths, watch: bool, poll_seconds: float):
+        self.paths, self.watch, self.poll_seconds = paths, watch, poll_seconds
+        self.seen: dict[Path, Seen] = {}
+        self.looked = self.news = time.monotonic()  # when something last happened
+
+    def look(self) -> list[Seen]:
+        """Look anew; returns those that are gone without having been settled."""
+        before, self.seen, self.looked = self.seen, {}, time.monotonic()
+        for path in self._expand():
+            files, known = signature(path), before.get(path)
+            if known and known.files == files:
+                self.seen[path] = known
+            elif files:
+                self.seen[path] = Seen(path, files, checkpoint.info_of(path), time.monotonic())
+                self.news = time.monotonic()
+        return [
+            before[path] for path in before.keys() - self.seen.keys() if not before[path].settled
+        ]
+
+    def _expand(self) -> list[Path]:
+        paths = []
+        for given in self.paths:
+            with contextlib.suppress(ValueError):  # --watch: there may be nothing yet
+                paths += checkpoint.expand_paths([given])
+        return paths
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.looked >= self.poll_seconds
+
+    def waiting(self, until_step: int | None, newest_first: bool) -> list[Seen]:
+        """Those that are not settled, in the order in which they are to be evaluated."""
+        until = until_step or float("inf")
+        left = [s for s in self.seen.values() if not s.settled and (s.info.step or 0) <= until]
+        sign = -1 if newest_first else 1
+
+        def key(s):  # one content is evaluated once, and not under the name of a link to it
+            return s.info.step is None, sign * (s.info.step or 0), s.path.is_symlink()
+
+        return sorted(left, key=key)
+
+    def is_ready(self, seen: Seen) -> bool:
+        """Whole, or unchanged for so long that it will not become so: then it is tried, and fails.
+        What other programs save grows under its final name, so a watcher lets it rest first."""
+        if self.looked - seen.since >= self.poll_seconds:
+            return True
+        if self.watch and seen.info.kind != "roseval":
+            return False
+        return checkpoint.is_complete(seen.path)
+
+    @property
+    def last_step(self) -> int:
+        return max((seen.info.step or 0 for seen in self.seen.values()), default=0)
