@@ -436,7 +436,7 @@ def measure_checkpoint(
     ckpt = checkpoint.open(path, models.model_config())
     info = background.submit(ckpt.describe).result if dist.is_main else None
     tokenizer = pick_tokenizer(models.tokenizer_name, ckpt, evaluation.needs_tokenizer(options))
-    facts = facts_of(ckpt, tokenizer, dtype, dist.device.type, ckpt.name)
+    facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
 
     def make_plans():
         made = [each.of(facts) for each in plans]

@@ -177,7 +177,7 @@ def build_model(args, tokenizer, device) -> GPTModel:
     """Fresh weights, the same on every rank: drawn on CPU from the seed, then moved."""
     config = load_config(args.config) if args.config else None
     if args.init_from and config is None:
-        config = checkpoint.load_config_of(args.init_from)
+        config = checkpoint.open(args.init_from).config
         if config is None:
             raise ValueError(f"{args.init_from}: train.py has no native form for this architecture")
     changes = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}

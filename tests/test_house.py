@@ -27,8 +27,8 @@ FLOORS = [
     "backends/scoring backends/continuations backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/programs",
     "evaluation training/batches",
-    "eval mmlu_eval humaneval_eval compute train reporting/groups reporting/compare "
-    "reporting/tables reporting/page report",
+    "reporting/groups reporting/compare reporting/tables reporting/page",
+    "eval mmlu_eval humaneval_eval compute train report",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner sweep",
 ]
