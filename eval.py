@@ -123,17 +123,16 @@ def plan(options: Options, facts: Facts) -> Plan:
         "tokens": len(stream),
     }
     work = Scored(stream, windows, batch_size)
-    return Plan(protocol, data, work, words_of(protocol, data))
+    return Plan(protocol, data, work, words_of(protocol))
 
 
-def words_of(protocol: dict, data: dict) -> tuple[str, ...]:
+def words_of(protocol: dict) -> tuple[str, ...]:
     return (
         f"window {protocol['window']}",
         f"stride {protocol['stride']}",
         *(["BOS"] if protocol["bos"] else []),
         *(["sampled windows"] if protocol["windows"] == "random" else []),
         protocol["dtype"],
-        *results.data_words(data),
     )
 
 
@@ -184,7 +183,7 @@ def metrics_of(totals, windows) -> dict:
         loss, stderr = totals.loss, stats.ratio_stderr(nll, count)
     perplexity = float(np.exp(loss)) if loss < 700 else float("inf")
     metrics = {
-        "loss": results.metric(loss, stderr, n, "lower", "nats per token"),
+        "loss": results.metric(loss, stderr, n, better="lower", unit="nats per token"),
         "perplexity": results.metric(perplexity, perplexity * stderr, n, better="lower"),
     }
     bits = totals.bits_per_byte

@@ -9,6 +9,7 @@ Sources are read, not imported. Standard library only.
 import ast
 import functools
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends"}
 def _imported_files(path: Path, root: Path) -> Iterator[Path]:
     """The files below `root` that a source file imports, at its top or inside a function: `import
     a.b`, `from a import b` and `from a.b import c`, and the packages' own files that come first."""
-    within = path.parent.relative_to(root).parts  # of a relative import
+    within = path.parent.relative_to(root).parts if path.is_relative_to(root) else ()
     for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
         names = []
         if isinstance(node, ast.Import):
@@ -55,7 +56,7 @@ def code_files(
     seen, waiting = set(), [module_file, *(root / name for name in chosen)]
     while waiting:
         path = waiting.pop()
-        name = str(path.relative_to(root))
+        name = os.path.relpath(path, root)
         if path in seen or name in WITHOUT_NUMBERS:
             continue
         seen.add(path)
@@ -79,14 +80,16 @@ def _source_that_counts(path: Path) -> bytes:
     return b"".join(lines)
 
 
-def code_version(module_file: str | Path, chosen: Iterable[str] = ()) -> str:
+def code_version(
+    module_file: str | Path, chosen: Iterable[str] = (), root: Path | None = None
+) -> str:
     """sha256 of `code_files`, without what prints: an edited README, table or flag's help changes
     nothing, an edited score everything."""
-    module_file = Path(module_file).resolve()
+    root = root or Path(module_file).resolve().parent
     digest = hashlib.sha256()
-    for path in code_files(module_file, chosen):
+    for path in code_files(module_file, chosen, root):
         content = hashlib.sha256(_source_that_counts(path)).hexdigest()
-        digest.update(f"{path.relative_to(module_file.parent)} {content}\n".encode())
+        digest.update(f"{os.path.relpath(path, root)} {content}\n".encode())
     return digest.hexdigest()
 
 

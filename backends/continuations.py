@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import compute
 from backends.kvcache import PrefixCache, pad_rows
 from backends.scoring import agree_on_memory, prefetch, token_nll
+from costs.flops import estimate_flops
 from model import attention_without_plans
 
 MIN_PREFIX = 32  # a shorter shared prefix saves less than merging two attentions costs
@@ -259,7 +259,7 @@ def score_continuations(
 
 def unique_flops(config, rows: Continuations) -> float:
     """FLOPs of a forward over each prefix and each row once, the head at scored positions only."""
-    per_token = compute.estimate_flops(config, 1, 1)["parts"]
+    per_token = estimate_flops(config, 1, 1)["parts"]
     P = np.array([len(prefix) for prefix in rows.prefixes], dtype=np.float64)
     P = np.where(np.isin(np.arange(len(P)), rows.prefix), P, 0)
     T, before = rows.lengths.astype(np.float64), P[rows.prefix]

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 import cli
-import compute
 from backends import Facts, Sample, Sampling, continuations, engine, scoring
+from costs import gpus
+from costs.flops import estimate_flops
 from distributed import Dist, print0
 
 # What compiling saves is memory traffic between layers, in proportion to layers x width; what it
@@ -114,7 +115,7 @@ class Local:
             )
         flops = None
         if self.config is not None:
-            flops = compute.estimate_flops(self.config, len(windows), windows.seq_len)
+            flops = estimate_flops(self.config, len(windows), windows.seq_len)
             flops = flops["forward_causal"]
         rate = {"tokens_per_second": int(totals.tokens.sum()) / seconds["seconds"]}
         self._note(seconds | rate, flops, batch_size=used, compiled=compiled)
@@ -235,10 +236,10 @@ class Local:
             cost["gpu"] = torch.cuda.get_device_name(dist.device)
             peaks = dist.gather(torch.cuda.max_memory_allocated(dist.device))
             cost["peak_memory_bytes"] = max(peaks)
-            gpu = compute.find_gpu(cost["gpu"])
+            gpu = gpus.find_gpu(cost["gpu"])
             if gpu is not None and self._flops is not None:
                 seconds = self._cost["seconds"]
-                cost["mfu"] = compute.mfu(self._flops, seconds, dist.world_size, gpu)
+                cost["mfu"] = gpus.mfu(self._flops, seconds, dist.world_size, gpu)
         return self._cost | cost
 
     def ran(self) -> dict:

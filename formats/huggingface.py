@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import first_line
+import cli
 from config import GPTConfig, read_json
 from durable import refuse_impostor
 from formats import Opened, layouts, tensorfiles
@@ -71,7 +71,7 @@ def shard_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = first_line(error)
+        why = cli.first_line(error)
         raise ValueError(f"{index} is no index of shards: {why}") from None
     for name in names:
         if type(name) is not str or Path(name).name != name or name == "..":

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cli import first_line
+import cli
 from durable import refuse_impostor
 from formats.stored import FLOATS, Stored, whole
 
@@ -54,7 +54,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path} ({size:,} bytes) is truncated, still being written, or no safetensors file: "
-            f"{first_line(error)}"
+            f"{cli.first_line(error)}"
         ) from None
     header.pop("__metadata__", None)
     return {
@@ -157,7 +157,7 @@ def load_torch(path: Path, mapped: bool, place="cpu"):
             if not unsafe:
                 return torch.load(path, map_location=place, mmap=mapped, weights_only=True)
         except Exception as error:  # an edge: a hostile pickle can raise anything
-            raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+            raise ValueError(f"{path} cannot be read: {cli.first_line(error)}") from None
     raise ValueError(
         f"{path} holds {', '.join(sorted(unsafe)[:5])}: loading that could run code, so it is "
         "refused. Save state_dict() and plain values instead, where the file was made"

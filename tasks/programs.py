@@ -236,6 +236,7 @@ def summarise(tally, ks):
     metrics = {
         f"pass@{k}": results.metric(**stats.pass_at_k_summary(n, c, k), unit="share") for k in ks
     }
+    estimates = {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
     total = sum(tally.values(), Counter())
     breakdown = {
         "task": {
@@ -245,8 +246,7 @@ def summarise(tally, ks):
         "failure": {kind: count for kind, count in total.most_common() if kind != "passed"},
     }
     arrays = {"n": n, "c": c, "task_id": np.array(list(tally))}
-    arrays |= {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
-    return metrics, breakdown, arrays
+    return metrics, breakdown, arrays | estimates
 
 
 def all_ks(ks, num_samples) -> list[int]:
