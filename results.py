@@ -183,7 +183,7 @@ def new_record(
     protocol: dict,
     *,
     run: str,
-    checkpoint,
+    checkpoint: Mapping[str, Any] | Callable[[], Any] | None,
     configuration: dict | None = None,
     examples: dict | None = None,
     words: Sequence[str] = (),

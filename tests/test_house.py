@@ -16,7 +16,8 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # Each room imports only from floors above its own here; inside a folder, also from files named
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
-    "cli stats durable distributed config hf_config tokenizer gpu_kernels/cross_entropy "
+    "cli stats durable sources",
+    "distributed config hf_config tokenizer records_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
     "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
     "costs/time formats/tensorfiles formats/shards model",
@@ -26,8 +27,8 @@ FLOORS = [
     "backends/scoring backends/continuations backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/programs",
     "evaluation training/batches",
-    "eval mmlu_eval humaneval_eval compute train reporting/groups reporting/compare "
-    "reporting/tables reporting/page report",
+    "reporting/groups reporting/compare reporting/tables reporting/page",
+    "eval mmlu_eval humaneval_eval compute train report",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner sweep",
 ]
