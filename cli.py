@@ -39,13 +39,6 @@ USER_ERRORS = (ValueError, OSError)  # OSError: a file that is not there, a full
 SIGNAL_GRACE = 5.0  # seconds that the main thread has to notice a signal
 
 
-def first_line(error: Exception) -> str:
-    """What an exception of a library says, in brief."""
-    text = str(error).strip().rpartition("WeightsUnpickler error:")[2]  # torch's advice is before
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
-
-
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
@@ -263,6 +256,13 @@ def run(main) -> None:
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # destructors of NCCL would wait for ranks that are still working
     sys.exit(code)
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, in brief: its first line, or its type if it is silent."""
+    text = str(error).strip().rpartition("WeightsUnpickler error:")[2]  # torch's advice is before
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def _report(error: Exception) -> None:

@@ -21,7 +21,6 @@ Every file that cannot be used raises ValueError in one line naming it and what 
 import functools
 import glob
 import hashlib
-import json
 import os
 import random
 import tokenize
@@ -33,6 +32,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cli import progress
+from durable import decode_utf8, read_jsonl, refuse_impostor
 from gpu_kernels.cross_entropy import IGNORE
 from tokenizer import SAFE_BREAK, build_tokenizer, utf8_bytes
 
@@ -286,37 +286,17 @@ def _text_pieces(path, may_split):
     while start < len(data):
         cut = SAFE_BREAK.search(data, start + CHUNK_BYTES) if may_split else None
         end = cut.end() if cut else len(data)
-        yield _decode(data[start:end], path, start), end - start, end == len(data)
+        yield decode_utf8(data[start:end], path, start), end - start, end == len(data)
         start = end
 
 
 def _jsonl_documents(path):
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = _decode(line, f"{path}:{number}", offset)
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text.removeprefix("\ufeff"))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not a line of JSON: {error}") from None
-            document = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(document, str):
-                raise ValueError(f'{path}:{number}: needs {{"text": "…"}}, a string in that field')
-            valid = utf8_bytes(document)
-            yield valid.decode(), len(valid), True
-
-
-def _decode(data, where, offset):
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not UTF-8 at byte {offset + error.start} ({error.reason}); "
-            "convert it, for example with `iconv -t utf-8`"
-        ) from None
+    for where, _, record in read_jsonl(path):
+        document = record.get("text")
+        if not isinstance(document, str):
+            raise ValueError(f'{where}: needs {{"text": "…"}}, a string in that field')
+        valid = utf8_bytes(document)
+        yield valid.decode(), len(valid), True
 
 
 def _groups(pieces):
@@ -338,13 +318,10 @@ def _groups(pieces):
 
 def _open_shard(path):
     """A Source over a memory-mapped shard; nothing but its header is read."""
+    refuse_impostor(path)
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: is a Git LFS pointer, not the data; run `git lfs pull`")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise ValueError(f"{path}: is an HTML page, not the data; download it again")
+        start = file.read(6)
     if path.suffix == ".bin":
         dtype, n, offset = _bin_layout(path, size)
     elif path.suffix == ".npy" or start.startswith(b"\x93NUMPY"):

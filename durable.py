@@ -1,9 +1,11 @@
-"""Files that survive a crash: written whole or not at all, and journals that lose nothing.
+"""Files that survive a crash: written whole or not at all, and journals that lose nothing. And the
+one reader of JSONL files that others wrote.
 
     write_atomic("results/record.json", text)       # the old file or the new one, never a part
     with Journal("results/journal") as journal:     # one line a record, framed by length and crc32
         journal.append({"task": 3, "passed": True})
     records, bad = read_journal("results/journal")
+    for where, n_bytes, question in read_jsonl("test.jsonl.gz"):    # where: "test.jsonl.gz:3"
 
 Standard library and numpy only.
 """
@@ -11,18 +13,24 @@ Standard library and numpy only.
 import contextlib
 import errno
 import fcntl
+import gzip
 import json
 import math
 import os
 import secrets
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+# ---------------------------------------------------------------------------------------------
+# Writing
 
-def plain(value):
+
+def plain(value: Any) -> Any:
     """numpy, tuples and paths as JSON has them; NaN and infinities as None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -37,7 +45,7 @@ def plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def dumps(obj, **options) -> str:
+def dumps(obj: Any, **options: Any) -> str:
     """Strict JSON text. NaN and infinities become null: one undefined standard error must not cost
     the hours that the rest of a record took."""
     return json.dumps(plain(obj), ensure_ascii=False, allow_nan=False, **options)
@@ -73,7 +81,7 @@ def _make_directories(path: Path) -> None:
         fsync(directory.parent)
 
 
-def write_atomic(path, data: bytes | str) -> None:
+def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a file so that a reader, or a crash at any moment, finds the old one or the whole new
     one: temporary in the same directory, fsync, rename, fsync of the directory. Parents are made.
     OSError, in one line that names `path`, when it cannot; then no partial file is left."""
@@ -103,24 +111,90 @@ def _write_error(error: OSError, path: Path) -> OSError:
     return OSError(number, f"{os.strerror(number)}; nothing was written", str(path))
 
 
-def write_json(path, obj) -> None:
+def write_json(path: str | Path, obj: Any) -> None:
     """`write_atomic` of strict, indented JSON (see `dumps`)."""
     write_atomic(path, dumps(obj, indent=2) + "\n")
 
 
-def _frame(record) -> bytes:
+# ---------------------------------------------------------------------------------------------
+# Reading what others wrote
+
+
+def refuse_impostor(path: str | Path) -> None:
+    """ValueError for what a failed download or copy leaves behind: an empty file, a web page, a Git
+    LFS pointer."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"{path} is empty: it is still to be written, or the copy failed")
+    head = head.lstrip().lower()
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{path} is a web page, not the file: download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file: fetch it with `git lfs pull`")
+
+
+def decode_utf8(data: bytes, where: str | Path, offset: int = 0) -> str:
+    """Text of bytes that begin at byte `offset` of a file."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 at byte {offset + error.start} ({error.reason}); "
+            "convert it, for example with `iconv -t utf-8`"
+        ) from None
+
+
+def read_jsonl(path: str | Path, what: str = "file") -> Iterator[tuple[str, int, dict]]:
+    """Yield (file:line, bytes of the line, object) of a JSONL file, gzipped or not; blank lines are
+    passed over. what: how the file is called where it is missing. ValueError in one line that names
+    file and line."""
+    path, offset = Path(path), 0
+    try:
+        refuse_impostor(path)
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                text = decode_utf8(line, where, offset).removeprefix("\ufeff")
+                offset += len(line)
+                if text.strip():
+                    yield where, len(line), _object_of(text, where)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such {what}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip data: {error}") from None
+
+
+def _object_of(text: str, where: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not a line of JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: an object expected, not {text.strip()[:40]!r}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Journals
+
+
+def _frame(record: Any) -> bytes:
     payload = encode(dumps(record, separators=(",", ":")))  # holds no newline
     return b"%08x %08x %s\n" % (len(payload), zlib.crc32(payload), payload)
 
 
-def _unframe(line: bytes):
+def _unframe(line: bytes) -> Any:
     payload = line[18:]
     if line[:18] != b"%08x %08x " % (len(payload), zlib.crc32(payload)):
         raise ValueError("length or checksum differ")
     return json.loads(payload)
 
 
-def _scan(data: bytes):
+def _scan(data: bytes) -> tuple[list, int, int]:
     """(records, bad, end): the whole records, how many lines are not one, and where the last
     whole record ends."""
     *lines, torn = data.split(b"\n")
@@ -135,7 +209,7 @@ def _scan(data: bytes):
     return records, bad, end
 
 
-def read_journal(path) -> tuple[list, int]:
+def read_journal(path: str | Path) -> tuple[list, int]:
     """(records, bad): what `Journal` wrote, and how many lines were torn or damaged and skipped.
     A journal that does not exist is empty. Safe while a writer appends."""
     try:
@@ -157,7 +231,7 @@ class Journal:
     then the file ends with the last whole record.
     """
 
-    def __init__(self, path, sync_seconds: float = 1.0):
+    def __init__(self, path: str | Path, sync_seconds: float = 1.0):
         self.path, self.sync_seconds = Path(path), sync_seconds
         _make_directories(self.path.parent)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -172,7 +246,7 @@ class Journal:
             raise
         self._synced = time.monotonic()
 
-    def _lock(self):
+    def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -183,7 +257,7 @@ class Journal:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a mount without locks
                 raise
 
-    def append(self, record) -> None:
+    def append(self, record: Any) -> None:
         frame = _frame(record)
         try:
             os.lseek(self._fd, self._end, os.SEEK_SET)
@@ -207,8 +281,8 @@ class Journal:
             finally:
                 os.close(fd)
 
-    def __enter__(self):
+    def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         self.close()

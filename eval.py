@@ -17,7 +17,6 @@ text with windows of 1024 and --stride 1024, and 16.44 with --stride 512.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -125,19 +124,16 @@ def plan(options: Options, facts: Facts) -> Plan:
         "tokens": len(stream),
     }
     work = Scored(stream, windows, batch_size)
-    return Plan(protocol, data, work, words_of(protocol, data))
+    return Plan(protocol, data, work, words_of(protocol))
 
 
-def words_of(protocol: dict, data: dict) -> tuple[str, ...]:
-    names = [Path(name).name for name in data["files"]]
+def words_of(protocol: dict) -> tuple[str, ...]:
     return (
         f"window {protocol['window']}",
         f"stride {protocol['stride']}",
         *(["BOS"] if protocol["bos"] else []),
         *(["sampled windows"] if protocol["windows"] == "random" else []),
         protocol["dtype"],
-        f"{data['tokens']:,} tokens",
-        names[0] if len(names) == 1 else f"{len(names)} files",
     )
 
 
@@ -188,7 +184,7 @@ def metrics_of(totals, windows) -> dict:
         loss, stderr = totals.loss, stats.ratio_stderr(nll, count)
     perplexity = float(np.exp(loss)) if loss < 700 else float("inf")
     metrics = {
-        "loss": results.metric(loss, stderr, n, better="lower"),
+        "loss": results.metric(loss, stderr, n, better="lower", unit="nats per token"),
         "perplexity": results.metric(perplexity, perplexity * stderr, n, better="lower"),
     }
     bits = totals.bits_per_byte

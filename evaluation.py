@@ -109,7 +109,7 @@ class Evaluation:
 
     def code_version(self, *rooms: str) -> str:
         """Of the code that makes its numbers, `rooms` being the format and the backend."""
-        return results.running_code(self.script, (*rooms, *self.programs))
+        return results.running_code(self.script, (*rooms, *self.programs), results.ROOT)
 
     def __call__(
         self, model, tokenizer, *, dist=None, info=None, run="run", results_dir=None, **options
@@ -238,6 +238,7 @@ def measure(
         outcome = evaluation.run(backend, plan, folder)
     finally:
         folder.close()
+    data = plan.data | outcome.data
     record = results.new_record(
         evaluation.name,
         outcome.metrics,
@@ -245,12 +246,12 @@ def measure(
         run=run,
         checkpoint=checkpoint_info(),
         configuration=plan.configuration,
-        data=plan.data | outcome.data,
+        data=data,
         cost=backend.cost() | outcome.cost,
         breakdown=outcome.breakdown,
         code=evaluation.code_version(*rooms),
         examples=outcome.examples,
-        words=(*plan.words, *outcome.words),
+        words=[*plan.words, *outcome.words, *results.data_words(data)],
     )
     return Result(record, outcome.arrays, outcome.samples, outcome.shown)
 
@@ -436,7 +437,7 @@ def measure_checkpoint(
     ckpt = checkpoint.open(path, models.model_config())
     info = background.submit(ckpt.describe).result if dist.is_main else None
     tokenizer = pick_tokenizer(models.tokenizer_name, ckpt, evaluation.needs_tokenizer(options))
-    facts = facts_of(ckpt, tokenizer, dtype, dist.device.type, ckpt.name)
+    facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
 
     def make_plans():
         made = [each.of(facts) for each in plans]

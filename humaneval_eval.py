@@ -187,10 +187,10 @@ def plan(options: Options, facts: Facts) -> Plan:
         "hash": data_hash(problems),
         "tasks": len(problems),
     }
-    return Plan(protocol, data, Drawn(options, problems, prompts), words_of(protocol, data))
+    return Plan(protocol, data, Drawn(options, problems, prompts), words_of(protocol))
 
 
-def words_of(protocol: dict, data: dict) -> tuple[str, ...]:
+def words_of(protocol: dict) -> tuple[str, ...]:
     drawn = ["greedy"]
     if protocol["temperature"]:
         drawn = [f"temperature {protocol['temperature']:g}", f"top-p {protocol['top_p']:g}"]
@@ -201,7 +201,6 @@ def words_of(protocol: dict, data: dict) -> tuple[str, ...]:
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
         *([f"limit {limit}: not a score"] if limit else []),
-        data["files"][0],
     )
 
 
@@ -267,7 +266,6 @@ def run(backend, plan: Plan, folder) -> Outcome:
         examples={
             "unit": "tasks",
             "scores": {name: name for name in metrics},
-            "weight": None,
             "labels": {"task_id": "{}"},
         },
         protocol={"sandbox_tier": "; ".join(tiers)},
@@ -427,7 +425,7 @@ HUMANEVAL = Evaluation(
     table=print_table,
     check=check,
     samples="always",
-    programs=("sandbox/jail.py",),
+    programs=("sandbox/worker.py", "sandbox/jail.py", "sandbox/frames.py"),
 )
 
 

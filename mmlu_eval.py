@@ -253,21 +253,11 @@ def run(backend, plan: Plan, folder) -> Outcome:
     gold = (np.array([[q.answer] for q in data.questions]) - rotation) % len(LETTERS)
     metrics, breakdown, arrays = summarise(data, protocol["scoring"], answers, gold)
     generates = protocol["scoring"] == "generate"
-    tokens = prompts.rows.unique_tokens()
     return Outcome(
         metrics=metrics,
         breakdown=breakdown,
         arrays=arrays,
-        examples={
-            "unit": "questions",
-            "scores": {
-                metric: name
-                for metric, name in SCORED.items()
-                if metric in metrics and name in arrays
-            },
-            "weight": None,
-            "labels": {"subject": "{}"},
-        },
+        examples=examples_of(arrays),
         protocol={
             "subjects": len(data.subjects) if protocol["subjects"] else None,
             "letter_ids": prompts.rows.choice_ids,
@@ -276,21 +266,26 @@ def run(backend, plan: Plan, folder) -> Outcome:
             "shortened": int((prompts.shots < protocol["shots"]).sum()),
             "shots_kept": np.bincount(prompts.shots.ravel()).tolist(),  # prompts by examples kept
         },
-        data={"tokens": tokens},
+        data={"tokens": prompts.rows.unique_tokens()},
         cost={"prepare_seconds": prepare_seconds},
-        words=(f"{tokens:,} tokens",),
         samples=functools.partial(make_samples, data, prompts, answers, gold),
         shown=data,
     )
 
 
-SCORED = {"accuracy": "correct", "accuracy_normalised": "correct_normalised"}
+def examples_of(arrays: dict) -> dict:
+    scores = {"accuracy": "correct", "accuracy_normalised": "correct_normalised"}
+    return {
+        "unit": "questions",
+        "scores": {metric: name for metric, name in scores.items() if name in arrays},
+        "labels": {"subject": "{}", "question": "{}"},
+        "tie_break": {"accuracy": "gold_logprob"} if "gold_logprob" in arrays else {},
+    }
 
 
-def share(correct) -> dict:
-    """{value, stderr, n} of booleans [n]."""
-    p, n = float(np.mean(correct)), len(correct)
-    return results.metric(p, stats.proportion_stderr(p, n), n)
+def share_of(correct) -> dict:
+    """The metric of booleans [n]."""
+    return results.share(int(np.sum(correct)), len(correct))
 
 
 def mean_of_shares(shares) -> dict:
@@ -298,7 +293,8 @@ def mean_of_shares(shares) -> dict:
     questions in each as drawn: variances add."""
     values, errors = [s["value"] for s in shares], [s["stderr"] for s in shares]
     stderr = math.sqrt(sum(e * e for e in errors)) / len(errors)
-    return results.metric(float(np.mean(values)), stderr, sum(s["n"] for s in shares))
+    n = sum(s["n"] for s in shares)
+    return results.metric(float(np.mean(values)), stderr, n, unit="share")
 
 
 def accuracies(data, correct: dict) -> tuple[dict, dict]:
@@ -314,8 +310,8 @@ def accuracies(data, correct: dict) -> tuple[dict, dict]:
             (category, sorted({*category} - {""}), by_category),
         ):
             for group in groups:
-                out.setdefault(str(group), {})[name] = share(right[key == group])
-        metrics[name] = share(right)
+                out.setdefault(str(group), {})[name] = share_of(right[key == group])
+        metrics[name] = share_of(right)
         macro = name.replace("accuracy", "accuracy_macro")
         metrics[macro] = mean_of_shares([by_subject[s][name] for s in data.subjects])
     return metrics, {"category": by_category, "subject": by_subject}
@@ -347,7 +343,7 @@ def summarise(data, scoring, answers: Answers, gold):
         for i, letter in enumerate(LETTERS)
     }
     if scores is None:
-        metrics["answered"] = share(predicted >= 0)
+        metrics["answered"] = share_of(predicted >= 0)
     else:
         p = np.exp(scores - scores.max(-1, keepdims=True))
         p = (p / p.sum(-1, keepdims=True))[np.arange(len(p)), predicted]
@@ -358,6 +354,7 @@ def summarise(data, scoring, answers: Answers, gold):
         ordered = np.sort(scores, -1)
         ties = int((ordered[:, -1] == ordered[:, -2]).sum())  # of the two best
         metrics["ties"] = results.metric(ties, better="lower")
+        arrays["gold_logprob"] = stats.choice_logprob(scores, gold[:, 0])
     if right.shape[1] > 1:
         add_permuted(metrics, breakdown, answers.predicted, right)
         arrays["correct_permuted"] = right
@@ -369,10 +366,12 @@ def add_permuted(metrics, breakdown, predicted, right) -> None:
     was drawn, and how often a question gets the same choice in all of them."""
     rotations, mean = right.shape[1], right.mean(axis=1)
     stderr = mean.std(ddof=1) / math.sqrt(len(mean)) if len(mean) > 1 else math.nan
-    metrics["accuracy_permuted"] = results.metric(float(mean.mean()), stderr, len(mean))
+    metrics["accuracy_permuted"] = results.metric(
+        float(mean.mean()), stderr, len(mean), unit="share"
+    )
     chosen = np.where(predicted < 0, -1, (predicted + np.arange(rotations)) % len(LETTERS))
-    metrics["same_answer"] = share((chosen == chosen[:, :1]).all(axis=1) & (chosen[:, 0] >= 0))
-    breakdown["rotation"] = {str(r): {"accuracy": share(right[:, r])} for r in range(rotations)}
+    metrics["same_answer"] = share_of((chosen == chosen[:, :1]).all(axis=1) & (chosen[:, 0] >= 0))
+    breakdown["rotation"] = {str(r): {"accuracy": share_of(right[:, r])} for r in range(rotations)}
 
 
 def make_samples(data, prompts, answers: Answers, gold):

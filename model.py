@@ -15,14 +15,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import VOCAB_MULTIPLE, GPTConfig
 from gpu_kernels.cross_entropy import head_cross_entropy
-from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
 
 
 class Linear(nn.Linear):
@@ -52,7 +51,7 @@ ACTIVATIONS = {
 # Rotary positions
 
 
-def rope_frequencies(config: GPTConfig) -> tuple[torch.Tensor, float]:
+def rope_frequencies(config: GPTConfig) -> tuple[Tensor, float]:
     """Angular frequency of each pair of channels [D/2], float32, and the factor on cos and sin.
 
     Plain (Su et al. 2021), linear interpolation, Llama 3's and YaRN's (Peng et al. 2023) scaling,
@@ -102,7 +101,7 @@ def _yarn_frequencies(config, frequencies, scaling, original):
     return frequencies * (1 - interpolate) + frequencies / factor * interpolate, attention_factor
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, T, heads, D] turned by cos, sin [B or 1, T, 1, D/2]; channel i pairs with i + D/2."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -112,20 +111,88 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 # Attention
 
 
-def causal_attention(q, k, v, window=None, dropout=0.0):
-    """q [B, H, T, D] over k, v [B, G, T, D]: a query sees itself and the `window` - 1 before it."""
-    T, gqa = q.shape[2], q.shape[1] != k.shape[1]
-    if window is None or window >= T:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=gqa
-        )
-    if q.is_cuda and not dropout:
-        return _flex_attention(q, k, v, T, window, gqa)
-    i = torch.arange(T, device=q.device)
-    near = (i[:, None] >= i) & (i[:, None] - i < window)
+def attend(  # so many parameters, since they are the terms of attention itself
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool, window: int | None = None, softcap: float | None = None,
+    scale: float | None = None, lse: bool = False, mask: Tensor | None = None, dropout: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of q [B, H, T, D] over k, v [B, G, S, D]: [B, H, T, D] in q's dtype.
+
+    Which kernel runs is decided here, for all but the decode step (gpu_kernels/decode_attention).
+    causal: a query sees itself and the keys before it (S = T), with a window no more than `window`
+    keys. mask [T, S] or [B, 1, T, S]: True where a query sees a key, instead of causal and window.
+    scale: of the products, D ** -0.5 unless given. softcap: scores become softcap * tanh(score /
+    softcap). lse: (out, log-sum-exp of the scores [B, H, T] float32), so that parts over disjoint
+    keys can be merged.
+    """
+    T, capped = q.shape[2], softcap is not None
+    causal = causal and mask is None
+    windowed = causal and window is not None and window < T
+    plain = mask is None and not (windowed or capped or dropout)
+    if lse and plain and q.is_cuda and q.dtype != torch.float32:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, sums, *_ = flash(q, k, v, 0.0, causal, scale=scale)
+        return out, sums[..., :T]
+    if causal and (windowed or capped) and q.is_cuda and not (lse or dropout):
+        return _flex_attention(q, k, v, window if windowed else None, softcap, scale)
+    if causal and (windowed or capped or lse):
+        i = torch.arange(T, device=q.device)
+        mask = i[:, None] >= i
+        if windowed:
+            mask = mask & (i[:, None] - i < window)
+    if capped or lse:  # which scaled_dot_product_attention does not know
+        out, sums = _dense_attention(q, k, v, mask, softcap, scale, dropout)
+        return (out, sums) if lse else out
+    gqa, causal = q.shape[1] != k.shape[1], causal and mask is None
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=near, dropout_p=dropout, enable_gqa=gqa
+        q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
     )
+
+
+def _dense_attention(q, k, v, mask, softcap, scale, dropout):
+    """(out, lse) with all scores [B, H, T, S] in memory, in float32."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp()
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return (weights @ v.float()).to(q.dtype), lse
+
+
+_BLOCK_MASKS, _COMPILED = {}, {}
+
+
+def _flex_attention(q, k, v, window, softcap, scale):
+    """Causal attention by blocks: those out of the window are never computed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    T, gqa, mask = q.shape[2], q.shape[1] != k.shape[1], lambda b, h, i, j: i >= j
+    if window is not None:
+        mask = lambda b, h, i, j: (i >= j) & (i - j < window)  # noqa: E731
+    key = (T, window, q.device)
+    if key not in _BLOCK_MASKS:
+        _BLOCK_MASKS[key] = create_block_mask(mask, None, None, T, T, device=q.device)
+    if "flex" not in _COMPILED:
+        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
+    capped = None
+    if softcap is not None:
+        capped = lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)  # noqa: E731
+    return _COMPILED["flex"](
+        q, k, v, score_mod=capped, block_mask=_BLOCK_MASKS[key], scale=scale, enable_gqa=gqa
+    )
+
+
+def attention_of(config: GPTConfig, layer: int) -> dict:
+    """What sets a layer's attention apart: options of `attend`, which every cache is given as well.
+    A soft cap or a scale of the scores would be added here."""
+    return {"window": config.layer_window(layer)}
 
 
 def attention_without_plans():
@@ -135,164 +202,14 @@ def attention_without_plans():
     return sdpa_kernel(list(kinds))
 
 
-_BLOCK_MASKS, _COMPILED = {}, {}
+def inductor_options() -> dict:
+    """torch.compile's `options` wherever this project compiles: kernels chosen by rule. Left alone,
+    inductor picks reductions by timing them, so that two processes, and with them two world sizes,
+    could sum in another order."""
+    import torch._inductor.config as inductor  # half of the start-up, needed to compile only
 
-
-def _flex_attention(q, k, v, T, window, gqa):
-    """The sliding window as a block mask: blocks out of the window are never computed."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    key = (T, window, q.device)
-    if key not in _BLOCK_MASKS:
-        _BLOCK_MASKS[key] = create_block_mask(
-            lambda b, h, i, j: (i >= j) & (i - j < window), None, None, T, T, device=q.device
-        )
-    if "flex" not in _COMPILED:
-        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
-    return _COMPILED["flex"](q, k, v, block_mask=_BLOCK_MASKS[key], enable_gqa=gqa)
-
-
-def attention_with_lse(q, k, v, causal=False):
-    """Attention and the log-sum-exp of its scores, so that parts over disjoint keys can be merged.
-
-    q [B, H, T, D], k and v [B, H, S, D] or [B, G, S, D]. Returns out [B, H, T, D] and lse [B, H, T]
-    float32.
-    """
-    if q.is_cuda and q.dtype != torch.float32:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-        return out, lse[..., : q.shape[2]]
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
-    if causal:
-        T = q.shape[2]
-        seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~seen, float("-inf"))
-    lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
-
-
-def merge_attention(out_a, lse_a, out_b, lse_b):
-    """Attention over the union of two disjoint sets of keys, from that over each [B, H, T, D]."""
-    share = torch.sigmoid(lse_a - lse_b)[..., None]
-    return torch.lerp(out_b, out_a, share.to(out_a.dtype))  # float32 inside
-
-
-class KVCache:
-    """Keys and values already computed: prompts kept once each, then every row's own tokens.
-
-    One prefix that all rows share, for scoring continuations of it, in as many batches as wanted:
-
-        cache = KVCache(model, prefix_len=P)
-        model.hidden(prefix_ids, cache=cache)   # [1, P]: fills the prefix
-        model.hidden(ids, cache=cache)          # [B, T], right-padded: each row goes on from it
-
-    Generation adds room for each row's own tokens, one a step, and possibly more prompts:
-
-        cache = KVCache(model, prefix_len=P, batch_size=B, max_len=S, n_prefixes=N)
-        cache.fill([2, 0], [9, 5])              # the next call fills prompts 2 and 0
-        model.hidden(ids, cache=cache)          # [2, T], right-padded, T <= P
-        cache.assign(row_prefix)                # [B]: the prompt that each row continues
-        model.hidden(next_ids, cache=cache)     # [B, 1]: one decode step
-        cache.lengths += 1                      # in place; a row starts anew at 0
-
-    For each layer: prefix_k, prefix_v [N, G, P, D], of which prefix_lengths [N] are filled; k, v
-    [B, G, S, D], of which `lengths` [B] are.
-    """
-
-    def __init__(self, model, prefix_len=0, batch_size=1, max_len=0, n_prefixes=1):
-        c, weight = model.config, model.lm_head.weight
-
-        def room(rows, length):
-            shape = (rows, c.n_kv_heads, length, c.head_dim)
-            return [weight.new_zeros(shape) for _ in range(c.n_layers)]
-
-        def integers(n):
-            return torch.zeros(n, dtype=torch.int64, device=weight.device)
-
-        self.config, self.dtype, self.prefix_len = c, weight.dtype, prefix_len
-        self.max_len = self.span = max_len  # span: at least lengths + 1; a CPU reads no further
-        self.prefix_k, self.prefix_v = room(n_prefixes, prefix_len), room(n_prefixes, prefix_len)
-        self.k, self.v = room(batch_size, max_len), room(batch_size, max_len)
-        self.prefix_lengths = integers(n_prefixes)
-        self.lengths, self.row_prefix = integers(batch_size), integers(batch_size)
-        self.filling = None
-        self.tiles = self.plan_tiles([0] * batch_size).to(weight.device)
-        if prefix_len and n_prefixes == 1:
-            self.fill([0], [prefix_len])
-
-    def fill(self, slots, lengths) -> None:
-        """The next call of `hidden` fills these prompts' slots with so many tokens each."""
-        device = self.lengths.device
-        self.filling = torch.tensor(slots, device=device)
-        self.prefix_lengths[self.filling] = torch.tensor(lengths, device=device)
-
-    def plan_tiles(self, row_prefix) -> torch.Tensor:
-        """Rows that continue the same prompt, grouped for the kernel: see decode_attention.py."""
-        c = self.config
-        n_prefixes, R = len(self.prefix_lengths), c.n_heads // c.n_kv_heads
-        return plan_tiles(row_prefix, n_prefixes, R, self.dtype)
-
-    def assign(self, row_prefix) -> None:
-        """row_prefix [B]: the prompt that each row continues from now on."""
-        self.row_prefix.copy_(torch.as_tensor(row_prefix))
-        self.tiles.copy_(self.plan_tiles(row_prefix))
-
-    def positions(self, T: int, device) -> torch.Tensor:
-        """Positions of the next T tokens: [1, T], or [B, T] where rows differ in length."""
-        ahead = torch.arange(T, device=device)[None]
-        if self.filling is not None:
-            return ahead
-        if self.max_len == 0:
-            return self.prefix_len + ahead
-        return (self.prefix_lengths[self.row_prefix] + self.lengths)[:, None] + ahead
-
-    def end_of_call(self) -> None:
-        if self.filling is not None:
-            self.filling = None
-
-    def attend(self, layer: int, q, k, v):
-        """q [B, H, T, D] over everything before it and k, v [B, G, T, D] themselves."""
-        T, window = q.shape[2], self.config.layer_window(layer)
-        if self.filling is not None:
-            self.prefix_k[layer][self.filling, :, :T] = k
-            self.prefix_v[layer][self.filling, :, :T] = v
-            return causal_attention(q, k, v, window)
-        if self.max_len:
-            return self._decode(layer, q, k, v, window)
-        if window is not None and window < self.prefix_len + T:
-            return self._attend_window(layer, q, k, v, window)
-        own = attention_with_lse(q, k, v, causal=True)
-        return merge_attention(*self._attend_prefix(layer, q), *own)
-
-    def _decode(self, layer, q, k, v, window):
-        assert q.shape[2] == 1, f"rows take one token at a time, not {q.shape[2]}"
-        parts, lse = decode_attention(
-            *(x[:, :, 0] for x in (q, k, v)),
-            *(self.k[layer], self.v[layer], self.lengths),
-            *(self.prefix_k[layer], self.prefix_v[layer], self.prefix_lengths),
-            *(self.row_prefix, self.tiles, window or 0, self.span),
-        )
-        return merge_parts(parts, lse).to(q.dtype)[:, :, None]
-
-    def _attend_prefix(self, layer, q):
-        """All queries of all rows see the whole prefix: one product without a mask."""
-        B, H, T, D = q.shape
-        queries = q.transpose(1, 2).reshape(1, B * T, H, D).transpose(1, 2)  # a view
-        out, lse = attention_with_lse(queries, self.prefix_k[layer], self.prefix_v[layer])
-        out = out.transpose(1, 2).view(B, T, H, D).transpose(1, 2)
-        return out, lse.view(H, B, T).transpose(0, 1)
-
-    def _attend_window(self, layer, q, k, v, window):
-        """With a window in reach: prefix and own keys side by side under a dense mask."""
-        B, _, T, _ = q.shape
-        key = torch.arange(self.prefix_len + T, device=q.device)
-        query = key[self.prefix_len :, None]
-        seen = (key <= query) & (query - key < window)
-        k = torch.cat((self.prefix_k[layer].expand(B, -1, -1, -1), k), dim=2)
-        v = torch.cat((self.prefix_v[layer].expand(B, -1, -1, -1), v), dim=2)
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=gqa)
+    options = {"triton.autotune_pointwise": False}
+    return options | ({"deterministic": True} if hasattr(inductor, "deterministic") else {})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -303,7 +220,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        self.window = config.layer_window(layer)
+        self.options = attention_of(config, layer)
         inner = config.n_heads * config.head_dim
         self.qkv_proj = Linear(config.d_model, config.qkv_dim, bias=config.qkv_bias)  # [q; k; v]
         self.out_proj = Linear(inner, config.d_model, bias=config.bias)
@@ -320,14 +237,12 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        dropout = c.dropout if self.training else 0.0
         if cache is not None:
-            y = cache.attend(self.layer, q, k, v)
-        elif mask is not None:
-            near, gqa = mask[self.layer], c.n_heads != c.n_kv_heads
-            y = F.scaled_dot_product_attention(q, k, v, near, dropout_p=dropout, enable_gqa=gqa)
+            y = cache.attend(self.layer, q, k, v, **self.options)
         else:
-            y = causal_attention(q, k, v, self.window, dropout)
+            mask = None if mask is None else mask[self.layer]
+            dropout = c.dropout if self.training else 0.0
+            y = attend(q, k, v, causal=True, mask=mask, dropout=dropout, **self.options)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -421,7 +336,7 @@ class GPTModel(nn.Module):
                 scale = (2 * self.config.n_layers) ** -0.5 if residual else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
 
-    def materialize_buffers(self, device) -> None:
+    def materialize_buffers(self, device: torch.device | str) -> None:
         """Rotary frequencies on `device`; called again after a model was built on meta."""
         if self.config.position == "rope":
             with torch.device("cpu"):
@@ -436,7 +351,14 @@ class GPTModel(nn.Module):
     def max_positions(self) -> int:
         return self.config.max_position_embeddings
 
-    # -- inference ----------------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the head, and so of the keys and values that a cache holds."""
+        return self.lm_head.weight.dtype
 
     def inference_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The dtype of every parameter in evaluation: norms stay float32, all else `dtype`."""
@@ -447,7 +369,7 @@ class GPTModel(nn.Module):
             for name, _ in self.named_parameters()
         }
 
-    def allocate(self, dtype: torch.dtype, device) -> None:
+    def allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Room on `device` for the weights of a model that was built on meta, each once and in its
         dtype of evaluation."""
         dtypes = self.inference_dtypes(dtype)
@@ -476,17 +398,18 @@ class GPTModel(nn.Module):
             head.data = self._padded_head[:V]
         return self.requires_grad_(False).eval()
 
-    # -- forward ------------------------------------------------------------------------------
-
-    def hidden(self, input_ids, positions=None, cache=None, mask=None) -> torch.Tensor:
+    def hidden(
+        self, input_ids: Tensor, positions: Tensor | None = None, cache=None, mask=None
+    ) -> Tensor:
         """Final hidden states [B, T, C], float32, of input_ids [B, T] int64.
 
-        positions: [T] or [B, T], 0..T-1 unless given (or what the cache says). cache: a KVCache.
+        positions: [T] or [B, T], 0..T-1 unless given (or what the cache says). cache: keys and
+        values already computed (backends/kvcache.py): an object with `positions(T)` and `attend`.
         mask: per-layer attention masks, only for left-padded input (`forward` makes them).
         """
         T = input_ids.shape[1]
         if positions is None and cache is not None:
-            positions = cache.positions(T, input_ids.device)
+            positions = cache.positions(T)
         elif positions is None:
             positions = torch.arange(T, device=input_ids.device)
         x = self.token_embedding(input_ids).float()
@@ -503,15 +426,13 @@ class GPTModel(nn.Module):
                 x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
-        if cache is not None:
-            cache.end_of_call()
         return self.ln_f(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden [..., C], in the head's dtype (autocast's in training)."""
         return F.linear(*self._for_the_head(hidden))[..., : self.config.vocab_size]
 
-    def nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats [N], float32, of targets [N] after hidden [N, C]; 0 where the target is -100."""
         return head_cross_entropy(*self._for_the_head(hidden), targets, self.config.vocab_size)
 
@@ -527,12 +448,16 @@ class GPTModel(nn.Module):
             weight = F.pad(weight, (0, 0, 0, _padded(V) - V))
         return hidden.to(weight.dtype), weight
 
-    def forward(self, input_ids, attention_mask=None, labels=None):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(logits [B, T, V], loss). attention_mask [B, T]: 0 marks padding, on either side.
 
         Labels are shifted inside, as in rosetrainer: position t is scored on labels[t + 1]. -100
         and padding are left out; the loss is the mean over what remains, None without labels.
         """
+        # rosetrainer's signature, for code written for it: nothing of ours passes an attention
+        # mask, and the `mask` that the modules hand down is there for its left padding alone
         mask = None if attention_mask is None else self._padding_masks(attention_mask.bool())
         logits = self.logits(self.hidden(input_ids, mask=mask))
         if labels is None:
@@ -542,7 +467,7 @@ class GPTModel(nn.Module):
         shifted = logits[:, :-1].float().flatten(0, 1)
         return logits, F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
 
-    def _padding_masks(self, real: torch.Tensor) -> list[torch.Tensor] | None:
+    def _padding_masks(self, real: Tensor) -> list[Tensor] | None:
         """Bool masks [B, 1, T, T] by layer, None if causality alone hides the padding (right)."""
         if not (real[:, 1:] & ~real[:, :-1]).any():
             return None

@@ -1,5 +1,6 @@
 """What was measured: how a result is written, named and found again.
 
+    metrics = {"loss": metric(3.1, stderr=0.02, n=512, better="lower", unit="nats per token")}
     record = new_record("perplexity", metrics, protocol, run="gpt2", checkpoint={...}, ...)
     path = save_record("results", record, arrays={"nll": nll, "count": count})
     records = load_records("results")
@@ -7,13 +8,13 @@
     import glob, json, pandas   # every record of a results directory as one table
     pandas.json_normalize([json.load(open(p)) for p in glob.glob("results/*/*/*.json")])
 
-A record's schema is SCHEMA below. What the numbers mean is stats.py's; how files survive a crash,
-durable.py's. Standard library and numpy only.
+A record's schema is SCHEMA below: it says itself what its numbers are, so that whoever tables,
+compares, draws or exports it need not know the evaluation. What the numbers mean is stats.py's; how
+files survive a crash, durable.py's; which code made them, sources.py's. Standard library and numpy
+only.
 """
 
-import ast
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -21,34 +22,54 @@ import json
 import os
 import platform
 import re
-import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from durable import dumps, encode, write_atomic, write_json
+from records_v1 import arrays_from_version_1, from_version_1
+from sources import ROOT, code_commit, code_files, code_version, running_code, source_files
+from stats import proportion_stderr
 
-ROOT = Path(__file__).resolve().parent
-SCHEMA_VERSION = 1
+__all__ = ["ROOT", "SCHEMA", "SCHEMA_VERSION", "checkpoint_of", "code_files", "code_version"]
+__all__ += ["config_hash", "data_words", "environment", "load_arrays", "load_record"]
+__all__ += ["load_records", "load_samples", "metric", "new_record", "record_path", "resume_key"]
+__all__ += ["running_code", "save_record", "scalars", "share", "source_files", "utc_now"]
+
+SCHEMA_VERSION = 2
 SCHEMA = """
 One JSON object for each (checkpoint, evaluation, configuration), at
 results/{run}/{checkpoint}-{fingerprint8}/{evaluation}-{config8}.json. Strict JSON: NaN and
 infinities are null. Beside it, under the same name: `.npz` (arrays, one row per example) and
 `.jsonl` (samples, one object per example), both optional and written before the JSON.
 
-schema_version  1
-evaluation      "perplexity" | "mmlu" | "humaneval" | ...
+schema_version  2
+evaluation      "perplexity" | "mmlu" | "humaneval" | ...: any name
 run             the training run that the checkpoint belongs to
 status          "ok" | "failed"; failed: `reason` says why and metrics is empty
 reason          null | one line
 checkpoint      {path, name, step, tokens, fingerprint, config}; step and tokens may be null
-metrics         {name: {value, stderr, n} | number}; n counts the examples behind the value.
-                Names: loss, perplexity, bits_per_byte; accuracy, accuracy_macro, ece, brier;
-                pass@1, pass@10, ...
-breakdown       {dimension: {group: metrics as above, or a number}}: file, category, subject,
-                letter, task, failure (kind: count), ...; `calibration` is a list of
-                {low, high, n, confidence, accuracy}
+metrics         {name: {value, stderr?, n?, better, unit?}}. The order matters: the first metric
+                ranks the checkpoints. n counts the examples behind the value; better is "lower" or
+                "higher"; unit is "share" for what is shown in percent, else a text that follows the
+                name ("nats per token"), or absent
+examples        null | {unit, scores, weight?, labels?, tie_break?}: the values that are kept for
+                each example, for paired comparison. unit: what the examples are ("windows",
+                "questions", "tasks"). scores: {metric: array of the .npz, a value an example},
+                whose mean is the metric; with weight, another array, it is sum(scores) /
+                sum(weight). labels: {name: format}: what an example is called, in this order; the
+                name is an array's, or a field of the sample whose `id` is the example; the format
+                holds one {} or {:,}. tie_break: {metric: array}: of examples whose score changed
+                alike, those come first for which this moved most
+words           the protocol in words, each a short text: "5-shot", "window 1024", "bfloat16".
+                "...: not a score" marks a part of the set
+breakdown       {dimension: {group: {name: metric as above, or a number}, or a number}}: by file,
+                category, subject, task, ... Metrics keep the names they have above; whole numbers
+                alone are counts of kinds (of failures, say); a dimension may also be a list of
+                {low, high, n, confidence, accuracy}: the bins of a calibration
 protocol        how it was obtained: window, stride, bos, template, template_hash, shots, dtype,
                 seed, batch_size, compiled, truncated, limit, sandbox tier, ...
 data            {files, hash, tokens, bytes}
@@ -59,123 +80,74 @@ code_version    sha256 of the sources that the evaluation imports, or null
 resume_key      sha256 of (fingerprint, evaluation, config_hash, data.hash, code_version)
 files           {arrays: {name, sha256}, samples: {name, sha256}}: what lies beside the JSON
 
-Arrays by evaluation: perplexity `nll [windows]`, `count [windows]` (nats, scored tokens);
-mmlu `correct [questions]`, `logprobs [questions, 4]`, `gold`, `subject_id`;
-humaneval `n [tasks]`, `c [tasks]` (samples drawn, samples passed).
+Version 1 had no better, unit, examples and words, and metrics could be plain numbers. Such records
+are read as version 2 (records_v1.py) and never rewritten.
+
+Beside the records of one checkpoint, {evaluation}-differences-{config8}.jsonl may hold the examples
+that several of them answer differently: `id`, fields that say which example it is (`where` is a
+place in a file), and under names with a slash ("lm_eval/letter") what each answered.
 """
 
 
-# --- Records
+# ---------------------------------------------------------------------------------------------
+# Metrics
+
+BETTER = ("lower", "higher")
 
 
-def config_hash(configuration: dict) -> str:
+def metric(
+    value: float,
+    stderr: float | None = None,
+    n: int | None = None,
+    better: str = "higher",
+    unit: str | None = None,
+) -> dict:
+    """A metric as SCHEMA has it; what is None is left out."""
+    assert better in BETTER, f"better is 'lower' or 'higher', not {better!r}"
+    optional = {"stderr": stderr, "n": n}
+    given = {name: number for name, number in optional.items() if number is not None}
+    return {"value": value, **given, "better": better, **({"unit": unit} if unit else {})}
+
+
+def share(count: int, n: int, better: str = "higher") -> dict:
+    """The metric of `count` examples out of n, with the standard error of a proportion."""
+    p = count / n
+    return metric(p, proportion_stderr(p, n), n, better, "share")
+
+
+def data_words(data: Mapping[str, Any]) -> list[str]:
+    """What a record's words may say of its data: how many tokens, and the file or how many."""
+    data = data if isinstance(data, dict) else {}
+    tokens, files, words = data.get("tokens"), data.get("files"), []
+    if isinstance(tokens, int):
+        words.append(f"{tokens:,} tokens")
+    if isinstance(files, list) and files:
+        words.append(os.path.basename(str(files[0])) if len(files) == 1 else f"{len(files)} files")
+    return words
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+
+
+def config_hash(configuration: Mapping[str, Any]) -> str:
     """sha256 of a configuration's canonical JSON: the order of keys does not matter."""
     text = dumps(configuration, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(encode(text)).hexdigest()
 
 
-def resume_key(fingerprint, evaluation, configuration, data_hash, code) -> str:
+def resume_key(
+    fingerprint: str,
+    evaluation: str,
+    configuration: Mapping[str, Any] | str,
+    data_hash: str | None,
+    code: str | None,
+) -> str:
     """sha256 that names one piece of work: the same key, the same numbers. File names, world
     size and time play no part. `configuration` is the dict or its `config_hash`."""
-    if isinstance(configuration, dict):
+    if not isinstance(configuration, str):
         configuration = config_hash(configuration)
     return config_hash({"key": [fingerprint, evaluation, configuration, data_hash, code]})
-
-
-# What an evaluation's numbers do not depend on: how flags are read and what is printed
-WITHOUT_NUMBERS = ("cli.py",)
-# A door to rooms of which one is entered: its imports of those are left to `chosen`
-DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends"}
-
-
-def _imported_files(path: Path, root: Path):
-    """The files below `root` that a source file imports, at its top or inside a function: `import
-    a.b`, `from a import b` and `from a.b import c`, and the packages' own files that come first."""
-    within = path.parent.relative_to(root).parts  # of a relative import
-    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            package = ".".join(within[: len(within) - node.level + 1]) if node.level else ""
-            module = ".".join(filter(None, (package, node.module)))
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            parts = name.split(".")
-            for depth in range(1, len(parts) + 1):
-                place = root.joinpath(*parts[:depth])
-                for candidate in (place.with_suffix(".py"), place / "__init__.py"):
-                    if parts[0] and candidate.is_file():
-                        yield candidate
-
-
-def code_files(module_file, chosen=(), root: Path | None = None) -> list[Path]:
-    """The sources that an evaluation's numbers depend on: its script and all that it imports,
-    directly or not, below `root`, the script's own directory unless given. Of the formats and
-    backends behind DOORS only `chosen` count, paths relative to `root`, where programs that are
-    started instead of imported are named too. Read from the AST, so nothing is imported."""
-    module_file = Path(module_file).resolve()
-    root = root or module_file.parent
-    seen, waiting = set(), [module_file, *(root / name for name in chosen)]
-    while waiting:
-        path = waiting.pop()
-        name = str(path.relative_to(root))
-        if path in seen or name in WITHOUT_NUMBERS:
-            continue
-        seen.add(path)
-        behind = root / DOORS[name] if name in DOORS else None
-        waiting += [p for p in _imported_files(path, root) if p.parent != behind]
-    return sorted(seen)
-
-
-PRINTING = re.compile(r"show|(show|print)_\w+|main")
-
-
-def _source_that_counts(path: Path) -> bytes:
-    """A file without its functions that print (by their names, PRINTING) and what starts it."""
-    source = path.read_bytes()
-    lines = source.splitlines(keepends=True)
-    for node in ast.parse(source, str(path)).body:
-        prints = isinstance(node, ast.FunctionDef) and PRINTING.fullmatch(node.name)
-        starts = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        if prints or starts:
-            lines[node.lineno - 1 : node.end_lineno] = [b""] * (node.end_lineno - node.lineno + 1)
-    return b"".join(lines)
-
-
-def code_version(module_file, chosen=()) -> str:
-    """sha256 of `code_files`, without what prints: an edited README, table or flag's help changes
-    nothing, an edited score everything."""
-    module_file = Path(module_file).resolve()
-    digest = hashlib.sha256()
-    for path in code_files(module_file, chosen):
-        content = hashlib.sha256(_source_that_counts(path)).hexdigest()
-        digest.update(f"{path.relative_to(module_file.parent)} {content}\n".encode())
-    return digest.hexdigest()
-
-
-running_code = functools.cache(code_version)  # the code that runs, whatever is edited meanwhile
-
-
-def source_files() -> list[Path]:
-    """Every script and room of the house, without tests, benchmarks and helpers of the shell."""
-    rooms = [p.parent for p in ROOT.glob("*/__init__.py") if p.parent.name != "tests"]
-    return sorted(p for folder in (ROOT, *rooms) for p in folder.glob("*.py"))
-
-
-@functools.cache  # the code that runs is the code that was there at the start
-def _code_commit() -> str:
-    """`git:COMMIT`, with `-dirty` when tracked files differ from it; without git a hash of the
-    scripts."""
-    command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe"]
-    command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        out = None
-    if out and out.returncode == 0:
-        return "git:" + out.stdout.strip()
-    return "sources:" + hashlib.sha256(b"".join(p.read_bytes() for p in source_files())).hexdigest()
 
 
 def utc_now() -> str:
@@ -192,58 +164,47 @@ def environment() -> dict:
         "time": utc_now(),
         "python": platform.python_version(),
         "packages": packages,
-        "code": _code_commit(),
+        "code": code_commit(),
     }
 
 
 IN_MEMORY = {"name": "in-memory", "fingerprint": "0" * 16}  # a model that came from no file
 
 
-def checkpoint_of(info) -> dict:
+def checkpoint_of(info: Mapping[str, Any] | Callable[[], Any] | None) -> dict:
     """What a record says of its checkpoint: `info`, what it gives if it is a function (hashing goes
     on meanwhile), or IN_MEMORY if it is None."""
     return (info() if callable(info) else info) or IN_MEMORY
 
 
-def metric(value, stderr=None, n=None, better: str = "higher") -> dict:
-    """A metric as records hold it; n counts the examples behind it."""
-    assert better in ("higher", "lower"), f"better {better!r}"
-    found = {"value": value, "stderr": stderr, "n": n, "better": better}
-    return {name: x for name, x in found.items() if name in ("value", "better") or x is not None}
-
-
 def new_record(
     evaluation: str,
-    metrics: dict,
+    metrics: dict[str, dict],
     protocol: dict,
     *,
     run: str,
-    checkpoint,
+    checkpoint: Mapping[str, Any] | Callable[[], Any] | None,
     configuration: dict | None = None,
+    examples: dict | None = None,
+    words: Sequence[str] = (),
     data: dict | None = None,
     cost: dict | None = None,
     breakdown: dict | None = None,
     code: str | None = None,
     status: str = "ok",
     reason: str | None = None,
-    examples: dict | None = None,
-    words=(),
 ) -> dict:
-    """A record as SCHEMA has it. `configuration` is what was asked for, where the protocol also
-    says what came of it (a batch halved for memory); `checkpoint` is what `checkpoint_of` takes;
-    `code` is `code_version(__file__)`."""
-    assert status in ("ok", "failed"), f"status {status!r} is neither 'ok' nor 'failed'"
-    for name, value in metrics.items():
-        assert not isinstance(value, dict) or "value" in value, (
-            f"metric {name}: {value} lacks value"
-        )
+    """A record as SCHEMA has it; each argument is one of its fields. `metrics` are made by `metric`
+    and `share`. `configuration` is what was asked for, where the protocol also says what came of it
+    (a batch halved for memory); `checkpoint` is what `checkpoint_of` takes; `code` is
+    `code_version(__file__)`."""
     fields = ("path", "name", "step", "tokens", "fingerprint", "config")
     checkpoint = dict.fromkeys(fields) | checkpoint_of(checkpoint)
     assert checkpoint["name"] and checkpoint["fingerprint"], f"unnamed checkpoint {checkpoint}"
     data = data or {}
     hashed = config_hash(protocol if configuration is None else configuration)
     key = resume_key(checkpoint["fingerprint"], evaluation, hashed, data.get("hash"), code)
-    return {
+    record = {
         "schema_version": SCHEMA_VERSION,
         "evaluation": evaluation,
         "run": run,
@@ -251,6 +212,8 @@ def new_record(
         "reason": reason,
         "checkpoint": checkpoint,
         "metrics": metrics,
+        "examples": examples,
+        "words": list(words),
         "breakdown": breakdown or {},
         "protocol": protocol,
         "data": data,
@@ -260,9 +223,10 @@ def new_record(
         "code_version": code,
         "resume_key": key,
         "files": {},
-        "examples": examples,
-        "words": list(words),
     }
+    wrong = _wrong_field(record)
+    assert not wrong, wrong
+    return record
 
 
 def _file_name(name) -> str:
@@ -273,7 +237,14 @@ def _file_name(name) -> str:
     return name
 
 
-def record_path(results_dir, run, checkpoint, fingerprint, evaluation, config) -> Path:
+def record_path(
+    results_dir: str | Path,
+    run: str,
+    checkpoint: str,
+    fingerprint: str,
+    evaluation: str,
+    config: str,
+) -> Path:
     """results/{run}/{checkpoint}-{fingerprint8}/{evaluation}-{config8}.json; `config` is a
     configuration's `config_hash`."""
     directory = f"{_file_name(checkpoint)}-{fingerprint[:8]}"
@@ -281,7 +252,12 @@ def record_path(results_dir, run, checkpoint, fingerprint, evaluation, config) -
     return Path(results_dir) / _file_name(run) / directory / name
 
 
-def save_record(results_dir, record: dict, arrays=None, samples=None) -> Path:
+def save_record(
+    results_dir: str | Path,
+    record: dict,
+    arrays: Mapping[str, Any] | None = None,
+    samples: Iterable[dict] | None = None,
+) -> Path:
     """Write a record, and beside it `arrays` ({name: array}) as .npz and `samples` (an iterable of
     dicts) as .jsonl. The JSON comes last and holds their hashes, so it never vouches for files
     that are not whole. Returns the JSON's path."""
@@ -313,37 +289,86 @@ def _save_beside(path: Path, suffix: str, data: bytes) -> dict:
     return {"name": path.name, "sha256": hashlib.sha256(data).hexdigest()}
 
 
+# ---------------------------------------------------------------------------------------------
+# Reading
+
 REQUIRED = {"schema_version", "evaluation", "run", "status"}
 OBJECTS = ("checkpoint", "metrics", "protocol", "data", "cost", "breakdown", "environment", "files")
 TEXTS = ("evaluation", "run", "status", "config_hash", "code_version", "resume_key")
 TEXTS += ("checkpoint.name", "checkpoint.path", "data.hash")
+LABEL = re.compile(r"[^{}]*\{(:,)?\}[^{}]*")  # a format that can do nothing else
 
 
-def load_record(path) -> dict:
-    """One record; its place is added as `_path`. ValueError when the file is not a record."""
+def _wrong_field(record: dict) -> str | None:
+    """The first field that is not as SCHEMA has it, in a line; None where all are."""
+    for name in OBJECTS:
+        if not isinstance(record[name], dict):
+            return f"field {name!r} must be an object, not {record[name]!r:.60}"
+    for name in TEXTS:
+        within, _, key = name.rpartition(".")
+        value = (record[within] if within else record).get(key)
+        if not isinstance(value, str | None):
+            return f"field {name!r} must be text, not {value!r:.60}"
+    if record["status"] not in ("ok", "failed"):
+        return f"field 'status' must be 'ok' or 'failed', not {record['status']!r:.60}"
+    for name, value in record["metrics"].items():
+        fields = value if isinstance(value, dict) else {}
+        if "value" not in fields or fields.get("better") not in BETTER:
+            return f"metric {name!r} must be an object with value and better, not {value!r:.60}"
+    if not _is_list_of_texts(record["words"]):
+        return f"field 'words' must be a list of texts, not {record['words']!r:.60}"
+    examples = record["examples"]
+    if examples is not None and not _are_examples(examples):
+        return f"field 'examples' is not what the schema says: {examples!r:.200}"
+    return None
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _are_examples(examples: Any) -> bool:
+    if not isinstance(examples, dict) or not isinstance(examples.get("unit"), str):
+        return False
+    maps = [examples.get(name) or {} for name in ("scores", "labels", "tie_break")]
+    texts = [text for m in maps for text in (m.values() if isinstance(m, dict) else [None])]
+    labels = maps[1].values() if isinstance(maps[1], dict) else ()
+    return (
+        bool(maps[0])
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(examples.get("weight"), str | None)
+        and all(LABEL.fullmatch(text) for text in labels)
+    )
+
+
+def load_record(path: str | Path) -> dict:
+    """One record, as the present version has it; its place is added as `_path` and its version in
+    the file as `_version`. ValueError when the file is not a record."""
     try:
         record = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON, or not all of it: {error}") from None
     if not isinstance(record, dict) or any(record.get(name) is None for name in REQUIRED):
         raise ValueError(f"{path}: JSON, but no roseval record ({', '.join(sorted(REQUIRED))})")
-    if record["schema_version"] not in range(1, SCHEMA_VERSION + 1):
+    version = record["schema_version"]
+    if version not in range(1, SCHEMA_VERSION + 1):
         raise ValueError(
-            f"{path}: schema version {record['schema_version']!r}; this roseval reads up to "
-            f"{SCHEMA_VERSION}: update it"
+            f"{path}: schema version {version!r}; this roseval reads up to {SCHEMA_VERSION}: "
+            "update it"
         )
     for name in OBJECTS:
-        if not isinstance(record.setdefault(name, {}), dict):
-            raise ValueError(f"{path}: field {name!r} must be an object, not {record[name]!r:.60}")
-    for name in TEXTS:
-        within, _, key = name.rpartition(".")
-        value = (record[within] if within else record).get(key)
-        if not isinstance(value, str | None):
-            raise ValueError(f"{path}: field {name!r} must be text, not {value!r:.60}")
-    return record | {"_path": str(path)}
+        record.setdefault(name, {})
+    record.setdefault("examples", None)
+    record.setdefault("words", [])
+    if version == 1:
+        record = from_version_1(record, data_words(record["data"]))
+    wrong = _wrong_field(record)
+    if wrong:
+        raise ValueError(f"{path}: {wrong}")
+    return record | {"_path": str(path), "_version": version}
 
 
-def load_records(results_dir, skipped: list | None = None) -> list[dict]:
+def load_records(results_dir: str | Path, skipped: list | None = None) -> list[dict]:
     """All records under a directory, in the order of their paths. A file that is no record is left
     out, and (path, reason) appended to `skipped`. Hidden files and folders are not looked at."""
     results_dir = Path(results_dir)
@@ -377,14 +402,15 @@ def _beside(record: dict, kind: str) -> bytes | None:
     return data
 
 
-def load_arrays(record: dict) -> dict:
+def load_arrays(record: dict) -> dict[str, np.ndarray]:
     """The per-example arrays of a loaded record, {} if it has none. ValueError when the file is
     missing or is not the one that the record was written with."""
     data = _beside(record, "arrays")
     if data is None:
         return {}
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return dict(arrays)
+    with np.load(io.BytesIO(data), allow_pickle=False) as npz:
+        arrays = dict(npz)
+    return arrays if record["_version"] > 1 else arrays | arrays_from_version_1(record, arrays)
 
 
 def load_samples(record: dict) -> list[dict]:
@@ -413,71 +439,3 @@ def scalars(record: dict) -> dict[str, float]:
     add(evaluation, record.get("breakdown", {}))
     add(f"{evaluation}/cost", record.get("cost", {}))
     return flat
-
-
-LM_EVAL_NAMES = {"accuracy": "acc", "accuracy_normalised": "acc_norm"}
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "ece", "brier", "ties")
-
-
-def to_lm_eval(record: dict) -> dict:
-    """A record in the shape of lm-eval's results_*.json (0.4): one task for the evaluation and one
-    for each category, subject or file that has metrics of its own. Keep such files out of the
-    records' own folders (in `lm_eval/`, say), where they would count as unreadable records."""
-    task, protocol, checkpoint = record["evaluation"], record["protocol"], record["checkpoint"]
-    tasks = {task: record["metrics"]}
-    for dimension in ("category", "subject", "file"):
-        groups = record["breakdown"].get(dimension)
-        for group, metrics in groups.items() if isinstance(groups, dict) else ():
-            if isinstance(metrics, dict):
-                tasks[f"{task}_{group}"] = metrics
-    environment = record["environment"]
-    return {
-        "results": {name: _lm_eval_task(name, metrics) for name, metrics in tasks.items()},
-        "group_subtasks": {task: [name for name in tasks if name != task]},
-        "configs": {name: {"task": name, "metadata": protocol} for name in tasks},
-        "versions": dict.fromkeys(tasks, record["schema_version"]),
-        "n-shot": dict.fromkeys(tasks, protocol.get("shots") or 0),
-        "higher_is_better": {
-            name: {LM_EVAL_NAMES.get(m, m): m not in LOWER_IS_BETTER for m in metrics}
-            for name, metrics in tasks.items()
-        },
-        "n-samples": {name: _lm_eval_count(metrics) for name, metrics in tasks.items()},
-        "config": {
-            "model": "roseval",
-            "model_args": f"pretrained={checkpoint.get('path')}",
-            "model_dtype": protocol.get("dtype"),
-            "model_sha": checkpoint.get("fingerprint"),
-            "batch_size": protocol.get("batch_size"),
-            "limit": protocol.get("limit"),
-            "random_seed": protocol.get("seed"),
-        },
-        "git_hash": environment.get("code"),
-        "date": _timestamp(environment.get("time")),
-        "transformers_version": (environment.get("packages") or {}).get("transformers"),
-        "model_source": "roseval",
-        "model_name": checkpoint.get("name"),
-        "total_evaluation_time_seconds": str(record["cost"].get("seconds")),
-    }
-
-
-def _timestamp(time) -> float | None:
-    """Of `utc_now`'s text."""
-    with contextlib.suppress(TypeError, ValueError):
-        return datetime.fromisoformat(time).timestamp()
-
-
-def _lm_eval_task(alias: str, metrics: dict) -> dict:
-    """lm-eval's keys are "name,filter" and "name_stderr,filter"."""
-    out = {"alias": alias}
-    for name, metric in metrics.items():
-        name = LM_EVAL_NAMES.get(name, name)
-        metric = metric if isinstance(metric, dict) else {"value": metric}
-        out[f"{name},none"] = metric.get("value")
-        stderr = metric.get("stderr")
-        out[f"{name}_stderr,none"] = "N/A" if stderr is None else stderr
-    return out
-
-
-def _lm_eval_count(metrics: dict) -> dict:
-    counts = [m["n"] for m in metrics.values() if isinstance(m, dict) and type(m.get("n")) is int]
-    return dict.fromkeys(("original", "effective"), max(counts, default=0))

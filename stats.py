@@ -8,12 +8,14 @@ Standard library and numpy only. Every function names its source.
 """
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def ratio_stderr(nll, count) -> float:
+def ratio_stderr(nll: ArrayLike, count: ArrayLike) -> float:
     """Standard error of the loss per token, sum(nll) / sum(count), with windows as clusters: tokens
     of one window are not independent, windows are taken to be. nll [n] nats, count [n] tokens.
     NaN for fewer than two windows. With count = 1 it is that of a plain mean.
@@ -34,17 +36,23 @@ def proportion_stderr(p: float, n: int) -> float:
     return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
 
 
-def _mean(values):
+def _mean(values: np.ndarray) -> np.ndarray:
     return values.mean(axis=-1)
 
 
-def ratio(numerator, denominator):
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """sum / sum along the last axis, 0/0 = NaN: the statistic of a loss per token."""
     with np.errstate(invalid="ignore"):
         return numerator.sum(axis=-1) / denominator.sum(axis=-1)
 
 
-def bootstrap_ci(values, statistic=_mean, n: int = 10_000, seed: int = 0, level: float = 0.95):
+def bootstrap_ci(
+    values: ArrayLike | tuple[ArrayLike, ...],
+    statistic: Callable[..., np.ndarray] = _mean,
+    n: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
     """Percentile interval (low, high) from n resamples of the examples, drawn with replacement.
 
     values: an array [examples], or a tuple of such arrays that are resampled together (pairs, or
@@ -79,7 +87,9 @@ def t_quantile(p: float, df: float) -> float:
     )
 
 
-def paired_difference(a, b, count=None, level: float = 0.95) -> dict:
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, count: ArrayLike | None = None, level: float = 0.95
+) -> dict[str, float]:
     """How far b lies from a on the same examples: {difference, stderr, low, high, sd, n}.
 
     a, b [n]: scores, or with `count` [n] the summed nats of windows of that many tokens; then the
@@ -116,7 +126,7 @@ def mcnemar_exact(b: int, c: int) -> float:
     return min(1.0, 2 * below / 2 ** (b + c))
 
 
-def pass_at_k(n, c, k: int):
+def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> np.ndarray | float:
     """1 - C(n-c, k) / C(n, k) for each task: the chance that one of k samples, out of n drawn of
     which c passed, passes. n, c: integers or arrays [tasks]. ValueError when k exceeds an n.
     Computed as 1 - prod_{j<k} (n-c-j)/(n-j), which neither overflows nor loses digits.
@@ -136,7 +146,7 @@ def pass_at_k(n, c, k: int):
     return 1 - none_passes if n.ndim else float(1 - none_passes)
 
 
-def pass_at_k_summary(n, c, k: int) -> dict:
+def pass_at_k_summary(n: ArrayLike, c: ArrayLike, k: int) -> dict[str, float]:
     """{value, stderr, n} over tasks: the mean of `pass_at_k` and the standard error of that mean,
     the tasks being a sample of all the tasks there could be (so it holds both the spread between
     tasks and that of the samples drawn). n, c [tasks]. Source: Miller (2024), sections 2.1, 3.1."""
@@ -158,7 +168,15 @@ def examples_to_resolve(diff: float, sd: float, power: float = 0.8, alpha: float
     return float(math.ceil(((z(1 - alpha / 2) + z(power)) * sd / diff) ** 2))
 
 
-def calibration(probabilities, correct, bins: int = 10) -> dict:
+def choice_logprob(logprobs: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    """log-probability [n], in nats, of the choice [n] among those offered, whose log-probabilities
+    [n, choices] need not add up to 1. NaN where all are impossible."""
+    total = np.logaddexp.reduce(logprobs, axis=1)
+    with np.errstate(invalid="ignore"):
+        return logprobs[np.arange(len(choice)), np.asarray(choice, int)] - total
+
+
+def calibration(probabilities: ArrayLike, correct: ArrayLike, bins: int = 10) -> dict:
     """Whether answers given with probability p are right p of the time.
 
     probabilities [n] of the answer given, correct [n] booleans. Returns {ece, brier, bins}: the

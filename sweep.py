@@ -38,6 +38,7 @@ from backends.local import Local
 from config import load_yaml
 from eval import PERPLEXITY
 from evaluation import ModelOptions, Result
+from formats import pt_files
 from humaneval_eval import HUMANEVAL
 from mmlu_eval import MMLU
 from sweeping.planner import Entry, Planner, Work, reason_of
@@ -265,7 +266,7 @@ class ReadAhead:
     def _read(self, path: Path) -> None:
         files = [path] if path.is_file() else path.glob("*")
         with contextlib.suppress(OSError):  # gone meanwhile
-            files = [f for f in files if not checkpoint.NOT_WEIGHTS.fullmatch(f.name)]
+            files = [f for f in files if not pt_files.NOT_WEIGHTS.fullmatch(f.name)]
             if sum(f.stat().st_size for f in files) < available_memory() * SHARE_OF_MEMORY:
                 for file in files:
                     with open(file, "rb", buffering=0) as f:

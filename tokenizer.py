@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cli import first_line
+
 EOT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 # all that goes along with a copy
@@ -293,7 +295,7 @@ def _tiktoken_encoding(name):
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
         cache = os.environ.get("TIKTOKEN_CACHE_DIR", "unset")
         url = getattr(getattr(error, "request", None), "url", None) or f"{name}.tiktoken"
-        reason = _first_line(error) if isinstance(error, ValueError) else type(error).__name__
+        reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
         raise ValueError(
             f"tokenizer {name!r}: {url} is neither in TIKTOKEN_CACHE_DIR ({cache}) nor could it be "
             f"downloaded ({reason}); where there is internet run `TIKTOKEN_CACHE_DIR=DIR python -c "
@@ -320,7 +322,7 @@ def _tokenizer_from_directory(path):
         )
     except Exception as error:  # transformers raises anything, from TypeError to Rust's Exception
         raise ValueError(
-            f"tokenizer {str(path)!r}: transformers cannot open it: {_first_line(error)}"
+            f"tokenizer {str(path)!r}: transformers cannot open it: {first_line(error)}"
         ) from error
 
 
@@ -338,7 +340,7 @@ def _hub_tokenizer(name):
     except Exception as error:  # httpx, hub and transformers errors share no base class
         raise ValueError(
             f"tokenizer {name!r}: not 'byte', not a tiktoken encoding, not a local directory, and "
-            f"the hub did not give it ({type(error).__name__}: {_first_line(error)}); where there "
+            f"the hub did not give it ({type(error).__name__}: {first_line(error)}); where there "
             f'is internet run `python -c "from transformers import AutoTokenizer as A; '
             f"A.from_pretrained('{name}').save_pretrained('DIR')\"` and pass DIR"
         ) from None
@@ -437,7 +439,3 @@ def utf8_bytes(text):
 
 def _hash(*parts):
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -27,12 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import cli
-import compute
 import distributed
 import durable
 import results
 from backends import scoring
 from config import GPTConfig, load_config, load_yaml
+from costs import gpus
+from costs.flops import estimate_flops
 from dataset import TrainBatches, Windows, build_tokenizer, open_stream
 from distributed import print0
 from model import GPTModel
@@ -177,7 +178,7 @@ def build_model(args, tokenizer, device) -> GPTModel:
     """Fresh weights, the same on every rank: drawn on CPU from the seed, then moved."""
     config = load_config(args.config) if args.config else None
     if args.init_from and config is None:
-        config = checkpoint.load_config_of(args.init_from)
+        config = checkpoint.open(args.init_from).config
         if config is None:
             raise ValueError(f"{args.init_from}: train.py has no native form for this architecture")
     changes = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
@@ -374,11 +375,11 @@ class Log:
     def __init__(self, args, config, first_step, windows_per_step, dist):
         self.args, self.dist, self.wandb = args, dist, None
         self.tokens_per_step = windows_per_step * args.seq_len
-        flops = compute.estimate_flops(config, windows_per_step, args.seq_len)
+        flops = estimate_flops(config, windows_per_step, args.seq_len)
         self.flops_per_step = flops["training_causal"]
         self.gpu = None
         if dist.device.type == "cuda":
-            self.gpu = compute.find_gpu(torch.cuda.get_device_name(dist.device))
+            self.gpu = gpus.find_gpu(torch.cuda.get_device_name(dist.device))
         self.path = Path(args.checkpoint_path) / "log.jsonl"
         if dist.is_main:
             self._cut_after(first_step)
@@ -422,7 +423,7 @@ class Log:
             "tokens_per_second": self.tokens_per_step / seconds,
         }
         if self.gpu:
-            entry["mfu"] = compute.mfu(self.flops_per_step, seconds, self.dist.world_size, self.gpu)
+            entry["mfu"] = gpus.mfu(self.flops_per_step, seconds, self.dist.world_size, self.gpu)
         self._write(entry)
         mfu = f"  mfu {entry['mfu']:.1%}" if "mfu" in entry else ""
         print0(

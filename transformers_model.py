@@ -1,6 +1,6 @@
 """Any causal language model that transformers has, behind GPTModel's interface.
 
-checkpoint.load_model falls back to it where GPTModel cannot express a config: mixtures of experts,
+Checkpoint.load falls back to it where GPTModel cannot express a config: mixtures of experts,
 Gemma, Phi, Cohere, GPT-NeoX and so on. It is evaluated like any other, without a KV cache.
 """
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cli import first_line
 from config import GPTConfig
-from formats.tensorfiles import extremes, one_line, refuse_nonfinite
+from formats.tensorfiles import extremes, refuse_nonfinite
 from gpu_kernels.cross_entropy import cross_entropy
 
 
@@ -33,6 +34,7 @@ class TransformersModel(nn.Module):
         self._find_logit_rule(hf)
 
     def _find_logit_rule(self, hf) -> None:
+        """Of the scales and caps that the config names, those that make the model's own logits."""
         scales = [1.0, getattr(hf, "logit_scale", None), getattr(hf, "logits_scaling", None)]
         scales = [s for s in scales[:2] if s] + [1 / s for s in scales[2:] if s]
         caps = [getattr(hf, "final_logit_softcapping", None), None]
@@ -50,6 +52,15 @@ class TransformersModel(nn.Module):
                 f"{hf.model_type}: its logits are not those of its head on its hidden states "
                 f"(difference {error:.3g}), so it cannot be scored"
             )
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.causal_lm.dtype
 
     def hidden(self, input_ids, positions=None, cache=None) -> torch.Tensor:
         """Final hidden states [B, T, C] of input_ids [B, T]."""
@@ -71,6 +82,7 @@ class TransformersModel(nn.Module):
         return cross_entropy(logits, targets, logits.shape[-1])
 
     def forward(self, input_ids, attention_mask=None, labels=None):
+        """(logits [B, T, V], mean loss of labels [B, T] or None), as GPTModel.forward."""
         if labels is not None and attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, -100)
         logits = self.causal_lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
@@ -92,24 +104,26 @@ def transformers_sizes(path: Path) -> tuple[int, int | None]:
         return _sizes(AutoConfig.from_pretrained(path, local_files_only=True).get_text_config())
     except Exception as error:  # an edge: transformers raises what it likes
         raise ValueError(
-            f"{path}: transformers cannot read its config: {one_line(error)}"
+            f"{path}: transformers cannot read its config: {first_line(error)}"
         ) from error
 
 
-def load_transformers(path: Path, dtype, device, config: GPTConfig | None) -> TransformersModel:
+def load_transformers(
+    path: Path, dtype: torch.dtype, device: str | torch.device, config: GPTConfig | None
+) -> TransformersModel:
     """A local directory through AutoModelForCausalLM. Custom code in it is never run."""
     from transformers import AutoModelForCausalLM
 
     try:
-        causal_lm, told = AutoModelForCausalLM.from_pretrained(
+        causal_lm, names = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # an edge: transformers raises what it likes
-        raise ValueError(f"{path}: transformers cannot load it: {one_line(error)}") from error
+        raise ValueError(f"{path}: transformers cannot load it: {first_line(error)}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if told[what]:
-            first = ", ".join(sorted(map(str, told[what]))[:5])
-            raise ValueError(f"{path}: {len(told[what])} {what.replace('_', ' ')}: {first}")
+        if names[what]:
+            first = ", ".join(sorted(map(str, names[what]))[:5])
+            raise ValueError(f"{path}: {len(names[what])} {what.replace('_', ' ')}: {first}")
     causal_lm = causal_lm.to(device).requires_grad_(False).eval()
     parameters = {name: p for name, p in causal_lm.named_parameters() if p.numel()}
     refuse_nonfinite({name: extremes(p.view(-1)) for name, p in parameters.items()}, path)

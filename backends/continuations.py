@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import compute
+from backends.kvcache import PrefixCache, pad_rows
 from backends.scoring import agree_on_memory, prefetch, token_nll
-from model import KVCache, attention_without_plans
+from costs.flops import estimate_flops
+from model import attention_without_plans
 
 MIN_PREFIX = 32  # a shorter shared prefix saves less than merging two attentions costs
 HEAD_ROWS = 2048  # rows of [V] logits alive at once
@@ -153,26 +154,20 @@ def deal_batches(rows: Continuations, batches: list[Batch], world_size: int) -> 
 
 
 def make_prefix_cache(model, prefix, device):
-    """A KVCache that holds `prefix` (token ids [P]) for any number of rows; None if P is 0."""
+    """A PrefixCache that holds `prefix` (token ids [P]) for any number of rows; None if P is 0."""
     if len(prefix) == 0:
         return None
-    cache = KVCache(model, prefix_len=len(prefix))
-    model.hidden(torch.as_tensor(np.asarray(prefix, np.int64), device=device)[None], cache=cache)
+    cache = PrefixCache(model, len(prefix))
+    ids = torch.as_tensor(np.asarray(prefix, np.int64), device=device)[None]
+    model.hidden(ids, cache=cache.filling())
     return cache
-
-
-def pad_rows(rows: Continuations, batch: Batch):
-    """input_ids [B, T] right-padded with 0, and the row lengths [B]."""
-    ids = np.zeros((len(batch.rows), batch.length), dtype=np.int64)
-    for i, r in enumerate(batch.rows):
-        ids[i, : len(rows.ids[r])] = rows.ids[r]
-    return ids, np.array([len(rows.ids[r]) for r in batch.rows], dtype=np.int64)
 
 
 def _pack(rows: Continuations, batch: Batch, offsets):
     """What a batch needs on the device: input_ids [B, T], the last position of each row in B*T,
     row ids [B], and for all targets: position in B*T, token, slot in the result."""
-    ids, lengths = pad_rows(rows, batch)
+    own = [rows.ids[r] for r in batch.rows]
+    ids, lengths = pad_rows(own, batch.length), np.array([len(row) for row in own], dtype=np.int64)
     ends = np.arange(len(lengths)) * batch.length + lengths
     counts = [len(rows.targets[r]) for r in batch.rows]
     positions = [np.arange(end - n, end) for end, n in zip(ends, counts)]
@@ -264,7 +259,7 @@ def score_continuations(
 
 def unique_flops(config, rows: Continuations) -> float:
     """FLOPs of a forward over each prefix and each row once, the head at scored positions only."""
-    per_token = compute.estimate_flops(config, 1, 1)["parts"]
+    per_token = estimate_flops(config, 1, 1)["parts"]
     P = np.array([len(prefix) for prefix in rows.prefixes], dtype=np.float64)
     P = np.where(np.isin(np.arange(len(P)), rows.prefix), P, 0)
     T, before = rows.lengths.astype(np.float64), P[rows.prefix]

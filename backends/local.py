@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 import cli
-import compute
 from backends import Facts, Sample, Sampling, continuations, engine, scoring
+from costs import gpus
+from costs.flops import estimate_flops
 from distributed import Dist, print0
 
 # What compiling saves is memory traffic between layers, in proportion to layers x width; what it
@@ -25,17 +26,30 @@ COMPILE_SECONDS = 8.0
 OUT_OF_MEMORY = "out of memory with a batch of one: shorter sequences or a smaller --dtype help"
 
 
-def facts_of(source, tokenizer, dtype: str, device: str, name: str = "in-memory") -> Facts:
-    """Facts of a checkpoint's handle or of a model: whatever tells vocab_size, max_positions and
-    supports_cache."""
+def facts_of(ckpt, tokenizer, dtype: str, device: str) -> Facts:
+    """What a checkpoint's handle tells of the model that it will load."""
     return Facts(
-        name=name,
-        vocab_size=source.vocab_size,
-        context=source.max_positions,
+        name=ckpt.name,
+        vocab_size=ckpt.vocab_size,
+        context=ckpt.context,
         dtype=dtype,
         device=device,
         tokenizer=tokenizer,
-        shares_prefixes=source.supports_cache,
+        shares_prefixes=ckpt.native,
+    )
+
+
+def facts_in_memory(model, tokenizer) -> Facts:
+    """The same of a model that is there: GPTModel, or transformers' behind its interface."""
+    parameter = next(model.parameters())
+    return Facts(
+        name="in-memory",
+        vocab_size=model.vocab_size,
+        context=model.max_positions,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=parameter.device.type,
+        tokenizer=tokenizer,
+        shares_prefixes=model.supports_cache,
     )
 
 
@@ -57,12 +71,9 @@ class Local:
         compile: str = "auto",
         n_jobs: float = 1,
     ):
-        parameter = next(model.parameters())
-        if facts is None:
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            facts = facts_of(model, tokenizer, dtype, parameter.device.type)
-        self.model, self.facts, self.compile, self.n_jobs = model, facts, compile, n_jobs
-        self.dist = dist or Dist(0, 1, 0, parameter.device)
+        self.model, self.compile, self.n_jobs = model, compile, n_jobs
+        self.facts = facts or facts_in_memory(model, tokenizer)
+        self.dist = dist or Dist(0, 1, 0, next(model.parameters()).device)
         self.config = model.config if model.is_native else None
         self._cost: dict = {}
         self._ran: dict = {}
@@ -104,7 +115,7 @@ class Local:
             )
         flops = None
         if self.config is not None:
-            flops = compute.estimate_flops(self.config, len(windows), windows.seq_len)
+            flops = estimate_flops(self.config, len(windows), windows.seq_len)
             flops = flops["forward_causal"]
         rate = {"tokens_per_second": int(totals.tokens.sum()) / seconds["seconds"]}
         self._note(seconds | rate, flops, batch_size=used, compiled=compiled)
@@ -225,10 +236,10 @@ class Local:
             cost["gpu"] = torch.cuda.get_device_name(dist.device)
             peaks = dist.gather(torch.cuda.max_memory_allocated(dist.device))
             cost["peak_memory_bytes"] = max(peaks)
-            gpu = compute.find_gpu(cost["gpu"])
+            gpu = gpus.find_gpu(cost["gpu"])
             if gpu is not None and self._flops is not None:
                 seconds = self._cost["seconds"]
-                cost["mfu"] = compute.mfu(self._flops, seconds, dist.world_size, gpu)
+                cost["mfu"] = gpus.mfu(self._flops, seconds, dist.world_size, gpu)
         return self._cost | cost
 
     def ran(self) -> dict:

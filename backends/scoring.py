@@ -18,6 +18,7 @@ import torch
 
 from costs.formulas import CHUNK_TOKENS
 from gpu_kernels.cross_entropy import IGNORE
+from model import inductor_options
 
 # ---------------------------------------------------------------------------------------------
 # Tokens
@@ -57,15 +58,6 @@ def compute_perplexity(model, dataloader, device) -> dict:
 
 # ---------------------------------------------------------------------------------------------
 # The loss of each token, compiled or eager
-
-
-def inductor_options() -> dict:
-    """Kernels chosen by rule: left alone, inductor picks reductions by timing them, so that two
-    processes, and with them two world sizes, could sum in another order."""
-    import torch._inductor.config as inductor  # half of the start-up, needed to compile only
-
-    options = {"triton.autotune_pointwise": False}
-    return options | ({"deterministic": True} if hasattr(inductor, "deterministic") else {})
 
 
 def nll_function(model, compiled: bool, consumer=None):

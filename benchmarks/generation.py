@@ -15,6 +15,7 @@ import json
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,12 +24,13 @@ import numpy as np
 import torch
 
 import cli
-from backends import engine
+from backends import Sampling, engine
 from config import GPTConfig, load_config
 from gpu_kernels import decode_attention
 from model import GPTModel
 
-SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+SAMPLED = Sampling(temperature=0.8, top_p=0.95, seed=0)
+PEER_SAMPLING = {"temperature": SAMPLED.temperature, "top_p": SAMPLED.top_p}
 START = time.perf_counter()
 
 
@@ -76,20 +78,18 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def measure(model, prompts, limits, **options) -> dict:
+def measure(model, prompts, limits, sampling: Sampling, **options) -> dict:
     """Generate twice; seconds, tokens and tokens/s of the second time, set-up seconds of both."""
     times = []
+    each = [[replace(sampling, max_new_tokens=int(n)) for n in own] for own in limits]
     for _ in range(2):
         synchronize()
         with SetupTimer() as timer:
             start = time.perf_counter()
-            tokens = sum(
-                len(s.token_ids)
-                for s in engine.generate(model, prompts, max_new_tokens=limits, **options)
-            )
+            tokens = sum(len(s.token_ids) for s in engine.generate(model, prompts, each, **options))
             synchronize()
         times.append((time.perf_counter() - start - timer.seconds, timer.seconds))
-    assert tokens == np.broadcast_to(limits, (len(prompts), options["n_samples"])).sum()
+    assert tokens == limits.sum()
     (_, first_setup), (seconds, setup) = times
     return {
         "seconds": seconds, "tokens": int(tokens), "tokens_per_s": tokens / seconds,
@@ -103,10 +103,10 @@ def ours(model, size, *, rows, n_prompts, n_samples, compiled, greedy=False, rag
     limits = np.full((n_prompts, n_samples), size.new)
     if ragged:  # as stop strings make them; uniform, so that the mean is known
         limits = g.integers(size.new // 8, size.new + 1, limits.shape)
-    options = {} if greedy else SAMPLING
+    sampling = Sampling() if greedy else SAMPLED
     result = measure(
-        model, prompts, limits, n_samples=n_samples, batch_size=rows, compile=compiled,
-        units=[range(n_prompts)], **options,
+        model, prompts, limits, sampling, n_samples=n_samples, batch_size=rows, compile=compiled,
+        units=[range(n_prompts)],
     )  # fmt: skip
     if not ragged:
         steps = n_prompts * n_samples / rows * size.new
@@ -140,7 +140,7 @@ def peer_generate(config, size, rows, device, greedy=False) -> dict:
     g = np.random.default_rng(0)
     ids = torch.tensor(g.integers(0, config.vocab_size, (1, size.prompt)), device=device)
     ids = ids.expand(rows, -1).contiguous()
-    options = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, **SAMPLING}
+    options = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, **PEER_SAMPLING}
     options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "eos_token_id": None}
     seconds = 0.0
     for new in (min(8, size.new), size.new):
@@ -164,7 +164,8 @@ def peer_batching(config, size, rows, device) -> dict:
     model = peer_model(config, device)
     g = np.random.default_rng(0)
     prompts = [g.integers(0, config.vocab_size, size.prompt).tolist()] * rows
-    options = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "eos_token_id": -1, **SAMPLING}
+    options = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "eos_token_id": -1}
+    options |= PEER_SAMPLING
     times, tokens = [], []
     for new in (8, size.new):  # each call builds its cache and graphs anew: the difference is steps
         generation = GenerationConfig(max_new_tokens=new, **options)
@@ -197,8 +198,8 @@ def check_greedy(device, compiled: bool) -> dict:
     g = np.random.default_rng(3)
     prompts = [g.integers(0, 512, n).tolist() for n in (90, 1, 33, 64, 7, 120)]
     limits = [40, 70, 64, 5, 90, 33]
-    options = {"max_new_tokens": limits, "n_samples": 3, "batch_size": 7, "compile": compiled}
-    samples = list(engine.generate(model, prompts, **options))
+    options = {"n_samples": 3, "batch_size": 7, "compile": compiled}
+    samples = list(engine.generate(model, prompts, [Sampling(n) for n in limits], **options))
     right = 0
     for i, n in enumerate(limits):
         ids = list(prompts[i])
@@ -232,7 +233,7 @@ def kernel(size, G, R, block, warps, stages) -> dict:
         def run():
             for i in range(layers):
                 decode_attention.decode_attention(
-                    q, new, new, k[i], v[i], lengths, none, none, zeros[:1], zeros, tiles, 0, S
+                    q, new, new, (k[i], v[i], lengths), (none, none, zeros[:1]), zeros, tiles, S
                 )
 
         run()

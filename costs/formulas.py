@@ -278,6 +278,7 @@ CHUNK_TOKENS = 8192  # rows of logits that scoring.py holds: 0.8 GB of GPT-2's i
 
 
 def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
+    """A model's sizes and switches (0 or 1), and those of its input, as the formulas name them."""
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")

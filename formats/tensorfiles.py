@@ -3,86 +3,31 @@
     table = open_safetensors(path)                   # tensor name -> where its bytes lie
     source = open_torch(path)                        # .pt, .pth, .bin: structure only, mapped
     table = stored_tensors(source, source.contents["model"])
-    for row, rows in pieces(table["lm_head.weight"]):
-        weight[row : row + len(rows)] = rows         # a piece at a time, any dtype, any device
 
-Whatever is wrong with a file is a ValueError of one line that names the file. Nothing is unpickled
-beyond tensors and plain values (`weights_only=True`, no fallback), nothing is allocated by a size
-that the file merely claims, and bytes are read, not mapped, so a file that shrinks meanwhile is an
-error, not a SIGBUS (strided tensors, which are rare, excepted). torch and safetensors only.
+The tables are stored.py's. Whatever is wrong with a file is a ValueError of one line that names the
+file. Nothing is unpickled beyond tensors and plain values (`weights_only=True`, no fallback), and
+nothing is allocated by a size that the file merely claims. torch and safetensors only.
 """
 
 import json
-import math
-import mmap
 import re
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+import cli
+from durable import refuse_impostor
+from formats.stored import FLOATS, Stored, whole
+
 SAFETENSORS_DTYPES = {"F32": FLOATS[0], "BF16": FLOATS[1], "F16": FLOATS[2], "F64": FLOATS[3]}
-PIECE_BYTES = 16 << 20
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 MAX_HEADER = 10 << 20  # of a safetensors file; 20 MB take seconds to parse, honest ones have < 1 MB
 MAX_PICKLE = 64 << 20  # of a torch file's structure, without its tensors
-
-
-# ---------------------------------------------------------------------------------------------
-# A table of tensors, whatever file they are in
-
-
-class Stored(NamedTuple):
-    """A tensor in a file, in C order from `offset` on; a strided one comes `mapped` instead."""
-
-    file: Path
-    offset: int
-    dtype: torch.dtype | str  # a str: one that torch has no use for here
-    shape: tuple[int, ...]
-    record: str = ""  # the entry of a zip archive whose CRC covers it
-    mapped: torch.Tensor | None = None
-
-
-def pieces(stored: Stored):
-    """(first row, rows) of a stored tensor, at most PIECE_BYTES at a time, one buffer for all."""
-    row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-    rows = max(1, min(stored.shape[0], PIECE_BYTES // max(row_bytes, 1)))
-    if stored.mapped is not None:
-        for row in range(0, stored.shape[0], rows):
-            yield row, stored.mapped[row : row + rows]
-        return
-    if not row_bytes * stored.shape[0]:
-        return
-    # mapped, not malloc'ed: it leaves the process whole, with no hole in the heap (1 GB on a 7B)
-    memory = mmap.mmap(-1, rows * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer = torch.frombuffer(memory, dtype=stored.dtype).view(rows, *stored.shape[1:])
-    raw = memoryview(memory)
-    with open(stored.file, "rb", buffering=0) as f:
-        f.seek(stored.offset)
-        for row in range(0, stored.shape[0], rows):
-            count = min(rows, stored.shape[0] - row)
-            wanted = raw[: count * row_bytes]
-            while wanted:
-                n = f.readinto(wanted)
-                if not n:
-                    raise ValueError(f"{stored.file} became shorter while it was read")
-                wanted = wanted[n:]
-            yield row, buffer[:count]
-
-
-def refuse_impostor(path: Path) -> None:
-    """What a failed download leaves behind."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: it is still to be written, or the copy failed")
-    with open(path, "rb") as f:
-        head = f.read(64).lstrip().lower()
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(f"{path} is a web page, not a checkpoint: download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file: fetch it with `git lfs pull`")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -90,6 +35,7 @@ def refuse_impostor(path: Path) -> None:
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
+    """The table of a safetensors file, from its header."""
     from safetensors import SafetensorError, safe_open
 
     refuse_impostor(path)
@@ -108,15 +54,15 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path} ({size:,} bytes) is truncated, still being written, or no safetensors file: "
-            f"{one_line(error)}"
+            f"{cli.first_line(error)}"
         ) from None
     header.pop("__metadata__", None)
     return {
-        name: Stored(
+        name: whole(
             path,
             8 + header_bytes + entry["data_offsets"][0],
             SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]),
-            tuple(entry["shape"]),
+            entry["shape"],
         )
         for name, entry in header.items()
     }
@@ -169,7 +115,7 @@ def _record(f, entry: zipfile.ZipInfo, size: int, path: Path) -> Record:
     return Record(entry.filename, offset, entry.file_size, entry.CRC)
 
 
-def check_crc(path: Path, names) -> None:
+def check_crc(path: Path, names: Iterable[str]) -> None:
     """torch.load does not: a flipped bit would be a slightly different model."""
     with zipfile.ZipFile(path) as archive:
         for name in sorted(names):
@@ -211,7 +157,7 @@ def load_torch(path: Path, mapped: bool, place="cpu"):
             if not unsafe:
                 return torch.load(path, map_location=place, mmap=mapped, weights_only=True)
         except Exception as error:  # an edge: a hostile pickle can raise anything
-            raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+            raise ValueError(f"{path} cannot be read: {cli.first_line(error)}") from None
     raise ValueError(
         f"{path} holds {', '.join(sorted(unsafe)[:5])}: loading that could run code, so it is "
         "refused. Save state_dict() and plain values instead, where the file was made"
@@ -260,9 +206,17 @@ def open_torch(path: Path) -> TorchFile:
     return TorchFile(path, contents, base, held if checked else [r._replace(name="") for r in held])
 
 
+def mapping(source: TorchFile) -> dict:
+    """A torch file's contents, which must be a dictionary."""
+    if not isinstance(source.contents, dict):
+        kind = type(source.contents).__name__
+        raise ValueError(f"{source.path} holds a {kind}, not a dictionary of weights")
+    return source.contents
+
+
 def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
-    """The table of a dictionary of tensors in a file. Strides that claim more than is there, such
-    as a stride of 0, are refused."""
+    """The table of a dictionary of tensors in a file, which keeps none of them mapped. Strides that
+    claim more than is there, such as a stride of 0, are refused."""
     path, table = source.path, {}
     records = {record.offset: record.name for record in source.records}
     for name, t in state_dict.items():
@@ -270,33 +224,19 @@ def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
             raise ValueError(f"{path}: {name!r} is of type {type(t).__name__}, not a tensor")
         if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized or t.is_neg():
             raise ValueError(f"{path}: tensor {name} ({t.layout}, {t.device}) is not plain numbers")
-        storage, shape = t.untyped_storage(), tuple(t.shape)
+        storage, shape, strides = t.untyped_storage(), tuple(t.shape), t.stride()
         start = storage.data_ptr() - source.base
-        if t.numel() * t.element_size() > storage.nbytes() or (t.numel() and start not in records):
+        span = t.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+        claimed = max(t.numel(), span if t.numel() else 0) * t.element_size()
+        if claimed > storage.nbytes() or (t.numel() and start not in records):
             raise ValueError(
                 f"{path}: tensor {name} {list(shape)} claims {t.numel():,} elements, "
                 f"the file holds {storage.nbytes():,} bytes of it"
             )
         offset = start + t.storage_offset() * t.element_size()
-        mapped = None if t.is_contiguous() else t.detach()
-        table[name] = Stored(path, offset, t.dtype, shape, records.get(start, ""), mapped)
+        strides = None if t.is_contiguous() else strides
+        table[name] = whole(path, offset, t.dtype, shape, records.get(start, ""), strides)
     return table
-
-
-def one_line(error: Exception) -> str:
-    """What an exception of a library says, in brief."""
-    text = str(error).strip().rpartition("WeightsUnpickler error:")[2]  # torch's advice is before
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def equal(a: Stored, b: Stored) -> bool:
-    """Whether two stored tensors are the same numbers; usually because they are the same bytes."""
-    if (a.file, a.offset, a.shape) == (b.file, b.offset, b.shape):
-        return True
-    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.dtype not in FLOATS or not a.shape:
-        return False
-    return all(torch.equal(x, y) for (_, x), (_, y) in zip(pieces(a), pieces(b), strict=True))
 
 
 def extremes(t: torch.Tensor) -> torch.Tensor:
@@ -304,7 +244,8 @@ def extremes(t: torch.Tensor) -> torch.Tensor:
     return torch.stack(torch.aminmax(t if t.is_contiguous() else t.t())).float()
 
 
-def refuse_nonfinite(extremes: dict[str, torch.Tensor], path) -> None:
+def refuse_nonfinite(extremes: dict[str, torch.Tensor], path: Path) -> None:
+    """ValueError that names the tensors whose `extremes` are not finite."""
     good = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist()
     bad = [name for name, ok in zip(extremes, good) if not ok]
     if bad:

@@ -128,7 +128,7 @@ def _differentiate(ctx, grad_nll, _):
 _score_head.register_autograd(_differentiate, setup_context=_save)
 
 
-def cross_entropy(logits, targets, vocab_size: int) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Nats [N], float32, of targets [N] int64 under logits [N, W], any float dtype.
 
     On CUDA no gradient flows: `head_cross_entropy` has one.
@@ -140,7 +140,9 @@ def cross_entropy(logits, targets, vocab_size: int) -> torch.Tensor:
     return F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction="none")
 
 
-def head_cross_entropy(hidden, weight, targets, vocab_size: int) -> torch.Tensor:
+def head_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
     """Nats [N], float32, of targets [N] under hidden [N, C] @ weight.T, weight [W, C]."""
     if hidden.is_cuda and torch.is_grad_enabled():
         return _score_head(hidden, weight, targets, vocab_size)[0]

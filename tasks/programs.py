@@ -14,13 +14,11 @@ github.com/openai/human-eval.
 
 import ast
 import builtins
-import gzip
 import hashlib
 import json
 import os
 import time
 import warnings
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +28,7 @@ import cli
 import durable
 import results
 import stats
+from durable import read_jsonl
 from sandbox.judge import Sandbox
 
 PASS_KS = (1, 10, 100)
@@ -41,35 +40,12 @@ WHERE_TO_GET = "scripts/fetch_humaneval.sh downloads HumanEval.jsonl.gz"
 # Problems
 
 
-def read_jsonl(path, what="file"):
-    """Yield (file:line, object) of a JSONL file, gzipped or not. ValueError naming the line."""
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such {what}") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip data: {error}") from None
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON: {error}") from None
-            if not isinstance(values, dict):
-                raise ValueError(f"{where}: an object expected, not {line[:40]!r}")
-            yield where, values
-
-
 def read_problems(path, limit: int | None = None) -> dict[str, dict]:
     """{task_id: problem} in the order of the file, the first `limit` of them."""
     problems = {}
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file of problems; {WHERE_TO_GET}")
-    for where, problem in read_jsonl(path):
+    for where, _, problem in read_jsonl(path):
         for name in FIELDS:
             if not isinstance(problem.get(name), str):
                 raise ValueError(f"{where}: field {name!r} is missing or not text")
@@ -117,7 +93,7 @@ def find_task(problems, name: str) -> str:
 def read_samples(path, problems) -> list[dict]:
     """OpenAI's {"task_id", "completion"} and EvalPlus's {"task_id", "solution"}, as they are."""
     samples = []
-    for where, sample in read_jsonl(path, "file of samples"):
+    for where, _, sample in read_jsonl(path, "file of samples"):
         task = sample.get("task_id")
         if not isinstance(task, str) or task not in problems:
             raise ValueError(f"{where}: task {task!r:.60} is not among the problems (--data-path)")
@@ -257,21 +233,20 @@ def summarise(tally, ks):
     """(metrics, breakdown, arrays) of a record."""
     n = np.array([kinds.total() for kinds in tally.values()])
     c = np.array([kinds["passed"] for kinds in tally.values()])
-    metrics = {f"pass@{k}": results.metric(**stats.pass_at_k_summary(n, c, k)) for k in ks}
+    metrics = {
+        f"pass@{k}": results.metric(**stats.pass_at_k_summary(n, c, k), unit="share") for k in ks
+    }
+    estimates = {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
     total = sum(tally.values(), Counter())
     breakdown = {
         "task": {
-            task: {"pass@1": share(kinds["passed"], kinds.total())} for task, kinds in tally.items()
+            task: {"pass@1": results.share(kinds["passed"], kinds.total())}
+            for task, kinds in tally.items()
         },
         "failure": {kind: count for kind, count in total.most_common() if kind != "passed"},
     }
     arrays = {"n": n, "c": c, "task_id": np.array(list(tally))}
-    arrays |= {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
-    return metrics, breakdown, arrays
-
-
-def share(passed: int, n: int) -> dict:
-    return results.metric(passed / n, stats.proportion_stderr(passed / n, n), n)
+    return metrics, breakdown, arrays | estimates
 
 
 def all_ks(ks, num_samples) -> list[int]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import CONFIGS_DIR, load_yaml
+from durable import read_jsonl
 
 LETTERS = "ABCD"
 SCORINGS = ("letter", "continuation", "generate")
@@ -172,14 +173,8 @@ def _csv_rows(path: Path):
 
 
 def _jsonl_rows(path: Path):
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    values = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-                yield f"{path}:{number}", values
+    for where, _, values in read_jsonl(path):
+        yield where, values
 
 
 def _parquet_rows(path: Path):

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 from config import GPTConfig
 from dataset import build_tokenizer
 from distributed import Dist
+from formats import native
 from model import GPTModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def saved_checkpoint(folder, step=10, kind="gpt", seed=None, std=0.3, **changes)
     saves it, with the byte tokenizer."""
     model = tiny_model(kind, step if seed is None else seed, std, **changes)
     byte = build_tokenizer("byte")
-    return checkpoint.save_checkpoint(model, None, None, 0, step, 5.0, folder, tokenizer=byte)
+    return native.save_checkpoint(model, None, None, 0, step, 5.0, folder, tokenizer=byte)
 
 
 def token_shard(path, n=1003, seed=0) -> Path:

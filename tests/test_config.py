@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from config import (
-    GPTConfig,
-    UnsupportedArchitecture,
-    config_from_hf,
-    config_to_hf,
-    load_config,
-    presets,
-)
+from config import GPTConfig, config_from_hf, load_config, presets
+from hf_config import UnsupportedArchitecture, config_to_hf
 
 LLAMA = dict(norm="rmsnorm", position="rope", gated_mlp=True, bias=False, activation="silu")
 SIZES = dict(vocab_size=97, max_position_embeddings=64, n_layers=3, n_heads=4, d_model=64, d_ff=96)
@@ -196,6 +190,22 @@ def test_presets_are_valid_and_have_a_hugging_face_form(name):
         ("a.yaml", "- 1\n", "must hold"),
         ("a.yaml", "vocabulary: 7\n", "unknown field 'vocabulary'"),
         ("a.yaml", "vocab_size: many\n", "a.yaml: vocab_size must be a positive integer"),
+        ("a.yaml", "3: 4\nvocabulary: 7\n", "unknown field"),
+        ("a.yaml", "norm_eps: 1e-5x\n", "a.yaml: norm_eps must be a number, not '1e-5x'"),
+        ("a.yaml", "dropout: [0.1]\n", r"a.yaml: dropout must be a number, not \[0.1\]"),
+        ("a.yaml", "dropout: true\n", "a.yaml: dropout must be a number, not True"),
+        ("a.yaml", "rope_theta: .inf\n", "a.yaml: rope_theta must be a number, not inf"),
+        ("a.yaml", "rope_theta: 0\n", "a.yaml: .*rope_theta 0 be positive"),
+        ("a.yaml", "norm_eps: -1e-5\n", "a.yaml: .*norm_eps -1e-05 be 0 or more"),
+        ("a.yaml", "n_layers: 2.5\n", "a.yaml: n_layers must be a positive integer, not 2.5"),
+        ("a.yaml", 'n_layers: "2.0"\n', "a.yaml: n_layers must be a positive integer, not '2.0'"),
+        ("a.yaml", "n_experts: some\n", "a.yaml: n_experts must be"),
+        ("a.yaml", 'bias: "false"\n', "a.yaml: bias must be true or false, not 'false'"),
+        ("a.yaml", "tie_embeddings: 1\n", "a.yaml: tie_embeddings must be true or false, not 1"),
+        ("a.yaml", "tie_embeddings:\n", "a.yaml: tie_embeddings must be true or false, not None"),
+        ("a.yaml", "full_attention_layers: 3\n", "a.yaml: full_attention_layers must be"),
+        ("a.yaml", "activation: [gelu]\n", "a.yaml: activation must be one of"),
+        ("config.json", '{"model_type": "gpt2", "n_embd": "wide"}', "config.json"),
         ("config.json", "{", "is not JSON"),
         ("config.json", "[]", "holds list"),
         ("config.json", '{"model_type": "llama"}', "is missing"),
@@ -208,6 +218,76 @@ def test_bad_files(tmp_path, name, text, match):
     with pytest.raises(ValueError, match=match) as error:
         load_config(tmp_path / name)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["1e-05", '"1e-05"', "'0.00001'", "1.0e-05"])
+def test_numbers_that_yaml_reads_as_text(tmp_path, text):
+    """PyYAML takes 1e-05, as JSON and Python print it, for text."""
+    (tmp_path / "a.yaml").write_text(f"norm_eps: {text}\nrope_theta: 5e5\nn_layers: '3'\n")
+    config = load_config(tmp_path / "a.yaml")
+    assert (config.norm_eps, config.rope_theta, config.n_layers) == (1e-5, 5e5, 3)
+    assert config == GPTConfig(norm_eps=1e-5, rope_theta=5e5, n_layers=3)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "match"),
+    [
+        ({"rope_type": "linear"}, "type linear lacks 'factor'"),
+        ({"rope_type": "linear", "factor": None}, "type linear lacks 'factor'"),
+        ({"rope_type": "yarn"}, "type yarn lacks 'factor'"),
+        ({"rope_type": "linear", "factor": "big"}, r"\['factor'\] must be a number, not 'big'"),
+        ({"rope_type": "linear", "factor": 0}, r"\['factor'\] must be positive, not 0"),
+        (YARN | {"beta_fast": [32]}, r"\['beta_fast'\] must be a number"),
+        (YARN | {"original_max_position_embeddings": -1}, "must be positive, not -1"),
+        ({"rope_type": "llama3", "factor": 8.0}, "type llama3 lacks 'low_freq_factor'"),
+        (LLAMA3 | {"high_freq_factor": 1.0}, "low_freq_factor must be less than"),
+        ({}, "rope_type'] must be one of"),
+        ({"rope_type": ["linear"]}, "rope_type'] must be one of"),
+        ([4.0], "must be a mapping"),
+        ("linear", "must be a mapping"),
+        (4.0, "must be a mapping"),
+    ],
+)
+def test_malformed_rope_scaling(tmp_path, scaling, match):
+    (tmp_path / "a.yaml").write_text(json.dumps({"position": "rope", "rope_scaling": scaling}))
+    with pytest.raises(ValueError, match=match) as error:
+        load_config(tmp_path / "a.yaml")
+    assert "a.yaml: rope_scaling" in str(error.value) and "\n" not in str(error.value)
+    values = config_to_hf(ROUND_TRIPS["llama"]) | {"rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    if scaling != {}:  # in Hugging Face's files the same as none
+        with pytest.raises(ValueError, match="json: rope_scaling"):
+            load_config(tmp_path)
+
+
+def test_rope_scaling_given_as_text(tmp_path):
+    fields = "position: rope\nrope_scaling: {rope_type: linear, factor: 2e0}\n"
+    (tmp_path / "a.yaml").write_text(fields)
+    assert load_config(tmp_path / "a.yaml").rope_scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
+        ({"attention_bias": 1}, "attention_bias must be true or false"),
+        ({"rope_theta": "high"}, "rope_theta must be a number, not 'high'"),
+        ({"rope_theta": [1]}, "rope_theta must be a number"),
+        ({"rms_norm_eps": {}}, "norm_eps must be a number"),
+        ({"hidden_size": None}, "d_model must be a positive integer, not None"),
+        ({"hidden_act": ["silu"]}, "of another type than llama has"),
+        ({"rope_parameters": "none"}, "rope_scaling must be a mapping"),
+    ],
+)
+def test_wrong_types_in_a_hugging_face_config(tmp_path, changes, match):
+    values = config_to_hf(ROUND_TRIPS["llama"]) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=match) as error:
+        load_config(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_files(tmp_path):

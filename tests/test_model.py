@@ -1,5 +1,6 @@
 """model.py against transformers' own models, closed formulas and itself without a cache."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import model as model_file
+from backends.kvcache import DecodeCache, PrefixCache
 from config import GPTConfig, config_from_hf, load_config
 from formats import layouts
-from model import GPTModel, KVCache
+from model import GPTModel, attend
 
 ROOT = Path(__file__).resolve().parent.parent
 V, T = 97, 48
@@ -184,63 +187,115 @@ def test_gradients_are_those_of_transformers():
 
 
 # ---------------------------------------------------------------------------------------------
-# KVCache
+# Attention
 
 
-CACHED = ["gpt2", "llama", "mistral", "qwen2 window on later layers", "qwen3"]
+def by_hand(q, k, v, seen, softcap, scale):
+    """Query by query in float64: (out [B, H, T, D], lse [B, H, T])."""
+    B, H, T, D = q.shape
+    out, lse = torch.zeros(B, H, T, D).double(), torch.zeros(B, H, T).double()
+    q, k, v = q.double(), k.double(), v.double()
+    for b, h, t in itertools.product(range(B), range(H), range(T)):
+        keys, values = (x[b, h * k.shape[1] // H][seen[t]] for x in (k, v))
+        scores = keys @ q[b, h, t] * (D**-0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        lse[b, h, t] = scores.exp().sum().log()
+        out[b, h, t] = (scores - lse[b, h, t]).exp() @ values
+    return out, lse
 
 
-@pytest.mark.parametrize("name", CACHED)
+ATTENTIONS = list(
+    itertools.product([None, 4, 40], [None, 2.0], [None, 0.3], [False, True], ["causal", "mask"])
+)
+
+
+@pytest.mark.parametrize("window, softcap, scale, lse, kind", ATTENTIONS)
+def test_attention_by_hand(window, softcap, scale, lse, kind):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 11, 8, generator=g) * 2 for heads in (4, 2, 2))
+    i = torch.arange(11)
+    seen = (i[:, None] >= i) & (i[:, None] - i < (window or 99))
+    options = {"window": window, "softcap": softcap, "scale": scale, "lse": lse}
+    if kind == "mask":
+        seen = torch.rand(11, 11, generator=g) < 0.6
+        seen[i, i] = True
+        options["mask"] = seen
+    got = attend(q, k, v, causal=True, **options)
+    out, sums = by_hand(q, k, v, seen, softcap, scale)
+    if lse:
+        torch.testing.assert_close(got[1], sums.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[0] if lse else got, out.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap, lse", [(None, False), (None, True), (2.0, False), (2.0, True)])
+def test_attention_over_other_keys(softcap, lse):
+    """Not causal, and more keys than queries: a prefix, say."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 8, generator=g) for h, n in ((4, 5), (2, 9), (2, 9)))
+    got = attend(q, k, v, causal=False, softcap=softcap, lse=lse)
+    out, sums = by_hand(q, k, v, torch.ones(5, 9, dtype=torch.bool), softcap, None)
+    torch.testing.assert_close(got[0] if lse else got, out.float(), atol=1e-5, rtol=1e-5)
+    if lse:
+        torch.testing.assert_close(got[1], sums.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap, scale", [(None, None), (2.0, 0.3)])
+def test_attention_by_blocks(window, softcap, scale, monkeypatch):
+    """The form that CUDA takes, as plain operations."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setitem(model_file._COMPILED, "flex", flex_attention)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 11, 8, generator=g) for heads in (4, 2, 2))
+    got = model_file._flex_attention(q, k, v, window, softcap, scale)
+    wanted = attend(q, k, v, causal=True, window=window, softcap=softcap, scale=scale)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_and_gradients_with_a_soft_cap():
+    """Training takes the dense form: a mean over many draws is the attention without dropout."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 6, 4, generator=g, requires_grad=True) for _ in range(3))
+    torch.manual_seed(0)
+    many = [x.expand(4000, 1, -1, -1) for x in (q, k, v)]
+    mean = attend(*many, causal=True, softcap=1.0, dropout=0.2).mean(0, keepdim=True)
+    torch.testing.assert_close(
+        mean, attend(q, k, v, causal=True, softcap=1.0), atol=0.05, rtol=0.05
+    )
+    attend(q, k, v, causal=True, softcap=1.0).sum().backward()
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
 @torch.no_grad()
-def test_decoding_equals_no_cache(name):
-    """Prompts of different length, kept once and shared by rows; rows decode, and one starts anew
-    with another prompt. Hidden states equal those of each row alone, whole and uncached."""
+def test_a_soft_cap_reaches_every_cache(name, monkeypatch):
+    """One line of attention_of: without a cache, in prefill, decoding and after a prefix."""
     _, ours = make_pair(name)
-    prompts = [IDS[0, :5], IDS[1, :20], IDS[2, :9]]
-    cache = KVCache(ours, prefix_len=20, batch_size=4, max_len=8, n_prefixes=3)
-    for slots in ([2, 0], [1]):
-        width = max(len(prompts[s]) for s in slots)
-        padded = torch.zeros(len(slots), width, dtype=torch.int64)
-        for row, s in enumerate(slots):
-            padded[row, : len(prompts[s])] = prompts[s]
-        cache.fill(slots, [len(prompts[s]) for s in slots])
-        hidden = ours.hidden(padded, cache=cache)
-        for row, s in enumerate(slots):
-            wanted = ours.hidden(prompts[s][None])[0]
-            assert (hidden[row, : len(wanted)] - wanted).abs().max() < 1e-5, (s, "prefill")
-    of_row = [2, 0, 1, 2]
-    cache.assign(of_row)
-    rows = [prompts[s].tolist() for s in of_row]
-    for step in range(8):
-        if step == 4:  # row 3 is done: it starts anew on prompt 0
-            of_row[3], rows[3] = 0, prompts[0].tolist()
-            cache.assign(of_row)
-            cache.lengths[3] = 0
-        ids = IDS[torch.tensor([0, 1, 2, 0]), 30 + step]
-        rows = [[*row, int(i)] for row, i in zip(rows, ids, strict=True)]
-        hidden = ours.hidden(ids[:, None], cache=cache)
-        cache.lengths += 1
-        for b, row in enumerate(rows):
-            wanted = ours.hidden(torch.tensor([row]))[0, -1]
-            assert (hidden[b, 0] - wanted).abs().max() < 1e-5, (b, step)
-
-
-@pytest.mark.parametrize("name", CACHED)
-@pytest.mark.parametrize("prefix", [3, 20])
-@torch.no_grad()
-def test_one_prefix_serves_many_batches(name, prefix):
-    """Without room for own tokens nothing is kept of a continuation, so the next one starts from
-    the prefix again. Right padding changes nothing before it."""
-    _, ours = make_pair(name)
-    cache = KVCache(ours, prefix_len=prefix)
-    hidden = ours.hidden(IDS[:1, :prefix], cache=cache)
-    assert (hidden - ours.hidden(IDS[:1, :prefix])).abs().max() < 1e-5
-    for first, T in ((20, 6), (26, 12)):
-        batch = IDS[:, first : first + T].clone()
-        batch[1, 4:] = 0
-        whole = torch.cat((IDS[:1, :prefix].expand(3, -1), batch), dim=1)
-        wanted = ours.hidden(whole)[:, prefix:]
-        assert (ours.hidden(batch, cache=cache) - wanted).abs().max() < 1e-5
+    plain = ours.hidden(IDS)
+    monkeypatch.setattr(
+        model_file,
+        "attention_of",
+        lambda c, layer: {"window": c.layer_window(layer), "softcap": 0.5, "scale": 0.4},
+    )
+    capped = GPTModel(ours.config).eval()
+    capped.load_state_dict(ours.state_dict())
+    wanted = capped.hidden(IDS)
+    assert (wanted - plain).abs().max() > 0.05
+    decode = DecodeCache(capped, n_prompts=3, prompt_len=20, n_rows=3, max_len=4)
+    filling = decode.filling([0, 1, 2], [20] * 3)
+    assert (capped.hidden(IDS[:, :20], cache=filling) - wanted[:, :20]).abs().max() < 1e-5
+    decode.assign([0, 1, 2])
+    for t in range(20, 24):
+        hidden = capped.hidden(IDS[:, t : t + 1], cache=decode)
+        assert (hidden[:, 0] - wanted[:, t]).abs().max() < 1e-5
+        decode.advance(torch.ones(3, dtype=torch.int32))
+    prefix = PrefixCache(capped, 20)
+    capped.hidden(IDS[:1, :20], cache=prefix.filling())
+    rest = capped.hidden(IDS[:1, 20:], cache=prefix)
+    assert (rest - wanted[:1, 20:]).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------

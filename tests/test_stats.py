@@ -149,6 +149,15 @@ def test_examples_to_resolve_has_the_promised_power():
     assert stats.examples_to_resolve(0.0, 1.0) == math.inf
 
 
+def test_choice_logprob_is_the_log_of_the_share():
+    logprobs = np.log(np.random.default_rng(0).random((20, 4)))
+    choice = np.arange(20) % 4
+    share = np.exp(logprobs) / np.exp(logprobs).sum(1, keepdims=True)
+    expected = np.log(share[np.arange(20), choice])
+    assert stats.choice_logprob(logprobs, choice) == pytest.approx(expected)
+    assert np.isnan(stats.choice_logprob(np.full((1, 4), -np.inf), np.array([2])))[0]
+
+
 def test_calibration_by_brute_force():
     rng = np.random.default_rng(0)
     p = np.concatenate([rng.random(500), [0.0, 0.1, 0.2, 1.0]])

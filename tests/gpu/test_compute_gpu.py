@@ -11,8 +11,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from compute import estimate_flops, find_gpu
 from config import config_to_hf, load_config
+from costs.flops import estimate_flops
+from costs.gpus import find_gpu
 from model import GPTModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -74,6 +75,6 @@ def test_transformers_training_step_executes_what_is_estimated(name):
 
 def test_this_gpu_is_known():
     gpu = find_gpu(torch.cuda.get_device_name())
-    assert gpu is not None, f"{torch.cuda.get_device_name()} is not in compute.GPUS"
+    assert gpu is not None, f"{torch.cuda.get_device_name()} is not in costs/gpus.py"
     total = torch.cuda.get_device_properties(0).total_memory
     assert gpu.memory == pytest.approx(total, rel=0.02), (gpu.memory, total)

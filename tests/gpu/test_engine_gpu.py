@@ -1,27 +1,25 @@
 """Generation on CUDA: the decode kernel against plain operations, the captured step (as it is and
-compiled) against a loop without a cache, late looks and refills, random bits equal to the CPU's.
+compiled) against a loop without a cache, late looks and refills, requests that come and go, random
+bits equal to the CPU's; attention's forms on CUDA against the dense one.
 
     python -m pytest -q tests/gpu/test_engine_gpu.py        # minutes: it compiles
 """
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from builders import tiny_model
 
-from backends import engine
-from backends.engine import generate
-from config import GPTConfig
+from backends import Sampling, rows, sampling
+from backends.engine import Capacity, Engine, generate
 from gpu_kernels import decode_attention
-from model import GPTModel
+from model import attend
 from tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-LLAMA = {
-    "norm": "rmsnorm", "position": "rope", "gated_mlp": True, "activation": "silu", "bias": False,
-    "n_kv_heads": 2, "tie_embeddings": False,
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -45,7 +43,10 @@ CASES = [
     "dtype,tolerance", [("float32", 1e-5), ("bfloat16", 6e-3), ("float16", 1e-3)]
 )
 @pytest.mark.parametrize("B,N,G,R,D,S,P,window", CASES)
-def test_kernel_equals_plain_operations(B, N, G, R, D, S, P, window, dtype, tolerance):
+@pytest.mark.parametrize("softcap,scale", [(None, None), (3.0, None), (None, 0.3), (2.0, 0.3)])
+def test_kernel_equals_plain_operations(
+    B, N, G, R, D, S, P, window, softcap, scale, dtype, tolerance
+):
     dtype, H = getattr(torch, dtype), G * R
     generator = torch.Generator("cuda").manual_seed(B + S)
 
@@ -62,33 +63,57 @@ def test_kernel_equals_plain_operations(B, N, G, R, D, S, P, window, dtype, tole
     prefix_lengths[0], prefix_lengths[-1] = P // 3, P
     row_prefix = g.integers(0, N, B)
     tiles = decode_attention.plan_tiles(row_prefix, N, R, dtype).cuda()
-    where = lengths, prefix_k, prefix_v, prefix_lengths, torch.tensor(row_prefix, device="cuda")
-    exact = [x.double() for x in (q, k_new, v_new, k, v)]
-    exact += [x.double() if x.is_floating_point() else x for x in where]
-    wanted, _ = decode_attention._decode_torch(*exact, window, S)
-    parts = decode_attention.decode_attention(q, k_new, v_new, k, v, *where, tiles, window, S)
+    own, prompts = (k, v, lengths), (prefix_k, prefix_v, prefix_lengths)
+    row_prompt, terms = torch.tensor(row_prefix, device="cuda"), (window or None, softcap, scale)
+    exact = [x.double() for x in (q, k_new, v_new)]
+    exact_own, exact_prompts = (
+        tuple(x.double() if x.is_floating_point() else x for x in part) for part in (own, prompts)
+    )
+    wanted, _ = decode_attention._decode_torch(
+        *exact, exact_own, exact_prompts, row_prompt, S, *terms
+    )
+    parts = decode_attention.decode_attention(
+        q, k_new, v_new, own, prompts, row_prompt, tiles, S,
+        window=window or None, softcap=softcap, scale=scale,
+    )  # fmt: skip
     got = decode_attention.merge_parts(*parts)
     error = (got - wanted[0]).norm() / wanted.norm()
     assert error < tolerance, float(error)
-    assert torch.equal(k.double(), exact[3]) and torch.equal(v.double(), exact[4]), "stored keys"
+    assert torch.equal(k.double(), exact_own[0]), "stored keys"
+    assert torch.equal(v.double(), exact_own[1])
     own = decode_attention._splits(B, G, S)
     if B == 1:
         assert own > 1, "one row's keys are split over many programs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("softcap, scale", [(None, None), (3.0, None), (3.0, 0.3)])
+def test_attention_equals_the_dense_form(window, softcap, scale, dtype):
+    """Block by block (window, soft cap), flash with log-sum-exp, and PyTorch's own choice."""
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, h, 150, 64, generator=g, device="cuda").to(dtype) for h in (8, 2, 2))
+    i = torch.arange(150, device="cuda")
+    seen = (i[:, None] >= i) & (i[:, None] - i < (window or 999))
+    exact = [x.float().cpu() for x in (q, k, v)]
+    terms = {"softcap": softcap, "scale": scale}
+    wanted, sums = attend(*exact, causal=False, mask=seen.cpu(), lse=True, **terms)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    got = attend(q, k, v, causal=True, window=window, **terms)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float().cpu(), wanted, atol=tolerance, rtol=tolerance)
+    got, lse = attend(q, k, v, causal=True, window=window, lse=True, **terms)
+    torch.testing.assert_close(got.float().cpu(), wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.cpu(), sums, atol=tolerance, rtol=tolerance)
 
 
 # ---------------------------------------------------------------------------------------------
 # The engine
 
 
-def small_model(dtype=torch.float32, scale=4.0, **changes):
-    torch.manual_seed(0)
-    shape = {"vocab_size": 257, "max_position_embeddings": 400, "n_layers": 2, "n_heads": 4}
-    model = GPTModel(GPTConfig(**(shape | {"d_model": 64, "d_ff": 96, "dropout": 0.0} | changes)))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.mul_(scale)
-    return model.cuda().for_inference(dtype)
+def small_model(kind="llama", dtype=torch.float32, std=0.1, **changes):
+    changes = {"max_position_embeddings": 400, "d_model": 64, "d_ff": 96} | changes
+    return tiny_model(kind, std=std, **changes).cuda().for_inference(dtype)
 
 
 @torch.no_grad()
@@ -109,7 +134,11 @@ def by_index(samples):
     return {(s.prompt_index, s.sample_index): s for s in samples}
 
 
-SHAPES = {"gpt2": {}, "llama": LLAMA, "window": LLAMA | {"sliding_window": 30}}
+SHAPES = {
+    "gpt2": {"kind": "gpt", "n_heads": 4},
+    "llama": {},
+    "window": {"sliding_window": 30},
+}
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -118,8 +147,8 @@ def test_greedy_equals_the_loop_without_a_cache(shape, compiled):
     model, prompts = small_model(**SHAPES[shape]), prompts_of(1, 70, 33, 64, 65, 7, 150)
     prompts = prompts[:4] if shape == "window" else prompts  # flex attention compiles each length
     lengths = [70, 30, 5, 64, 1, 90, 40][: len(prompts)]
-    options = {"max_new_tokens": lengths, "batch_size": 3, "compile": compiled, "n_samples": 2}
-    samples = by_index(generate(model, prompts, **options))
+    options = {"batch_size": 3, "compile": compiled, "n_samples": 2}
+    samples = by_index(generate(model, prompts, [Sampling(n) for n in lengths], **options))
     assert len(samples) == 2 * len(prompts)
     for (i, _), sample in samples.items():
         assert sample.token_ids == plain_greedy(model, prompts[i], lengths[i]), i
@@ -128,50 +157,46 @@ def test_greedy_equals_the_loop_without_a_cache(shape, compiled):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_samples_do_not_depend_on_neighbours_and_late_looks(compiled):
     """Rows refill while steps are in flight; the same samples with other rows around them."""
-    model, prompts = small_model(**LLAMA), prompts_of(*range(5, 45))
+    model, prompts = small_model(), prompts_of(*range(5, 45))
     tok = build_tokenizer("byte")
-    options = {"tokenizer": tok, "stop": ["e", "th"], "eos_ids": [7, 8, 9], "max_new_tokens": 80}
-    options |= {"temperature": 1.0, "top_p": 0.95, "batch_size": 16, "compile": compiled}
+    drawn = Sampling(80, temperature=1.0, top_p=0.95, stop=("e", "th"), seed=0)
+    options = {"tokenizer": tok, "eos_ids": [7, 8, 9], "batch_size": 16, "compile": compiled}
     names = [str(i) for i in range(40)]
-    whole = by_index(
-        generate(model, prompts, n_samples=3, keys=names, units=[range(40)], **options)
-    )
+    everything = {"n_samples": 3, "keys": names, "units": [range(40)]} | options
+    whole = by_index(generate(model, prompts, drawn, **everything))
     assert {s.finish_reason for s in whole.values()} == {"eos", "stop", "length"}
     assert len(whole) == 120
     order = list(np.random.default_rng(0).permutation(40)[:20])
-    part = generate(
-        model, [prompts[i] for i in order], keys=[names[i] for i in order], n_samples=2, **options
-    )
-    for s in part:
+    names = [names[i] for i in order]
+    some = [prompts[i] for i in order]
+    for s in generate(model, some, drawn, keys=names, n_samples=2, **options):
         same = whole[order[s.prompt_index], s.sample_index]
         assert (s.token_ids, s.text, s.finish_reason) == (
             same.token_ids, same.text, same.finish_reason,
         )  # fmt: skip
-    again = by_index(
-        generate(model, prompts, n_samples=3, keys=names, units=[range(40)], **options)
-    )
-    assert again == whole
+    assert by_index(generate(model, prompts, drawn, **everything)) == whole
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_decoding_is_close_to_the_whole_sequence(dtype, monkeypatch):
     """Teacher-forced through the cache: logits as near to float32's as those of one pass are."""
-    shape = LLAMA | {"d_model": 512, "d_ff": 1024, "n_heads": 8, "n_layers": 4}
-    exact, model = small_model(scale=1.0, **shape), small_model(dtype, scale=1.0, **shape)
+    shape = {"d_model": 512, "d_ff": 1024, "n_heads": 8, "n_layers": 4, "std": 0.02}
+    exact, model = small_model(**shape), small_model(dtype=dtype, **shape)
     prompt, n = prompts_of(100)[0], 60
-    seen, plain = [], engine.sample_tokens
+    seen, plain = [], sampling.sample_tokens
 
     def spy(logits, *rest):
         seen.append(logits.float())
         return plain(logits, *rest)
 
-    monkeypatch.setattr(engine, "sample_tokens", spy)
-    monkeypatch.setattr(engine.CachedRows, "_capture", lambda self: None)
-    rows = engine.CachedRows(model, 2, len(prompt), n, 1, frozenset(), False)
+    monkeypatch.setattr(rows, "sample_tokens", spy)
+    monkeypatch.setattr(rows.CachedRows, "_capture", lambda self: None)
+    batch = rows.CachedRows(model, Capacity(2, len(prompt), n), frozenset(), False, None)
     at, tokens = [None, None], []
-    rows.admit(at, deque([engine.Sequence(0, 0, prompt, n, 0.0, 1.0, 0, (0, 0))]))
+    request = rows.Request("a", prompt, 1)
+    batch.admit(at, deque([rows.Sequence(request, 0, Sampling(n), n, (0, 0))]))
     for _ in range(n):
-        tokens.append(rows.tokens(rows.step(at))[0])
+        tokens.append(batch.look(batch.step(at))["token"][0])
     ids = torch.tensor([prompt + tokens[:-1]], device="cuda")
     with torch.no_grad():
         wanted = exact.logits(exact.hidden(ids)[0, len(prompt) - 1 :]).float()
@@ -183,45 +208,87 @@ def test_half_precision_decoding_is_close_to_the_whole_sequence(dtype, monkeypat
 
 
 def test_random_bits_and_samples_equal_the_cpus():
-    keys = torch.tensor([engine.stream_key(5, "t", i) for i in range(64)], dtype=torch.int32)
+    keys = torch.tensor([sampling.stream_key(5, "t", i) for i in range(64)], dtype=torch.int32)
     position = torch.arange(64, dtype=torch.int32)
     counter = position[:, None], torch.arange(1000, dtype=torch.int32)[None]
-    here = engine.threefry((keys[:, :1], keys[:, 1:]), counter)
-    there = engine.threefry(
+    here = sampling.threefry((keys[:, :1], keys[:, 1:]), counter)
+    there = sampling.threefry(
         (keys[:, :1].cuda(), keys[:, 1:].cuda()), tuple(x.cuda() for x in counter)
     )
     assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there))
     logits = torch.randn(64, 1999, generator=torch.Generator().manual_seed(0)) * 2
-    vectors = keys, position, torch.full((64,), 0.8), torch.full((64,), 0.9), position % 7 * 10
+    columns = {"temperature": torch.full((64,), 0.8), "top_p": torch.full((64,), 0.9)}
+    columns["top_k"] = (position % 7 * 10).int()
+    on_gpu = {name: column.cuda() for name, column in columns.items()}
     equal = 0
-    compiled = torch.compile(engine.sample_tokens, fullgraph=True)
+    compiled = torch.compile(sampling.sample_tokens, fullgraph=True)
     for t in range(50):
-        args = [logits.roll(t, 1), *vectors[:1], position + t, *vectors[2:]]
-        args[-1] = args[-1].int()
-        tokens = engine.sample_tokens(*args)
+        args = [logits.roll(t, 1), keys, position + t]
+        tokens = sampling.sample_tokens(*args, columns)
         moved = [x.cuda() for x in args]
-        equal += (tokens == engine.sample_tokens(*moved).cpu()).sum()
-        equal += (tokens == compiled(*moved).cpu()).sum()
+        equal += (tokens == sampling.sample_tokens(*moved, on_gpu).cpu()).sum()
+        equal += (tokens == compiled(*moved, on_gpu).cpu()).sum()
     assert equal >= 6400 - 3  # logarithms may differ in the last bit, which rarely decides
 
 
 def test_the_graph_serves_a_whole_job_without_waiting(monkeypatch):
     """One capture for prompts and samples of all lengths, and no synchronising call in a step."""
-    model, prompts = small_model(**LLAMA), prompts_of(9, 60, 3, 31)
-    captures, capture, step = [], engine.CachedRows._capture, engine.CachedRows.step
+    model, prompts = small_model(), prompts_of(9, 60, 3, 31)
+    captures, capture, step = [], rows.CachedRows._capture, rows.CachedRows.step
 
-    def watched(self, rows):
+    def watched(self, at):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return step(self, rows)
+            return step(self, at)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(engine.CachedRows, "step", watched)
+    monkeypatch.setattr(rows.CachedRows, "step", watched)
     count = lambda self: (captures.append(1), capture(self))  # noqa: E731
-    monkeypatch.setattr(engine.CachedRows, "_capture", count)
-    options = {"n_samples": 5, "max_new_tokens": 20, "batch_size": 4}
-    samples = by_index(generate(model, prompts, **options))
+    monkeypatch.setattr(rows.CachedRows, "_capture", count)
+    options = {"n_samples": 5, "batch_size": 4}
+    samples = by_index(generate(model, prompts, Sampling(20), **options))
     assert captures == [1]
     for (i, _), sample in samples.items():
         assert sample.token_ids == plain_greedy(model, prompts[i], 20)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_requests_come_and_go_with_logprobs(compiled):
+    """As a server drives it: late looks, a cancelled request with steps in flight, and each token's
+    log-probabilities, which are those of the whole sequence."""
+    model, prompts = small_model(), prompts_of(9, 60, 3, 31, 17, 5)
+    drawn = Sampling(30, temperature=0.9, top_k=20, seed=2)
+    wanted = by_index(generate(model, prompts, drawn, eos_ids=[3, 4], batch_size=4))
+    capacity, options = Capacity(4, 60, 40), {"compiled": compiled, "logprobs": 3}
+    server, tokens, finished = Engine(model, capacity, eos_ids=[3, 4], **options), {}, {}
+    server.submit("greedy", prompts[0], replace(drawn, temperature=0.0, max_new_tokens=12))
+    server.submit("gone", prompts[1], Sampling(40))
+    for i in range(200):
+        if i % 3 == 0 and i // 3 < len(prompts):
+            server.submit(i // 3, prompts[i // 3], drawn)
+        if i == 5:
+            server.cancel("gone")
+        progress = server.step()
+        assert i < 5 or all(token.request != "gone" for token in progress.tokens)
+        for token in progress.tokens:
+            tokens.setdefault(token.request, []).append(token)
+        finished |= {sample.prompt_index: sample for sample in progress.finished}
+        if i > 20 and not server.busy:
+            break
+    assert finished.keys() == {"greedy", *range(len(prompts))}
+    same = sum(finished[i].token_ids == wanted[i, 0].token_ids for i in range(len(prompts)))
+    assert same >= len(prompts) - compiled  # another batch, compiled: a rare tie may fall elsewhere
+    prompts_by_name = dict(enumerate(prompts)) | {"greedy": prompts[0]}
+    for name, sample in finished.items():
+        prompt = prompts_by_name[name]
+        assert [token.token_id for token in tokens[name]] == sample.token_ids
+        ids = torch.tensor([prompt + sample.token_ids], device="cuda")
+        with torch.no_grad():
+            logits = model.logits(model.hidden(ids)[0, len(prompt) - 1 : -1])
+        for token, expected in zip(tokens[name], logits.log_softmax(-1).tolist()):
+            top, values = token.logprobs
+            assert top[0] == token.token_id and len(top) == 4
+            np.testing.assert_allclose(values, [expected[i] for i in top], atol=1e-3)
+            likeliest = sorted(expected, reverse=True)[:3]
+            np.testing.assert_allclose(values[1:], likeliest, atol=1e-3)

@@ -1,37 +1,40 @@
 """Generation against plain loops, transformers' `generate`, exact distributions, other batches,
-other rank counts; stop strings and text against texts decoded whole."""
+other rank counts; stop strings and text against texts decoded whole; the engine as a server drives
+it."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders import tiny_model
 from scipy.stats import chi2
+from test_sampling import exact_distribution
 
-from backends import engine
-from backends.engine import generate, plan_units, sample_tokens, threefry
+from backends import Sampling, rows
+from backends.engine import Capacity, Engine, generate, plan_units
 from checkpoint import load_model
-from config import GPTConfig
-from model import GPTModel
 from tokenizer import HuggingFaceTokenizer, build_tokenizer
 from transformers_model import TransformersModel
 
-ROOT = Path(__file__).resolve().parent.parent
-LLAMA = {
-    "norm": "rmsnorm", "position": "rope", "gated_mlp": True, "activation": "silu", "bias": False,
-    "n_kv_heads": 2, "tie_embeddings": False,
-}  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
+PLACES = [str(ROOT / "tests"), str(ROOT / "tests/backends")]
 SHAPES = {
-    "gpt2": {},
-    "llama-gqa": LLAMA,
-    "window": LLAMA | {"sliding_window": 5},
-    "window-some-layers": LLAMA | {"sliding_window": 5, "full_attention_layers": (0,)},
-    "qk-norm-head-dim": LLAMA | {"qk_norm": True, "head_dim": 12},
+    "gpt2": {"kind": "gpt"},
+    "llama-gqa": {"kind": "llama"},
+    "window": {"kind": "llama", "sliding_window": 5},
+    "window-some-layers": {
+        "kind": "llama",
+        "sliding_window": 5,
+        "full_attention_layers": (0,),
+    },
+    "qk-norm-head-dim": {"kind": "llama", "qk_norm": True, "head_dim": 12},
 }
 
 
@@ -44,15 +47,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def small_model(seed=0, scale=4.0, **changes):
-    torch.manual_seed(seed)
-    shape = {"vocab_size": 257, "max_position_embeddings": 48, "n_layers": 2, "n_heads": 4}
-    model = GPTModel(GPTConfig(**(shape | {"d_model": 32, "d_ff": 48, "dropout": 0.0} | changes)))
-    with torch.no_grad():
-        for p in model.parameters():  # far from uniform, so that greedy tokens vary
-            if p.dim() == 2:
-                p.mul_(scale)
-    return model.for_inference(torch.float32)
+def small_model(kind="llama", std=0.1, **changes):
+    changes = {"max_position_embeddings": 48} | changes
+    return tiny_model(kind, std=std, **changes).for_inference(torch.float32)
 
 
 @torch.no_grad()
@@ -73,6 +70,20 @@ def by_index(samples):
     return {(s.prompt_index, s.sample_index): s for s in samples}
 
 
+FIELDS = Sampling.__dataclass_fields__
+
+
+def draw(model, prompts, **options):
+    """`generate`'s samples by index. What Sampling has a field for is one value, or one a prompt;
+    the seed is 0 unless given."""
+    given = {"seed": 0} | {n: options.pop(n) for n in FIELDS if n in options}
+    lists = {name: value for name, value in given.items() if isinstance(value, list)}
+    one = Sampling(**{name: value for name, value in given.items() if name not in lists})
+    each = [dict(zip(lists, values)) for values in zip(*lists.values())]
+    sampling = [replace(one, **own) for own in each] if lists else one
+    return by_index(generate(model, prompts, sampling, **options))
+
+
 # ---------------------------------------------------------------------------------------------
 # Greedy tokens
 
@@ -82,7 +93,7 @@ def by_index(samples):
 def test_greedy_equals_the_loop_without_a_cache(shape, batch_size):
     model, prompts = small_model(**SHAPES[shape]), ragged_prompts()
     lengths = [3, 14, 9, 1, 12, 5, 8, 14, 2]
-    samples = by_index(generate(model, prompts, max_new_tokens=lengths, batch_size=batch_size))
+    samples = draw(model, prompts, max_new_tokens=lengths, batch_size=batch_size)
     assert len(samples) == len(prompts)
     for i, (prompt, n) in enumerate(zip(prompts, lengths)):
         assert samples[i, 0].token_ids == plain_greedy(model, prompt, n), i
@@ -91,9 +102,9 @@ def test_greedy_equals_the_loop_without_a_cache(shape, batch_size):
 
 @pytest.mark.parametrize("n_samples,batch_size", [(5, 3), (4, 16)])
 def test_samples_of_a_prompt_share_it_and_are_right(n_samples, batch_size):
-    model, prompts = small_model(**LLAMA), ragged_prompts(n=3)
+    model, prompts = small_model(), ragged_prompts(n=3)
     options = {"n_samples": n_samples, "batch_size": batch_size}
-    samples = by_index(generate(model, prompts, max_new_tokens=9, **options))
+    samples = draw(model, prompts, max_new_tokens=9, **options)
     for (i, _), sample in samples.items():
         assert sample.token_ids == plain_greedy(model, prompts[i], 9)
     assert len(samples) == len(prompts) * n_samples
@@ -129,9 +140,9 @@ def test_greedy_equals_transformers_generate(kind, tmp_path):
     model = load_model(tmp_path, dtype="float32")
     g = np.random.default_rng(5)
     prompts = [g.integers(1, 97, n).tolist() for n in (11, 4, 7, 2)]
-    samples = by_index(generate(model, prompts, max_new_tokens=16, batch_size=3))
+    samples = draw(model, prompts, max_new_tokens=16, batch_size=3)
     fallback = TransformersModel(peer, None)  # the same model, without a cache
-    plain = by_index(generate(fallback, prompts, max_new_tokens=16, batch_size=3))
+    plain = draw(fallback, prompts, max_new_tokens=16, batch_size=3)
     for i, prompt in enumerate(prompts):
         wanted = hf_greedy(peer, prompt, 16)
         assert len(set(wanted)) > 4, "a degenerate continuation would show little"
@@ -145,65 +156,14 @@ def test_the_fallback_samples_the_same_tokens(tmp_path):
     model = load_model(tmp_path, dtype="float32")
     options = {"max_new_tokens": 10, "temperature": [0.9, 0.0, 1.2], "top_k": [0, 0, 9], "seed": 4}
     options |= {"n_samples": 2, "top_p": [0.8, 1.0, 0.95], "eos_ids": [5, 6, 7, 8]}
-    ours = by_index(generate(model, [[1, 2], [3], [4, 9, 9]], batch_size=4, **options))
+    prompts = [[1, 2], [3], [4, 9, 9]]
+    ours = draw(model, prompts, batch_size=4, **options)
     plain = TransformersModel(peer, None)
-    assert ours == by_index(generate(plain, [[1, 2], [3], [4, 9, 9]], batch_size=4, **options))
+    assert ours == draw(plain, prompts, batch_size=4, **options)
 
 
 # ---------------------------------------------------------------------------------------------
-# Random streams and sampling
-
-
-def int32(*words):
-    return [torch.tensor([w], dtype=torch.int64).to(torch.int32) for w in words]
-
-
-# Random123's kat_vectors: rounds, counter, key, result
-KNOWN = """
-13 00000000 00000000 00000000 00000000 9d1c5ec6 8bd50731
-13 ffffffff ffffffff ffffffff ffffffff fd36d048 2d17272c
-13 243f6a88 85a308d3 13198a2e 03707344 ba3e4725 f27d669e
-20 00000000 00000000 00000000 00000000 6b200159 99ba4efe
-20 ffffffff ffffffff ffffffff ffffffff 1cb996fc bb002be7
-20 243f6a88 85a308d3 13198a2e 03707344 c4923a9c 483df7a0
-"""
-
-
-@pytest.mark.parametrize("line", KNOWN.strip().splitlines())
-def test_threefry_known_answers(line):
-    rounds, *words = line.split()
-    c0, c1, k0, k1, *wanted = [int(w, 16) for w in words]
-    got = threefry(int32(k0, k1), int32(c0, c1), int(rounds))
-    assert [int(x) & 0xFFFFFFFF for x in got] == wanted
-
-
-def test_streams_differ_by_seed_task_sample_and_position():
-    cases = [(0, "HumanEval/1", 0), (1, "HumanEval/1", 0), (0, "HumanEval/10", 0)]
-    cases += [(0, "HumanEval/1", 1), (0, "HumanEval/1", 10)]
-    keys = torch.tensor([engine.stream_key(*case) for case in cases], dtype=torch.int32)
-    noise = [
-        engine.gumbel_noise(keys, torch.full((5,), t, dtype=torch.int32), 2001) for t in (0, 1)
-    ]
-    noise = torch.cat(noise)
-    assert torch.isfinite(noise).all()
-    correlation = torch.corrcoef(noise) - torch.eye(10)
-    assert correlation.abs().max() < 5 / 2001**0.5
-    euler = 0.5772156649
-    assert abs(noise.mean() - euler) < 5 * 1.2825 / 20010**0.5
-    assert abs(noise.std() - np.pi / 6**0.5) < 0.04
-
-
-def exact_distribution(logits, temperature, top_p, top_k):
-    """By sorting: the k likeliest, then the fewest likeliest whose share reaches top_p."""
-    p = np.exp((logits - logits.max()) / temperature)
-    order = np.argsort(-p, kind="stable")
-    if top_k:
-        p[order[top_k:]] = 0
-    p /= p.sum()
-    before = np.cumsum(p[order]) - p[order]
-    if top_p < 1:
-        p[order[before >= top_p]] = 0
-    return p / p.sum()
+# Samples
 
 
 SETTINGS = [
@@ -219,9 +179,9 @@ SETTINGS = [
 @pytest.mark.parametrize("temperature,top_p,top_k", SETTINGS)
 def test_sampled_tokens_follow_the_exact_distribution(temperature, top_p, top_k):
     """Through the whole engine: a model without layers' influence would show less than this."""
-    model, n, prompt = small_model(vocab_size=13, scale=6.0, **LLAMA), 4000, [3, 1, 4, 1, 5]
-    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": 11}
-    samples = generate(model, [prompt], n_samples=n, max_new_tokens=2, batch_size=500, **options)
+    model, n, prompt = small_model(vocab_size=13, std=0.2), 4000, [3, 1, 4, 1, 5]
+    sampling = Sampling(2, temperature, top_p, top_k, seed=11)
+    samples = generate(model, [prompt], sampling, n_samples=n, batch_size=500)
     pairs = np.zeros((13, 13))
     for sample in samples:
         pairs[tuple(sample.token_ids)] += 1
@@ -242,66 +202,32 @@ def test_sampled_tokens_follow_the_exact_distribution(temperature, top_p, top_k)
     assert statistic < chi2.ppf(1 - 1e-4, max(1, kept.sum() - 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tokens_kept_by_top_k_and_top_p(dtype):
-    """With the noise spread over many draws, exactly the kept tokens appear; ties stay in."""
-    g = torch.Generator().manual_seed(2)
-    logits = (torch.randn(40, 11, generator=g) * 1.5).to(dtype)
-    logits[0] = 0.0  # all equal: all kept
-    top_p, top_k = torch.rand(40, generator=g) * 0.9 + 0.05, torch.randint(0, 7, (40,), generator=g)
-    seen = torch.zeros(40, 11)
-    keys = torch.tensor([engine.stream_key(0, "x", i) for i in range(40)], dtype=torch.int32)
-    ones = torch.full((40,), 3.0)
-    for position in range(600):
-        at = torch.full((40,), position, dtype=torch.int32)
-        tokens = sample_tokens(logits, keys, at, ones, top_p, top_k.int())
-        seen[torch.arange(40), tokens] += 1
-    assert (seen[0] > 0).all()
-    for i in range(1, 40):
-        values = logits[i].double().numpy()
-        p = exact_distribution(values, 3.0, float(top_p[i]), int(top_k[i]))
-        kept = values >= values[p > 0].min()  # with those equal to the last one kept
-        rare = kept & (np.exp(values / 3) / np.exp(values[kept] / 3).sum() < 0.02)
-        assert ((seen[i].numpy() > 0)[~kept] == 0).all(), i
-        assert ((seen[i].numpy() > 0)[kept & ~rare]).all(), i
-
-
-def test_greedy_rows_take_the_first_of_equals_beside_sampled_ones():
-    logits = torch.zeros(2, 9)
-    logits[0, [4, 7]] = 2.0
-    keys, zero = torch.ones(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    tokens = sample_tokens(logits, keys, zero, torch.tensor([0.0, 1.0]), torch.ones(2), zero)
-    assert tokens[0] == 4
-
-
 def test_a_sample_does_not_depend_on_batch_neighbours_or_order():
-    model, prompts = small_model(**LLAMA), ragged_prompts(n=4)
+    model, prompts = small_model(), ragged_prompts(n=4)
     names = [f"task/{i}" for i in range(len(prompts))]
     options = {"max_new_tokens": 11, "temperature": 0.9, "top_p": 0.9, "seed": 3, "eos_ids": [7, 8]}
-    whole = by_index(generate(model, prompts, n_samples=4, keys=names, batch_size=24, **options))
+    whole = draw(model, prompts, n_samples=4, keys=names, batch_size=24, **options)
     assert len({tuple(s.token_ids) for s in whole.values()}) > 20
     for batch_size in (1, 5):
-        assert whole == by_index(
-            generate(model, prompts, n_samples=4, keys=names, batch_size=batch_size, **options)
+        assert whole == draw(
+            model, prompts, n_samples=4, keys=names, batch_size=batch_size, **options
         )
     order = [4, 2, 0, 5]  # other neighbours, other units, fewer samples
-    part = generate(
-        model, [prompts[i] for i in order], n_samples=2, keys=[names[i] for i in order],
-        batch_size=3, **options,
-    )  # fmt: skip
-    for sample in part:
+    names, options = [names[i] for i in order], options | {"n_samples": 2, "batch_size": 3}
+    for sample in draw(model, [prompts[i] for i in order], keys=names, **options).values():
         same = whole[order[sample.prompt_index], sample.sample_index]
         assert (sample.token_ids, sample.finish_reason) == (same.token_ids, same.finish_reason)
-    other = by_index(generate(model, prompts, n_samples=4, keys=names, **(options | {"seed": 4})))
+    names, options = [f"task/{i}" for i in range(len(prompts))], options | {"seed": 4}
+    other = draw(model, prompts, keys=names, **(options | {"n_samples": 4}))
     assert sum(other[i].token_ids == whole[i].token_ids for i in whole) < 3
 
 
 def test_done_samples_are_left_out_and_the_others_unchanged():
-    model, prompts = small_model(**LLAMA), ragged_prompts(n=2)
+    model, prompts = small_model(), ragged_prompts(n=2)
     options = {"n_samples": 3, "max_new_tokens": 6, "temperature": 1.0, "batch_size": 2}
-    whole = by_index(generate(model, prompts, **options))
+    whole = draw(model, prompts, **options)
     done = {(0, 1), (1, 0), (1, 1), (1, 2)}
-    rest = by_index(generate(model, prompts, done=done, **options))
+    rest = draw(model, prompts, done=done, **options)
     assert rest.keys() == whole.keys() - done
     assert all(rest[i] == whole[i] for i in rest)
 
@@ -309,10 +235,11 @@ def test_done_samples_are_left_out_and_the_others_unchanged():
 RANKS = """
     import json
     import numpy as np
-    from test_engine import LLAMA, generate, ragged_prompts, small_model
-    model, prompts = small_model(**LLAMA), ragged_prompts(n=9)
-    samples = list(generate(model, prompts, n_samples=3, max_new_tokens=12, temperature=1.0,
-                            top_p=0.95, eos_ids=[9, 10], batch_size=4, dist=dist))
+    from test_engine import Sampling, generate, ragged_prompts, small_model
+    model, prompts = small_model(), ragged_prompts(n=9)
+    sampling = Sampling(12, temperature=1.0, top_p=0.95, seed=0)
+    samples = list(generate(model, prompts, sampling, n_samples=3, eos_ids=[9, 10], batch_size=4,
+                            dist=dist))
     rows = [[s.prompt_index, s.sample_index, s.token_ids, s.finish_reason] for s in samples]
     everything = dist.gather(rows)
     if dist.is_main:
@@ -323,7 +250,7 @@ RANKS = """
 def on_ranks(tmp_path, n):
     script = tmp_path / "ranks.py"
     script.write_text(
-        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, *{PLACES!r}]\n"
         "import distributed\nwith distributed.setup('cpu') as dist:" + RANKS
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -364,12 +291,11 @@ def test_units_cover_every_prompt_once_and_do_not_know_the_world_size():
 class Scripted(torch.nn.Module):
     """A model that says fixed tokens after each prompt: what follows prompt [p] is says[p]."""
 
-    supports_cache, config = False, None
+    supports_cache, max_positions, device = False, None, torch.device("cpu")
 
     def __init__(self, says, vocab_size):
         super().__init__()
         self.says, self.V = says, vocab_size
-        self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.calls = 0
 
     def hidden(self, ids):
@@ -403,9 +329,9 @@ def test_stop_strings_across_tokens_cut_the_text():
         "x\nde\ndef y",
     ]
     model, prompts = says(tok, *texts)
-    stop = ["\ndef", "\nclass", "\n#"]
+    stop = ("\ndef", "\nclass", "\n#")
     options = {"tokenizer": tok, "stop": stop, "max_new_tokens": 19, "batch_size": 2}
-    samples = by_index(generate(model, prompts, **options))
+    samples = draw(model, prompts, **options)
     wanted = ["return 1", "\n\n", "no stop here at all", "#", "x\nde"]
     for i, text in enumerate(wanted):
         assert samples[i, 0].text == text
@@ -422,17 +348,17 @@ def test_stop_strings_with_merged_tokens(data_dir):
     text = "    return a + b\n\n\nif __name__ == '__main__':\n    pass"
     model, prompts = says(tok, text)
     options = {"tokenizer": tok, "max_new_tokens": 40}
-    for stop, wanted in [(["\nif"], "    return a + b\n\n"), (["urn a"], "    ret")]:
-        (sample,) = generate(model, prompts, stop=stop, **options)
+    for stop, wanted in [(("\nif",), "    return a + b\n\n"), (("urn a",), "    ret")]:
+        (sample,) = draw(model, prompts, stop=stop, **options).values()
         assert (sample.text, sample.finish_reason) == (wanted, "stop")
-    (sample,) = generate(model, prompts, stop=["never"], **options)
+    (sample,) = draw(model, prompts, stop=("never",), **options).values()
     assert sample.finish_reason == "length" and sample.text.startswith(text)
 
 
 def test_the_earliest_stop_string_wins():
     tok = build_tokenizer("byte")
     model, prompts = says(tok, "ab\n\ncd")
-    (sample,) = generate(model, prompts, tokenizer=tok, stop=["\n\n", "b\n"], max_new_tokens=6)
+    (sample,) = generate(model, prompts, Sampling(6, stop=("\n\n", "b\n")), tokenizer=tok)
     assert sample.text == "a"
 
 
@@ -440,8 +366,8 @@ def test_characters_split_between_tokens():
     tok = build_tokenizer("byte")
     model, prompts = says(tok, "é→🙂终止。x", "日本", "終", "a🙂")
     limits = [30, 5, 2, 4]  # 日本 cut after 5 of 6 bytes, 終 after 2 of 3, 🙂 after 3 of 4
-    options = {"tokenizer": tok, "stop": ["终止"], "max_new_tokens": limits}
-    samples = by_index(generate(model, prompts, **options))
+    options = {"tokenizer": tok, "stop": ("终止",), "max_new_tokens": limits}
+    samples = draw(model, prompts, **options)
     assert samples[0, 0].text == "é→🙂" and samples[0, 0].finish_reason == "stop"
     assert len(samples[0, 0].token_ids) == len("é→🙂终止".encode())
     assert samples[1, 0].text == "日"
@@ -453,7 +379,7 @@ def test_a_prompt_that_ends_inside_a_character():
     tok = build_tokenizer("byte")
     smile = list("🙂".encode())
     model = Scripted({smile[0]: [0, *smile[2:], *tok.encode("!")]}, 257)
-    (sample,) = generate(model, [smile[:2]], tokenizer=tok, max_new_tokens=3)
+    (sample,) = generate(model, [smile[:2]], Sampling(3), tokenizer=tok)
     assert sample.text == "🙂!"
 
 
@@ -486,19 +412,18 @@ def test_sentencepiece_keeps_its_indentation_and_finds_stops():
     newline = vocab["<0x0A>"]
     answer = [vocab["▁▁▁▁"], vocab["▁return"], vocab["▁x"], newline, vocab["def"], vocab["▁a"]]
     model = Scripted({vocab["▁a"]: answer}, tok.vocab_size)
-    options = {"tokenizer": tok, "max_new_tokens": 6}
-    (sample,) = generate(model, [[vocab["▁a"]]], stop=["\ndef"], **options)
+    prompts = [[vocab["▁a"]]]
+    (sample,) = generate(model, prompts, Sampling(6, stop=("\ndef",)), tokenizer=tok)
     assert (sample.text, len(sample.token_ids)) == ("     return x", 5)
-    (sample,) = generate(model, [[vocab["▁a"]]], stop=[" return"], **options)
+    (sample,) = generate(model, prompts, Sampling(6, stop=(" return",)), tokenizer=tok)
     assert (sample.text, len(sample.token_ids)) == ("    ", 2)
 
 
 def test_eos_ends_a_sequence_and_is_not_part_of_it():
     tok = build_tokenizer("byte")
     model, prompts = says(tok, [*b"ab", 256, *b"cd"], [256], "abc")
-    samples = by_index(
-        generate(model, prompts, tokenizer=tok, eos_ids=[256], max_new_tokens=3, batch_size=2)
-    )
+    options = {"tokenizer": tok, "eos_ids": [256], "max_new_tokens": 3, "batch_size": 2}
+    samples = draw(model, prompts, **options)
     got = [(s.text, s.token_ids, s.finish_reason) for _, s in sorted(samples.items())]
     assert got == [("ab", [97, 98], "eos"), ("", [], "eos"), ("abc", [97, 98, 99], "length")]
 
@@ -508,19 +433,19 @@ def test_freed_rows_are_refilled():
     tok = build_tokenizer("byte")
     model, prompts = says(tok, *("x" * n + "." for n in [9, 1, 5, 2, 7, 3, 8, 4, 6]))
     units = [range(9)]
-    options = {"tokenizer": tok, "stop": ["."], "max_new_tokens": 20, "batch_size": 3}
-    order = [s.prompt_index for s in generate(model, prompts, units=units, **options)]
+    sampling, options = Sampling(20, stop=(".",)), {"tokenizer": tok, "batch_size": 3}
+    order = [s.prompt_index for s in generate(model, prompts, sampling, units=units, **options)]
     assert sorted(order) == list(range(9)) and order[0] == 1, "samples come as they finish"
     assert model.calls == 20  # 10 | 2 3 8 .. : what three rows filled in this order take
 
 
 def test_rows_refill_with_the_cache_as_well(monkeypatch):
-    model, prompts = small_model(**LLAMA), ragged_prompts(n=10)
-    steps, step = [], engine._decode_step
-    monkeypatch.setattr(engine, "_decode_step", lambda *a: (steps.append(1), step(*a)))
+    model, prompts = small_model(), ragged_prompts(n=10)
+    steps, step = [], rows._decode_step
+    monkeypatch.setattr(rows, "_decode_step", lambda *a: (steps.append(1), step(*a)))
     lengths = [10, 1, 6, 2, 8, 3, 9, 4, 7, 5, 1, 2]
     units = [range(12)]
-    samples = by_index(generate(model, prompts, max_new_tokens=lengths, batch_size=3, units=units))
+    samples = draw(model, prompts, max_new_tokens=lengths, batch_size=3, units=units)
     assert [len(samples[i, 0].token_ids) for i in range(12)] == lengths
     # rows taken in order: 10+3+7 | 1+2+8+4+... no row idles before the queue is empty
     assert len(steps) <= -(-sum(lengths) // 3) + max(lengths) // 2
@@ -531,29 +456,28 @@ def test_idle_rows_stay_inside_the_context():
     run on: its position would be beyond the table."""
     model, prompts = small_model(), [[5], ragged_prompts(n=0, longest=48)[1]]
     options = {"n_samples": 2, "max_new_tokens": 46, "batch_size": 2, "units": [[0], [1]]}
-    samples = by_index(generate(model, prompts, done={(1, 1)}, **options))
+    samples = draw(model, prompts, done={(1, 1)}, **options)
     assert samples[1, 0].token_ids == plain_greedy(model, prompts[1], 1)
     assert samples.keys() == {(0, 0), (0, 1), (1, 0)}
 
 
 def test_a_host_that_looks_late_changes_nothing(monkeypatch):
     """On CUDA tokens are looked at some steps after they were sampled; the overshoot is dropped."""
-    model, prompts = small_model(**LLAMA), ragged_prompts(n=8)
+    model, prompts = small_model(), ragged_prompts(n=8)
     tok = build_tokenizer("byte")
     options = {"max_new_tokens": 14, "temperature": 1.0, "eos_ids": range(40), "batch_size": 3}
-    options |= {"tokenizer": tok, "stop": ["e", "\x90"], "n_samples": 2}
-    prompt_now = by_index(generate(model, prompts, **options))
-    build = engine.CachedRows.__init__
+    options |= {"tokenizer": tok, "stop": ("e", "\x90"), "n_samples": 2}
+    prompt_now = draw(model, prompts, **options)
+    build = rows.CachedRows.__init__
 
     def late(self, *args):
         build(self, *args)
         self.lag, self.patience = 2, 2
-        for ring in (self.fresh_ring, self.tiles_ring, self.token_ring):
-            ring += [torch.zeros_like(ring[0]) for _ in range(2)]
-        self.compiled = True  # the span is then not narrowed step by step
+        self.make_buffers(4)
+        self.compiled = True  # reading is then not narrowed step by step
 
-    monkeypatch.setattr(engine.CachedRows, "__init__", late)
-    assert by_index(generate(model, prompts, **options)) == prompt_now
+    monkeypatch.setattr(rows.CachedRows, "__init__", late)
+    assert draw(model, prompts, **options) == prompt_now
     assert {s.finish_reason for s in prompt_now.values()} >= {"eos", "length"}
 
 
@@ -566,7 +490,7 @@ def test_generation_stops_at_the_end_of_the_context(shape):
     model = small_model(**SHAPES[shape])  # 48 positions
     g = np.random.default_rng(0)
     prompts = [g.integers(0, 257, n).tolist() for n in (48, 40, 3)]
-    samples = by_index(generate(model, prompts, max_new_tokens=20, batch_size=2))
+    samples = draw(model, prompts, max_new_tokens=20, batch_size=2)
     for i, n in enumerate([1, 9, 20]):
         assert samples[i, 0].finish_reason == "length"
         assert samples[i, 0].token_ids == plain_greedy(model, prompts[i], n)
@@ -581,35 +505,189 @@ def test_generation_stops_at_the_end_of_the_context(shape):
         ),
         ({"prompts": [[1] * 50], "keys": ["HumanEval/3"]}, "prompt HumanEval/3 has 50 tokens"),
         ({"prompts": [[]]}, "prompt 0 has no tokens"),
-        ({"temperature": -0.1}, "temperature must be 0 or more"),
-        ({"temperature": float("nan")}, "temperature must be"),
-        ({"top_p": 0.0}, "top_p must be above 0"),
-        ({"top_p": [0.5, 1.5]}, "top_p must be above 0 and at most 1, not 1.5"),
-        ({"top_k": -1}, "top_k must be"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"n_samples": 0}, "n_samples must be at least 1"),
         ({"batch_size": 0}, "batch size must be at least 1"),
-        ({"stop": ["\n"]}, "pass a tokenizer"),
-        ({"stop": [""], "tokenizer": build_tokenizer("byte")}, "an empty stop string"),
+        ({"sampling": Sampling(stop=("\n",))}, "pass a tokenizer"),
+        ({"sampling": [Sampling()]}, "sampling must be one, 2, or 2 of 1 each"),
+        ({"sampling": [[Sampling()] * 2] * 2}, "sampling must be one, 2, or 2 of 1 each"),
         ({"keys": ["a", "a"]}, "keys must name each of 2 prompts once"),
     ],
 )
 def test_refused_before_anything_runs(changes, message):
     with pytest.raises(ValueError, match=message) as error:
-        generate(small_model(), **({"prompts": [[1], [2]]} | changes))
+        generate(small_model(), **({"prompts": [[1], [2]], "sampling": Sampling()} | changes))
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"temperature": -0.1}, "--temperature must be 0 .greedy. or more, not -0.1"),
+        ({"temperature": float("nan")}, "--temperature must be"),
+        ({"top_p": 0.0}, "--top-p must be above 0"),
+        ({"top_p": 1.5}, "--top-p must be above 0 and at most 1, not 1.5"),
+        ({"top_k": -1}, "--top-k must be"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
+        ({"stop": ("",)}, "--stop must be texts of a character or more"),
+    ],
+)
+def test_parameters_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**changes)
+
+
 def test_no_prompts_no_samples():
-    assert list(generate(small_model(), [])) == []
+    assert list(generate(small_model(), [], Sampling())) == []
 
 
 def test_parameters_by_prompt_and_by_sample():
-    model, prompts = small_model(**LLAMA), [[5, 6], [7]]
-    temperature = [[0.0, 1.0], [1.0, 0.0]]
-    options = {"n_samples": 2, "max_new_tokens": [4, 9], "batch_size": 3}
-    samples = by_index(generate(model, prompts, temperature=temperature, **options))
+    model, prompts = small_model(), [[5, 6], [7]]
+    temperatures, limits = [[0.0, 1.0], [1.0, 0.0]], [4, 9]
+    each = [[Sampling(n, t, seed=0) for t in own] for n, own in zip(limits, temperatures)]
+    samples = by_index(generate(model, prompts, each, n_samples=2, batch_size=3))
     assert samples[0, 0].token_ids == plain_greedy(model, prompts[0], 4)
     assert samples[1, 1].token_ids == plain_greedy(model, prompts[1], 9)
-    sampled = by_index(generate(model, prompts, temperature=1.0, **options))
+    options = {"n_samples": 2, "max_new_tokens": limits, "batch_size": 3}
+    sampled = draw(model, prompts, temperature=1.0, **options)
     assert samples[0, 1] == sampled[0, 1] and samples[1, 0] == sampled[1, 0]
+    assert sampled[0, 0] != samples[0, 0]
+
+
+# ---------------------------------------------------------------------------------------------
+# The engine, as a server drives it
+
+
+class WithoutCache(torch.nn.Module):
+    """A native model whose cache nobody uses."""
+
+    supports_cache = False
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.hidden, self.logits = model, model.hidden, model.logits
+        self.max_positions, self.device = model.max_positions, model.device
+
+
+BOTH = pytest.mark.parametrize("wrap", [lambda m: m, WithoutCache], ids=["cached", "plain"])
+
+
+def run(engine, until=lambda progress: False):
+    """Steps until nothing is left, or `until`: (tokens by sample, samples by index)."""
+    streamed, finished = {}, []
+    while engine.busy:
+        progress = engine.step()
+        for token in progress.tokens:
+            streamed.setdefault((token.request, token.sample_index), []).append(token)
+        finished += progress.finished
+        if until(progress):
+            break
+    return streamed, by_index(finished)
+
+
+@BOTH
+def test_requests_join_a_running_batch(wrap):
+    """Tokens come one by one, and whoever else is there, a request gets what generate gives it."""
+    plain, prompts = small_model(), ragged_prompts(n=5)
+    eos, sampling = set(range(30)), Sampling(11, temperature=0.9, top_p=0.9, seed=3)
+    wanted = by_index(generate(plain, prompts, sampling, n_samples=2, eos_ids=eos))
+    server = Engine(wrap(plain), Capacity(3, 12, 20), eos_ids=eos)
+    assert not server.busy and server.step() == ([], [])
+    greedy = prompts[3]
+    server.submit("greedy", greedy, Sampling(6))
+    streamed, finished = {}, {}
+    for i, prompt in enumerate(prompts):
+        server.submit(f"r{i}", prompt, sampling, samples=range(2), key=i)
+        for _ in range(i):
+            progress = server.step()
+            finished |= by_index(progress.finished)
+            for token in progress.tokens:
+                streamed.setdefault((token.request, token.sample_index), []).append(token)
+    more, rest = run(server)
+    finished |= rest
+    for at, tokens in more.items():
+        streamed[at] = streamed.get(at, []) + tokens
+    assert len(finished) == 1 + 2 * len(prompts) and not server.busy
+    for (i, s), sample in wanted.items():
+        got = finished[f"r{i}", s]
+        assert (got.token_ids, got.finish_reason) == (sample.token_ids, sample.finish_reason)
+        assert [t.token_id for t in streamed.get((f"r{i}", s), [])] == sample.token_ids
+    wanted = plain_greedy(plain, greedy, 6)
+    wanted = wanted[: next((i for i, t in enumerate(wanted) if t in eos), 6)]
+    assert finished["greedy", 0].token_ids == wanted
+    assert {s.finish_reason for s in finished.values()} == {"eos", "length"}
+
+
+@BOTH
+@pytest.mark.parametrize("lag", [0, 2])
+def test_cancelled_requests_free_their_rows(wrap, lag, monkeypatch):
+    model, prompts = small_model(), ragged_prompts(n=4)
+    server = Engine(wrap(model), Capacity(2, 12, 30))
+    if lag and wrap is not WithoutCache:
+        server.rows.lag = lag
+        server.rows.make_buffers(lag + 2)
+        server.rows.compiled = True  # reading is then not narrowed step by step
+    for i, prompt in enumerate(prompts):
+        server.submit(i, prompt, Sampling(25))
+    for _ in range(4):
+        assert all(token.request < 2 for token in server.step().tokens)
+    server.cancel(0)  # running, with steps in flight
+    server.cancel(4)  # waiting
+    server.cancel("nobody")
+    streamed, finished = run(server)
+    assert finished.keys() == {(i, 0) for i in (1, 2, 3, 5)}
+    assert streamed.keys() == finished.keys()
+    for (i, _), sample in finished.items():
+        assert sample.token_ids == plain_greedy(model, prompts[i], 25)
+    server.submit(0, prompts[5], Sampling(3))  # its name is free again, and means another prompt
+    assert run(server)[1][0, 0].token_ids == plain_greedy(model, prompts[5], 3)
+
+
+@BOTH
+@pytest.mark.parametrize("k", [0, 5])
+def test_logprobs_of_the_tokens_drawn(wrap, k):
+    model, prompts = small_model(), ragged_prompts(n=2)
+    server = Engine(wrap(model), Capacity(3, 12, 9), logprobs=k)
+    for i, prompt in enumerate(prompts):
+        server.submit(i, prompt, Sampling(9, temperature=i % 2 * 0.8, top_k=7, seed=1))
+    streamed, finished = run(server)
+    for (i, _), tokens in streamed.items():
+        ids = torch.tensor([prompts[i] + finished[i, 0].token_ids])
+        with torch.no_grad():
+            logits = model.logits(model.hidden(ids)[0, len(prompts[i]) - 1 : -1])
+        wanted = logits.double().log_softmax(-1)
+        assert len(tokens) == 9
+        for token, expected in zip(tokens, wanted):
+            top, values = token.logprobs
+            assert top[0] == token.token_id and len(top) == len(values) == 1 + k
+            np.testing.assert_allclose(values, expected[top].numpy(), atol=1e-5)
+            np.testing.assert_allclose(values[1:], expected.topk(k).values.numpy(), atol=1e-5)
+            if i % 2 == 0 and k:
+                assert top[1] == token.token_id
+
+
+def test_logprobs_off_leave_nothing_on_the_device():
+    server = Engine(small_model(), Capacity(2, 4, 4))
+    server.submit("a", [1, 2], Sampling(4))
+    streamed, _ = run(server)
+    assert server.rows.state.keys() == rows.STATE.keys()
+    assert all(token.logprobs is None for token in streamed["a", 0])
+
+
+@pytest.mark.parametrize(
+    "prompt,sampling,message",
+    [
+        ([1] * 13, Sampling(4), "prompt x has 13 tokens, more than the 12 that there is room for"),
+        ([1] * 49, Sampling(4), "more than the model's context of 48"),
+        ([], Sampling(4), "prompt x has no tokens"),
+        ([1], Sampling(10), "10 new tokens, more than the 9 that there is room for"),
+        ([1], Sampling(4, stop=("a",)), "pass a tokenizer"),
+    ],
+)
+def test_requests_that_do_not_fit_are_refused_alone(prompt, sampling, message):
+    server = Engine(small_model(), Capacity(2, 12, 9))
+    with pytest.raises(ValueError, match=message):
+        server.submit("x", prompt, sampling)
+    server.submit("x", [1], Sampling(3))
+    with pytest.raises(ValueError, match="request x is already on its way"):
+        server.submit("x", [1], Sampling(3))
+    assert len(run(server)[1]) == 1

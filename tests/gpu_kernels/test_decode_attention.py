@@ -8,25 +8,30 @@ import torch
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
 
 
-def softmax_attention(q, keys, values):
-    scores = keys @ q / len(q) ** 0.5
+def softmax_attention(q, keys, values, softcap=None, scale=None):
+    scores = keys @ q * (len(q) ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
     weights = np.exp(scores - scores.max())
     return weights @ values / weights.sum()
 
 
 @pytest.mark.parametrize("N,P,window", [(1, 9, 0), (3, 9, 0), (3, 9, 4), (1, 9, 12), (2, 0, 0)])
 @pytest.mark.parametrize("G,R", [(2, 1), (2, 3)])
-def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R):
+@pytest.mark.parametrize("softcap,scale", [(None, None), (1.5, None), (None, 0.6), (1.5, 0.6)])
+def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R, softcap, scale):
     g, B, S, D = np.random.default_rng(N + window), 5, 7, 8
     q, new_k, new_v = (g.normal(size=(B, n, D)) for n in (G * R, G, G))
     k, v = (g.normal(size=(B, G, S, D)) for _ in range(2))
     prefix_k, prefix_v = (g.normal(size=(N, G, P, D)) for _ in range(2))
     lengths, prefix = np.array([0, 3, 6, 1, 5]), g.integers(0, N, B)
     prefix_lengths = np.array([P, P // 2, 0][:N])
-    as_torch = [torch.tensor(x) for x in (q, new_k, new_v, k, v, lengths)]
-    where = [torch.tensor(x) for x in (prefix_k, prefix_v, prefix_lengths, prefix)]
-    tiles = plan_tiles(prefix, N, R, torch.float64)
-    got = merge_parts(*decode_attention(*as_torch, *where, tiles, window, int(lengths.max()) + 1))
+    as_torch = [torch.tensor(x) for x in (q, new_k, new_v)]
+    own = [torch.tensor(x) for x in (k, v, lengths)]
+    prompts = [torch.tensor(x) for x in (prefix_k, prefix_v, prefix_lengths)]
+    where = torch.tensor(prefix), plan_tiles(prefix, N, R, torch.float64), int(lengths.max()) + 1
+    terms = {"window": window or None, "softcap": softcap, "scale": scale}
+    got = merge_parts(*decode_attention(*as_torch, own, prompts, *where, **terms))
     for b in range(B):
         n, p = lengths[b], prefix[b]
         for h in range(G * R):
@@ -34,12 +39,12 @@ def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R):
             keys = [prefix_k[p, i, : prefix_lengths[p]], k[b, i, :n], new_k[b, i][None]]
             values = [prefix_v[p, i, : prefix_lengths[p]], v[b, i, :n], new_v[b, i][None]]
             keys, values = (np.concatenate(x)[-window:] for x in (keys, values))
-            wanted = softmax_attention(q[b, h], keys, values)
+            wanted = softmax_attention(q[b, h], keys, values, softcap, scale)
             np.testing.assert_allclose(got[b, h], wanted, rtol=1e-5, atol=1e-6)
-        assert (as_torch[3][b, :, n].numpy() == new_k[b]).all(), "the new key is stored"
-        assert (as_torch[4][b, :, n].numpy() == new_v[b]).all()
+        assert (own[0][b, :, n].numpy() == new_k[b]).all(), "the new key is stored"
+        assert (own[1][b, :, n].numpy() == new_v[b]).all()
         others = np.arange(S) != n
-        assert (as_torch[3][b, :, others].numpy() == k[b][:, others]).all(), "and no other touched"
+        assert (own[0][b, :, others].numpy() == k[b][:, others]).all(), "and no other touched"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,8 +2,8 @@
 
     python battery.py FOLDER '{"tier": "C", "timeout": 0.6, "only": ""}'
 
-FOLDER holds sandbox.py and jail.py. Standard library only, so that any user's interpreter can run
-it. Prints a JSON object: tier, uid, ran, seconds and a list of failures.
+FOLDER holds sandbox/. Standard library only, so that any user's interpreter can run it. Prints a
+JSON object: tier, uid, ran, seconds and a list of failures.
 """
 
 import ctypes
@@ -149,10 +149,10 @@ def settled_count():
     return count
 
 
-def judge_honest(box, name, test):
+def judge_honest(sandbox, name, test):
     """An honest program's verdict. Out of time is what a busy machine may be: then once more."""
     for attempt in range(3):
-        verdict = box.judge("", f"{HONEST}# {name}, {attempt}", test, "solve")
+        verdict = sandbox.judge("", f"{HONEST}# {name}, {attempt}", test, "solve")
         if verdict.kind != "timeout":
             break
     return verdict
@@ -171,17 +171,17 @@ def judge_all(world, config):
         Sandbox(timeout=config["timeout"], **options) as hostile,
         Sandbox(timeout=15.0, **options) as patient,
     ):
-        for box in (hostile, patient):
-            assert judge_honest(box, "first", honest_test).passed
+        for sandbox in (hostile, patient):
+            assert judge_honest(sandbox, "first", honest_test).passed
         processes = settled_count()  # each has its next candidate waiting
         for name, kinds, source in programs():
             if config.get("only", "") not in name:
                 continue
             ran += 1
             started, passes = time.monotonic(), kinds == ["passed"]
-            box = patient if passes else hostile
+            sandbox = patient if passes else hostile
             test = honest_test if passes else world.test
-            verdict = box.judge(world.prompt, source, test, "solve")
+            verdict = sandbox.judge(world.prompt, source, test, "solve")
             seconds = time.monotonic() - started
             if verdict.kind == "timeout" and kinds != ["*"] and "timeout" not in kinds:
                 verdict = patient.judge(world.prompt, source, test, "solve")  # a busy machine

@@ -1,0 +1,196 @@
+"""Keys and values already computed, which model.hidden(ids, cache=...) goes on from.
+
+    cache = PrefixCache(model, len(prefix))                 # scoring: one prefix, any rows after it
+    model.hidden(prefix_ids, cache=cache.filling())         # [1, P]
+    model.hidden(ids, cache=cache)                          # [B, T], right-padded, batch by batch
+
+    cache = DecodeCache(model, n_prompts=N, prompt_len=P, n_rows=B, max_len=S)       # generation
+    model.hidden(ids, cache=cache.filling([2, 0], [9, 5]))  # [2, T], right-padded: two prompts
+    cache.assign(prompts)                                   # [B]: the prompt of each row
+    model.hidden(next_ids, cache=cache)                     # [B, 1]: one decode step
+    cache.advance(active)                                   # [B]: 1 where the row keeps that token
+
+What the model asks of any of them is `positions(T)` and `attend(layer, q, k, v, **options)`, the
+options being model.attention_of's.
+
+Shapes: B rows, T tokens, N prompts of at most P tokens, S own tokens of a row at most, H query
+heads, G key/value heads, D head_dim
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
+from model import attend
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int | None = None) -> np.ndarray:
+    """int64 [rows, length or the longest row's]: token ids, filled up with 0 on the right."""
+    padded = np.zeros((len(rows), max(map(len, rows)) if length is None else length), np.int64)
+    for place, ids in zip(padded, rows):
+        place[: len(ids)] = ids
+    return padded
+
+
+def _room(model, rows: int, length: int) -> list[torch.Tensor]:
+    """Zeros [rows, G, length, D] for each layer."""
+    c = model.config
+    shape = (rows, c.n_kv_heads, length, c.head_dim)
+    return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(c.n_layers)]
+
+
+class Filling:
+    """What one call of `hidden` needs to fill slots [n] of k, v [N, G, P, D] with prompts."""
+
+    def __init__(self, k: list[torch.Tensor], v: list[torch.Tensor], slots: torch.Tensor):
+        self.k, self.v, self.slots = k, v, slots
+
+    def positions(self, T: int) -> torch.Tensor:
+        return torch.arange(T, device=self.slots.device)[None]
+
+    def attend(self, layer: int, q, k, v, **options) -> torch.Tensor:
+        T = q.shape[2]
+        self.k[layer][self.slots, :, :T] = k
+        self.v[layer][self.slots, :, :T] = v
+        return attend(q, k, v, causal=True, **options)
+
+
+def merge_attention(out_a, lse_a, out_b, lse_b) -> torch.Tensor:
+    """Attention over the union of two disjoint sets of keys, from that over each [B, H, T, D] and
+    the log-sum-exp of its scores [B, H, T]."""
+    share = torch.sigmoid(lse_a - lse_b)[..., None]
+    return torch.lerp(out_b, out_a, share.to(out_a.dtype))  # float32 inside
+
+
+class PrefixCache:
+    """One prefix of `prefix_len` tokens, for rows that go on from it in as many batches as wanted:
+    nothing is kept of a row. For each layer k, v [1, G, P, D]."""
+
+    def __init__(self, model, prefix_len: int):
+        self.prefix_len, self.device = prefix_len, model.device
+        self.k, self.v = _room(model, 1, prefix_len), _room(model, 1, prefix_len)
+
+    def filling(self) -> Filling:
+        return Filling(self.k, self.v, torch.zeros(1, dtype=torch.int64, device=self.device))
+
+    def positions(self, T: int) -> torch.Tensor:
+        return self.prefix_len + torch.arange(T, device=self.device)[None]
+
+    def attend(self, layer: int, q, k, v, *, window=None, **options) -> torch.Tensor:
+        """q [B, H, T, D] over the prefix and the rows' own k, v [B, G, T, D], causally."""
+        if window is not None and window < self.prefix_len + q.shape[2]:
+            return self._attend_window(layer, q, k, v, window, options)
+        own = attend(q, k, v, causal=True, lse=True, **options)
+        return merge_attention(*self._attend_prefix(layer, q, options), *own)
+
+    def _attend_prefix(self, layer, q, options):
+        """All queries of all rows see the whole prefix: one product without a mask."""
+        B, H, T, D = q.shape
+        queries = q.transpose(1, 2).reshape(1, B * T, H, D).transpose(1, 2)  # a view
+        k, v = self.k[layer], self.v[layer]
+        out, lse = attend(queries, k, v, causal=False, lse=True, **options)
+        out = out.transpose(1, 2).view(B, T, H, D).transpose(1, 2)
+        return out, lse.view(H, B, T).transpose(0, 1)
+
+    def _attend_window(self, layer, q, k, v, window, options):
+        """With a window in reach: prefix and own keys side by side under a dense mask."""
+        B, T = q.shape[0], q.shape[2]
+        key = torch.arange(self.prefix_len + T, device=q.device)
+        query = key[self.prefix_len :, None]
+        seen = (key <= query) & (query - key < window)
+        k = torch.cat((self.k[layer].expand(B, -1, -1, -1), k), dim=2)
+        v = torch.cat((self.v[layer].expand(B, -1, -1, -1), v), dim=2)
+        return attend(q, k, v, causal=False, mask=seen, **options)
+
+
+class DecodeCache:
+    """Prompts, kept once each, and the own tokens of rows that go on from them, one a step.
+
+    For each layer: prompt_k, prompt_v [N, G, P, D], of which prompt_lengths [N] are filled; k, v
+    [B, G, S, D], of which lengths [B] are. A decode step is captured once as a CUDA graph: what
+    changes from step to step stays in the same tensors and is changed in place.
+    """
+
+    def __init__(self, model, n_prompts: int, prompt_len: int, n_rows: int, max_len: int):
+        def integers(n):
+            return torch.zeros(n, dtype=torch.int64, device=model.device)
+
+        c = model.config
+        self.dtype, self.device, self.heads_per_key = (
+            model.dtype,
+            model.device,
+            c.n_heads // c.n_kv_heads,
+        )
+        self.n_prompts, self.prompt_len, self.max_len = n_prompts, prompt_len, max_len
+        self.read_limit = max_len
+        self.prompt_k, self.prompt_v = (_room(model, n_prompts, prompt_len) for _ in range(2))
+        self.k, self.v = (_room(model, n_rows, max_len) for _ in range(2))
+        self.prompt_lengths = integers(n_prompts)
+        self.lengths, self.row_prompt = integers(n_rows), integers(n_rows)
+        self.tiles = self._plan_tiles([0] * n_rows).to(model.device)
+
+    # Prompts
+
+    def filling(self, slots: list[int], lengths: list[int]) -> Filling:
+        """For one call of `hidden`, whose rows are these slots' prompts of so many tokens."""
+        return Filling(self.prompt_k, self.prompt_v, self.set_lengths(slots, lengths))
+
+    def set_lengths(self, slots: list[int], lengths: list[int]) -> torch.Tensor:
+        """How many tokens of these slots are filled: 0 for a prompt of one token, which is the
+        first that its rows are given. Returns slots on the device."""
+        where = torch.tensor(slots, device=self.device)
+        self.prompt_lengths[where] = torch.tensor(lengths, device=self.device)
+        return where
+
+    # Rows
+
+    def assign(self, prompts: Sequence[int]) -> None:
+        """prompts [B]: the slot that each row goes on from, with the tokens of its own it has."""
+        self.row_prompt.copy_(torch.as_tensor(prompts))
+        self.group_rows(prompts)
+
+    def group_rows(self, prompts: Sequence[int], staging: torch.Tensor | None = None) -> None:
+        """Group rows by their prompts [B] for the kernel. staging: a tensor of `new_staging`, free
+        until the copy has run; with it nobody waits."""
+        tiles = self._plan_tiles(prompts)
+        if staging is not None:
+            tiles = staging.copy_(tiles)
+        self.tiles.copy_(tiles, non_blocking=staging is not None)
+
+    def new_staging(self, pin_memory: bool) -> torch.Tensor:
+        return torch.zeros(self.tiles.shape, dtype=self.tiles.dtype, pin_memory=pin_memory)
+
+    def start(self, rows: torch.Tensor, prompts: torch.Tensor) -> None:
+        """On the device: where rows [B] is True, a row is empty again, on slot prompts [B]."""
+        self.lengths.masked_fill_(rows, 0)
+        self.row_prompt.copy_(torch.where(rows, prompts.to(torch.int64), self.row_prompt))
+
+    def advance(self, active: torch.Tensor) -> None:
+        """On the device: rows grow by active [B], 0 or 1. A full row keeps its last slot, and
+        writes on in it until the host gives it away."""
+        self.lengths.copy_((self.lengths + active).clamp(max=self.max_len - 1))
+
+    def read_at_most(self, tokens: int) -> None:
+        """No row has more own tokens, the next one included: plain torch reads no further."""
+        self.read_limit = tokens
+
+    def positions(self, T: int) -> torch.Tensor:
+        ahead = torch.arange(T, device=self.device)[None]
+        return (self.prompt_lengths[self.row_prompt] + self.lengths)[:, None] + ahead
+
+    def attend(self, layer: int, q, k, v, **options) -> torch.Tensor:
+        """q [B, H, 1, D] over everything before it and k, v [B, G, 1, D], which are stored."""
+        assert q.shape[2] == 1, f"rows take one token at a time, not {q.shape[2]}"
+        q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
+        own = self.k[layer], self.v[layer], self.lengths
+        prompts = self.prompt_k[layer], self.prompt_v[layer], self.prompt_lengths
+        parts, lse = decode_attention(
+            q, k, v, own, prompts, self.row_prompt, self.tiles, self.read_limit, **options
+        )
+        return merge_parts(parts, lse).to(q.dtype)[:, :, None]
+
+    def _plan_tiles(self, prompts) -> torch.Tensor:
+        """Rows that continue the same prompt, together: see gpu_kernels/decode_attention.py."""
+        return plan_tiles(prompts, self.n_prompts, self.heads_per_key, self.dtype)

@@ -1,0 +1,239 @@
+"""Our own `checkpoint-{step}/`: a Hugging Face directory, trainer_state.pt and manifest.json.
+
+    with appearing(final, {"step": 1000, "loss": 2.5}) as directory:
+        write_weights(model, model.config, directory, tokenizer)
+        training_state.write(state, directory)
+
+The directory is made under a hidden name, every file is flushed, manifest.json with the sha256 of
+all the others last, and then one rename makes it appear: a `checkpoint-{step}` with a manifest is
+whole, whenever the process or the machine dies, and nothing else is.
+"""
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import GPTConfig
+from durable import dumps, fsync
+from formats import Opened, huggingface, layouts, tensorfiles, training_state
+from formats.fingerprints import sha256
+from formats.huggingface import TOKEN_IDS
+from hf_config import config_to_hf
+from model import GPTModel
+
+FORMAT = "formats/native.py"
+MANIFEST_FORMAT = "roseval checkpoint 1"
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def recognises(path: Path) -> bool:
+    """A directory with a manifest of ours, or with a damaged one."""
+    try:
+        return read_manifest(path) is not None
+    except ValueError:
+        return True
+
+
+def glance(path: Path) -> tuple[str, int | None]:
+    """(kind, step), as the manifest has it."""
+    return "roseval", (read_manifest(path) or {}).get("step")
+
+
+def open(path: Path, config: GPTConfig | None = None) -> Opened:
+    """A Hugging Face directory whose manifest says more."""
+    manifest = check_manifest(path) or {}
+    opened = huggingface.open(path, config)
+    stated = {name: manifest.get(name) for name in ("epoch", "loss", "tokens")}
+    return replace(
+        opened,
+        kind="roseval",
+        format=FORMAT,
+        step=manifest.get("step"),
+        facts=opened.facts | stated,
+        manifest=path / "manifest.json",
+    )
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a directory that `appearing` wrote, None if there is none."""
+    file = path / "manifest.json"
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError:
+        raise ValueError(f"{file} is damaged: it is not JSON") from None
+    ours = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT
+    return manifest if ours else None  # others use the name too
+
+
+def check_manifest(path: Path, content: bool = False) -> dict[str, Any] | None:
+    """The manifest, after a check of the sizes that it states; `content`: of the sha256 too."""
+    manifest = read_manifest(path)
+    for name, entry in (manifest or {"files": {}})["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            raise ValueError(f"{file} has {size} bytes, its manifest says {entry['bytes']:,}")
+        if content and sha256(file) != entry["sha256"]:
+            raise ValueError(f"{file} is damaged: its sha256 is not the manifest's")
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(
+    model,
+    optimizer,
+    scheduler,
+    epoch: int,
+    step: int,
+    loss: float,
+    output_dir,
+    config: GPTConfig | None = None,
+    tokenizer=None,
+    extra: dict | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Write output_dir/checkpoint-{step}/ and return it. For one process (rank 0) a directory.
+
+    extra: plain values and tensors, such as RNG states and the data position, that
+    `load_training_state` gives back; its "tokens", the tokens trained on, is also what the records
+    of evaluations say. keep: delete all but the last `keep` checkpoints and the one with the lowest
+    loss. The directory appears whole or not at all.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    model, output, extra = layouts.bare(model), Path(output_dir), extra or {}
+    about = {"epoch": epoch, "step": step, "loss": float(loss)}
+    state = about | {
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "extra": extra,
+    }
+    _remove_leftovers(output)
+    final = output / f"checkpoint-{step}"
+    with appearing(final, about | {"tokens": extra.get("tokens")}) as directory:
+        write_weights(model, config or model.config, directory, tokenizer)
+        training_state.write(state, directory)
+    if keep is not None:
+        _prune(output, keep, newest=final)
+    return final
+
+
+@contextlib.contextmanager
+def appearing(final: Path, about: dict[str, Any]) -> Iterator[Path]:
+    """A directory to fill, which becomes `final`, whole or not at all. about: what its manifest
+    states beyond the files."""
+    temporary = final.parent / f".tmp-{final.name}-{os.getpid()}"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _write_manifest(temporary, about)
+        _put_in_place(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_weights(
+    model: GPTModel,
+    config: GPTConfig,
+    directory: Path,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    **about: Any,
+) -> None:
+    """config.json, model.safetensors and the tokenizer's files: in Hugging Face's layout where an
+    architecture has the config, else under our own names. dtype: as the parameters are, unless
+    given. about: more fields for config.json."""
+    hf = config_to_hf(config)
+    layout = "native" if hf is None else "gpt2" if hf["model_type"] == "gpt2" else "llama"
+    views = dict(layouts.views(model, layout))
+    dtype = dtype or next(iter(views.values())).dtype
+    about["dtype"] = str(dtype).removeprefix("torch.")
+    if hf is None:
+        about["note"] = "no Hugging Face architecture computes this: native names, roseval only"
+    for key in TOKEN_IDS:  # null if not known: Hugging Face has defaults
+        about.setdefault(key, getattr(tokenizer, key, None))
+    if tokenizer is not None:
+        tokenizer.save(directory)
+    config.save_pretrained(directory, **about)
+    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype)
+
+
+def _write_manifest(directory: Path, about: dict[str, Any]) -> None:
+    files = {}
+    for path in sorted(directory.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        fsync(path)
+    text = dumps({"format": MANIFEST_FORMAT, **about, "files": files}, indent=2) + "\n"
+    (directory / "manifest.json").write_text(text)
+    fsync(directory / "manifest.json")
+    fsync(directory)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Rename. A step that was saved before changes places with the new one at once, where the
+    file system can do that (Linux: renameat2), and is deleted then."""
+    if final.exists():
+        aside = final.parent / f".old-{final.name}-{os.getpid()}"
+        if _exchange(temporary, final):
+            temporary.rename(aside)
+        else:
+            final.rename(aside)
+            temporary.rename(final)
+        fsync(final.parent)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(final)
+        fsync(final.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "renameat2"):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def _remove_leftovers(output: Path) -> None:
+    """What killed processes left half written or half deleted."""
+    for leftover in [*output.glob(".tmp-checkpoint-*"), *output.glob(".old-checkpoint-*")]:
+        shutil.rmtree(leftover)
+
+
+def _prune(output: Path, keep: int, newest: Path) -> None:
+    """Delete all of our checkpoints but the last `keep`, the one with the lowest loss, and
+    `newest`. They are renamed away first, so that none is ever seen half deleted."""
+    manifests = {}
+    for path in output.iterdir():
+        with contextlib.suppress(ValueError):
+            manifest = None if path.name.startswith(".") else read_manifest(path)
+            if manifest is not None:
+                manifests[path] = manifest
+    steps = {path: manifest.get("step") for path, manifest in manifests.items()}
+    ours = sorted(steps, key=lambda path: (steps[path] is None, steps[path] or 0, path.name))
+    losses = {path: manifests[path].get("loss") for path in ours}
+    losses = {path: math.inf if loss is None else loss for path, loss in losses.items()}
+    for path in ours[:-keep]:
+        if path not in (newest, min(losses, key=losses.get)):
+            aside = output / f".old-{path.name}-{os.getpid()}"
+            path.rename(aside)
+            fsync(output)
+            shutil.rmtree(aside)

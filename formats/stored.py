@@ -1,0 +1,166 @@
+"""Where the bytes of a tensor lie, in one file or in pieces over several, and how they are read.
+
+    stored = whole("model.bin", 4096, torch.bfloat16, [50257, 768])
+    stored = joined("lm_head.weight", torch.float32, [8, 6], [Piece(a, 0, (0, 0), (8, 3)), ...])
+    for where, values in read(stored):
+        weight[where] = values                       # some MB at a time, any dtype, any device
+
+Bytes are read, not mapped, so a file that shrinks meanwhile is an error, not a SIGBUS (strided
+tensors, which are rare, excepted). Of torch only.
+"""
+
+import math
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+READ_BYTES = 16 << 20
+
+
+class Piece(NamedTuple):
+    """A box of a tensor, as it lies in one file in C order from `offset` on."""
+
+    file: Path
+    offset: int  # bytes
+    start: tuple[int, ...]  # of the box in the whole tensor
+    shape: tuple[int, ...]  # of the box
+    record: str = ""  # the entry of a zip archive whose CRC covers it
+    strides: tuple[int, ...] | None = None  # in elements, where it is not in C order
+
+
+class Stored(NamedTuple):
+    """A tensor in files, whole or in pieces that tile it. It holds no memory and no open file."""
+
+    dtype: torch.dtype | str  # a str: one that torch has no use for here
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+def whole(file: Path, offset: int, dtype, shape: Iterable[int], record="", strides=None) -> Stored:
+    """A tensor in one piece."""
+    shape = tuple(shape)
+    return Stored(dtype, shape, (Piece(file, offset, (0,) * len(shape), shape, record, strides),))
+
+
+def joined(name: str, dtype: torch.dtype | str, shape: Iterable[int], pieces) -> Stored:
+    """A tensor of pieces. ValueError, naming their files, unless they tile it: every element in
+    exactly one of them."""
+    shape, pieces = tuple(shape), tuple(sorted(pieces, key=lambda piece: piece.start))
+    what = f"tensor {name} {list(shape)}"
+    for piece in pieces:
+        stops = [a + n for a, n in zip(piece.start, piece.shape)]
+        if not (len(piece.start) == len(piece.shape) == len(shape)) or not all(
+            0 <= a <= stop <= n for a, stop, n in zip(piece.start, stops, shape)
+        ):
+            raise ValueError(f"{piece.file}: its piece {_box(piece)} lies outside {what}")
+    for a, b in _overlapping(pieces):
+        raise ValueError(
+            f"{b.file}: its piece {_box(b)} of {what} overlaps the piece {_box(a)} in {a.file}"
+        )
+    held, wanted = sum(math.prod(piece.shape) for piece in pieces), math.prod(shape)
+    if held != wanted:
+        where = pieces[0].file if pieces else "no file"
+        raise ValueError(f"{where}: the pieces of {what} hold {held:,} of its {wanted:,} elements")
+    return Stored(dtype, shape, pieces)
+
+
+def _box(piece: Piece) -> str:
+    return f"[{', '.join(f'{a}:{a + n}' for a, n in zip(piece.start, piece.shape))}]"
+
+
+def _overlapping(pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, Piece]]:
+    """Pairs that share an element. Along the dimension that is cut most, neighbours suffice."""
+    pieces = [piece for piece in pieces if math.prod(piece.shape)]
+    if len(pieces) < 2:
+        return
+    dims = range(len(pieces[0].start))
+    most = max(dims, key=lambda d: len({piece.start[d] for piece in pieces}), default=None)
+    if most is None:  # scalars
+        yield pieces[0], pieces[1]
+        return
+    pieces.sort(key=lambda piece: piece.start[most])
+    for i, a in enumerate(pieces):
+        for b in pieces[i + 1 :]:
+            if b.start[most] >= a.start[most] + a.shape[most]:
+                break
+            if all(
+                a.start[d] < b.start[d] + b.shape[d] and b.start[d] < a.start[d] + a.shape[d]
+                for d in dims
+            ):
+                yield a, b
+
+
+def read(stored: Stored) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    """(where, values) over a stored tensor, so that `t[where] = values` fills one of its shape; at
+    most READ_BYTES at a time, unless a row has more. The values last until the next step."""
+    for piece in stored.pieces:
+        shape = piece.shape or (1,)
+        row_bytes = math.prod(shape[1:]) * stored.dtype.itemsize
+        if not row_bytes * shape[0]:
+            continue
+        rows = max(1, min(shape[0], READ_BYTES // row_bytes))
+        read_rows = _read_rows if piece.strides is None else _map_rows
+        for row, values in read_rows(piece, stored.dtype, shape, rows):
+            if not piece.shape:
+                yield (), values[0]
+                continue
+            begins = (piece.start[0] + row, *piece.start[1:])
+            yield tuple(slice(a, a + n) for a, n in zip(begins, values.shape)), values
+
+
+def _read_rows(piece: Piece, dtype: torch.dtype, shape: tuple[int, ...], rows: int):
+    """(first row, values) of a box in C order, `rows` at a time, one buffer for all."""
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    # mapped, not malloc'ed: it leaves the process whole, with no hole in the heap (1 GB on a 7B)
+    memory = mmap.mmap(-1, rows * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = torch.frombuffer(memory, dtype=dtype).view(rows, *shape[1:])
+    raw = memoryview(memory)
+    with open(piece.file, "rb", buffering=0) as f:
+        f.seek(piece.offset)
+        for row in range(0, shape[0], rows):
+            count = min(rows, shape[0] - row)
+            wanted = raw[: count * row_bytes]
+            while wanted:
+                n = f.readinto(wanted)
+                if not n:
+                    raise ValueError(f"{piece.file} became shorter while it was read")
+                wanted = wanted[n:]
+            yield row, buffer[:count]
+
+
+def _map_rows(piece: Piece, dtype: torch.dtype, shape: tuple[int, ...], rows: int):
+    """The same of a strided box, which is mapped while it is read."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, piece.strides or (1,)))
+    with open(piece.file, "rb") as f:
+        try:
+            end = piece.offset + span * dtype.itemsize
+            memory = mmap.mmap(f.fileno(), end, access=mmap.ACCESS_COPY)
+        except ValueError:
+            raise ValueError(f"{piece.file} became shorter while it was read") from None
+    flat = torch.frombuffer(memory, dtype=dtype, count=span, offset=piece.offset)
+    values = flat.as_strided(shape, piece.strides or (1,))
+    for row in range(0, shape[0], rows):
+        yield row, values[row : row + rows]
+
+
+def read_whole(stored: Stored) -> torch.Tensor:
+    """A stored tensor in memory."""
+    t = torch.empty(stored.shape, dtype=stored.dtype)
+    for where, values in read(stored):
+        t[where] = values
+    return t
+
+
+def equal(a: Stored, b: Stored) -> bool:
+    """Whether two stored tensors are the same numbers; usually because they are the same bytes."""
+    if a == b:
+        return True
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.dtype not in FLOATS:
+        return False
+    if [(p.start, p.shape) for p in a.pieces] != [(p.start, p.shape) for p in b.pieces]:
+        return torch.equal(read_whole(a), read_whole(b))
+    return all(torch.equal(x, y) for (_, x), (_, y) in zip(read(a), read(b), strict=True))

@@ -1,0 +1,55 @@
+"""What training goes on from: optimizer, scheduler, epoch, step, loss, and what the caller added.
+
+Ours is trainer_state.pt in a checkpoint's directory; others keep theirs in the file of the weights.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from formats import huggingface, tensorfiles
+
+STATE_NAMES = {  # ours: theirs
+    "optimizer": ("optimizer", "optimizer_state_dict"),
+    "scheduler": ("scheduler", "scheduler_state_dict"),
+    "epoch": ("epoch",),
+    "step": ("step", "iter_num"),
+    "loss": ("loss", "best_val_loss"),
+    "extra": ("extra",),
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """optimizer, scheduler, epoch, step, loss and extra of a directory or a torch file; None what
+    it has not."""
+    file = path
+    if path.is_dir():
+        file = path / "trainer_state.pt"
+        file = file if file.is_file() else huggingface.weight_file(path) or path
+    if file.suffix not in tensorfiles.TORCH_SUFFIXES:
+        raise ValueError(f"{path} has no training state: it holds weights only (--init-from)")
+    source = tensorfiles.open_torch(file)  # its checks; the state itself is then read, not mapped
+    tensorfiles.check_crc(file, [record.name for record in source.records if record.name])
+    del source
+    contents = tensorfiles.load_torch(file, mapped=False)
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} holds a {type(contents).__name__}, not a training state")
+    return {
+        ours: next((contents[name] for name in theirs if name in contents), None)
+        for ours, theirs in STATE_NAMES.items()
+    }
+
+
+def write(state: dict[str, Any], directory: Path) -> None:
+    """trainer_state.pt. ValueError if it could not be loaded again."""
+    torch.save(state, directory / "trainer_state.pt")
+    with torch.serialization.safe_globals(tensorfiles.allowed_globals()):
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(
+            directory / "trainer_state.pt"
+        )
+    if unsafe:
+        raise ValueError(
+            f"the training state holds {', '.join(sorted(unsafe))}, which could not be loaded "
+            "again: `extra` and the optimizer's state take tensors and plain values only"
+        )

@@ -1,0 +1,273 @@
+"""Is one checkpoint better than another? Paired by example, as the records keep them.
+
+    for a, b in pairs_of("results/base/checkpoint-1000-…", "results/base/checkpoint-2000-…"):
+        print(compare_text(a, b, compare(a, b)))
+
+A record says which arrays hold the scores of its examples (`examples` of results.SCHEMA).
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reporting.groups import Record, lower_is_better, number, plain, title_of, triple
+from results import load_arrays, load_record, load_records, load_samples
+from stats import bootstrap_ci, examples_to_resolve, mcnemar_exact, paired_difference, ratio
+
+# ---------------------------------------------------------------------------------------------
+# Examples
+
+
+class Examples(NamedTuple):
+    """unit: what the examples are. scores: {metric: float64 [examples]}, sums where there is a
+    weight [examples]. tie_break: {metric: [examples]}. arrays: all that the record keeps."""
+
+    unit: str
+    scores: dict[str, np.ndarray]
+    weight: np.ndarray | None
+    tie_break: dict[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.scores.values())))
+
+
+def examples_of(record: Record) -> Examples:
+    """A record's examples. ValueError where it keeps none, or not those that it says it keeps."""
+    about, path = record["examples"], record["_path"]
+    arrays = load_arrays(record) if about else {}
+    if not arrays:
+        raise ValueError(f"{path}: the record keeps no per-example results to compare")
+
+    def column(name: str) -> np.ndarray:
+        array = arrays.get(name)
+        if array is None or array.ndim != 1 or array.dtype.kind not in "biuf":
+            raise ValueError(f"{path}: its arrays have no {name!r} with a number for each example")
+        return array.astype(np.float64)
+
+    scores = {metric: column(name) for metric, name in about["scores"].items()}
+    weight = column(about["weight"]) if about.get("weight") else None
+    tie_break = {
+        metric: column(name)
+        for metric, name in (about.get("tie_break") or {}).items()
+        if name in arrays
+    }
+    columns = [*scores.values(), *tie_break.values(), *([] if weight is None else [weight])]
+    if len({len(values) for values in columns}) > 1:
+        raise ValueError(f"{path}: its per-example arrays differ in length")
+    return Examples(about["unit"], scores, weight, tie_break, arrays)
+
+
+def check_pair(a: Record, b: Record, x: Examples, y: Examples) -> None:
+    """ValueError unless two records hold the same examples."""
+    name = a["evaluation"]
+    if name != b["evaluation"]:
+        raise ValueError(f"cannot compare {name} with {b['evaluation']}")
+    hashes = a["data"].get("hash"), b["data"].get("hash")
+    if hashes[0] != hashes[1]:
+        raise ValueError(f"{name}: A and B saw different data (hashes {hashes})")
+    differ = None
+    if (x.unit, len(x)) != (y.unit, len(y)):
+        differ = f"A has {len(x):,} {x.unit}, B {len(y):,} {y.unit}"
+    elif (x.weight is None) != (y.weight is None) or not np.array_equal(x.weight, y.weight):
+        differ = f"the weights of their {x.unit} differ ({a['examples'].get('weight')})"
+    if differ:
+        raise ValueError(f"{name}: {differ}: the same tokenizer and protocol are needed")
+
+
+def shared_metrics(a: Record, b: Record, x: Examples, y: Examples) -> list[str]:
+    """Metrics that both records report and keep scores of, in the order of the first."""
+    return [n for n in a["metrics"] if n in b["metrics"] and n in x.scores and n in y.scores]
+
+
+# ---------------------------------------------------------------------------------------------
+# Differences
+
+
+def difference_to(
+    best: Record, record: Record, name: str, best_examples: Examples | None
+) -> tuple[float, float, float, bool] | None:
+    """(difference, low, high, paired) of a metric from the best record's, at 95%. Paired by example
+    where both records kept the examples behind this metric, else from the two standard errors."""
+    (v0, e0, _), (v1, e1, _) = (triple(r["metrics"].get(name)) for r in (best, record))
+    if v0 is None or v1 is None:
+        return None
+    if best_examples and name in best_examples.scores:
+        try:
+            examples = examples_of(record)
+            check_pair(best, record, best_examples, examples)
+            before, after = best_examples.scores[name], examples.scores[name]
+            out = paired_difference(before, after, examples.weight)
+            if abs(out["difference"] - (v1 - v0)) <= 1e-6 * max(1.0, abs(v0)):
+                return out["difference"], out["low"], out["high"], True
+        except (ValueError, KeyError):
+            pass  # no arrays, or other examples: the standard errors still say something
+    margin = math.nan if e0 is None or e1 is None else 1.96 * math.hypot(e0, e1)
+    return v1 - v0, v1 - v0 - margin, v1 - v0 + margin, False
+
+
+def pairs_of(a: str | Path, b: str | Path) -> list[tuple[Record, Record]]:
+    """The records to compare: two files, or what two folders hold of the same evaluation,
+    configuration and data. ValueError when there is nothing to pair."""
+    a, b = Path(a), Path(b)
+    if a.is_file() and b.is_file():
+        pairs = [(load_record(a), load_record(b))]
+    elif a.is_dir() and b.is_dir():
+        sides = [_by_work(a), _by_work(b)]
+        pairs = [(sides[0][key], sides[1][key]) for key in sides[0] if key in sides[1]]
+        if not pairs:
+            raise ValueError(f"{a} and {b} share no evaluation with the same flags and data")
+    else:
+        missing = [str(p) for p in (a, b) if not p.exists()]
+        raise ValueError(
+            f"{missing[0]}: no such file or folder"
+            if missing
+            else "--compare takes two record files or two checkpoints' folders, not one of each"
+        )
+    for record in (r for pair in pairs for r in pair):
+        if record["status"] != "ok":
+            raise ValueError(f"{record['_path']}: that evaluation failed: {record.get('reason')}")
+    return pairs
+
+
+def _by_work(folder: Path) -> dict[tuple, Record]:
+    """{(evaluation, configuration, data): record} of one checkpoint's folder."""
+    records = [r for r in load_records(folder) if r["status"] == "ok"]
+    names = {r["checkpoint"].get("name") for r in records}
+    if len(names) > 1:
+        raise ValueError(f"{folder}: holds {len(names)} checkpoints; name one's folder")
+    return {(r["evaluation"], r.get("config_hash"), r["data"].get("hash")): r for r in records}
+
+
+def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
+    """Paired statistics of one pair of records, b against a, by the first metric that both keep
+    scores of: `paired_difference`'s fields and {metric, unit, bootstrap, resamples, seed, better,
+    worse, needed, verdict, changed}; for scores of 0 and 1 also McNemar's p and `both`, those that
+    both get right. others: {metric: `paired_difference`'s fields}. examples: how many changed ones
+    to list. ValueError when the records do not pair."""
+    x, y = examples_of(a), examples_of(b)
+    check_pair(a, b, x, y)
+    names = shared_metrics(a, b, x, y)
+    if not names:
+        raise ValueError(f"{a['evaluation']}: A and B keep scores of no metric in common")
+    name, lower = names[0], lower_is_better([a], names[0])
+    before, after, weight = x.scores[name], y.scores[name], x.weight
+    out = paired_difference(before, after, weight)
+    resamples = 10_000 if out["n"] <= 50_000 else 1_000
+    change = after - before
+    if weight is None:
+        out["bootstrap"] = bootstrap_ci(change, n=resamples, seed=seed)
+    else:
+        out["bootstrap"] = bootstrap_ci((change, weight), ratio, resamples, seed)
+    gain = -change if lower else change
+    out |= {"metric": name, "unit": x.unit, "resamples": resamples, "seed": seed}
+    out |= {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
+    out["needed"] = examples_to_resolve(out["difference"], out["sd"])
+    resolved = out["low"] > 0 or out["high"] < 0
+    if weight is None and np.isin([before, after], (0, 1)).all():
+        right = 0 if lower else 1
+        out["both"] = int(((before == right) & (after == right)).sum())
+        out["p"] = mcnemar_exact(out["better"], out["worse"])
+        resolved = out["p"] < 0.05
+    winner = "B" if (out["difference"] < 0) == lower else "A"
+    out["verdict"] = f"{winner} is better" if resolved else "not resolved"
+    out["others"] = {n: paired_difference(x.scores[n], y.scores[n], weight) for n in names[1:]}
+    out["changed"] = changed_most(a, x, y, name, examples)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# Changed examples
+
+
+def changed_most(record: Record, x: Examples, y: Examples, name: str, limit: int) -> list[dict]:
+    """The examples whose score moved most, as {example, a, b, change, what}; of those that moved
+    alike, such as answers that flipped, first the ones whose `tie_break` moved most."""
+    per_example = 1 if x.weight is None else np.maximum(x.weight, 1)
+    before, after = x.scores[name] / per_example, y.scores[name] / per_example
+    change, moved = after - before, np.zeros(len(x))
+    if name in x.tie_break and name in y.tie_break:
+        with np.errstate(invalid="ignore"):
+            moved = np.nan_to_num(np.abs(y.tie_break[name] - x.tie_break[name]))
+    order = np.lexsort((-moved, -np.abs(change)))[:limit]
+    samples = {}
+    for sample in load_samples(record):
+        samples.setdefault(sample.get("id"), sample)
+    return [
+        {
+            "example": int(i),
+            "a": float(before[i]),
+            "b": float(after[i]),
+            "change": float(change[i]),
+            "what": label_of(record, x.arrays, samples, int(i)),
+        }
+        for i in order
+        if change[i]
+    ]
+
+
+def label_of(record: Record, arrays: Mapping[str, Any], samples: dict, i: int) -> str:
+    """What example i is, from arrays and samples that the record names, as far as it has them."""
+    said, sample = [], samples.get(i, {})
+    for name, text in (record["examples"].get("labels") or {}).items():
+        value = arrays[name][i] if name in arrays and i < len(arrays[name]) else sample.get(name)
+        if value is not None:
+            value = value.item() if isinstance(value, np.generic) else value
+            said.append(text.format(value) if isinstance(value, (int, float)) else f"{value}")
+    text = plain(": ".join(said))
+    return text if len(text) <= 70 else text[:69] + "…"
+
+
+# ---------------------------------------------------------------------------------------------
+# As text
+
+
+def compare_text(a: Record, b: Record, out: dict) -> str:
+    """What `compare` found, for a terminal."""
+    unit, low, high = out["unit"], *out["bootstrap"]
+    same = out["n"] - out["better"] - out["worse"]
+    lines = _head(a, b, out["metric"])
+    lines += [
+        f"  B - A            {out['difference']:+.5f} ±{out['stderr']:.5f}",
+        f"  95% interval     [{out['low']:+.5f}, {out['high']:+.5f}] paired Student t",
+        f"                   [{low:+.5f}, {high:+.5f}] bootstrap over {out['n']:,} {unit}, "
+        f"{out['resamples']:,} resamples, seed {out['seed']}",
+        f"  {unit:<16} B better on {out['better']:,}, worse on {out['worse']:,}, same on {same:,}",
+    ]
+    if "p" in out:
+        neither = same - out["both"]
+        lines.append(f"                   both right {out['both']:,}, both wrong {neither:,}")
+        lines.append(f"  McNemar, exact   p = {out['p']:.4g}")
+    for name, d in out["others"].items():
+        lines.append(f"  {name:<16} {d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]")
+    if math.isfinite(out["needed"]):
+        lines.append(
+            f"  to resolve       {max(out['needed'], 2):,.0f} {unit} for a difference of this size "
+            f"(80% power at 5%); there are {out['n']:,}"
+        )
+    lines.append(f"  verdict          {out['verdict']}")
+    if out["changed"]:
+        lines += ["", "  changed most        A        B   change"]
+        for row in out["changed"]:
+            numbers = f"{row['a']:>8.3f} {row['b']:>8.3f} {row['change']:>+8.3f}"
+            lines.append(f"  {row['example']:>12} {numbers}  {row['what']}".rstrip())
+    return "\n".join(lines)
+
+
+def _head(a: Record, b: Record, name: str) -> list[str]:
+    """Which records, their values, and where their protocols differ."""
+    lines = [title_of([a])]
+    for side, record in (("A", a), ("B", b)):
+        value, stderr, _ = triple(record["metrics"].get(name))
+        where = plain(f"{record['run']}/{record['checkpoint'].get('name')}")
+        spread = "" if stderr is None else f" ±{number(stderr)}"
+        lines.append(f"  {side}  {where}: {name} {number(value)}{spread}")
+    before, after = a["protocol"], b["protocol"]
+    differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    if differ:
+        said = (plain(f"{k} {before.get(k)} / {after.get(k)}") for k in differ)
+        lines.append("  the protocols differ: " + ", ".join(said))
+    return lines

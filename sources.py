@@ -1,0 +1,117 @@
+"""Which code made a number: the hash of the sources that an evaluation depends on, and the commit.
+
+    code_version("eval.py", ("formats/tensorfiles.py",))    # an edited README changes nothing
+    running_code(__file__)                                  # of the code as it was at the start
+
+Sources are read, not imported. Standard library only.
+"""
+
+import ast
+import functools
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+# What an evaluation's numbers do not depend on: how flags are read and what is printed
+WITHOUT_NUMBERS = ("cli.py",)
+# A door to rooms of which one is entered: its imports of those are left to `chosen`
+DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends"}
+
+
+def _imported_files(path: Path, root: Path) -> Iterator[Path]:
+    """The files below `root` that a source file imports, at its top or inside a function: `import
+    a.b`, `from a import b` and `from a.b import c`, and the packages' own files that come first."""
+    within = path.parent.relative_to(root).parts if path.is_relative_to(root) else ()
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(within[: len(within) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (package, node.module)))
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                place = root.joinpath(*parts[:depth])
+                for candidate in (place.with_suffix(".py"), place / "__init__.py"):
+                    if parts[0] and candidate.is_file():
+                        yield candidate
+
+
+def code_files(
+    module_file: str | Path, chosen: Iterable[str] = (), root: Path | None = None
+) -> list[Path]:
+    """The sources that an evaluation's numbers depend on: its script and all that it imports,
+    directly or not, below `root`, the script's own directory unless given. Of the formats and
+    backends behind DOORS only `chosen` count, paths relative to `root`, where programs that are
+    started instead of imported are named too. Read from the AST, so nothing is imported."""
+    module_file = Path(module_file).resolve()
+    root = root or module_file.parent
+    seen, waiting = set(), [module_file, *(root / name for name in chosen)]
+    while waiting:
+        path = waiting.pop()
+        name = os.path.relpath(path, root)
+        if path in seen or name in WITHOUT_NUMBERS:
+            continue
+        seen.add(path)
+        behind = root / DOORS[name] if name in DOORS else None
+        waiting += [p for p in _imported_files(path, root) if p.parent != behind]
+    return sorted(seen)
+
+
+PRINTING = re.compile(r"show|(show|print)_\w+|main")
+
+
+def _source_that_counts(path: Path) -> bytes:
+    """A file without its functions that print (by their names, PRINTING) and what starts it."""
+    source = path.read_bytes()
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source, str(path)).body:
+        prints = isinstance(node, ast.FunctionDef) and PRINTING.fullmatch(node.name)
+        starts = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        if prints or starts:
+            lines[node.lineno - 1 : node.end_lineno] = [b""] * (node.end_lineno - node.lineno + 1)
+    return b"".join(lines)
+
+
+def code_version(
+    module_file: str | Path, chosen: Iterable[str] = (), root: Path | None = None
+) -> str:
+    """sha256 of `code_files`, without what prints: an edited README, table or flag's help changes
+    nothing, an edited score everything."""
+    root = root or Path(module_file).resolve().parent
+    digest = hashlib.sha256()
+    for path in code_files(module_file, chosen, root):
+        content = hashlib.sha256(_source_that_counts(path)).hexdigest()
+        digest.update(f"{os.path.relpath(path, root)} {content}\n".encode())
+    return digest.hexdigest()
+
+
+running_code = functools.cache(code_version)  # the code that runs, whatever is edited meanwhile
+
+
+def source_files() -> list[Path]:
+    """Every script and room of the house, without tests, benchmarks and helpers of the shell."""
+    rooms = [p.parent for p in ROOT.glob("*/__init__.py") if p.parent.name != "tests"]
+    return sorted(p for folder in (ROOT, *rooms) for p in folder.glob("*.py"))
+
+
+@functools.cache  # the code that runs is the code that was there at the start
+def code_commit() -> str:
+    """`git:COMMIT`, with `-dirty` when tracked files differ from it; without git a hash of the
+    scripts."""
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe"]
+    command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        out = None
+    if out and out.returncode == 0:
+        return "git:" + out.stdout.strip()
+    return "sources:" + hashlib.sha256(b"".join(p.read_bytes() for p in source_files())).hexdigest()

@@ -1,0 +1,65 @@
+"""Configs and models that costs are counted on, and what was measured on GPUs."""
+
+import json
+
+import torch
+import transformers
+from builders import ROOT
+
+from config import GPTConfig, config_to_hf
+
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "mixtral")
+
+
+def tiny(kind: str, **changes) -> GPTConfig:
+    """Small models whose sizes are all different, so that no two symbols can be confused."""
+    llama = dict(norm="rmsnorm", position="rope", activation="silu", gated_mlp=True, bias=False)
+    llama |= dict(n_heads=6, n_kv_heads=2, head_dim=16, d_ff=144, tie_embeddings=False)
+    kinds = {
+        "gpt2": dict(activation="gelu_new", n_heads=4, d_ff=224),
+        "llama": llama,
+        "qwen2": llama | dict(qkv_bias=True, head_dim=None, n_heads=4),
+        "qwen3": llama | dict(qk_norm=True, tie_embeddings=True),
+        "mistral": llama | dict(sliding_window=24),
+        "mixtral": llama | dict(n_experts=5, n_experts_per_token=2),
+    }
+    sizes = dict(vocab_size=131, max_position_embeddings=64, n_layers=3, d_model=96, dropout=0.0)
+    return GPTConfig(**sizes | kinds[kind] | changes)
+
+
+def hf_model(c: GPTConfig, device="meta", **kwargs):
+    hf = transformers.AutoConfig.for_model(**config_to_hf(c))
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(hf, **kwargs)
+
+
+def to_pure(model):
+    dtypes = model.inference_dtypes(torch.bfloat16)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(dtypes[name])
+    return model
+
+
+# parameters in billions, heads, width, layers: Narayanan et al. 2021, table 1 (V 51,200, T 2,048)
+MEGATRON = (
+    (1.7, 24, 2304, 24),
+    (3.6, 32, 3072, 30),
+    (7.5, 32, 4096, 36),
+    (18.4, 48, 6144, 40),
+    (39.1, 64, 8192, 48),
+    (76.1, 80, 10240, 60),
+    (145.6, 96, 12288, 80),
+    (310.1, 128, 16384, 96),
+    (529.6, 128, 20480, 105),
+    (1008.0, 160, 25600, 128),
+)
+
+
+def megatron(heads, width, layers, **changes) -> GPTConfig:
+    shape = dict(n_heads=heads, d_model=width, n_layers=layers, d_ff=4 * width, dropout=0.1)
+    return GPTConfig(**dict(vocab_size=51200, max_position_embeddings=2048) | shape | changes)
+
+
+def measured(name):
+    records = json.loads((ROOT / "benchmarks/results" / name).read_text())["records"]
+    return [r for r in records if "error" not in r["measured"]]

@@ -1,0 +1,211 @@
+"""costs/flops.py against transformers, torch's own counter, brute force and published counts."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import KINDS, MEGATRON, hf_model, megatron, tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import load_config, presets
+from costs.flops import count_parameters, estimate_flops
+from model import GPTModel
+
+# ---------------------------------------------------------------------------------------------
+# Parameters
+
+
+@pytest.mark.parametrize("name", presets())
+def test_parameters_of_every_preset_equal_transformers(name):
+    c = load_config(name)
+    assert count_parameters(c)["total"] == hf_model(c).num_parameters()
+
+
+PUBLISHED_PARAMETERS = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "7b": 6_738_415_616,
+    "13b": 13_015_864_320,
+    "70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "mixtral-8x7b": 46_702_792_704,
+}
+
+
+def test_parameters_equal_published_counts():
+    counted = {name: count_parameters(load_config(name))["total"] for name in PUBLISHED_PARAMETERS}
+    assert counted == PUBLISHED_PARAMETERS
+    assert count_parameters(load_config("mixtral-8x7b"))["active"] == 12_879_925_248
+    nanogpt = load_config("gpt2").replace(bias=False, qkv_bias=False)
+    assert count_parameters(nanogpt)["total"] == 124_337_664
+
+
+@st.composite
+def configs(draw, experts=True):
+    kind = draw(st.sampled_from(KINDS if experts else KINDS[:-1]))
+    groups, k = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    heads, d = groups * k, 2 * draw(st.integers(2, 6))
+    changes = dict(
+        vocab_size=draw(st.integers(5, 80)),
+        max_position_embeddings=draw(st.integers(4, 40)),
+        n_layers=draw(st.integers(1, 3)),
+        n_heads=heads,
+        d_ff=draw(st.integers(3, 50)),
+        tie_embeddings=draw(st.booleans()),
+    )
+    if kind in ("gpt2", "qwen2"):
+        changes |= dict(n_kv_heads=heads if kind == "gpt2" else k, head_dim=d, d_model=heads * d)
+    else:
+        changes |= dict(n_kv_heads=k, head_dim=d, d_model=2 * draw(st.integers(2, 30)))
+    if kind == "llama":  # transformers wants a width that divides into the heads
+        bias = draw(st.booleans())
+        changes |= dict(bias=bias, qkv_bias=bias, d_model=heads * draw(st.integers(2, 9)))
+    if kind == "mixtral":
+        experts = draw(st.integers(1, 5))
+        chosen = draw(st.integers(1, experts))
+        changes |= dict(n_experts=experts, n_experts_per_token=chosen)
+    return tiny(kind, **changes)
+
+
+@settings(max_examples=30, deadline=None)
+@given(configs())
+def test_parameters_of_random_configs_equal_transformers(c):
+    model, n = hf_model(c), count_parameters(c)
+    assert n["total"] == model.num_parameters()
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    unused = experts * (c.n_experts - c.n_experts_per_token) // max(c.n_experts, 1)
+    assert n["active"] == n["total"] - unused
+
+
+@settings(max_examples=15, deadline=None)
+@given(configs(experts=False))
+def test_parameters_of_random_configs_equal_our_model(c):
+    with torch.device("meta"):
+        model = GPTModel(c)
+    assert count_parameters(c)["total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("billions, heads, width, layers", MEGATRON)
+def test_megatron_parameter_counts(billions, heads, width, layers):
+    total = count_parameters(megatron(heads, width, layers))["total"]
+    assert total / 1e9 == pytest.approx(billions, abs=0.06)
+
+
+# ---------------------------------------------------------------------------------------------
+# FLOPs
+
+
+def counted_flops(run) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def rotary_product(c, T) -> int:
+    """transformers multiplies positions and frequencies with a matrix product, once a forward."""
+    return T * c.head_dim if c.position == "rope" else 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_training_flops_equal_the_counter_on_transformers(kind):
+    c, B, T = tiny(kind), 2, 40
+    experts = {"experts_implementation": "eager"} if c.n_experts else {}
+    model = hf_model(c, "cpu", attn_implementation="eager", **experts)
+    ids = torch.randint(0, c.vocab_size, (B, T))
+    flops, angles = estimate_flops(c, B, T), rotary_product(c, T)
+    with torch.no_grad():
+        assert counted_flops(lambda: model(ids)) == flops["forward"] + angles
+    assert counted_flops(lambda: model(ids).logits.sum().backward()) == flops["training"] + angles
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_flops_equal_the_counter_on_our_model(kind):
+    c, B, T = tiny(kind), 2, 40
+    model, ids = GPTModel(c).train(), torch.randint(0, c.vocab_size, (B, T))
+    with torch.no_grad():
+        assert counted_flops(lambda: model(ids)) == estimate_flops(c, B, T)["forward"]
+    model.activation_checkpointing = True
+    executed = estimate_flops(c, B, T, recompute="full", attention="math")["training_executed"]
+    assert counted_flops(lambda: model(ids)[0].sum().backward()) == executed
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+def test_lora_flops_equal_the_counter(kind):
+    c, B, T, rank = tiny(kind), 2, 40, 4
+    model = hf_model(c, "cpu", attn_implementation="eager").requires_grad_(False)
+    adapted = 0
+    for name, module in list(model.named_modules()):
+        linear = isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))
+        if linear and name != "lm_head":
+            adapted += 1
+            add_adapter(module, rank, split=3 if name.endswith("c_attn") else 1)
+    assert adapted
+    ids = torch.randint(0, c.vocab_size, (B, T))
+    counted = counted_flops(lambda: model(ids).logits.sum().backward())
+    expected = estimate_flops(c, B, T, lora_rank=rank)["training_lora"]
+    assert counted == expected + rotary_product(c, T)
+
+
+def add_adapter(module, rank, split):
+    """y += B A x, one pair for each of the `split` matrices that the layer fuses."""
+    transposed = isinstance(module, transformers.pytorch_utils.Conv1D)
+    n_in, n_out = module.weight.shape if transposed else module.weight.shape[::-1]
+    pairs = [
+        (
+            torch.randn(rank, n_in, requires_grad=True),
+            torch.randn(n_out // split, rank, requires_grad=True),
+        )
+        for _ in range(split)
+    ]
+    plain = module.forward
+    linear = torch.nn.functional.linear
+    module.forward = lambda x: plain(x) + torch.cat([linear(linear(x, a), b) for a, b in pairs], -1)
+
+
+PUBLISHED_FORWARD = {
+    ("gpt2", 1024): 291_648_307_200,
+    ("7b", 2048): 29_261_612_187_648,
+    ("llama3-8b", 2048): 32_938_104_193_024,
+    ("qwen2.5-7b", 2048): 30_643_517_915_136,
+    ("qwen3-8b", 2048): 33_472_827_621_376,
+    ("mistral-7b", 2048): 31_323_196_489_728,
+}
+
+
+def test_forward_flops_equal_measured_full_size_models():
+    for (name, T), expected in PUBLISHED_FORWARD.items():
+        assert estimate_flops(load_config(name), 1, T)["forward"] == expected, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 3))
+def test_causal_and_windowed_flops_equal_brute_force(T, window, B):
+    full_layers = (1,)
+    c = tiny("mistral", sliding_window=window, full_attention_layers=full_layers)
+    attended = 0
+    for layer in range(c.n_layers):
+        w = T if layer in full_layers else window
+        attended += B * sum(1 for i in range(T) for j in range(T) if j <= i and i - j < w)
+    flops = estimate_flops(c, B, T)["parts"]
+    assert flops["attention_causal"] == 4 * c.n_heads * c.head_dim * attended
+    assert flops["attention"] == 4 * c.n_heads * c.head_dim * c.n_layers * B * T * T
+
+
+def test_the_usual_shortcuts_miss_what_the_docs_say():
+    c, B, T = load_config("7b"), 1, 2048
+    parts, s = estimate_flops(c, B, T)["parts"], B * T
+    block = parts["linear"] / c.n_layers
+    one_product = 2 * s * c.d_model * c.d_ff
+    projections = 2 * s * 4 * c.d_model**2
+    assert block == projections + 3 * one_product  # 2*s*h*f is a third of a gated MLP
+    assert parts["attention"] / c.n_layers == 4 * B * T * T * c.d_model
+    assert projections > 2 * parts["attention"] / c.n_layers  # what 4*B*T^2*h leaves out

@@ -1,0 +1,180 @@
+"""worker.py: what the tests see of a candidate, and the canary."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from builders import ROOT
+from small_programs import HONEST, TEST, TIERS
+
+from sandbox import judge, worker
+from sandbox.judge import Sandbox
+
+
+def test_a_worker_answers_line_by_line_and_ends_with_its_input():
+    config = {"tier": TIERS[0], "timeout": 20.0, "grace": 5.0, "memory_mb": 1024, "packages": []}
+    lines = [config, ["", HONEST, TEST, "solve"], ["", HONEST, TEST.replace("2", "3"), "solve"]]
+    out = subprocess.run(
+        [sys.executable, str(ROOT / "sandbox" / "worker.py")],
+        input="".join(json.dumps(line) + "\n" for line in lines),
+        capture_output=True,
+        text=True,
+        cwd="/",
+        timeout=100,
+    )
+    active, passed, failed = map(json.loads, out.stdout.splitlines())
+    assert "rlimits" in active["active"]
+    assert (passed["passed"], passed["kind"]) == (True, "passed")
+    assert (failed["passed"], failed["kind"]) == (False, "wrong answer")
+
+
+def test_merge_keeps_the_objects_that_the_tests_hold():
+    inner, seen = [3, 1], {"a": [1], "b": 2}
+    outer = [inner, seen, {5}, bytearray(b"ab")]
+    assert worker.merge(outer, [[1, 3], {"a": [1, 9]}, set(), bytearray(b"c")]) is outer
+    assert outer == [[1, 3], {"a": [1, 9]}, set(), b"c"] and outer[0] is inner
+    assert worker.merge((inner,), ([7],)) == ([7],) and inner == [7]
+    assert worker.merge(1, 2.5) == 2.5 and worker.merge("a", "b") == "b"
+
+
+# ---------------------------------------------------------------------------------------------
+# What the tests see
+
+
+def test_arguments_that_a_function_changes_are_changed_for_the_tests(sandbox):
+    test = """
+def check(candidate):
+    inner, seen, gone = [3, 1, 2], {"a": [1]}, {5}
+    outer = [inner, seen, gone, bytearray(b"ab"), (inner,)]
+    assert candidate(outer, key=seen) is None
+    assert outer[0] is inner and inner == [1, 2, 3]
+    assert seen == {"a": [1, 9], "b": 0} and gone == set() and outer[3] == b"abc"
+    assert len(outer) == 5 and candidate(outer, key=seen) is None and inner == [1, 2, 3]
+"""
+    program = """
+def solve(outer, key):
+    outer[0].sort()
+    outer[1]["a"] = [1, 9]
+    outer[1]["b"] = key["b"] = 0
+    key["a"] = [1, 9]
+    outer[2].clear()
+    outer[3][2:] = b"c"
+"""
+    verdict = sandbox.judge("", program, test, "solve")
+    assert verdict.passed, verdict
+
+
+def test_exceptions_reach_the_tests_as_their_nearest_builtin(sandbox):
+    test = """
+def check(candidate):
+    for kind in (ValueError, KeyError, ZeroDivisionError, RecursionError, UnicodeError, Exception):
+        try:
+            candidate(kind.__name__)
+        except kind as e:
+            continue
+        assert False, kind
+    assert list(map(candidate, ["fine"])) == ["fine"]
+    assert all(map(candidate, ["fine", "StopIteration", "fine"]))
+"""
+    program = """
+class Special(ValueError):
+    pass
+def solve(name):
+    if name == "fine":
+        return name
+    if name == "ValueError":
+        raise Special("text")
+    if name == "RecursionError":
+        return solve(name)
+    if name == "UnicodeError":
+        return b"\\xff".decode()
+    raise eval(name)("text")
+"""
+    verdict = sandbox.judge("", program, test, "solve")
+    assert verdict.kind == "exception" and verdict.detail == "StopIteration: text"
+
+
+def test_the_tests_use_the_prompts_helpers_not_the_completions(sandbox):
+    prompt = "def half(x):\n    return x / 2\n\n\ndef solve(x):\n    '''Twice x.'''\n"
+    test = "def check(candidate):\n    assert half(candidate(3)) == 3\n"
+    assert sandbox.judge(prompt, "    return 2 * x\n", test, "solve").passed
+    forged = "    return x\n\ndef half(x):\n    return 3\n"
+    assert sandbox.judge(prompt, forged, test, "solve").kind == "wrong answer"
+
+
+def test_a_prompt_that_stops_in_mid_function_still_helps_its_tests(sandbox):
+    prompt = "LIMIT = 3\n\ndef solve(x):\n    if x > LIMIT:\n        return"
+    test = "def check(candidate):\n    assert candidate(LIMIT + 1) == 7 and solve(0) is None\n"
+    assert sandbox.judge(prompt, " 7\n", test, "solve").passed
+
+
+def test_random_draws_are_the_same_for_every_judgement(sandbox):
+    test = "import random\ndef check(candidate):\n    raise ValueError(random.random())\n"
+    first, second = (sandbox.judge("", f"{HONEST}# {i}", test, "solve").detail for i in range(2))
+    assert first == second and first.startswith("ValueError: 0.")
+    program = "import random\ndef solve(x):\n    raise ValueError(random.random())\n"
+    first, second = (sandbox.judge("", f"{program}# {i}", TEST, "solve").detail for i in range(2))
+    assert first == second and first.startswith("ValueError: 0.")
+
+
+def test_arguments_that_are_no_plain_data_are_refused_by_name(sandbox):
+    test = "def check(candidate):\n    candidate(lambda: 1)\n"
+    verdict = sandbox.judge("", HONEST, test, "solve")
+    assert verdict.kind == "sandbox" and "type function" in verdict.detail
+
+
+def test_numpy_can_be_imported_and_other_packages_cannot(sandbox):
+    pytest.importorskip("numpy")
+    program = "import numpy\ndef solve(x):\n    return numpy.int64(x) + numpy.ones(1, int)[0]\n"
+    assert sandbox.judge("", program, TEST, "solve").passed
+    program = "import pytest\n" + HONEST
+    assert sandbox.judge("", program, TEST, "solve").detail.startswith("ModuleNotFoundError")
+    test = (
+        "import numpy\ndef check(f):\n    a = numpy.zeros(2)\n    f(a)\n    assert a.sum() == 2\n"
+    )
+    assert sandbox.judge("", "def solve(a):\n    a += 1\n", test, "solve").passed
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_candidate_finds_nothing_of_ours_to_import_or_read(tier):
+    program = """
+import __main__, importlib
+def solve(x):
+    seen = []
+    for name in ("frames", "jail", "worker", "judge", "sandbox", "results"):
+        try:
+            seen.append(importlib.import_module(name).__name__)
+        except ImportError:
+            pass
+    for module in (__main__, __main__.frames):
+        try:
+            seen.append(open(module.__file__).read(1))
+        except OSError:
+            pass
+    assert not seen, seen
+    return x + 1
+"""
+    with Sandbox(workers=1, timeout=20.0, tier=tier) as sandbox:
+        verdict = sandbox.judge("", program, TEST, "solve")
+    assert verdict.passed, verdict
+
+
+# ---------------------------------------------------------------------------------------------
+# The canary
+
+
+def test_the_canary_sees_what_an_open_cage_lets_through():
+    """Negative control: without a cage the canary must not pass for any tier."""
+    config = {"tier": "none", "timeout": 20.0, "grace": 5.0, "memory_mb": 1024, "packages": []}
+    old = signal.getsignal(signal.SIGALRM)
+    tests = worker.Judge(config)
+    try:
+        for tier in judge.TIERS:
+            with pytest.raises(OSError, match=r"canary: could (read a file|be root)"):
+                worker.run_canary(tests, {**config, "tier": tier})
+        worker.run_canary(tests, config)
+    finally:
+        tests.close()
+        signal.signal(signal.SIGALRM, old)

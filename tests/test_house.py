@@ -1,0 +1,183 @@
+"""The plan of the house: floors, the map in the README, names, sizes, hints, what loads torch."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.py"))
+
+# Each room imports only from floors above its own here; inside a folder, also from files named
+# earlier. `backends` stands for the folder's own __init__.py.
+FLOORS = [
+    "cli stats durable sources",
+    "distributed config hf_config tokenizer records_v1 gpu_kernels/cross_entropy "
+    "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
+    "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
+    "costs/time formats/tensorfiles formats/shards model",
+    "dataset transformers_model formats/layouts formats/native formats/huggingface "
+    "formats/pt_files",
+    "checkpoint backends/sampling backends/kvcache",
+    "backends/scoring backends/continuations backends/engine",
+    "backends/local tasks/questions tasks/prompts tasks/programs",
+    "evaluation training/batches",
+    "reporting/groups reporting/compare reporting/tables reporting/page",
+    "eval mmlu_eval humaneval_eval compute train report",
+    "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
+    "sweeping/planner sweep",
+]
+NO_TORCH = "cli stats durable config results backends evaluation tokenizer compute report"
+NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
+NO_TORCH += " tasks/questions humaneval_eval"
+# Names that packages have which users may have installed: a file or folder of that name would
+# shadow them, or be shadowed.
+OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
+OTHERS += " gguf peft utils common constants"
+TAKEN = {*sys.stdlib_module_names, *OTHERS.split()}
+OUR_SHADOWS = {"train"}  # no package of that name is known
+
+# What may be larger than usual, and why.
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+MANY_PARAMETERS: dict[str, str] = {}
+LINES, FUNCTION_LINES, PARAMETERS = 450, 60, 8
+
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+ORDER = {room: i for i, room in enumerate(" ".join(FLOORS).split())}
+
+
+def room_of(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.replace(".", "/") for name in names}
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=room_of)
+def test_imports_go_strictly_downward(path):
+    room = room_of(path)
+    if room in FOLDERS and room not in FLOOR:
+        assert not imported_rooms(path) & FLOOR.keys(), f"{room}/__init__.py has no floor"
+        return
+    assert room in FLOOR, f"{room} has no floor: give it one here"
+    for name in imported_rooms(path) & FLOOR.keys():
+        same_folder = Path(name).parent == Path(room).parent != Path()
+        earlier = FLOOR[name] < FLOOR[room] or (same_folder and ORDER[name] < ORDER[room])
+        assert earlier, f"{room} must not import {name}"
+
+
+def test_every_floor_names_rooms_that_are_there():
+    assert FLOOR.keys() == {room_of(path) for path in ROOMS} - (set(FOLDERS) - FLOOR.keys())
+
+
+@pytest.mark.parametrize("room", NO_TORCH.split())
+def test_rooms_that_never_load_torch(room):
+    code = f"import sys, {room.replace('/', '.')}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_importing_does_no_work():
+    """No device is touched, nothing printed, by importing every room."""
+    rooms = [room.replace("/", ".") for room in FLOOR]
+    code = f"import torch, {', '.join(rooms)}; assert not torch.cuda.is_initialized()"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (out.returncode, out.stdout) == (0, ""), out.stderr
+
+
+def test_no_name_shadows_a_package():
+    """Beside what is installed here: what transformers and others look for by these names."""
+    installed = set(importlib.metadata.packages_distributions())
+    top = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
+    assert not top & (installed | TAKEN) - OUR_SHADOWS
+
+
+def test_the_map_in_the_readme_names_every_file_once():
+    text = (ROOT / "README.md").read_text()
+    section = re.search(r"## The house\n.*?```\n(.*?)```", text, re.S)
+    assert section, "README.md has no section `## The house` with a map"
+    names, folder = [], ""
+    for line in section[1].splitlines():
+        found = re.match(r"( *)([\w.-]+/?)(?: {2,}|$)", line)
+        if not found:
+            continue
+        indent, name = found.groups()
+        if name.endswith("/"):
+            folder = name
+        elif name.endswith(".py"):
+            names.append((folder if indent else "") + name)
+    assert len(names) == len(set(names)), "a file stands there twice"
+    there = {str(p.relative_to(ROOT)) for p in ROOMS if p.name != "__init__.py"}
+    there |= {"backends/__init__.py"}
+    assert set(names) == there
+
+
+# ---------------------------------------------------------------------------------------------
+# Sizes and hints
+
+
+def functions_of(path: Path):
+    """(qualified name, node, whether its name and its class are public)"""
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield f"{room_of(path)}.{node.name}", node, not node.name.startswith("_")
+        elif isinstance(node, ast.ClassDef):
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef):
+                    public = not (node.name.startswith("_") or inner.name.startswith("_"))
+                    yield f"{room_of(path)}.{node.name}.{inner.name}", inner, public
+
+
+def parameters_of(node) -> list[ast.arg]:
+    a = node.args
+    found = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+    return [p for p in found if p.arg not in ("self", "cls")]
+
+
+def test_files_and_functions_are_short_or_say_why():
+    long_files = {room_of(p): n for p in ROOMS if (n := len(p.read_text().splitlines())) > LINES}
+    functions = [f for path in ROOMS for f in functions_of(path)]
+    long_functions = {
+        name: n for name, f, _ in functions if (n := f.end_lineno - f.lineno + 1) > FUNCTION_LINES
+    }
+    many = {name: n for name, f, _ in functions if (n := len(parameters_of(f))) > PARAMETERS}
+    for found, allowed in (
+        (long_files, LONG_FILES),
+        (long_functions, LONG_FUNCTIONS),
+        (many, MANY_PARAMETERS),
+    ):
+        assert found.keys() == allowed.keys(), (
+            {name: found[name] for name in found.keys() - allowed.keys()},
+            {"no longer": allowed.keys() - found.keys()},
+        )
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=room_of)
+def test_public_functions_have_hints(path):
+    bare = []
+    for name, node, public in functions_of(path):
+        hinted = all(p.annotation for p in parameters_of(node)) and node.returns is not None
+        if public and not hinted and node.name != "main":
+            bare.append(name)
+    assert not bare, f"without type hints: {', '.join(bare)}"
+
+
+def test_one_style_of_ruler():
+    """`# ` and 93 dashes, then the section's title on a line of its own."""
+    for path in ROOMS:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.match(r"# ?-{3,}", line):
+                assert line == "# " + "-" * 93, f"{room_of(path)}:{number}"

@@ -1,0 +1,112 @@
+"""sources.py: what changes a code version, held against what the scripts really load."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import builders
+import pytest
+
+import results
+import sources
+
+ROOT = Path(sources.__file__).parent
+
+
+def test_code_version_follows_every_form_of_import(tmp_path):
+    counts = {
+        "job.py": "import os\nimport room\n"
+        "def f():\n    from lazy import x\n    import rooms.deep.well\n",
+        "room.py": "import cellar, numpy\nfrom rooms import north\n",
+        "cellar.py": "import room  # a cycle",
+        "lazy.py": "x = 1",
+        "rooms/__init__.py": "",
+        "rooms/north.py": "from rooms.south import thing\nfrom . import east\n",
+        "rooms/south.py": "thing = 1",
+        "rooms/east.py": "from .west import thing",
+        "rooms/west.py": "thing = 2",
+        "rooms/deep/__init__.py": "",
+        "rooms/deep/well.py": "import checkpoint",
+        "checkpoint.py": "from formats import a, b\n",
+        "formats/a.py": "from formats import shared",
+        "formats/shared.py": "",
+    }
+    others = {
+        "unrelated.py": "y = 1",
+        "rooms/unused.py": "z = 1",
+        "formats/b.py": "a = 2",
+        "README.md": "hello",
+        "cli.py": "flags = 1",
+    }
+    for name, text in (counts | others).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "room.py").write_text(counts["room.py"] + "import cli\n")
+
+    def version():
+        return sources.code_version(tmp_path / "job.py", ("formats/a.py",))
+
+    base = version()
+    for name in counts | others:
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(before + "\nnew = 1\n")
+        assert (version() != base) == (name in counts), name
+        (tmp_path / name).write_text(before)
+    assert sources.code_version(tmp_path / "job.py") != base  # another format opened it
+
+
+def test_what_prints_does_not_count(tmp_path):
+    job = tmp_path / "job.py"
+    text = "def score():\n    return 1\n\n\ndef show(records):\n    print({})\n\n\n"
+    text += "def print_table(x):\n    print(x, {})\n\n\nif __name__ == '__main__':\n    show({})\n"
+    job.write_text(text.format(1, 2, 3))
+    base = sources.code_version(job)
+    job.write_text(text.format(4, 5, 6))
+    assert sources.code_version(job) == base
+    job.write_text(text.format(1, 2, 3).replace("return 1", "return 2"))
+    assert sources.code_version(job) != base
+
+
+LOADED = """
+import sys
+sys.path.insert(0, {root!r})
+import {script}, cli
+try:
+    {script}.main({argv!r})
+finally:
+    files = [getattr(m, "__file__", None) or "" for m in list(sys.modules.values())]
+    print("LOADED", *[f for f in files if f.startswith({root!r}) and "/." not in f], sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("script", ["eval", "mmlu_eval", "humaneval_eval"])
+def test_code_version_sees_every_module_that_a_script_loads(script, tmp_path):
+    saved = builders.saved_checkpoint(tmp_path / "run")
+    argv = ["--checkpoint-path", saved, "--device", "cpu", "--results-dir", tmp_path / "results"]
+    argv += {
+        "eval": [
+            *("--data-mode", "fineweb_npy", "--seq-len", "16"),
+            *("--val-npy", builders.token_shard(tmp_path / "x.npy")),
+        ],
+        "mmlu_eval": ["--data-path", builders.small_mmlu(tmp_path / "mmlu")],
+        "humaneval_eval": [
+            *("--max-new-tokens", "4"),
+            *("--data-path", builders.small_humaneval(tmp_path / "p.jsonl")),
+        ],
+    }[script]
+    program = LOADED.format(root=str(ROOT), script=script, argv=[str(word) for word in argv])
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200
+    )
+    assert out.returncode == 0, out.stderr
+    loaded = {Path(line) for line in out.stdout.split("LOADED\n")[1].splitlines()}
+    record = results.load_records(tmp_path / "results")[0]
+    chosen = ("formats/native.py", "backends/local.py")
+    if script == "humaneval_eval":  # programs that are started, not imported
+        chosen += ("sandbox/worker.py", "sandbox/jail.py", "sandbox/frames.py")
+    counted = set(sources.code_files(ROOT / f"{script}.py", chosen))
+    assert record["code_version"] == sources.code_version(ROOT / f"{script}.py", chosen)
+    left_out = {str(path.relative_to(ROOT)) for path in loaded - counted}
+    doors = [name for name in left_out if name.split("/")[0] in ("formats", "backends")]
+    assert left_out - {*doors} == {"cli.py"}, left_out
+    assert not {*doors} & {*chosen}
