@@ -76,9 +76,17 @@ def tiny_model(kind="gpt", seed=0, std=0.3, **changes) -> GPTModel:
 def saved_checkpoint(folder, step=10, kind="gpt", seed=None, std=0.3, **changes) -> Path:
     """folder/checkpoint-{step}: a tiny model, by default drawn from the seed `step`, as train.py
     saves it, with the byte tokenizer."""
-    model = tiny_model(kind, step if seed is None else seed, std, **changes)
-    byte = build_tokenizer("byte")
-    return native.save_checkpoint(model, None, None, 0, step, 5.0, folder, tokenizer=byte)
+    return save_model(
+        tiny_model(kind, step if seed is None else seed, std, **changes), folder, step
+    )
+
+
+def save_model(model, folder, step=10, tokenizer="byte") -> Path:
+    """folder/checkpoint-{step}: the model as train.py saves it, with a tokenizer: one, or the name
+    of one, or None."""
+    if isinstance(tokenizer, str):
+        tokenizer = build_tokenizer(tokenizer)
+    return native.save_checkpoint(model, None, None, 0, step, 5.0, folder, tokenizer=tokenizer)
 
 
 def token_shard(path, n=1003, seed=0) -> Path:

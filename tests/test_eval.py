@@ -16,6 +16,7 @@ from builders import (
     command,
     descendants,
     error_of,
+    save_model,
     saved_checkpoint,
     tiny_model,
     token_shard,
@@ -27,7 +28,7 @@ from transformers import AutoModelForCausalLM
 import checkpoint
 import eval as eval_script
 from backends import scoring
-from backends.local import facts_of
+from backends.local import facts_in_memory
 from dataset import FineWebNPYDataset, build_tokenizer
 from eval import Options, evaluate_perplexity
 
@@ -222,7 +223,7 @@ def test_a_model_that_computes_nan_gets_no_score(run_dir, tmp_path):
     with torch.no_grad():
         model.ln_f.weight.fill_(3e38)
         model.lm_head.weight.mul_(1e4)
-    path = checkpoint.save_checkpoint(model, None, None, 0, 1, 5.0, tmp_path)
+    path = save_model(model, tmp_path, tokenizer=None)
     flags = ["--checkpoint-path", path, "--val-data", run_dir / "text/a.txt", "--seq-len", "32"]
     flags += ["--tokenizer-name", "byte", "--results-dir", tmp_path / "results"]
     line = error_of("eval.py", "--device", "cpu", *flags)
@@ -272,5 +273,5 @@ def test_default_tokenizer_and_window(run_dir):
     assert "avg_loss: " in out and "ppl: " in out
     model, byte = tiny_model(max_position_embeddings=CONTEXT), build_tokenizer("byte")
     options = Options(val_data=(run_dir / "text/a.txt",))
-    plan = eval_script.plan(options, facts_of(model, byte, "float32", "cpu"))
+    plan = eval_script.plan(options, facts_in_memory(model, byte))
     assert plan.protocol["window"] == CONTEXT and len(plan.work.windows) == 4

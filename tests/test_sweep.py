@@ -23,6 +23,7 @@ from builders import (
     command,
     descendants,
     run_ranks,
+    save_model,
     saved_checkpoint,
     small_humaneval,
     small_mmlu,
@@ -202,9 +203,7 @@ def test_copies_of_a_tokenizer_are_one_configuration(tmp_path, data, data_dir):
     """GPT-2's files in each checkpoint: a curve has one config_hash, and the path is no part."""
     gpt2 = build_tokenizer(str(data_dir / "tokenizers/gpt2"))
     for step in (1, 2):
-        model = tiny_model(seed=step, vocab_size=50257)
-        run = tmp_path / "run"
-        checkpoint.save_checkpoint(model, None, None, 0, step, 5.0, run, tokenizer=gpt2)
+        save_model(tiny_model(seed=step, vocab_size=50257), tmp_path / "run", step, gpt2)
     _, records = run_sweep(tmp_path / "run", data)
     assert len(records) == 4
     for evaluation in ("perplexity", "mmlu"):
@@ -327,8 +326,7 @@ def test_bad_checkpoints_are_recorded_and_the_sweep_goes_on(run_dir, data, capsy
     model = tiny_model(seed=40)
     with torch.no_grad():  # computes NaN, on all ranks, in the midst of an evaluation
         model.ln_f.weight.fill_(3e38)
-    byte = build_tokenizer("byte")
-    checkpoint.save_checkpoint(model, None, None, 0, 40, 5.0, run_dir, tokenizer=byte)
+    save_model(model, run_dir, 40)
     (run_dir / "foreign.pt").write_bytes(b"not a checkpoint at all")
     torch.save({"weights_of": "something else", "x": torch.zeros(3)}, run_dir / "other.pt")
     (run_dir / "notes.txt").write_text("hello")

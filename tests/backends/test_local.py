@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import CPU, Rank, run_ranks, tiny_model, token_shard
+from builders import CPU, Rank, run_ranks, saved_checkpoint, tiny_model, token_shard
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import checkpoint
 from backends import Sampling
 from backends.continuations import Continuations
-from backends.local import Local, facts_of, halve_until_it_fits
+from backends.local import Local, facts_in_memory, facts_of, halve_until_it_fits
 from backends.scoring import BatchTooLarge
 from config import load_config
 from dataset import RandomWindows, Windows, build_tokenizer, open_stream
@@ -340,7 +341,14 @@ def test_facts_are_the_models(byte):
     other = TransformersModel(small, None)
     theirs = Local(other).facts
     assert (theirs.vocab_size, theirs.context, theirs.shares_prefixes) == (50257, 1024, False)
-    assert facts_of(native, byte, "float32", "cpu", "a").kind == facts.kind  # whatever its name
+    assert facts == facts_in_memory(native, byte)
+
+
+def test_facts_of_a_checkpoint_are_those_of_its_model(tmp_path, byte):
+    ckpt = checkpoint.open(saved_checkpoint(tmp_path, kind="llama"))
+    facts = facts_of(ckpt, byte, "float32", "cpu")
+    assert facts.name == "checkpoint-10"
+    assert facts.kind == Local(ckpt.load("float32", "cpu"), byte).facts.kind  # whatever its name
 
 
 def test_eager_is_chosen_for_small_jobs_and_on_cpu(byte):
