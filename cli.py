@@ -147,7 +147,7 @@ def _option_fields(kind: Any):
 def _convert(f, value):
     argument = f.metadata
     if argument.get("nargs") in ("+", "*"):
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert_one(argument, item) for item in items)
     if isinstance(f.default, bool):
         if not isinstance(value, bool):
