@@ -33,9 +33,10 @@ import durable
 import results
 from backends import scoring
 from config import GPTConfig, load_config, load_yaml
-from dataset import TrainBatches, Windows, build_tokenizer, open_stream
+from dataset import Windows, build_tokenizer, open_stream
 from distributed import print0
 from model import GPTModel
+from training.batches import TrainBatches
 
 MODEL_FLAGS = ("vocab_size", "max_position_embeddings", "n_layers", "n_heads", "d_model", "d_ff")
 MODEL_FLAGS += ("dropout", "activation")

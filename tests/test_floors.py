@@ -14,11 +14,11 @@ PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
 FLOORS = [
     "cli stats durable distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/jail sweeping/lease",
-    "results sandbox/judge costs/formulas formats/tensorfiles model",
+    "results sandbox/judge costs/formulas formats/tensorfiles formats/shards formats/text model",
     "dataset transformers_model formats/layouts compute tasks/questions tasks/programs "
     "sweeping/ledger backends/engine",
     "checkpoint backends/scoring",
-    "tasks/prompts",
+    "tasks/prompts training/batches training/log",
     "train eval mmlu_eval humaneval_eval report",
     "sweep",
 ]

@@ -18,8 +18,9 @@ import checkpoint
 import results
 import train
 from config import GPTConfig
-from dataset import TrainBatches, build_tokenizer, open_stream
+from dataset import build_tokenizer, open_stream
 from model import GPTModel
+from training.batches import TrainBatches
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ["--n-layers", "2", "--n-heads", "2", "--d-model", "32", "--d-ff", "64", "--dropout", "0.1"]
