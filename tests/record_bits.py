@@ -145,12 +145,12 @@ TRAIN += ["--eval-steps", "2", "--val-ratio", "0.2", "--log-steps", "1", "--drop
 
 
 def numbers_of(results_dir: Path) -> dict:
-    """{run/checkpoint/evaluation/...: metrics, breakdown and array hashes} of a results folder."""
+    """{checkpoint/evaluation/...: metrics, breakdown and array hashes} of a results folder."""
     found = {}
     for path in sorted(results_dir.rglob("*.json")):
         record = json.loads(path.read_text())
         protocol = record["protocol"]
-        name = [record["run"], record["checkpoint"]["name"], record["evaluation"]]
+        name = [record["checkpoint"]["name"], record["evaluation"]]
         name += [protocol.get("template"), protocol.get("scoring"), protocol.get("shots")]
         arrays = {}
         if record["files"].get("arrays"):
@@ -172,6 +172,8 @@ def plain_numbers(value):
     """Metrics as {value, stderr, n} or numbers: fields that describe a metric are no numbers, and
     files may lie anywhere."""
     if isinstance(value, dict):
+        if value.keys() - {"better", "unit"} == {"value"}:
+            return value["value"]
         return {
             k.rpartition("/")[2] if k.startswith("/") else k: plain_numbers(v)
             for k, v in value.items()
@@ -228,8 +230,9 @@ def record() -> dict:
 
 
 def differences(a, b, where="") -> list[str]:
+    """What differs of all that `a` has; what is new in `b` is no difference."""
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted(a.keys() | b.keys())
+        keys = sorted(a)
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{where} / {k}")]
     return [] if a == b or (a != a and b != b) else [f"{where}: {a!r:.90} -> {b!r:.90}"]
 

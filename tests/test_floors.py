@@ -18,7 +18,7 @@ FLOORS = [
     "dataset transformers_model formats/layouts compute tasks/questions tasks/programs "
     "sweeping/ledger backends/engine",
     "checkpoint backends/scoring",
-    "tasks/prompts training/batches training/log",
+    "tasks/prompts training/batches training/log training/options",
     "train eval mmlu_eval humaneval_eval report",
     "sweep",
 ]
