@@ -202,6 +202,7 @@ def train(
         if val_stream is not None and (done == last or done % optimization.eval_steps == 0):
             val_loss = validate(model, val_stream, optimization, amp, dist)
             log.validation(done, val_loss)
+            log.restart_clock(done)
         if done == last or done % (run.save_steps or optimization.eval_steps) == 0:
             known_loss = mean_over_ranks(loss, dist) if val_loss is None else val_loss
             save(state, batches, known_loss, run, dist)

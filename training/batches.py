@@ -1,7 +1,9 @@
 """Which windows each training step sees.
 
-batches = TrainBatches(len(stream), seq_len=1024, batch_size=512, seed=42)
-inputs, targets = batches.batch(stream, step=7, rank=0, world_size=8)     # numpy, int64 [64, T]
+    batches = TrainBatches(len(stream), seq_len=1024, batch_size=512, seed=42)
+    inputs, targets = batches.batch(stream, step=7, rank=0, world_size=8)     # numpy, int64 [64, T]
+
+A function of the step alone: a run needs to remember nothing else of its data.
 """
 
 import functools
@@ -12,10 +14,7 @@ from dataset import TokenStream
 
 
 class TrainBatches:
-    """Which windows each training step sees: a pure function of the step, so a run resumes exactly
-    with no state but its step number.
-
-    An epoch visits the (N-1)//T disjoint windows once, in an order drawn from (seed, epoch). Step
+    """An epoch visits the (N-1)//T disjoint windows once, in an order drawn from (seed, epoch). Step
     `i` takes the next `batch_size` windows of that endless sequence of epochs: the same ones at any
     world size and any accumulation; only who computes which differs.
     """
