@@ -14,9 +14,11 @@ from dataset import TokenStream
 
 
 class TrainBatches:
-    """An epoch visits the (N-1)//T disjoint windows once, in an order drawn from (seed, epoch). Step
-    `i` takes the next `batch_size` windows of that endless sequence of epochs: the same ones at any
-    world size and any accumulation; only who computes which differs.
+    """The (N-1)//T disjoint windows of a stream of N tokens, again and again.
+
+    An epoch visits each once, in an order drawn from (seed, epoch). Step `i` takes the next
+    `batch_size` windows of that endless sequence of epochs: the same ones at any world size and any
+    accumulation; only who computes which differs.
     """
 
     def __init__(
