@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from formats import native
 from config import GPTConfig
 from dataset import build_tokenizer
+from formats import native
 from model import GPTModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -231,7 +231,7 @@ def saved(tmp_path_factory):
 MORTAL = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import cli, humaneval_eval, results
+import cli, durable, humaneval_eval
 append, drawn = durable.Journal.append, []
 def mortal(journal, entry):
     append(journal, entry)
@@ -259,7 +259,7 @@ def launch(saved, data_dir, where, ranks, script=ROOT / "humaneval_eval.py"):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out
 
@@ -277,9 +277,10 @@ def test_killed_on_two_ranks_resumed_on_three_is_as_run_on_one(saved, data_dir, 
 
     (tmp_path / "mortal.py").write_text(MORTAL)
     process = launch(saved, data_dir, parts, 2, tmp_path / "mortal.py")
-    process.communicate(timeout=200)
+    process.communicate(timeout=600)
     before = journaled(parts)
-    assert process.returncode and len(before) == 2 and 5 <= sum(before) <= 10, before
+    # the other rank may have drawn as many, or not even begun
+    assert process.returncode and len(before) <= 2 and 5 <= sum(before) <= 10, before
     out = finish(launch(saved, data_dir, parts, 3))
     assert f"{sum(before)} samples were there already" in out
     assert len(journaled(parts)) == 3 and sum(journaled(parts)) == 27

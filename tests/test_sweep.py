@@ -71,8 +71,8 @@ def run_dir(tmp_path):
     return tmp_path / "run"
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
+def wait_for(condition):
+    end = time.monotonic() + 600  # ends a test that hangs; no verdict depends on it
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
@@ -168,20 +168,20 @@ def test_of_many_that_find_a_dead_lease_one_gets_it(tmp_path):
 def hold(folder, ready):
     lease.Leases(folder).take("a")
     ready.set()
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def test_a_lease_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    process = context.Process(target=hold, args=(tmp_path, ready))
+    process = context.Process(target=hold, args=(tmp_path, ready), daemon=True)
     process.start()
-    ready.wait(30)
+    assert ready.wait(600)
     wait_for((tmp_path / "a.0").read_bytes)  # its first beat
-    mine = lease.Leases(tmp_path)
+    mine = lease.Leases(tmp_path, clock=lambda: 0.0)  # for which no silence is ever long enough
     assert mine.take("a") is None
     os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: mine.take("a"), 30)  # a zombie until it is joined; silence would take 60 s
+    wait_for(lambda: mine.take("a"))  # a zombie until it is joined
     process.join()
 
 
@@ -452,7 +452,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_loses_nothing(run_dir, data)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # leases fit, records do not
 
     out = subprocess.run(
-        command(run_dir, data), capture_output=True, text=True, timeout=120, preexec_fn=no_room
+        command(run_dir, data), capture_output=True, text=True, timeout=600, preexec_fn=no_room
     )
     assert out.returncode == 2, out.stderr
     [line] = out.stderr.splitlines()
@@ -474,7 +474,7 @@ def test_two_sweeps_share_the_work(tmp_path, data):
         save(tmp_path / "run", step)
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pair = [subprocess.Popen(command(tmp_path / "run", data), **popen) for _ in range(2)]
-    said = [p.communicate(timeout=200) for p in pair]
+    said = [p.communicate(timeout=600) for p in pair]
     assert [p.returncode for p in pair] == [0, 0], said
     made = [line for out, _ in said for line in out.splitlines() if "(" in line and "±" in line]
     assert len(made) == len({tuple(line.split()[:2]) for line in made}) == 16, made
@@ -490,7 +490,7 @@ def test_the_launcher_runs_two_ranks_and_says_when_it_failed(run_dir, data):
     script = ["bash", str(ROOT / "scripts/sweep_checkpoints.sh")]
     environment = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
     out = subprocess.run(
-        [*script, str(run_dir), *more], capture_output=True, text=True, env=environment, timeout=120
+        [*script, str(run_dir), *more], capture_output=True, text=True, env=environment, timeout=600
     )
     assert out.returncode == 1 and "4 made, 0 done before, 2 failed" in out.stdout, out.stderr
     records = results.load_records(run_dir.parent / "results")
@@ -537,21 +537,28 @@ def test_watch_takes_what_comes_once_it_is_whole_and_stops_on_a_file(tmp_path, d
         for file in (run_dir / "checkpoint-10").iterdir():
             os.utime(file, (stamp, stamp))
         time.sleep(0.4)
-    # a file that grows under its final name, in pieces further apart than two looks: torch.save's
+    # a file that grows under its final name, torch.save's: a piece between any two looks
     model = GPTModel(CONFIG)
     torch.save({"model_state_dict": model.state_dict(), "config": CONFIG.to_dict()},
                tmp_path / "whole.pt")  # fmt: skip
     whole = (tmp_path / "whole.pt").read_bytes()
-    with open(run_dir / "checkpoint-20.pt", "wb", buffering=0) as f:
-        for start in range(0, len(whole), len(whole) // 8 + 1):
-            f.write(whole[start : start + len(whole) // 8 + 1])
-            time.sleep(0.15)
+    size, look = len(whole) // 8 + 1, sweep.signature
+    pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
+
+    def look_and_grow(path):
+        if path.name == "checkpoint-20.pt" and pieces:
+            with open(path, "ab") as f:
+                f.write(pieces.pop(0))
+        return look(path)
+
+    monkeypatch.setattr(sweep, "signature", look_and_grow)
+    (run_dir / "checkpoint-20.pt").write_bytes(pieces.pop(0))
     wait_for(lambda: finished(run_dir) == expected([10, 20]))
     torn = run_dir / "checkpoint-30.pt"
     torn.write_bytes(whole[:-1000])  # and never more: tried once, and recorded
     wait_for(lambda: len(results.load_records(tmp_path / "results")) == 6)
     (run_dir / "STOP").touch()
-    thread.join(30)
+    thread.join(600)
     assert not thread.is_alive() and done["code"].code == 1
     failed = [r for r in results.load_records(tmp_path / "results") if r["status"] == "failed"]
     assert {r["checkpoint"]["name"] for r in failed} == {"checkpoint-30"}
@@ -621,7 +628,7 @@ sys.path.insert(0, {root!r})
 import cli, distributed
 def main():
     with distributed.setup("cpu") as dist:
-        for error, patience in (("all", 60.0), ("alone", 1.0)):
+        for error, patience in (("all", 600.0), ("alone", 1.0)):
             dist.barrier()  # a slow machine: neither patience starts before both ranks are here
             try:
                 if error == "all" or dist.rank == 1:
@@ -637,14 +644,13 @@ cli.run(main)
 def test_an_error_of_one_rank_ends_the_run_and_an_error_of_all_does_not(tmp_path):
     (tmp_path / "lonely.py").write_text(LONELY.format(root=str(ROOT)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    start = time.monotonic()
     out = subprocess.run(
         [*launcher, "--nproc-per-node=2", str(tmp_path / "lonely.py")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
-    assert out.returncode == 1 and time.monotonic() - start < 60
+    assert out.returncode == 1
     assert out.stdout.count("agreed all") == 2 and "agreed alone" not in out.stdout
 
 
@@ -667,7 +673,7 @@ def kill(process, rng) -> list[int]:
     for pid in victims or [process.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.wait(60)
+    process.wait(600)
     return workers
 
 
@@ -690,21 +696,21 @@ def battery(tmp_path, data, n_kills, n_steps, seed):
             sweeper = subprocess.Popen(watching, **quiet)
             time.sleep(rng.uniform(0, 10))
             left.update(kill(sweeper, rng))
-        assert trainer.wait(120) == 0
+        assert trainer.wait(600) == 0
         steps = range(2, n_steps + 1, 2)
         last = [*watching, "--until-step", str(n_steps), "--lease-seconds", "20"]
-        out = subprocess.run(last, capture_output=True, text=True, env=environment, timeout=300)
+        out = subprocess.run(last, capture_output=True, text=True, env=environment, timeout=600)
         assert out.returncode == 0, out.stdout + out.stderr
     finally:
         trainer.kill()
     # whose torchrun died before they had found it give up after distributed.CONNECT_TIMEOUT, two
     # minutes; torch's pauses between its tries grow, and the last one may end after twice that
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), 300)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
     skipped = []
     survived = results.load_records(tmp_path / "results", skipped)
     assert not skipped and numbers(survived).keys() == expected(steps)
     clean = subprocess.run(
-        command(run_dir, data, name="clean"), capture_output=True, env=environment, timeout=300
+        command(run_dir, data, name="clean"), capture_output=True, env=environment, timeout=600
     )
     assert clean.returncode == 0
     assert numbers(survived) == numbers(results.load_records(tmp_path / "clean"))
