@@ -281,7 +281,7 @@ def validate(
     model.eval()
     nll = scoring.nll_function(model, compiled=False)
 
-    def nll_fn(input_ids, targets):
+    def nll_fn(input_ids, targets, window_ids):
         with amp:
             return nll(input_ids, targets)
 

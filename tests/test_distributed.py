@@ -248,8 +248,8 @@ def test_a_reader_that_has_enough_ends_the_script_quietly(flags):
 def test_contradicting_precision_flags_are_refused():
     def dtype(*flags):
         p = cli.parser("x")
-        cli.add_precision_flags(p)
-        return cli.resolve_dtype(p.parse_args(flags), "cuda")
+        cli.add_options(p, cli.PrecisionOptions)
+        return cli.read_options(cli.PrecisionOptions, p.parse_args(flags)).resolve("cuda")
 
     assert dtype() == "bfloat16"
     assert dtype("--no-amp") == "float32"

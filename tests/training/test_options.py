@@ -26,7 +26,7 @@ def test_flags_and_defaults():
     assert options.model.config_fields == {"n_layers": 3}
     assert options.data.train_npy == ("a", "b") and options.data.tokenizer_name == "gpt2"
     assert (options.optimization.lr, options.optimization.num_steps) == (6e-4, 1000)
-    assert (options.run.bf16, options.run.seed, options.run.resume) == (True, 42, False)
+    assert (options.precision.bf16, options.run.seed, options.run.resume) == (True, 42, False)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.run.resume = True
     assert options.flags().keys() >= {"n_layers", "train_npy", "lr", "checkpoint_path", "seed"}
@@ -47,7 +47,7 @@ def test_yaml_values_are_read_as_flags_are(with_yaml):
     assert options.data.train_npy == ("a.npy", "b.npy") and options.data.val_npy == ("c.npy",)
     assert options.run.resume is True and options.run.compile == "on"
     assert options.data.max_tokens is None and options.model.config_fields == {"dropout": 0.0}
-    assert (options.run.seed, options.run.dtype) == (7, "bf16")
+    assert (options.run.seed, options.precision.dtype) == (7, "bf16")
 
 
 def test_a_flag_that_must_be_given_may_stand_in_the_yaml(tmp_path, capsys):
