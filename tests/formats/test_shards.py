@@ -71,7 +71,7 @@ def test_shards_that_cannot_be_used(tmp_path):
     refused(file("long.npy", whole + b"\0"), "damaged", "1000 tokens")
     refused(file("head.npy", whole[:20]), "not a .npy array")
     refused(file("pickle.npy", b"\x80\x04]."), "not a .npy array")
-    refused(file("page.npy", b"<!DOCTYPE html><html>"), "HTML page")
+    refused(file("page.npy", b"<!DOCTYPE html><html>"), "web page")
     refused(file("lfs.npy", b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull")
     refused(file("words.txt", b"some words"), "--data-mode text")
     refused(file("odd.bin", b"abc"), "odd number")
