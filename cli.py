@@ -127,11 +127,11 @@ def convert_options(kind: Any, values: dict, where: str) -> dict:
     converted = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{where}: no option is called {name!r}")
+            raise ValueError(f"{where}: there is no option {flag_of(name)}")
         try:
             converted[name] = _convert(known[name], value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"{where}: {name}: {error}") from None
+            raise ValueError(f"{where}: {flag_of(name)}: {error}") from None
     return converted
 
 
@@ -162,13 +162,13 @@ def _option_fields(kind: Any):
 def _convert(f, value):
     argument = f.metadata
     if argument.get("nargs") in ("+", "*"):
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, (list, tuple)) else [value]
         if not items and argument["nargs"] == "+":
             raise ValueError("needs a value")
         return tuple(_convert_one(argument, item) for item in items)
     if isinstance(f.default, bool):
         if not isinstance(value, bool):
-            raise ValueError(f"must be true or false, not {value!r}")
+            raise ValueError(f"needs true or false, not {value!r}")
         return value
     return None if value is None and f.default is None else _convert_one(argument, value)
 
@@ -183,7 +183,7 @@ def _convert_one(argument, value):
     try:
         value = kind(str(value))
     except ValueError:
-        raise ValueError(f"needs a number, not {value!r}") from None
+        raise ValueError(f"needs a number, not {str(value)!r}") from None
     if choices and value not in choices:
         raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}")
     return value

@@ -101,7 +101,8 @@ def plan(options: Options, facts: Facts) -> Plan:
         windows = RandomWindows(len(stream), seq_len, options.seed)
     else:
         # without a BOS of its own, a tokenizer's end of text goes before the first token
-        bos = options.bos == "on" or (options.bos == "auto" and tokenizer.adds_bos)
+        auto = options.bos == "auto" and tokenizer is not None and tokenizer.adds_bos
+        bos = options.bos == "on" or auto
         windows = Windows(len(stream), seq_len, options.stride, bos)
     batch_size = min(options.batch_size, len(windows))
     protocol = {

@@ -154,6 +154,7 @@ class Drawn:
 
 def plan(options: Options, facts: Facts) -> Plan:
     tokenizer, sampling = facts.tokenizer, options.sampling
+    _ = options.ks  # ValueError before anything is drawn
     bos = evaluation.resolve_bos(options.bos, tokenizer)
     problems = read_problems(options.data_path, options.limit)
     prompts = make_prompts(tokenizer, problems, options.strip_prompt, bos)

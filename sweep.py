@@ -74,7 +74,9 @@ class SweepOptions:
 class SharedOptions:
     """Options of evaluations that do not say."""
 
-    batch_size: int | None = cli.option(None, "of evaluations that do not say", type=int)
+    batch_size: int | None = cli.option(
+        None, "of evaluations that do not say", type=cli.positive_int
+    )
     seed: int | None = cli.option(None, "of evaluations that do not say", type=int)
     compile: str | None = cli.option(
         None, "of evaluations that do not say", choices=("auto", "on", "off")
@@ -137,7 +139,9 @@ def read_entries(file: str, models: ModelOptions, shared: SharedOptions) -> list
 def entries_of(where, kind, values, models: ModelOptions, shared: SharedOptions) -> list[Entry]:
     """One for each variant of an evaluation's options, as its script would make of these flags."""
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    tokenizer_name = values.pop("tokenizer_name", models.tokenizer_name)
+    own = {name: values.pop(name) for name in ("tokenizer_name",) if name in values}
+    own = cli.convert_options(ModelOptions, own, where)
+    tokenizer_name = own.get("tokenizer_name") or models.tokenizer_name
     ours = (ModelOptions, SweepOptions, cli.PrecisionOptions, cli.RunOptions)
     for name in values:
         if any(name in cli.option_names(options) for options in ours):

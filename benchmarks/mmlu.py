@@ -40,8 +40,8 @@ def make_model(name, directory, context):
     """Random weights of a preset with GPT-2's vocabulary, made on the GPU."""
     import torch
 
-    import checkpoint
     from config import load_config
+    from formats import native
     from model import GPTModel
 
     config = load_config(name).replace(
@@ -51,7 +51,7 @@ def make_model(name, directory, context):
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = GPTModel(config).to(torch.bfloat16)
     directory.mkdir(parents=True)
-    checkpoint.write_weights(model, config, directory)
+    native.write_weights(model, config, directory)
 
 
 # ---------------------------------------------------------------------------------------------

