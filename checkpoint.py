@@ -26,6 +26,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -35,20 +36,9 @@ import torch
 from torch import nn
 
 import cli
+import formats
 from config import GPTConfig, load_config
-from formats import (
-    Opened,
-    fingerprints,
-    huggingface,
-    layouts,
-    name_of,
-    native,
-    pt_files,
-    step_in_name,
-    stored,
-    tensorfiles,
-    training_state,
-)
+from formats import fingerprints, huggingface, layouts, native, pt_files, stored, training_state
 from model import GPTModel
 from tokenizer import TOKENIZER_COPIES, TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
@@ -97,13 +87,13 @@ class Checkpoint:
     config is not known. No file stays open.
     """
 
-    def __init__(self, opened: Opened):
+    def __init__(self, opened: formats.Opened):
         self._opened, self.path = opened, opened.path
         self.kind, self.format, self.native = opened.kind, opened.format, opened.native
         self.tensors, self.layout, self.facts = opened.tensors, opened.layout, opened.facts
         self.problem = opened.problem
-        self.name = name_of(self.path)
-        self.step = step_in_name(self.name) if opened.step is None else opened.step
+        self.name = formats.name_of(self.path)
+        self.step = formats.step_in_name(self.name) if opened.step is None else opened.step
         self.tokenizer = find_tokenizer(self.path)
         self._as_opened = self._state_of_files()
 
@@ -167,9 +157,8 @@ class Checkpoint:
         A GPTModel wherever GPTModel can express the config, otherwise transformers' own model
         behind the same interface.
         """
-        dtype = as_dtype(dtype)
+        dtype = layouts.as_dtype(dtype)
         if not self.native:
-            tensorfiles.require_safe_torch()
             self._check_unchanged()
             return load_transformers(self.path, dtype, device, self.config)
         model = GPTModel.on_meta(self.config)
@@ -215,15 +204,6 @@ class Checkpoint:
             raise ValueError(f"{self.path} was replaced or changed since it was opened")
 
 
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """float32, bfloat16 or float16, by torch's name, a short name (bf16) or itself."""
-    if isinstance(dtype, str):
-        dtype = getattr(torch, cli.DTYPES.get(dtype, ""), dtype)
-    if dtype not in stored.FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(cli.DTYPES)}, not {dtype!r}")
-    return dtype
-
-
 # ---------------------------------------------------------------------------------------------
 # By path
 
@@ -231,23 +211,26 @@ save_checkpoint, write_weights = native.save_checkpoint, native.write_weights
 
 
 def load_model(
-    path, dtype=torch.bfloat16, device="cpu", config: GPTConfig | None = None
+    path: str | Path,
+    dtype: str | torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    config: GPTConfig | None = None,
 ) -> GPTModel | TransformersModel:
     """`open(path, config).load(dtype, device)`."""
     return open(path, config).load(dtype, device)
 
 
-def load_weights(path, model: nn.Module) -> None:
+def load_weights(path: str | Path, model: nn.Module) -> None:
     """`open(path).load_weights(model)`."""
     open(path).load_weights(model)
 
 
-def fingerprint(path) -> str:
+def fingerprint(path: str | Path) -> str:
     """`open(path).fingerprint`."""
     return open(path).fingerprint
 
 
-def load_training_state(path) -> dict[str, Any]:
+def load_training_state(path: str | Path) -> dict[str, Any]:
     """optimizer, scheduler, epoch, step, loss and extra of a checkpoint; None what it has not."""
     path = Path(path)
     reader_of(path)  # says what is wrong with a path that is no checkpoint
@@ -256,7 +239,7 @@ def load_training_state(path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    checkpoint_path, model: nn.Module, optimizer=None, scheduler=None
+    checkpoint_path: str | Path, model: nn.Module, optimizer: Any = None, scheduler: Any = None
 ) -> tuple[int, int, float | None]:
     """Restore model, optimizer and scheduler exactly; returns (epoch, step, loss). What else was
     saved (`extra`) comes from `load_training_state`."""
@@ -319,7 +302,7 @@ def _in_order(paths) -> list[CheckpointInfo]:
 def info_of(path: Path) -> CheckpointInfo:
     """What a checkpoint is called, its step and kind, as cheaply as its format can say it; an
     unreadable one has them too."""
-    name = name_of(path)
+    name = formats.name_of(path)
     try:
         reader = reader_of(path)
         if hasattr(reader, "glance"):
@@ -329,14 +312,14 @@ def info_of(path: Path) -> CheckpointInfo:
             kind, step = opened.kind, opened.step
     except (ValueError, OSError):
         kind, step = "unreadable", None
-    return CheckpointInfo(path, step_in_name(name) if step is None else step, name, kind)
+    return CheckpointInfo(path, formats.step_in_name(name) if step is None else step, name, kind)
 
 
 def _natural(name: str) -> list:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def expand_paths(paths) -> list[Path]:
+def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """Checkpoint paths from files, checkpoint directories, directories of checkpoints and globs,
     each once, in the order given and in step order within a directory or glob."""
     found = []
@@ -450,7 +433,7 @@ def main(argv=None):
         print("verified: checksums hold, every weight is a finite number")
 
 
-def print_list(directory) -> None:
+def print_list(directory: str | Path) -> None:
     found = list_checkpoints(directory)
     if not found:
         raise ValueError(f"{directory} holds no checkpoint")

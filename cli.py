@@ -135,6 +135,21 @@ def convert_options(kind: Any, values: dict, where: str) -> dict:
     return converted
 
 
+def take_defaults(p: Parser, kinds, values: dict, where: str) -> None:
+    """Values of a file become the defaults of a parser's flags, of the options dataclasses `kinds`;
+    what a command line gives wins. ValueError as convert_options."""
+    for name in values:
+        if not any(name in option_names(kind) for kind in kinds):
+            raise ValueError(
+                f"{where}: no flag is called {name!r} (write num_steps for --num-steps)"
+            )
+    for kind in kinds:
+        own = {name: value for name, value in values.items() if name in option_names(kind)}
+        p.set_defaults(**convert_options(kind, own, where))
+    for action in p._actions:
+        action.required = action.required and action.dest not in values
+
+
 def _option_fields(kind: Any):
     for f in fields(kind):
         default = getattr(kind, f.name, f.default)
@@ -148,6 +163,8 @@ def _convert(f, value):
     argument = f.metadata
     if argument.get("nargs") in ("+", "*"):
         items = value if isinstance(value, (list, tuple)) else [value]
+        if not items and argument["nargs"] == "+":
+            raise ValueError("needs a value")
         return tuple(_convert_one(argument, item) for item in items)
     if isinstance(f.default, bool):
         if not isinstance(value, bool):
@@ -166,7 +183,7 @@ def _convert_one(argument, value):
     try:
         value = kind(str(value))
     except ValueError:
-        raise ValueError(f"invalid {kind.__name__} value: {str(value)!r}") from None
+        raise ValueError(f"needs a number, not {str(value)!r}") from None
     if choices and value not in choices:
         raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}")
     return value

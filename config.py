@@ -13,6 +13,7 @@ answers in a fraction of a second.
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from hf_config import checked_rope_scaling, config_to_hf, fields_from_hf, number, size
 
@@ -123,7 +124,7 @@ class GPTConfig:
         """The sliding window of one layer, None where it sees everything before it."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
-    def replace(self, **changes) -> "GPTConfig":
+    def replace(self, **changes: Any) -> "GPTConfig":
         return replace(self, **changes)
 
     def to_dict(self) -> dict:
@@ -140,7 +141,7 @@ class GPTConfig:
         except ValueError as error:
             raise type(error)(f"{source}: {error}") from None
 
-    def save_pretrained(self, directory, **extra) -> None:
+    def save_pretrained(self, directory: str | Path, **extra: Any) -> None:
         """Write `config.json`: Hugging Face's fields where an architecture has them, and ours under
         "roseval". `extra` (token ids, dtype) goes to the top level."""
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ class GPTConfig:
         (Path(directory) / "config.json").write_text(text)
 
     @classmethod
-    def from_pretrained(cls, directory) -> "GPTConfig":
+    def from_pretrained(cls, directory: str | Path) -> "GPTConfig":
         """Read `config.json` from a directory, or the file itself: ours or Hugging Face's."""
         path = Path(directory)
         path = path / "config.json" if path.is_dir() else path
@@ -181,7 +182,7 @@ def presets() -> list[str]:
     return sorted(path.stem for path in CONFIGS_DIR.glob("*.yaml") if path.stem != "sweep")
 
 
-def load_config(spec) -> GPTConfig:
+def load_config(spec: str | Path) -> GPTConfig:
     """From a preset name, a YAML file of GPTConfig fields, a `config.json` or its directory."""
     path = Path(spec)
     if path.is_dir() or path.suffix == ".json":
@@ -209,7 +210,7 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def load_yaml(path) -> dict:
+def load_yaml(path: str | Path) -> dict:
     """A YAML file's mapping. Raises ValueError naming the file, and the line where known."""
     import yaml
 

@@ -19,8 +19,10 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,8 +64,8 @@ class Dist:
         """Whether torchrun is gone: a rank that would run for ever should end then."""
         return bool(self._watch and self._watch.store_is_gone)
 
-    def sum(self, values) -> np.ndarray:
-        """Elementwise sum over the ranks of a float64 or int64 vector, as numpy on every rank.
+    def sum(self, values: torch.Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
+        """Elementwise sum over the ranks of a float64 or int64 array, as numpy on every rank.
 
         Exact where at most one rank's element is not zero. CUDA tensors go through NCCL.
         """
@@ -75,7 +77,7 @@ class Dist:
                 torch_dist.all_reduce(tensor)
             return tensor.cpu().numpy()
 
-    def gather(self, obj) -> list:
+    def gather(self, obj: Any) -> list:
         """Every rank's picklable object, in rank order, on every rank."""
         with self._waiting():
             objects = [obj] * self.world_size
@@ -83,11 +85,12 @@ class Dist:
                 torch_dist.all_gather_object(objects, obj, group=_gloo_group())
             return objects
 
-    def broadcast(self, obj):
+    def broadcast(self, obj: Any) -> Any:
         """Rank 0's picklable object on every rank."""
         return self.gather(obj if self.is_main else None)[0]
 
     def barrier(self) -> None:
+        """Returns once every rank is here."""
         self.gather(None)
 
     def agree_on_error(self, error: Exception, patience: float = 60.0) -> None:
@@ -97,7 +100,7 @@ class Dist:
             self._watch.meet(error, patience)
 
     @contextlib.contextmanager
-    def _waiting(self):
+    def _waiting(self) -> Iterator[None]:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a hung kernel is no progress: still watched here
         if self._watch:
@@ -105,10 +108,10 @@ class Dist:
         yield
 
 
-_GLOO = {}
+_GLOO = {}  # the group, once it is made
 
 
-def _gloo_group():
+def _gloo_group() -> torch_dist.ProcessGroup | None:
     """Python objects travel over gloo: the default group is NCCL's where there are GPUs."""
     if torch_dist.get_backend() == "gloo":
         return None
@@ -118,7 +121,7 @@ def _gloo_group():
 
 
 @contextlib.contextmanager
-def setup(device: str | None = None, timeout: float = 120):
+def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
     """Join the other ranks of torchrun, if any, and yield a Dist; leave cleanly on the way out.
 
     device: "cpu", "cuda", or None for CUDA where there is one. timeout: seconds without progress
@@ -139,6 +142,7 @@ def setup(device: str | None = None, timeout: float = 120):
         return
     store = _join(rank, world_size, device)
     watch = Watch(store, rank, world_size, timeout)
+    watch.start()
     try:
         yield Dist(rank, world_size, local_rank, device, watch)
         torch_dist.barrier(group=_gloo_group())  # nobody tears down while others still talk
@@ -161,7 +165,7 @@ def _pick_device(name: str | None, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _join(rank: int, world_size: int, device: torch.device):
+def _join(rank: int, world_size: int, device: torch.device) -> torch_dist.Store:
     """Initialise the process group and return a store connection for the watch thread."""
     store, _, _ = next(torch_dist.rendezvous("env://", rank, world_size, timeout=CONNECT_TIMEOUT))
     store.set_timeout(timedelta(minutes=30))
@@ -179,21 +183,34 @@ def _join(rank: int, world_size: int, device: torch.device):
 
 
 class Watch:
-    """The watch thread of one rank. Counters live in the store; each rank adds to its own only."""
+    """The watch thread of one rank. Counters live in the store; each rank adds to its own only.
 
-    def __init__(self, store, rank: int, world_size: int, timeout: float):
+    timeout: seconds without progress after which a rank counts as dead.
+    """
+
+    def __init__(self, store: torch_dist.Store, rank: int, world_size: int, timeout: float):
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.store = torch_dist.PrefixStore(
             f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
         )
-        self.interval = min(2.0, timeout / 8)
+        self.interval, self.clock = min(2.0, timeout / 8), time.monotonic
         self.bumps, self.seen_bumps, self.resting = 0, 0, True
+        self.last_moves: dict[int, tuple[int, float]] = {}  # rank: (its counter, when it moved)
         self.meetings, self.store_is_gone = 0, False
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Look every `interval` seconds, until `stop`."""
         self.thread.start()
 
+    def stop(self) -> None:
+        """No rank is dead from here on."""
+        self.stopped.set()
+        self.thread.join()
+
     def bump(self) -> None:
+        """This rank works, and has just got on."""
         self.bumps += 1
         self.resting = False
 
@@ -202,7 +219,8 @@ class Watch:
         self.resting = True
 
     def meet(self, error: Exception, patience: float) -> None:
-        """Not a collective: the others may be inside one that this rank will never enter."""
+        """Wait until all ranks have come here; after `patience` seconds raise `error`. This is no
+        collective: the others may be inside one that this rank will never enter."""
         self.rest()
         self.meetings += 1
         name, end = f"meeting {self.meetings}", time.monotonic() + patience
@@ -212,23 +230,27 @@ class Watch:
                 raise error
             time.sleep(0.05)
 
-    def stop(self) -> None:
-        self.stopped.set()
-        self.thread.join()
-
     def _run(self) -> None:
-        last = {r: (-1, time.monotonic()) for r in range(self.world_size)}  # count, when it moved
         while not self.stopped.wait(self.interval):
             try:
-                counts = self._exchange()
+                dead = self.silent_rank()
             except RuntimeError:  # the store went with torchrun, which is ending the run, or dead
                 self.store_is_gone = True
                 return
-            for r, count in enumerate(counts):
-                if count != last[r][0]:
-                    last[r] = count, time.monotonic()
-                elif time.monotonic() - last[r][1] > self.timeout and not self.stopped.is_set():
-                    self._end_run(r)
+            if dead is not None and not self.stopped.is_set():
+                self._end_run(dead)
+
+    def silent_rank(self) -> int | None:
+        """Say that this rank lives, if it does, and find one whose counter has not moved for
+        `timeout` seconds of this process's clock, which is compared with no other."""
+        counts, now = self._exchange(), self.clock()
+        for rank, count in enumerate(counts):
+            known, since = self.last_moves.get(rank, (-1, now))
+            if count != known:
+                self.last_moves[rank] = count, now
+            elif now - since > self.timeout:
+                return rank
+        return None
 
     def _exchange(self) -> list[int]:
         alive = self.resting or self.bumps != self.seen_bumps
@@ -246,7 +268,7 @@ class Watch:
         os._exit(1)  # the main thread may be inside a collective that will never return
 
 
-def print0(*args, **kwargs) -> None:
+def print0(*args: Any, **kwargs: Any) -> None:
     """print on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(*args, **kwargs, flush=True)

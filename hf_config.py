@@ -8,6 +8,7 @@ Reading is strict: what GPTConfig has no word for is refused, never ignored. Pla
 
 import contextlib
 import math
+from typing import Any
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -32,7 +33,7 @@ class UnsupportedArchitecture(ValueError):
     """A Hugging Face config that GPTModel cannot express; transformers itself may still run it."""
 
 
-def number(name: str, value, kind: type = float) -> int | float:
+def number(name: str, value: Any, kind: type = float) -> int | float:
     """`value` as a number; a text of one too, since PyYAML reads 1e-05 as text. kind: float takes
     integers as well, int nothing else. ValueError names the field."""
     taken = value
@@ -46,7 +47,7 @@ def number(name: str, value, kind: type = float) -> int | float:
     raise ValueError(f"{name} must be a{'n integer' if kind is int else ' number'}, not {value!r}")
 
 
-def size(name: str, value) -> int:
+def size(name: str, value: Any) -> int:
     """A positive integer; a number of experts may be 0."""
     with contextlib.suppress(ValueError):
         taken = number(name, value, int)
@@ -55,7 +56,7 @@ def size(name: str, value) -> int:
     raise ValueError(f"{name} must be a positive integer, not {value!r}")
 
 
-def checked_rope_scaling(scaling) -> dict:
+def checked_rope_scaling(scaling: Any) -> dict:
     """Hugging Face's `rope_scaling` with what its type needs, its numbers as numbers."""
     if not isinstance(scaling, dict):
         raise ValueError(f"rope_scaling must be a mapping with a rope_type, not {scaling!r}")
@@ -192,7 +193,7 @@ def _window_from_hf(hf: dict, model_type: str) -> tuple[int | None, tuple[int, .
     return window, ()
 
 
-def config_to_hf(c) -> dict | None:
+def config_to_hf(c: Any) -> dict | None:
     """The Hugging Face config that computes what a GPTConfig does, None where none does."""
     if c.norm == "layernorm" and c.position == "learned":
         return _gpt2_to_hf(c)

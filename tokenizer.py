@@ -6,8 +6,14 @@
     build_tokenizer("checkpoints/checkpoint-1000")   # a local directory with tokenizer files
     build_tokenizer("Qwen/Qwen2.5-0.5B")             # a Hugging Face hub name
 
-Every tokenizer has `name`, `vocab_size`, `eos_token_id` (end of text), `bos_token_id` (often None),
-`special_ids`, `fingerprint`, `encode`, `encode_batch`, `decode`, `token_bytes` and `save`.
+Every tokenizer has
+    name, vocab_size, eos_token_id (end of text), bos_token_id     the last two may be None
+    special_ids: ids that no text encodes to       fingerprint: a hash of its definition
+    adds_bos: whether transformers would put a BOS before a text, as for Llama; encode does not
+    splits_at_newline: whether cutting a text at SAFE_BREAK is known to keep its tokens
+    encode(text) -> ids, encode_batch(texts) -> arrays of ids, in threads, decode(ids) -> text
+    token_bytes() -> [vocab_size] int32, the UTF-8 bytes that each id stands for; 0 for special ones
+    save(directory): as Hugging Face files with the same ids for every text
 Encoding adds no special tokens, and text that looks like one ("<|endoftext|>" in a document) is
 encoded as the ordinary text it is. tiktoken and transformers are imported only when asked for.
 """
@@ -18,8 +24,10 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +59,7 @@ BYTE_LEVEL = {
 }
 
 
-def build_tokenizer(name):
+def build_tokenizer(name: str | os.PathLike) -> "Tokenizer":
     """The tokenizer called `name`: "byte", a tiktoken encoding, a local directory or a hub name.
 
     A bare name of a tiktoken encoding means tiktoken even if a directory is called the same; write
@@ -80,67 +88,65 @@ class ByteTokenizer:
     bos_token_id = None
     special_ids = (256,)
     splits_at_newline = True
-    adds_bos = False  # whether it puts a BOS before a text by itself, as Llama's does
+    adds_bos = False
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         return _hash(b"byte", EOT.encode())
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return list(utf8_bytes(text))
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(utf8_bytes(text), dtype=np.uint8) for text in texts]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return b"".join(
             bytes([i]) if i < 256 else EOT.encode() if i == 256 else b"\xef\xbf\xbd" for i in ids
         ).decode("utf-8", errors="replace")
 
-    def token_bytes(self):
+    def token_bytes(self) -> np.ndarray:
         return np.array([1] * 256 + [0], dtype=np.int32)
 
-    def save(self, directory):
-        """Write it as Hugging Face files with the same ids: a byte-level BPE without merges."""
-        alphabet = _byte_alphabet()
-        vocab = {alphabet[i]: i for i in range(256)} | {EOT: 256}
+    def save(self, directory: str | os.PathLike) -> None:
+        """A byte-level BPE without merges."""
+        vocab = {letter: i for i, letter in enumerate(_byte_alphabet())} | {EOT: 256}
         _save_bpe(directory, vocab, [], [BYTE_LEVEL], specials={EOT: 256}, ignore_merges=False)
 
 
 class TiktokenTokenizer:
-    """A tiktoken.Encoding. Ids that no text produces (special tokens, gaps) are `special_ids`."""
+    """A tiktoken.Encoding; the gaps in its ids are `special_ids` too."""
 
     bos_token_id = None
-
     adds_bos = False
 
-    def __init__(self, encoding):
+    def __init__(self, encoding: Any):
         self.encoding = encoding
         self.name = encoding.name
         self.vocab_size = encoding.n_vocab
         self.eos_token_id = encoding._special_tokens.get(EOT)
 
     @functools.cached_property
-    def splits_at_newline(self):
+    def splits_at_newline(self) -> bool:
         across = re.compile(ACROSS_A_BREAK.encode("latin-1"))
         return not any(map(across.search, self.encoding._mergeable_ranks))
 
     @functools.cached_property
-    def special_ids(self):
+    def special_ids(self) -> tuple[int, ...]:
         return tuple(np.flatnonzero(self.token_bytes() == 0).tolist())
 
     @functools.cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
         specials = json.dumps(sorted(self.encoding._special_tokens.items()))
         parts = [b"%d %s" % (rank, token.hex().encode()) for token, rank in ranks]
         return _hash(b"tiktoken", self.encoding._pat_str.encode(), specials.encode(), *parts)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts):
-        """Token ids (uint32 arrays) of several texts, in threads: tiktoken drops the GIL."""
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """uint32 arrays, made in threads: tiktoken drops the GIL."""
         n_threads = min(8, os.cpu_count() or 1, len(texts))
         if n_threads < 2:
             return self._encode_all(texts)
@@ -149,29 +155,31 @@ class TiktokenTokenizer:
         with ThreadPoolExecutor(n_threads) as pool:
             return [ids for share in pool.map(self._encode_all, shares) for ids in share]
 
-    def _encode_all(self, texts):
+    def _encode_all(self, texts: list[str]) -> list[np.ndarray]:
         encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
         return [encode(utf8_bytes(text).decode()) for text in texts]
 
     @functools.cached_property
-    def _pieces(self):
-        """The bytes of every ordinary token, by id."""
+    def _bytes_of_id(self) -> dict[int, bytes]:
+        """Of every ordinary token."""
         return {rank: token for token, rank in self.encoding._mergeable_ranks.items()}
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         specials = {i: token.encode() for token, i in self.encoding._special_tokens.items()}
         # an id beyond the vocabulary (a padded head can sample one) shows as U+FFFD
-        pieces = (self._pieces.get(i) or specials.get(i, b"\xef\xbf\xbd") for i in map(int, ids))
+        pieces = (
+            self._bytes_of_id.get(i) or specials.get(i, b"\xef\xbf\xbd") for i in map(int, ids)
+        )
         return b"".join(pieces).decode("utf-8", errors="replace")
 
-    def token_bytes(self):
+    def token_bytes(self) -> np.ndarray:
         counts = np.zeros(self.vocab_size, dtype=np.int32)
-        for i, piece in self._pieces.items():
+        for i, piece in self._bytes_of_id.items():
             counts[i] = len(piece)
         return counts
 
-    def save(self, directory):
-        """Write it as Hugging Face files with the same ids for every text."""
+    def save(self, directory: str | os.PathLike) -> None:
+        """A byte-level BPE, its merges found from tiktoken's ranks."""
         alphabet = _byte_alphabet()
         ranks = self.encoding._mergeable_ranks
         spell = {token: "".join(alphabet[b] for b in token) for token in ranks}
@@ -207,7 +215,7 @@ class HuggingFaceTokenizer:
     a normaliser changes (NFKC, lower case).
     """
 
-    def __init__(self, tok, name):
+    def __init__(self, tok: Any, name: str):
         self.tok, self.name = tok, name
         self.backend = getattr(tok, "backend_tokenizer", None)
         self._definition = json.loads(self.backend.to_str()) if self.backend else {}
@@ -222,20 +230,20 @@ class HuggingFaceTokenizer:
         self.splits_at_newline = self._splits_at_newline(vocab)
 
     @functools.cached_property
-    def adds_bos(self):
+    def adds_bos(self) -> bool:
         return self.bos_token_id is not None and self.tok("A").input_ids[0] == self.bos_token_id
 
     @functools.cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         definition = self._definition or sorted(self.tok.get_vocab().items())
         text = json.dumps([definition, self.eos_token_id, self.bos_token_id], sort_keys=True)
         return _hash(b"transformers", text.encode())
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts):
-        """Token ids (uint32 arrays) of several texts; the backend spreads them over threads."""
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """uint32 arrays; the backend spreads the texts over threads."""
         texts = [utf8_bytes(text).decode() for text in texts]
         if self.backend is None:
             options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -244,22 +252,22 @@ class HuggingFaceTokenizer:
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, dtype=np.uint32) for e in encodings]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         ids = [int(i) for i in ids]
         return self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def token_bytes(self):
+    def token_bytes(self) -> np.ndarray:
         return self._counts.copy()
 
-    def save(self, directory):
+    def save(self, directory: str | os.PathLike) -> None:
         self.tok.save_pretrained(directory)
 
-    def _byte_level(self):
+    def _is_byte_level(self) -> bool:
         return _mentions(self._definition.get("decoder"), "ByteLevel")
 
-    def _count_bytes(self, vocab):
+    def _count_bytes(self, vocab: dict[str, int]) -> np.ndarray:
         counts = np.zeros(self.vocab_size, dtype=np.int32)
-        alphabet = set(_byte_alphabet()) if self._byte_level() else None
+        alphabet = set(_byte_alphabet()) if self._is_byte_level() else None
         for token, i in vocab.items():
             if alphabet is not None and alphabet.issuperset(token):
                 counts[i] = len(token)
@@ -272,22 +280,26 @@ class HuggingFaceTokenizer:
         counts[list(self.tok.all_special_ids)] = 0
         return counts
 
-    def _splits_at_newline(self, vocab):
-        """Whether cutting a text at SAFE_BREAK is known to keep its tokens."""
-        prefixed = _mentions(
-            self._definition.get("pre_tokenizer"), "ByteLevel", add_prefix_space=True
-        )
-        normalizer = self._definition.get("normalizer")
+    def _splits_at_newline(self, vocab: dict[str, int]) -> bool:
+        pre_tokenizer, normalizer = map(self._definition.get, ("pre_tokenizer", "normalizer"))
+        prefixed = _mentions(pre_tokenizer, "ByteLevel", add_prefix_space=True)
         plain = normalizer is None or normalizer.get("type") == "NFC"  # NFKC can make spaces
         added = [token.content for token in self.tok.added_tokens_decoder.values()]
         # vocabularies that merge across spaces (SuperBPE) may have tokens that reach over the cut
         across = re.compile(ACROSS_A_BREAK.replace("\n", _byte_alphabet()[ord("\n")]))
         reaching = any(map(across.search, vocab))
         local = not prefixed and plain and not reaching and "\n" not in "".join(added)
-        return self._byte_level() and local
+        return self._is_byte_level() and local
 
 
-def _tiktoken_encoding(name):
+Tokenizer = ByteTokenizer | TiktokenTokenizer | HuggingFaceTokenizer
+
+
+# ---------------------------------------------------------------------------------------------
+# Where a name leads
+
+
+def _tiktoken_encoding(name: str):
     import tiktoken
 
     try:
@@ -304,7 +316,7 @@ def _tiktoken_encoding(name):
         ) from None
 
 
-def _tokenizer_from_directory(path):
+def _tokenizer_from_directory(path: Path) -> "Tokenizer":
     """transformers' tokenizer of a local directory, or the byte tokenizer if that is what it is."""
     if not any((path / file).is_file() for file in TOKENIZER_FILES):
         raise ValueError(
@@ -326,7 +338,7 @@ def _tokenizer_from_directory(path):
         ) from error
 
 
-def _hub_tokenizer(name):
+def _hub_tokenizer(name: str):
     from huggingface_hub import HfApi
     from transformers import AutoTokenizer
 
@@ -346,23 +358,25 @@ def _hub_tokenizer(name):
         ) from None
 
 
-def _is_byte_tokenizer(path):
+def _is_byte_tokenizer(path: Path) -> bool:
     try:
         definition = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    alphabet = _byte_alphabet()
-    vocab = {alphabet[i]: i for i in range(256)} | {EOT: 256}
+    vocab = {letter: i for i, letter in enumerate(_byte_alphabet())} | {EOT: 256}
     model = definition.get("model", {}) if isinstance(definition, dict) else {}
-    plain = model.get("vocab") == vocab and not model.get("merges")
-    added = (
-        [token.get("content") for token in definition.get("added_tokens") or []] if plain else []
-    )
+    if model.get("vocab") != vocab or model.get("merges"):
+        return False
+    added = {token.get("content") for token in definition.get("added_tokens") or []}
     # a post-processor may put a BOS before every text: then it is transformers' to say
-    return plain and set(added) <= {EOT} and definition.get("post_processor") in (None, BYTE_LEVEL)
+    return added <= {EOT} and definition.get("post_processor") in (None, BYTE_LEVEL)
 
 
-def _save_bpe(directory, vocab, merges, pre_tokenizers, specials, ignore_merges):
+# ---------------------------------------------------------------------------------------------
+# Byte-level BPE in Hugging Face's files
+
+
+def _save_bpe(directory, vocab, merges, pre_tokenizers, specials, ignore_merges) -> None:
     """tokenizer.json and tokenizer_config.json of a byte-level BPE, for transformers and vLLM."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
@@ -378,12 +392,7 @@ def _save_bpe(directory, vocab, merges, pre_tokenizers, specials, ignore_merges)
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
         "post_processor": None,
         "decoder": BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "vocab": vocab,
-            "merges": merges,
-            "ignore_merges": ignore_merges,
-        },
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": ignore_merges},
     }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -397,7 +406,7 @@ def _save_bpe(directory, vocab, merges, pre_tokenizers, specials, ignore_merges)
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _merge_of(token, ranks):
+def _merge_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The parts that BPE has just before it makes `token`: two, for a vocabulary BPE trained."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -410,7 +419,7 @@ def _merge_of(token, ranks):
 
 
 @functools.cache
-def _byte_alphabet():
+def _byte_alphabet() -> tuple[str, ...]:
     """The printable character that stands for each byte in byte-level BPE files (GPT-2's table):
     visible Latin-1 characters for themselves, the other bytes for U+0100 onwards, in order."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -419,7 +428,7 @@ def _byte_alphabet():
     return tuple(table[b] for b in range(256))
 
 
-def _mentions(part, kind, **settings):
+def _mentions(part, kind: str, **settings) -> bool:
     """Whether a component of a tokenizer.json, or one inside it, is a `kind` so set."""
     if isinstance(part, list):
         return any(_mentions(p, kind, **settings) for p in part)
@@ -429,7 +438,7 @@ def _mentions(part, kind, **settings):
     return here or any(_mentions(p, kind, **settings) for p in part.values())
 
 
-def utf8_bytes(text):
+def utf8_bytes(text: str) -> bytes:
     """UTF-8 bytes of a str. A lone surrogate (JSON may hold one) becomes U+FFFD, as in tiktoken."""
     try:
         return text.encode()
@@ -437,5 +446,5 @@ def utf8_bytes(text):
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def _hash(*parts):
+def _hash(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -11,7 +11,7 @@ from torch import nn
 
 from cli import first_line
 from config import GPTConfig
-from formats.tensorfiles import extremes, refuse_nonfinite
+from formats.tensorfiles import extremes, refuse_nonfinite, require_safe_torch
 from gpu_kernels.cross_entropy import cross_entropy
 
 
@@ -62,7 +62,12 @@ class TransformersModel(nn.Module):
         """Of the weights."""
         return self.causal_lm.dtype
 
-    def hidden(self, input_ids, positions=None, cache=None) -> torch.Tensor:
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: None = None,
+    ) -> torch.Tensor:
         """Final hidden states [B, T, C] of input_ids [B, T]."""
         assert cache is None, "supports_cache is False"
         more = {} if positions is None else {"position_ids": positions.view(-1, input_ids.shape[1])}
@@ -81,7 +86,12 @@ class TransformersModel(nn.Module):
         logits = self.logits(hidden)
         return cross_entropy(logits, targets, logits.shape[-1])
 
-    def forward(self, input_ids, attention_mask=None, labels=None):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(logits [B, T, V], mean loss of labels [B, T] or None), as GPTModel.forward."""
         if labels is not None and attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, -100)
@@ -114,6 +124,7 @@ def load_transformers(
     """A local directory through AutoModelForCausalLM. Custom code in it is never run."""
     from transformers import AutoModelForCausalLM
 
+    require_safe_torch()
     try:
         causal_lm, names = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, output_loading_info=True

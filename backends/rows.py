@@ -87,7 +87,7 @@ def _decode_step(model, cache, state, staged, features):
     for name in STATE:
         state[name].copy_(torch.where(new, sent[name].to(state[name].dtype), state[name]))
     cache.start(new, sent["prompt"])
-    sent["new"].zero_()
+    staged[0].zero_()  # nothing is new in the next step, unless the host says so
     hidden = model.hidden(state["token"][:, None], cache=cache)
     keys = torch.stack((state["key0"], state["key1"]), dim=1)
     logits = model.logits(hidden[:, 0])

@@ -33,29 +33,6 @@ def token_nll(model, hidden, targets):
     return torch.cat([model.nll(h, t) for h, t in chunks])
 
 
-@torch.no_grad()
-def compute_perplexity(model, dataloader, device) -> dict:
-    """rosetrainer's function: loss and perplexity over a DataLoader of rosetrainer-style items.
-
-    Each batch has `input_ids` [B, T], `labels` [B, T] (shifted here; -100 left out) and, if padded,
-    `attention_mask` [B, T] (0 left out). Returns avg_loss (nats per scored token), ppl and tokens.
-    """
-    nll, tokens = 0.0, 0
-    for batch in dataloader:
-        ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
-        if batch.get("attention_mask") is not None:
-            labels = labels.masked_fill(batch["attention_mask"].to(device) == 0, IGNORE)
-        targets = torch.full_like(labels, IGNORE)
-        targets[:, :-1] = labels[:, 1:]
-        losses = token_nll(model, model.hidden(ids).flatten(0, 1), targets.flatten())
-        nll += losses.double().sum()
-        tokens += (targets != IGNORE).sum()
-    if not int(tokens):
-        raise ValueError("the data has no token to score: a window needs at least two tokens")
-    loss = float(nll) / int(tokens)
-    return {"avg_loss": loss, "ppl": math.exp(min(loss, 700.0)), "tokens": int(tokens)}
-
-
 # ---------------------------------------------------------------------------------------------
 # The loss of each token, compiled or eager
 

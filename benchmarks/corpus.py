@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
-from tokenizer import build_tokenizer  # noqa: E402
+from tokenizer import Tokenizer, build_tokenizer  # noqa: E402
 
 
 def main(argv=None):
@@ -33,7 +33,7 @@ def main(argv=None):
     print(f"{args.tokens:,} tokens, {len(ids):,} of them distinct text, in {seconds:.1f} s")
 
 
-def tokenise(tokenizer, wanted) -> np.ndarray:
+def tokenise(tokenizer: Tokenizer, wanted: int) -> np.ndarray:
     """The sources in the order of their paths, 512 at a time, until there are enough tokens."""
     roots = sorted({Path(entry).resolve() for entry in sys.path if Path(entry).is_dir()} - {ROOT})
     paths = list(dict.fromkeys(path for root in roots for path in sorted(root.rglob("*.py"))))

@@ -36,7 +36,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     rows = {"machine": machine()}
     for bias in args.biases:
-        rows[f"train.py {bias}"] = rate_of(ours(args, bias))
+        rows[f"train.py {bias}"] = rate_of(train_command(args.data, args.work, args.steps, bias))
         if args.peer:
             command = [*shlex.split(args.peer), str(args.data), bias, str(args.steps)]
             rows[f"nanoGPT {bias}"] = rate_of(command)
@@ -49,18 +49,20 @@ def main(argv=None):
         print(f"  {label:<16} {rate or 0:>11,.0f} tokens/s  {ratio}")
 
 
-def ours(args, bias) -> list[str]:
-    config = args.work / f"train-{bias}.yaml"
+def train_command(data: Path, work: Path, steps: int, bias: str) -> list[str]:
+    """train.py on GPT-2 124M, its config written to `work`."""
+    config = work / f"train-{bias}.yaml"
     text = (ROOT / "configs" / "gpt2.yaml").read_text().replace("dropout: 0.1", "dropout: 0.0")
     config.write_text(text.replace("gelu_new", "gelu") + f"bias: {str(bias == 'bias').lower()}\n")
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config)]
-    command += ["--data-mode", "fineweb_npy", "--train-npy", str(args.data), "--seq-len", "1024"]
-    command += ["--batch-size", "32", "--num-steps", str(args.steps), "--log-steps", "10"]
+    command += ["--data-mode", "fineweb_npy", "--train-npy", str(data), "--seq-len", "1024"]
+    command += ["--batch-size", "32", "--num-steps", str(steps), "--log-steps", "10"]
     command += ["--eval-steps", "1000000", "--save-steps", "1000000", "--warmup-steps", "20"]
-    return [*command, "--checkpoint-path", str(args.work / f"train-{bias}")]
+    return [*command, "--checkpoint-path", str(work / f"train-{bias}")]
 
 
-def rate_of(command) -> dict:
+def rate_of(command: list[str]) -> dict:
+    """The median of the rates that a command prints, and all of them; or its error."""
     done = subprocess.run(command, capture_output=True, text=True)
     rates = [float(m.replace(",", "")) for m in re.findall(r"([\d,.]+) tokens/s", done.stdout)]
     if done.returncode or len(rates) < 5:

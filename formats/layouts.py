@@ -185,6 +185,15 @@ def check_fits(
         raise ValueError(f"{path}: of {len(wanted)} tensors, {'; '.join(said)}")
 
 
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """float32, bfloat16 or float16, by torch's name, a short name (bf16) or itself."""
+    if isinstance(dtype, str):
+        dtype = getattr(torch, cli.DTYPES.get(dtype, ""), dtype)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(cli.DTYPES)}, not {dtype!r}")
+    return dtype
+
+
 @torch.no_grad()
 def fill(model: nn.Module, tensors: dict[str, Stored], layout: str, path: Path) -> None:
     """From files into a GPTModel, in its dtypes and on its device. ValueError for a wrong checksum,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from config import GPTConfig
 from durable import dumps, fsync
@@ -97,15 +98,15 @@ def check_manifest(path: Path, content: bool = False) -> dict[str, Any] | None:
 
 
 def save_checkpoint(
-    model,
-    optimizer,
-    scheduler,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
     epoch: int,
     step: int,
     loss: float,
-    output_dir,
+    output_dir: str | Path,
     config: GPTConfig | None = None,
-    tokenizer=None,
+    tokenizer: Any = None,
     extra: dict | None = None,
     keep: int | None = None,
 ) -> Path:

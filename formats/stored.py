@@ -40,13 +40,22 @@ class Stored(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def whole(file: Path, offset: int, dtype, shape: Iterable[int], record="", strides=None) -> Stored:
+def whole(
+    file: Path,
+    offset: int,
+    dtype: torch.dtype | str,
+    shape: Iterable[int],
+    record: str = "",
+    strides: tuple[int, ...] | None = None,
+) -> Stored:
     """A tensor in one piece."""
     shape = tuple(shape)
     return Stored(dtype, shape, (Piece(file, offset, (0,) * len(shape), shape, record, strides),))
 
 
-def joined(name: str, dtype: torch.dtype | str, shape: Iterable[int], pieces) -> Stored:
+def joined(
+    name: str, dtype: torch.dtype | str, shape: Iterable[int], pieces: Iterable[Piece]
+) -> Stored:
     """A tensor of pieces. ValueError, naming their files, unless they tile it: every element in
     exactly one of them."""
     shape, pieces = tuple(shape), tuple(sorted(pieces, key=lambda piece: piece.start))

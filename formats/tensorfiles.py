@@ -15,7 +15,7 @@ import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def require_safe_torch() -> None:
         )
 
 
-def load_torch(path: Path, mapped: bool, place="cpu"):
+def load_torch(path: Path, mapped: bool, place: Any = "cpu") -> Any:
     """torch.load of tensors and plain values; anything else in the file is named and refused."""
     require_safe_torch()
     with torch.serialization.safe_globals(allowed_globals()):

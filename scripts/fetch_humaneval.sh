@@ -2,13 +2,13 @@
 # HumanEval's 164 problems as published (HumanEval.jsonl.gz, 44 kB, MIT licence), for
 # humaneval_eval.py.
 #
-#   scripts/fetch_humaneval.sh [DIRECTORY]        # default: data
+#   scripts/fetch_humaneval.sh [DIRECTORY]        # default: this repository's data
 #
 # From OpenAI's own repository. Needs curl and internet: this script has not been run where roseval
 # is developed, which has none.
 set -euo pipefail
 
-target=${1:-data}/HumanEval.jsonl.gz
+target=${1:-"$(dirname "${BASH_SOURCE[0]}")/../data"}/HumanEval.jsonl.gz
 url=https://github.com/openai/human-eval/raw/master/data/HumanEval.jsonl.gz
 
 if [ -e "$target" ]; then

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # MMLU in its original layout (dev/, val/, test/ with one CSV a subject), for mmlu_eval.py.
 #
-#   scripts/fetch_mmlu.sh [DIRECTORY]        # default: data/mmlu
+#   scripts/fetch_mmlu.sh [DIRECTORY]        # default: this repository's data/mmlu
 #
 # Hendrycks et al.'s own archive, 166 MB, MIT licence. Needs curl and tar, and internet: this script
 # has not been run where roseval is developed, which has none.
 set -euo pipefail
 
-target=${1:-data/mmlu}
+target=${1:-"$(dirname "${BASH_SOURCE[0]}")/../data/mmlu"}
 url=https://people.eecs.berkeley.edu/~hendrycks/data.tar
 
 if [ -e "$target/test" ]; then

@@ -15,6 +15,7 @@ every Python version. Running it again does nothing while sources and settings a
 corpus is built beside OUT and renamed into place: OUT is never half written.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
-from tokenizer import build_tokenizer  # noqa: E402
+from tokenizer import Tokenizer, build_tokenizer  # noqa: E402
 
 # Installed packages are not the library; its tests are missing from some distributions; help
 # texts and code pages are tables, and one of the former would be most of the validation split.
@@ -55,7 +56,9 @@ def main():
         return
     partial = args.out.with_name(f".{args.out.name}.{os.getpid()}.partial")
     try:
-        counts = write_corpus(partial, documents, args)
+        counts = write_corpus(
+            partial, documents, args.tokenizer, args.val_fraction, args.shard_tokens
+        )
         text = json.dumps(made_from | counts, indent=2) + "\n"
         (partial / "corpus.json").write_text(text)
         replace_directory(partial, args.out)
@@ -66,7 +69,7 @@ def main():
     print(f"written to {args.out}")
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     p = cli.parser(__doc__)
     p.add_argument("--out", type=Path, default=ROOT / "data" / "stdlib")
     p.add_argument("--tokenizer", default="byte", help="as --tokenizer-name elsewhere (byte)")
@@ -75,7 +78,7 @@ def parse_args():
     return p.parse_args()
 
 
-def library_sources():
+def library_sources() -> list[tuple[str, str]]:
     """[(path within the library, text)] of every UTF-8 source file, sorted by path."""
     library = Path(sysconfig.get_path("stdlib"))
     documents = []
@@ -93,19 +96,19 @@ def library_sources():
     return documents
 
 
-def hash_of(documents):
+def hash_of(documents: list[tuple[str, str]]) -> str:
     digest = hashlib.sha256()
     for name, text in documents:
         digest.update(f"{name}\0{len(text)}\0{text}".encode())
     return digest.hexdigest()
 
 
-def is_validation(name, fraction):
+def is_validation(name: str, fraction: float) -> bool:
     value = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return value < fraction * 2**64
 
 
-def is_up_to_date(out, made_from):
+def is_up_to_date(out: Path, made_from: dict) -> bool:
     """Whether OUT is the corpus wanted. Refuses an OUT that this script did not make."""
     if not out.exists():
         return False
@@ -118,15 +121,21 @@ def is_up_to_date(out, made_from):
     return all(found.get(key) == value for key, value in made_from.items())
 
 
-def write_corpus(directory, documents, args):
+def write_corpus(
+    directory: Path,
+    documents: list[tuple[str, str]],
+    tokenizer_name: str,
+    val_fraction: float,
+    shard_tokens: int,
+) -> dict:
     """Write both splits; returns {"train": {"files": …, "tokens": …}, "val": …}."""
-    tokenizer = build_tokenizer(args.tokenizer)
+    tokenizer = build_tokenizer(tokenizer_name)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {args.tokenizer!r} has no end-of-text token")
+        raise ValueError(f"tokenizer {tokenizer_name!r} has no end-of-text token")
     (directory / "val_text").mkdir(parents=True)
     splits = {"train": [], "val": []}
     for name, text in documents:
-        splits["val" if is_validation(name, args.val_fraction) else "train"].append((name, text))
+        splits["val" if is_validation(name, val_fraction) else "train"].append((name, text))
     for name, text in splits["val"]:
         file = directory / "val_text" / (name.replace("/", "__") + ".txt")
         file.write_bytes(text.encode())
@@ -134,16 +143,16 @@ def write_corpus(directory, documents, args):
     with cli.progress(len(documents), "tokenising", "files") as bar:
         for split, members in splits.items():
             if not members:
-                raise ValueError(f"--val-fraction {args.val_fraction} leaves {split} empty")
+                raise ValueError(f"--val-fraction {val_fraction} leaves {split} empty")
             tokens = tokenise([text for _, text in members], tokenizer, bar)
-            for i, start in enumerate(range(0, len(tokens), args.shard_tokens)):
-                shard = tokens[start : start + args.shard_tokens]
+            for i, start in enumerate(range(0, len(tokens), shard_tokens)):
+                shard = tokens[start : start + shard_tokens]
                 np.save(directory / f"stdlib_{split}_{i:06d}.npy", shard)
             counts[split] = {"files": len(members), "tokens": len(tokens)}
     return counts
 
 
-def tokenise(texts, tokenizer, bar):
+def tokenise(texts: list[str], tokenizer: Tokenizer, bar) -> np.ndarray:
     """All documents as one array, end-of-text before each."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     eot, parts = np.array([tokenizer.eos_token_id], dtype=dtype), []
@@ -154,7 +163,7 @@ def tokenise(texts, tokenizer, bar):
     return np.concatenate(parts)
 
 
-def replace_directory(new, old):
+def replace_directory(new: Path, old: Path) -> None:
     """Put `new` where `old` is. A kill between the two renames leaves no OUT, never a torn one."""
     discarded = old.with_name(f".{old.name}.{os.getpid()}.old")
     if old.exists():

@@ -186,7 +186,7 @@ def command(n: int, script, *argv) -> list[str]:
     return [*launcher, str(ROOT / script), *map(str, argv)]
 
 
-def torchrun(n: int, script, *argv, code: int | None = 0, timeout=300, **options):
+def torchrun(n: int, script, *argv, code: int | None = 0, timeout=600, **options):
     """Run a script to its end and return the CompletedProcess, its output as text. code: the exit
     code that must come out, None: any."""
     out = subprocess.run(

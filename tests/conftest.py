@@ -5,12 +5,18 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# No verdict depends on how fast the machine is.
+settings.register_profile("roseval", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("roseval")
 
 
 def pytest_addoption(parser):

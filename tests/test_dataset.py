@@ -1,4 +1,4 @@
-"""Streams, windows and training batches against plain Python loops over lists."""
+"""Streams and windows against plain Python loops over lists."""
 
 import json
 import random
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import ROOT, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,13 +21,13 @@ from dataset import (
     Source,
     TextDatasetForCausalLM,
     TokenStream,
-    TrainBatches,
     Windows,
     build_tokenizer,
+    compute_perplexity,
     open_stream,
 )
+from formats import text
 
-ROOT = Path(dataset.__file__).parent
 BYTE = build_tokenizer("byte")
 EOT = 256
 
@@ -152,70 +153,6 @@ def test_random_windows_are_rosetrainers(n, T, seed):
 
 
 # ---------------------------------------------------------------------------------------------
-# Training batches
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.data())
-def test_global_batch_is_the_same_at_any_world_size(data):
-    T, batch_size = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([1, 2, 4, 6, 12]))
-    n = data.draw(st.integers(T + 1, 200))
-    seed, step = data.draw(st.integers(0, 2**32 - 1)), data.draw(st.integers(0, 50))
-    stream = stream_of(range(n))
-    whole = TrainBatches(n, T, batch_size, seed).batch(stream, step)
-    assert whole[0].shape == whole[1].shape == (batch_size, T)
-    for world, accum in ((1, 2), (2, 1), (2, 2), (3, 2), (1, 12)):
-        if batch_size % (world * accum):
-            continue
-        batches = TrainBatches(n, T, batch_size, seed, grad_accum_steps=accum)
-        dealt = [
-            batches.batch(stream, step, rank, world, micro)
-            for micro in range(accum)
-            for rank in range(world)
-        ]
-        for side in (0, 1):
-            assert np.array_equal(np.concatenate([d[side] for d in dealt]), whole[side])
-
-
-def test_each_epoch_is_a_new_permutation_of_disjoint_windows():
-    T, n = 4, 4 * 25 + 3  # 25 windows, and 2 tokens that never fill one
-    stream = stream_of(range(n))
-    batches = TrainBatches(n, T, 10, seed=1)
-    steps = [batches.batch(stream, step) for step in range(5)]  # two epochs, one straddling batch
-    inputs = np.concatenate([s[0] for s in steps])
-    targets = np.concatenate([s[1] for s in steps])
-    assert np.array_equal(targets, inputs + 1)  # the stream counts upwards
-    epochs = inputs[:, 0].reshape(2, 25) // T
-    assert [sorted(e) for e in epochs.tolist()] == [list(range(25))] * 2
-    assert epochs[0].tolist() != epochs[1].tolist() != list(range(25))
-    other = TrainBatches(n, T, 10, seed=2).batch(stream, 0)
-    assert not np.array_equal(other[0], steps[0][0])
-    again = TrainBatches(n, T, 10, seed=1).batch(stream, 3)  # a step needs no history
-    assert np.array_equal(again[0], steps[3][0])
-    assert batches.epoch(5) == 2.0
-    # a batch may hold several epochs of a tiny data set
-    tiny = TrainBatches(9, 4, 7, seed=0).batch(stream_of(range(9)), 0)[0]
-    assert sorted(tiny[:, 0].tolist()) in ([0] * 3 + [4] * 4, [0] * 4 + [4] * 3)
-
-
-def test_training_order_is_frozen():
-    # resume must find the same data under every version of NumPy
-    batches = TrainBatches(1001, 10, 8, seed=1234)
-    starts = batches.batch(stream_of(range(1001)), 0)[0][:, 0] // 10
-    assert starts.tolist() == np.random.RandomState([1234, 0]).permutation(100)[:8].tolist()
-    assert starts.tolist() == [37, 14, 85, 73, 80, 47, 53, 54]
-
-
-def test_training_refuses_what_cannot_be_dealt():
-    with pytest.raises(ValueError, match="5 tokens, but one window needs seq_len \\+ 1 = 6"):
-        TrainBatches(5, 5, 1, 0)
-    with pytest.raises(ValueError, match="does not divide by 2 ranks x 2"):
-        TrainBatches(100, 5, 6, 0, grad_accum_steps=2).batch(stream_of(range(100)), 0, 0, 2)
-    with pytest.raises(ValueError, match="seed"):
-        TrainBatches(100, 5, 6, -1)
-
-
-# ---------------------------------------------------------------------------------------------
 # Streams
 
 
@@ -227,7 +164,11 @@ def test_reading_crosses_sources(data):
     limit = data.draw(st.none() | st.integers(1, 30))
     x = [t for part in parts for t in part][:limit]
     stream = stream_of(*parts, max_tokens=limit)
-    assert len(stream) == len(x) and stream.max_token_id() == max(x)
+    assert len(stream) == len(x)
+    stream.check_vocab(max(x) + 1)
+    if max(x):
+        with pytest.raises(ValueError, match=f"token id {max(x)}, but"):
+            stream.check_vocab(max(x))
     start = data.draw(st.integers(0, len(x)))
     end = data.draw(st.integers(start, len(x)))
     read = stream.read(start, end)
@@ -260,7 +201,9 @@ def test_split_holds_out_the_end(parts, ratio):
 def test_split_of_a_mapped_shard_is_scanned_where_it_is(tmp_path):
     x = np.random.default_rng(0).integers(0, 60000, 1000)
     head, tail = open_stream("fineweb_npy", shard(tmp_path / "x.npy", x), None).split(0.1)
-    assert head.max_token_id() == x[:900].max() and tail.max_token_id() == x[900:].max()
+    for part, ids in ((head, x[:900]), (tail, x[900:])):
+        with pytest.raises(ValueError, match=f"holds token id {ids.max()}, "):
+            part.check_vocab(ids.max())
     assert tail.fingerprint == stream_of(x[900:]).fingerprint
     for ratio in (0, 1, -1):
         with pytest.raises(ValueError, match="between 0 and 1"):
@@ -385,8 +328,8 @@ def test_max_tokens(tmp_path, limit):
 
 
 def test_bytes_of_text_are_unknown_when_only_part_of_a_file_was_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(dataset, "GROUP_BYTES", 1)
+    monkeypatch.setattr(text, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(text, "GROUP_BYTES", 1)
     (tmp_path / "x.txt").write_text("ab\ncd\nef\n")
     for limit in range(1, 12):  # pieces end after 3, 6 and 9 bytes
         stream = open_stream("text", tmp_path, BYTE, max_tokens=limit)
@@ -414,8 +357,8 @@ def test_long_text_is_encoded_in_pieces_as_in_one_go(data_dir, tmp_path, monkeyp
     assert files
     expected = [t for f in files for t in [*gpt2.encode(f.read_bytes().decode()), 50256]]
     for chunk, group in ((2**20, 2**23), (1000, 50_000)):
-        monkeypatch.setattr(dataset, "CHUNK_BYTES", chunk)
-        monkeypatch.setattr(dataset, "GROUP_BYTES", group)
+        monkeypatch.setattr(text, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(text, "GROUP_BYTES", group)
         stream = open_stream("text", files, gpt2)
         assert np.array_equal(stream.read(0, len(stream)), expected)
         assert stream.n_text_bytes == sum(f.stat().st_size for f in files)
@@ -457,6 +400,7 @@ def test_text_that_cannot_be_used(tmp_path):
         (tmp_path / name).write_bytes(data)
         return tmp_path / name
 
+    refused("fineweb_npy", tmp_path, "holds no .npy or .bin")
     refused("text", tmp_path / "none.txt", "no such file")
     refused("text", f"{tmp_path}/*.text", "no file matches")
     refused("text", tmp_path, "holds no .txt or .jsonl")
@@ -482,7 +426,7 @@ def test_text_that_cannot_be_used(tmp_path):
 
 
 def test_not_utf8_is_found_at_its_offset_in_a_long_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(text, "CHUNK_BYTES", 100)
     data = b"line of text\n" * 100
     (tmp_path / "x.txt").write_bytes(data + b"\xff" + data)
     refused("text", tmp_path / "x.txt", f"not UTF-8 at byte {len(data)} ")
@@ -497,75 +441,8 @@ def test_tokenizer_without_end_of_text(tmp_path):
         open_stream("text", tmp_path / "x.txt", Bare())
 
 
-def test_shards_that_cannot_be_used(tmp_path):
-    def array(name, value, **options):
-        np.save(tmp_path / name, value, **options)
-        return tmp_path / name
-
-    def file(name, data):
-        (tmp_path / name).write_bytes(data)
-        return tmp_path / name
-
-    mode = "fineweb_npy"
-    whole = shard(tmp_path / "whole.npy", range(1000)).read_bytes()
-    (tmp_path / "whole.npy").unlink()
-    refused(mode, tmp_path / "none.npy", "no such file")
-    refused(mode, tmp_path, "holds no .npy or .bin")
-    refused(mode, file("empty.npy", b""), "empty")
-    refused(mode, array("float.npy", np.zeros(3)), "float64", "uint16 or uint32")
-    refused(mode, array("signed.npy", np.zeros(3, dtype=np.int32)), "int32", "np.uint16")
-    refused(mode, array("bytes.npy", np.zeros(3, dtype=np.uint8)), "uint8")
-    refused(mode, array("2d.npy", np.zeros((2, 3), dtype=np.uint16)), "(2, 3)", "1-D")
-    refused(mode, array("0d.npy", np.uint16(3)), "()", "1-D")
-    refused(mode, array("none.npy", np.zeros(0, dtype=np.uint16)), "holds no tokens")
-    objects = np.array([{"a": 1}, None], dtype=object)
-    refused(mode, array("object.npy", objects, allow_pickle=True), "never loaded")
-    refused(mode, file("cut.npy", whole[:-1]), "truncated or still being written", "1000 tokens")
-    refused(mode, file("long.npy", whole + b"\0"), "damaged", "1000 tokens")
-    refused(mode, file("head.npy", whole[:20]), "not a .npy array")
-    refused(mode, file("pickle.npy", b"\x80\x04]."), "not a .npy array")
-    refused(mode, file("page.npy", b"<!DOCTYPE html><html>"), "web page")
-    refused(mode, file("lfs.npy", b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull")
-    refused(mode, file("words.txt", b"some words"), "--data-mode text")
-    refused(mode, file("odd.bin", b"abc"), "odd number")
-    with (tmp_path / "huge.npy").open("wb") as npy:
-        claim = {"descr": "<u2", "fortran_order": False, "shape": (10**15,)}
-        np.lib.format.write_array_header_1_0(npy, claim)
-    refused(mode, tmp_path / "huge.npy", "truncated", f"{10**15} tokens")
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, 1, 10
-    refused(mode, file("short.bin", header.tobytes() + bytes(18)), "truncated", "10 tokens")
-    header[2] = -1
-    refused(mode, file("negative.bin", header.tobytes()), "promises -1 tokens")
-    header[1] = 2
-    refused(mode, file("new.bin", header.tobytes()), "version 2")
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    return tmp_path_factory.mktemp("scratch")
-
-
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_a_damaged_header_is_refused_or_harmless(scratch, data):
-    path = scratch / "x.npy"
-    path.unlink(missing_ok=True)  # an earlier example's mapping keeps its file
-    whole = bytearray(shard(path, range(50)).read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        whole[data.draw(st.integers(0, 127))] = data.draw(st.integers(0, 255))
-    path.write_bytes(whole)
-    try:
-        stream = open_stream("fineweb_npy", path, None)
-    except ValueError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-    else:
-        assert len(stream) * stream.sources[0].tokens.itemsize <= len(whole)
-        stream.read(0, len(stream))
-
-
 # ---------------------------------------------------------------------------------------------
-# rosetrainer's datasets
+# rosetrainer's functions
 
 
 def test_text_dataset_has_rosetrainers_items(tmp_path):
@@ -598,6 +475,30 @@ def test_fineweb_dataset(tmp_path):
     ]
     with pytest.raises(IndexError):
         ordered[5]
+
+
+def test_compute_perplexity_is_the_models_own_loss():
+    """Labels that are left out, padding, and more tokens than one chunk of logits holds."""
+    model = tiny_model()
+    ids = torch.arange(2 * 9).view(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    labels = ids.clone()
+    labels[0, 4] = -100
+    got = compute_perplexity(model, [{"input_ids": ids, "labels": labels}], "cpu")
+    assert got["tokens"] == (8 - 1) + 8
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    got = compute_perplexity(model, [batch], "cpu")
+    assert got["tokens"] == (8 - 1) + 4
+    with torch.no_grad():
+        _, loss = model(ids, attention_mask=mask, labels=labels)
+    assert got["avg_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert got["ppl"] == pytest.approx(loss.exp().item(), rel=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "CHUNK_TOKENS", 5)
+        assert compute_perplexity(model, [batch], "cpu") == pytest.approx(got, rel=1e-6)
+    with pytest.raises(ValueError, match="no token to score"):
+        compute_perplexity(model, [{"input_ids": ids[:, :1], "labels": ids[:, :1]}], "cpu")
 
 
 # ---------------------------------------------------------------------------------------------

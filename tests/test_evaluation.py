@@ -364,7 +364,7 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
     values = {name: getattr(args, name) for name in names}
     read = cli.read_options(kind.Options, args)
     assert read == cli.read_options(kind.Options, values)
-    written = {n: v for n, v in values.items() if v is not None}
+    written = {n: v for n, v in values.items() if v not in (None, ())}
     assert read == cli.read_options(kind.Options, cli.convert_options(kind.Options, written, "y"))
     for f in fields(kind.Options):
         assert f.metadata.get("help") or f.name == "sampling", f"{f.name} says nothing of itself"

@@ -16,13 +16,13 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # Each room imports only from floors above its own here; inside a folder, also from files named
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
-    "cli stats durable sources",
-    "distributed config hf_config tokenizer records_v1 gpu_kernels/cross_entropy "
+    "cli stats durable sources hf_config",
+    "distributed config tokenizer records_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
     "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
-    "costs/time formats/tensorfiles formats/shards model",
-    "dataset transformers_model formats/layouts formats/native formats/huggingface "
-    "formats/pt_files",
+    "costs/time formats formats/stored formats/tensorfiles formats/shards model",
+    "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
+    "formats/training_state formats/native formats/pt_files",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/programs",

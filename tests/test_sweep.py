@@ -250,7 +250,7 @@ def test_order(run_dir, data, capsys):
         ("perplexity: {val-npy: x.npy, data-mode: fineweb_npy}", "no such file"),
         ("perplexity: {val-data: x.txt, striide: 3}", "--striide"),
         ("perplexity: {val-data: x.txt, seq-len: 3.5}", "--seq-len: needs a positive whole number"),
-        ("perplexity: {val-data: x.txt, seed: one}", "--seed: invalid int value: 'one'"),
+        ("perplexity: {val-data: x.txt, seed: one}", "--seed: needs a number, not 'one'"),
         (
             "perplexity: {val-data: x.txt, compile: maybe}",
             "--compile: must be one of auto,",
@@ -428,7 +428,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_loses_nothing(run_dir, data)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # leases fit, records do not
 
     out = subprocess.run(
-        start_words(run_dir, data), capture_output=True, text=True, timeout=120, preexec_fn=no_room
+        start_words(run_dir, data), capture_output=True, text=True, timeout=600, preexec_fn=no_room
     )
     assert out.returncode == 2, out.stderr
     [line] = out.stderr.splitlines()
@@ -450,7 +450,7 @@ def test_two_sweeps_share_the_work(tmp_path, data):
         saved_checkpoint(tmp_path / "run", step)
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pair = [subprocess.Popen(start_words(tmp_path / "run", data), **popen) for _ in range(2)]
-    said = [p.communicate(timeout=200) for p in pair]
+    said = [p.communicate(timeout=600) for p in pair]
     assert [p.returncode for p in pair] == [0, 0], said
     made = [line for out, _ in said for line in out.splitlines() if "(" in line and "±" in line]
     assert len(made) == len({tuple(line.split()[:2]) for line in made}) == 16, made
@@ -466,7 +466,7 @@ def test_the_launcher_runs_two_ranks_and_says_when_it_failed(run_dir, data):
     script = ["bash", str(ROOT / "scripts/sweep_checkpoints.sh")]
     environment = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
     out = subprocess.run(
-        [*script, str(run_dir), *more], capture_output=True, text=True, env=environment, timeout=120
+        [*script, str(run_dir), *more], capture_output=True, text=True, env=environment, timeout=600
     )
     assert out.returncode == 1 and "4 made, 0 done before, 2 failed" in out.stdout, out.stderr
     records = results.load_records(run_dir.parent / "results")
@@ -645,7 +645,7 @@ def kill(process, rng) -> list[int]:
     for pid in victims or [process.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.wait(60)
+    process.wait(600)
     return workers
 
 
@@ -668,9 +668,9 @@ def battery(tmp_path, data, n_kills, n_steps, seed):
             sweeper = subprocess.Popen(watching, **quiet)
             reach_a_moment(rng, tmp_path / "results", sweeper, 2 * len(steps))
             left.update(kill(sweeper, rng))
-        assert trainer.wait(300) == 0
+        assert trainer.wait(600) == 0
         last = [*watching, "--until-step", str(n_steps), "--lease-seconds", "20"]
-        out = subprocess.run(last, capture_output=True, text=True, env=environment, timeout=300)
+        out = subprocess.run(last, capture_output=True, text=True, env=environment, timeout=600)
         assert out.returncode == 0, out.stdout + out.stderr
     finally:
         trainer.kill()
@@ -681,7 +681,7 @@ def battery(tmp_path, data, n_kills, n_steps, seed):
     survived = results.load_records(tmp_path / "results", skipped)
     assert not skipped and numbers(survived).keys() == expected(steps)
     clean = subprocess.run(
-        start_words(run_dir, data, name="clean"), capture_output=True, env=environment, timeout=300
+        start_words(run_dir, data, name="clean"), capture_output=True, env=environment, timeout=600
     )
     assert clean.returncode == 0
     assert numbers(survived) == numbers(results.load_records(tmp_path / "clean"))

@@ -1,16 +1,13 @@
 """backends/scoring.py: sums by window and file against brute force, chunks of any size, compiled
-and eager, and rosetrainer's compute_perplexity. Whole runs: tests/test_eval.py."""
-
-import random
+and eager. Whole runs: tests/test_eval.py."""
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
-from builders import CPU, tiny_model, token_shard
+from builders import CPU, tiny_model
 
 from backends import scoring
-from dataset import FineWebNPYDataset, Windows
+from dataset import Windows
 from distributed import Dist
 
 T = 32
@@ -82,31 +79,3 @@ def test_compiled_scoring_equals_eager():
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert torch.equal(again, eager)  # what was compiled for one call is not for the next
-
-
-def test_compute_perplexity_takes_rosetrainers_dataloader(tmp_path):
-    """Its loop: labels shifted inside, masked positions and -100 left out."""
-    model = tiny_model()
-    ids = np.load(token_shard(tmp_path / "x.npy")).astype(np.int64)
-    dataset = FineWebNPYDataset([tmp_path / "x.npy"], T, seed=7)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=4)
-    got = scoring.compute_perplexity(model, loader, "cpu")
-    starts = random.Random(7).sample(range(len(ids) - T + 1), len(ids) // T)
-    windows = torch.tensor(np.stack([ids[s : s + T] for s in starts]))
-    with torch.no_grad():
-        logits = model.logits(model.hidden(windows))[:, :-1].flatten(0, 1)
-    wanted = F.cross_entropy(logits, windows[:, 1:].flatten()).item()
-    assert got["avg_loss"] == pytest.approx(wanted, rel=1e-6)
-    assert got["tokens"] == len(starts) * (T - 1)
-
-    ids = torch.arange(2 * 9).view(2, 9)
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    labels = ids.clone()
-    labels[0, 4] = -100
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    got = scoring.compute_perplexity(model, [batch], "cpu")
-    assert got["tokens"] == (8 - 1) + 4
-    with torch.no_grad():
-        _, loss = model(ids, attention_mask=mask, labels=labels)
-    assert got["avg_loss"] == pytest.approx(loss.item(), rel=1e-6)

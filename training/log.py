@@ -1,0 +1,120 @@
+"""What a training run says: lines on the terminal, log.jsonl, and Weights & Biases if asked.
+
+    log = Log("run/log.jsonl", range(first_step, 1000), every=10, tokens_per_step=65536, dist=dist)
+    log.step(done, loss, norm, lr)          # after each step; written every 10 and at the last
+    log.validation(done, val_loss)
+    log.restart_clock(done)                 # validation and saving are not training time
+
+A line of log.jsonl is {step, loss, lr, grad_norm, tokens_per_second, mfu} or {step, val_loss};
+losses are in nats a token, mfu is there on GPUs whose speed is known.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import durable
+from distributed import Dist, print0
+
+
+class Log:
+    """Of a run, or of what a resumed run has left to do; all ranks call it alike.
+
+    steps: those that will be taken. mfu: f(seconds of a step) -> model FLOPs utilisation or None.
+    tracker: a wandb run, on rank 0.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        steps: range,
+        every: int,
+        tokens_per_step: int,
+        dist: Dist,
+        mfu: Callable[[float], float | None] = lambda seconds: None,
+        tracker: Any = None,
+    ):
+        self.path, self.every, self.last_step = Path(path), every, steps.stop
+        self.tokens_per_step, self.mfu, self.tracker = tokens_per_step, mfu, tracker
+        self.dist = dist
+        if dist.is_main:
+            self._cut_after(steps.start)
+        self.restart_clock(steps.start)
+
+    def _cut_after(self, step: int) -> None:
+        """A resumed run repeats the steps since its checkpoint: their lines are written again."""
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # the line that a kill tore
+                    continue
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+        durable.write_atomic(self.path, "".join(kept))
+
+    def restart_clock(self, step: int) -> None:
+        """Seconds count from here, after `step` steps."""
+        if self.dist.device.type == "cuda":
+            torch.cuda.synchronize(self.dist.device)
+        self.clock_step, self.clock = step, time.perf_counter()
+
+    def step(self, step: int, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> None:
+        """After step number `step`, from 1: this rank's loss and the gradients' norm, both still on
+        the device. ValueError for a loss that is not finite."""
+        if step % self.every and step != self.last_step:
+            return
+        loss, norm = mean_over_ranks(loss, self.dist), float(norm)  # the loop's only device sync
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {step}: nothing was saved since; lower --lr"
+            )
+        seconds = (time.perf_counter() - self.clock) / max(1, step - self.clock_step)
+        entry = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": self.tokens_per_step / seconds,
+        }
+        mfu = self.mfu(seconds)
+        if mfu is not None:
+            entry["mfu"] = mfu
+        self._write(entry)
+        print0(
+            f"step {step}/{self.last_step}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
+            f"{entry['tokens_per_second']:,.0f} tokens/s"
+            + ("" if mfu is None else f"  mfu {mfu:.1%}")
+        )
+        self.clock_step, self.clock = step, time.perf_counter()
+
+    def validation(self, step: int, loss: float) -> None:
+        """The loss over the validation data after step number `step`."""
+        self._write({"step": step, "val_loss": loss})
+        print0(f"step {step}: val_loss {loss:.6f}  val_ppl {math.exp(min(loss, 700)):.4f}")
+
+    def _write(self, entry: dict) -> None:
+        if self.dist.is_main:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(entry) + "\n")
+            if self.tracker:
+                self.tracker.log(entry, step=entry["step"])
+
+
+def mean_over_ranks(loss: torch.Tensor, dist: Dist) -> float:
+    return float(dist.sum(loss.double()[None])[0]) / dist.world_size
+
+
+def start_wandb(project: str, name: str | None, config: dict) -> Any:
+    """A wandb run. ValueError where the package is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--use-wandb needs the package: pip install wandb") from None
+    return wandb.init(project=project, name=name, config=config, resume="allow")

@@ -1,0 +1,143 @@
+"""train.py's flags, in four groups that its functions take.
+
+rosetrainer's flags keep their names. --train-config FILE.yaml sets any of them (`num_steps: 1000`,
+`train_npy: [a.npy, b.npy]`, `resume: true`), and flags on the command line win.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import cli
+import results
+from cli import option, positive_int
+from config import load_yaml
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """--config and --init-from give a GPTConfig, whose fields the others override."""
+
+    config: str | None = option(None, "preset, YAML file or directory; the flags below override it")
+    vocab_size: int | None = option(None, type=positive_int)
+    max_position_embeddings: int | None = option(None, type=positive_int)
+    n_layers: int | None = option(None, type=positive_int)
+    n_heads: int | None = option(None, type=positive_int)
+    d_model: int | None = option(None, type=positive_int)
+    d_ff: int | None = option(None, type=positive_int)
+    dropout: float | None = option(None, type=float)
+    activation: str | None = option(None)
+    use_activation_checkpoint: bool = option(False, "recompute blocks")
+    init_from: str | None = option(
+        None, "weights of any checkpoint, fresh optimizer", metavar="PATH"
+    )
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of GPTConfig that were given."""
+        own = ("config", "use_activation_checkpoint", "init_from")
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in own}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    data_mode: str = option("text", choices=("text", "fineweb_npy"))
+    train_data: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
+    val_data: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
+    train_npy: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
+    val_npy: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
+    use_toy_data: bool = option(False, "these scripts, a small model")
+    tokenizer_name: str = option("gpt2", "byte, a tiktoken name or a directory")
+    max_tokens: int | None = option(None, "use the first training tokens only", type=positive_int)
+    val_max_tokens: int | None = option(None, type=positive_int)
+    val_ratio: float = option(0.0, "without validation files: hold out", type=float)
+    data_seed: int | None = option(None, "order of the windows; default: --seed", type=int)
+
+
+@dataclass(frozen=True)
+class OptimizationOptions:
+    batch_size: int = option(8, "windows a rank and pass", type=positive_int)
+    grad_accum_steps: int = option(1, type=positive_int)
+    seq_len: int = option(1024, type=positive_int)
+    num_steps: int = option(1000, type=positive_int)
+    eval_steps: int = option(500, "validate and save", type=positive_int)
+    lr: float = option(6e-4, type=float)
+    min_lr_ratio: float = option(0.1, type=float)
+    lr_scheduler: str = option("cosine", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = option(100, type=int)
+    weight_decay: float = option(0.1, "of matrices and embeddings only", type=float)
+    beta1: float = option(0.9, type=float)
+    beta2: float = option(0.95, type=float)
+    grad_clip_norm: float = option(1.0, "0: no clipping", type=float)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run's checkpoints and log go, and how it is launched."""
+
+    checkpoint_path: str = option(help="where checkpoints go", metavar="DIR")
+    train_config: str | None = option(None, "YAML of flags, e.g. `num_steps: 1000`", metavar="FILE")
+    resume: bool = option(False, "go on from the last checkpoint there")
+    save_steps: int | None = option(None, "default: as --eval-steps", type=positive_int)
+    keep: int | None = option(None, "keep the last K and the best; default all", type=positive_int)
+    log_steps: int = option(10, type=positive_int)
+    use_wandb: bool = option(False)
+    wandb_project: str = option("roseval")
+    wandb_run_name: str | None = option(None)
+    seed: int = option(42, "of weights, dropout and the order of the data (42)", type=int)
+    compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
+
+
+@dataclass(frozen=True)
+class Options:
+    model: ModelOptions
+    data: DataOptions
+    optimization: OptimizationOptions
+    run: RunOptions
+    precision: cli.PrecisionOptions
+    device: cli.RunOptions
+
+    def flags(self) -> dict[str, Any]:
+        """Every flag's value."""
+        parts = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# From the command line and --train-config
+
+
+def parse(argv: list[str] | None, description: str) -> Options:
+    """The options of a command line (None: this process's) and of its --train-config, whose values
+    are checked like flags: ValueError, in one line, naming file and field."""
+    kinds = (ModelOptions, DataOptions, OptimizationOptions, RunOptions)
+    kinds += (cli.PrecisionOptions, cli.RunOptions)
+    p = cli.parser(description)
+    cli.add_options(p, *kinds)
+    file_only = cli.Parser(add_help=False, allow_abbrev=False)
+    file_only.add_argument("--train-config")
+    file = file_only.parse_known_args(argv)[0].train_config
+    if file:
+        cli.take_defaults(p, kinds, load_yaml(file), file)
+    args = p.parse_args(argv)
+    options = Options(*(cli.read_options(kind, args) for kind in kinds))
+    if options.run.resume and options.model.init_from:
+        p.error("--resume and --init-from contradict each other: give one of them")
+    return with_toy_data(options) if options.data.use_toy_data else options
+
+
+def with_toy_data(options: Options) -> Options:
+    """These scripts as text, and a small model unless one is chosen."""
+    data = dataclasses.replace(
+        options.data,
+        data_mode="text",
+        tokenizer_name="byte",
+        train_data=tuple(str(path) for path in results.source_files()),
+        val_ratio=options.data.val_ratio or 0.1,
+    )
+    model, optimization = options.model, options.optimization
+    if not (model.config or model.init_from or any(model.config_fields.values())):
+        model = dataclasses.replace(model, config="nano")
+        optimization = dataclasses.replace(optimization, seq_len=min(optimization.seq_len, 256))
+    return dataclasses.replace(options, model=model, data=data, optimization=optimization)
