@@ -73,6 +73,18 @@ def tiny_model(kind="gpt", seed=0, std=0.3, **changes) -> GPTModel:
     return model.eval()
 
 
+class PlainModel(torch.nn.Module):
+    """The interface of a model that is neither ours nor has a cache, on the CPU, with one byte a
+    token; for models whose answers are planted."""
+
+    is_native, supports_cache, config = False, False, None
+    device, max_positions, vocab_size = CPU, None, 257
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+
 def saved_checkpoint(folder, step=10, kind="gpt", seed=None, std=0.3, **changes) -> Path:
     """folder/checkpoint-{step}: a tiny model, by default drawn from the seed `step`, as train.py
     saves it, with the byte tokenizer."""

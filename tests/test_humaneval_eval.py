@@ -14,6 +14,7 @@ import torch
 from builders import (
     PROBLEM,
     ROOT,
+    PlainModel,
     judge_as_openai,
     read_lines,
     saved_checkpoint,
@@ -37,14 +38,13 @@ INFO = {"name": "checkpoint-1", "fingerprint": "f" * 64, "path": "here"}
 # Drawing and judging
 
 
-class Planted(torch.nn.Module):
+class Planted(PlainModel):
     """Goes on from a prompt with one of its texts, all equally likely, one byte a token."""
 
-    is_native, supports_cache, config, max_positions, vocab_size = False, False, None, None, 300
+    vocab_size = 300
 
     def __init__(self, texts):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
         self.texts, self.calls = [text.encode() for text in texts], 0
         self.rows = []
 
