@@ -53,9 +53,11 @@ class Plan:
 
     @property
     def configuration(self) -> dict:
-        """What decides the numbers. A tokenizer counts by its content: each checkpoint may hold a
-        copy under a path of its own."""
-        return {name: value for name, value in self.protocol.items() if name != "tokenizer"}
+        """What decides the numbers, the data among them: two sets under one protocol are two
+        records. A tokenizer counts by its content: each checkpoint may hold a copy under a path of
+        its own."""
+        asked = {name: value for name, value in self.protocol.items() if name != "tokenizer"}
+        return asked | {"data": self.data.get("hash")}
 
     @property
     def config_hash(self) -> str:

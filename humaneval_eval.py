@@ -31,6 +31,7 @@ from pathlib import Path
 
 import cli
 import evaluation
+import stats
 from backends import Facts, Sampling
 from evaluation import Evaluation, Outcome, Plan
 from sandbox.judge import TIERS, Sandbox, Verdict
@@ -408,7 +409,7 @@ def print_table(records) -> None:
     width = max(10, *(len(record["checkpoint"]["name"]) for record in records))
     print(f"\n{'checkpoint':{width}}" + "".join(f"{k:>20}" for k in records[0]["metrics"]))
     for record in records:
-        cells = (f"{m['value']:.2%} ± {m['stderr']:.2%}" for m in record["metrics"].values())
+        cells = map(stats.show_share, record["metrics"].values())
         print(f"{record['checkpoint']['name']:{width}}" + "".join(f"{cell:>20}" for cell in cells))
 
 

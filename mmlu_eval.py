@@ -405,11 +405,6 @@ def column_of(record) -> str:
     return f"{record['protocol']['template']}/{record['protocol']['scoring']}"
 
 
-def show_share(share) -> str:
-    value, stderr = share["value"], share["stderr"]
-    return f"{value:.2%}" if math.isnan(stderr) else f"{value:.2%} ± {stderr:.2%}"
-
-
 def show(records) -> None:
     """All records of a checkpoint, side by side, and where they lie."""
     print_accuracies(records)
@@ -445,7 +440,7 @@ def print_accuracies(records) -> None:
         print(f"{label:38}" + "".join(f"{c:>{width}}" for c, width in zip(cells, widths)))
 
     def share_line(label, shares):
-        line(label, map(show_share, shares))
+        line(label, map(stats.show_share, shares))
 
     line("", [title for *_, title in columns])
 
@@ -473,7 +468,7 @@ def print_details(record) -> None:
     if "accuracy_permuted" in metrics:
         permuted, same = metrics["accuracy_permuted"], metrics["same_answer"]["value"]
         print(
-            f"  over {protocol['permute_choices']} choice orders: {show_share(permuted)}; "
+            f"  over {protocol['permute_choices']} choice orders: {stats.show_share(permuted)}; "
             f"same answer in all of them: {same:.2%}"
         )
     if protocol["shortened"] or protocol["truncated"]:

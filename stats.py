@@ -30,6 +30,14 @@ def ratio_stderr(nll: ArrayLike, count: ArrayLike) -> float:
     return float(math.sqrt(n / (n - 1) * (residual @ residual)) / count.sum())
 
 
+def show_share(share: dict, width: int = 0) -> str:
+    """A metric that is a share, as a percentage of `width` characters and its standard error, which
+    a single example does not have: "12.50% ± 3.10%"."""
+    stderr = share.get("stderr", math.nan)
+    error = "" if math.isnan(stderr) else f" ± {stderr:.2%}"
+    return f"{share['value']:{width}.2%}{error}"
+
+
 def proportion_stderr(p: float, n: int) -> float:
     """Standard error of a share p of n right answers: sqrt(p(1-p)/(n-1)), the sample standard
     deviation over sqrt(n) as lm-eval reports it. NaN for n < 2."""

@@ -271,7 +271,7 @@ def print_scores(metrics, tally) -> None:
     for kind, count in failed:
         print(f"  {kind:24} {count:>9,}  {count / total.total():7.2%}")
     for name, metric in metrics.items():
-        print(f"{name:9} {metric['value']:7.2%} ± {metric['stderr']:.2%}  ({metric['n']} tasks)")
+        print(f"{name:9} {stats.show_share(metric, 7)}  ({metric['n']} tasks)")
 
 
 def print_example(problem, judged) -> None:

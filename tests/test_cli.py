@@ -116,6 +116,7 @@ def test_wrong_flags_are_one_line_of_rank_0(words, said, parse, capsys, monkeypa
         ({"limit": -1}, "--limit: needs a positive whole number, not '-1'"),
         ({"data_path": {"a": 1}}, "--data-path: needs one value"),
         ({"bos": "maybe"}, "--bos: must be one of auto, on, off, not 'maybe'"),
+        ({"names": []}, "--names: needs a value"),
         ({"names": ["a", None]}, "--names: needs one value, not None"),
         ({"truncate": "yes"}, "--truncate: needs true or false, not 'yes'"),
         ({"strip": 0}, "--strip: needs true or false, not 0"),

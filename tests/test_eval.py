@@ -264,6 +264,17 @@ def read_if_there(path: Path) -> str:
         return ""
 
 
+def test_bos_of_shards_that_need_no_tokenizer(run_dir):
+    """auto: none, as nobody says what it would be."""
+    model, options = tiny_model(), {"data_mode": "fineweb_npy", "val_npy": (run_dir / "x.npy",)}
+    plain, auto = (evaluate_perplexity(model, None, **options, bos=bos) for bos in ("off", "auto"))
+    assert auto["config_hash"] == plain["config_hash"] and not auto["protocol"]["bos"]
+    with pytest.raises(ValueError, match="--bos needs a tokenizer with a BOS"):
+        evaluate_perplexity(model, None, **options, bos="on")
+    byte = evaluate_perplexity(model, build_tokenizer("byte"), **options, bos="on")
+    assert byte["data"]["tokens_scored"] == plain["data"]["tokens_scored"] + 1
+
+
 def test_default_tokenizer_and_window(run_dir):
     """The checkpoint's own tokenizer, and a window no longer than its context."""
     out, [(record, _)] = evaluate(run_dir, "--max-tokens", "100")

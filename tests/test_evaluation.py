@@ -123,8 +123,19 @@ def test_models_of_one_kind_share_a_plan():
 def test_a_tokenizers_place_is_no_part_of_the_configuration():
     one = Plan({"tokenizer": "run/checkpoint-1", "bos": False}, {}, None)
     two = Plan({"tokenizer": "run/checkpoint-2", "bos": False}, {}, None)
-    assert one.config_hash == two.config_hash and one.configuration == {"bos": False}
+    assert one.config_hash == two.config_hash
     assert one.config_hash != Plan({"bos": True}, {}, None).config_hash
+
+
+def test_two_sets_of_data_under_one_protocol_are_two_records(byte, tmp_path):
+    """Neither takes the other's place."""
+    for n in (150, 200):
+        shard = token_shard(tmp_path / f"{n}.npy", n)
+        options = {"data_mode": "fineweb_npy", "val_npy": (shard,), "seq_len": 16, "batch_size": 2}
+        PERPLEXITY(tiny_model(), None, **options).save(tmp_path / "r")
+    records = results.load_records(tmp_path / "r")
+    assert sorted(r["data"]["tokens"] for r in records) == [150, 200]
+    assert len({json.dumps(r["protocol"]) for r in records}) == 1
 
 
 def test_the_format_and_the_backend_count_in_the_key_and_other_rooms_do_not(byte):
@@ -353,7 +364,7 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
     values = {name: getattr(args, name) for name in names}
     read = cli.read_options(kind.Options, args)
     assert read == cli.read_options(kind.Options, values)
-    written = {n: v for n, v in values.items() if v is not None}
+    written = {n: v for n, v in values.items() if v not in (None, ())}
     assert read == cli.read_options(kind.Options, cli.convert_options(kind.Options, written, "y"))
     for f in fields(kind.Options):
         assert f.metadata.get("help") or f.name == "sampling", f"{f.name} says nothing of itself"

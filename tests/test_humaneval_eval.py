@@ -158,6 +158,17 @@ def test_both_ways_of_prompting_judge_the_program_that_was_drawn(
     assert "A PART OF THE TASKS" in out and "all of its 1 samples passed" in out
 
 
+def test_one_task_has_no_standard_error(five, tmp_path, capsys):
+    options = {"limit": 1, "workers": 1, "max_new_tokens": 2, "results_dir": tmp_path}
+    tokenizer = build_tokenizer("byte")
+    record = evaluate_humaneval(Planted([]), tokenizer, five[0], **options)
+    record.save(tmp_path)
+    humaneval_eval.show([record])
+    humaneval_eval.print_table([record])
+    out = capsys.readouterr().out
+    assert "pass@1      0.00%  (1 tasks)" in out and "nan" not in out
+
+
 def test_the_newlines_taken_from_a_prompt_come_back_once():
     of = humaneval_eval.continuation_of
     assert of("def f():\n", "\n    return 1", True) == "    return 1"

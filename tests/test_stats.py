@@ -179,3 +179,10 @@ def test_calibration_by_brute_force():
     assert stats.calibration([], [])["bins"] == []
     with pytest.raises(ValueError, match=r"0\.\.1"):
         stats.calibration([1.5], [True])
+
+
+def test_a_share_as_text():
+    assert stats.show_share({"value": 0.125, "stderr": 0.031}) == "12.50% ± 3.10%"
+    assert stats.show_share({"value": 1.0, "stderr": 0.0}, 7) == "100.00% ± 0.00%"
+    assert stats.show_share({"value": 0.5, "stderr": math.nan}, 7) == " 50.00%"  # of one example
+    assert stats.show_share({"value": 0.5}) == "50.00%"

@@ -32,6 +32,7 @@ from builders import (
     torchrun,
     wait_for,
 )
+from made_up_records import VERSION_1
 
 import checkpoint
 import eval as perplexity_eval
@@ -121,31 +122,50 @@ def expected(steps=STEPS):
 # --- What it does
 
 
-OLD_FIELDS = ("examples", "words")  # that records of earlier versions lack
+def work_of(record) -> tuple[str, str]:
+    return record["checkpoint"]["fingerprint"], record["evaluation"]
 
 
-def test_records_of_another_version_stay_and_are_listed(run_dir, data, capsys):
-    """They are other work: done again beside them, or in the place of one of the same key."""
-    _, before = run_sweep(run_dir, data)
-    for record in before:
-        path = Path(record["_path"])
-        older = json.loads(path.read_text())
-        older = {name: value for name, value in older.items() if name not in OLD_FIELDS}
-        older |= {"code_version": "0" * 64, "resume_key": "1" * 64, "config_hash": "2" * 64}
-        for metric in older["metrics"].values():
-            metric.pop("better")
-        path.write_text(json.dumps(older))
-        for file in path.parent.glob(f"{path.stem}.*"):
-            file.rename(file.with_name(file.name.replace(path.stem, f"{path.stem}-older")))
+def test_records_of_version_1_stay_and_are_listed(tmp_path, data, capsys):
+    """The work is done again, beside them: the same numbers where the work is the same."""
+    shutil.copytree(VERSION_1, tmp_path / "results")
+    before = {r["_path"]: r for r in results.load_records(tmp_path / "results")}
+    for step in (10, 20):
+        saved_checkpoint(tmp_path / "tiny", step)
+    small_mmlu(tmp_path / "mmlu")
+    flags = yaml.safe_load((data / "e.yaml").read_text())
+    flags["perplexity"]["batch-size"] = 4
+    flags["mmlu"] = {"data-path": str(tmp_path / "mmlu"), "num-few-shot": 1}
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(flags))
+    only = ["--evaluations", str(tmp_path / "e.yaml")]
+    code, after = run_sweep(tmp_path / "tiny", data, *only, "--lm-eval-json")
+    assert code == 0 and "4 made, 0 done before" in capsys.readouterr().out
+    found = {r["_path"]: r for r in after}
+    assert len(before) == 6 and len(after) == 10
+    for path, old in before.items():
+        assert found[path] == old
+        assert results.load_arrays(found[path]).keys() == results.load_arrays(old).keys()
+    for new in (r for path, r in found.items() if path not in before):
+        (old,) = (r for r in before.values() if work_of(r) == work_of(new))
+        for name, metric in old["metrics"].items():
+            assert metric["value"] == pytest.approx(new["metrics"][name]["value"], rel=1e-6)
+    report = torchrun(0, "report.py", tmp_path / "results").stdout
+    assert report.count("checkpoint-20") >= 3 and "humaneval" in report
+    assert run_sweep(tmp_path / "tiny", data, *only)[0] == 0
+    assert "0 made, 4 done before" in capsys.readouterr().out
+
+
+def test_two_sets_of_data_are_two_evaluations(run_dir, data, tmp_path, capsys):
+    token_shard(tmp_path / "y.npy", 500, seed=1)
+    shard = {"data-mode": "fineweb_npy", "seq-len": 32}
+    both = [shard | {"val-npy": str(path)} for path in (data / "x.npy", tmp_path / "y.npy")]
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"perplexity": both}))
+    only = ["--evaluations", str(tmp_path / "both.yaml"), "--until-step", "10"]
+    _, records = run_sweep(run_dir, data, *only)
+    assert sorted(r["data"]["tokens"] for r in records) == [500, 1003]
     capsys.readouterr()
-    code, after = run_sweep(run_dir, data, "--lm-eval-json")
-    assert code == 0 and "6 made, 0 done before" in capsys.readouterr().out
-    older = [r for r in after if r["code_version"] == "0" * 64]
-    assert len(after) == 12 and len(older) == 6
-    report = torchrun(0, "report.py", run_dir.parent / "results").stdout
-    assert report.count("checkpoint-20") >= 4
-    assert run_sweep(run_dir, data)[0] == 0
-    assert "0 made, 6 done before" in capsys.readouterr().out
+    run_sweep(run_dir, data, *only)
+    assert "0 made, 2 done before" in capsys.readouterr().out
 
 
 def test_records_are_those_of_the_scripts(run_dir, data, capsys):
