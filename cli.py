@@ -163,7 +163,7 @@ def _convert(f, value):
     argument = f.metadata
     if argument.get("nargs") in ("+", "*"):
         items = value if isinstance(value, (list, tuple)) else [value]
-        if not items and argument["nargs"] == "+":
+        if value == [] and argument["nargs"] == "+":
             raise ValueError("needs a value")
         return tuple(_convert_one(argument, item) for item in items)
     if isinstance(f.default, bool):

@@ -17,7 +17,7 @@ from builders import tiny_model
 from scipy.stats import chi2
 from test_sampling import exact_distribution
 
-from backends import Sampling, rows
+from backends import Sampling
 from backends.engine import Capacity, Engine, generate, plan_units
 from checkpoint import load_model
 from tokenizer import HuggingFaceTokenizer, build_tokenizer
@@ -36,15 +36,6 @@ SHAPES = {
     },
     "qk-norm-head-dim": {"kind": "llama", "qk_norm": True, "head_dim": 12},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small are slower on several threads, and far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_model(kind="llama", std=0.1, **changes):
@@ -428,59 +419,6 @@ def test_eos_ends_a_sequence_and_is_not_part_of_it():
     assert got == [("ab", [97, 98], "eos"), ("", [], "eos"), ("abc", [97, 98, 99], "length")]
 
 
-def test_freed_rows_are_refilled():
-    """Nine sequences of 1..9 tokens in three rows: no more steps than a full batch needs."""
-    tok = build_tokenizer("byte")
-    model, prompts = says(tok, *("x" * n + "." for n in [9, 1, 5, 2, 7, 3, 8, 4, 6]))
-    units = [range(9)]
-    sampling, options = Sampling(20, stop=(".",)), {"tokenizer": tok, "batch_size": 3}
-    order = [s.prompt_index for s in generate(model, prompts, sampling, units=units, **options)]
-    assert sorted(order) == list(range(9)) and order[0] == 1, "samples come as they finish"
-    assert model.calls == 20  # 10 | 2 3 8 .. : what three rows filled in this order take
-
-
-def test_rows_refill_with_the_cache_as_well(monkeypatch):
-    model, prompts = small_model(), ragged_prompts(n=10)
-    steps, step = [], rows._decode_step
-    monkeypatch.setattr(rows, "_decode_step", lambda *a: (steps.append(1), step(*a)))
-    lengths = [10, 1, 6, 2, 8, 3, 9, 4, 7, 5, 1, 2]
-    units = [range(12)]
-    samples = draw(model, prompts, max_new_tokens=lengths, batch_size=3, units=units)
-    assert [len(samples[i, 0].token_ids) for i in range(12)] == lengths
-    # rows taken in order: 10+3+7 | 1+2+8+4+... no row idles before the queue is empty
-    assert len(steps) <= -(-sum(lengths) // 3) + max(lengths) // 2
-
-
-def test_idle_rows_stay_inside_the_context():
-    """A row left over from long sequences, now behind a prompt that fills the context, must not
-    run on: its position would be beyond the table."""
-    model, prompts = small_model(), [[5], ragged_prompts(n=0, longest=48)[1]]
-    options = {"n_samples": 2, "max_new_tokens": 46, "batch_size": 2, "units": [[0], [1]]}
-    samples = draw(model, prompts, done={(1, 1)}, **options)
-    assert samples[1, 0].token_ids == plain_greedy(model, prompts[1], 1)
-    assert samples.keys() == {(0, 0), (0, 1), (1, 0)}
-
-
-def test_a_host_that_looks_late_changes_nothing(monkeypatch):
-    """On CUDA tokens are looked at some steps after they were sampled; the overshoot is dropped."""
-    model, prompts = small_model(), ragged_prompts(n=8)
-    tok = build_tokenizer("byte")
-    options = {"max_new_tokens": 14, "temperature": 1.0, "eos_ids": range(40), "batch_size": 3}
-    options |= {"tokenizer": tok, "stop": ("e", "\x90"), "n_samples": 2}
-    prompt_now = draw(model, prompts, **options)
-    build = rows.CachedRows.__init__
-
-    def late(self, *args):
-        build(self, *args)
-        self.lag, self.patience = 2, 2
-        self.make_buffers(4)
-        self.compiled = True  # reading is then not narrowed step by step
-
-    monkeypatch.setattr(rows.CachedRows, "__init__", late)
-    assert draw(model, prompts, **options) == prompt_now
-    assert {s.finish_reason for s in prompt_now.values()} >= {"eos", "length"}
-
-
 # ---------------------------------------------------------------------------------------------
 # The context, and what is refused
 
@@ -663,14 +601,6 @@ def test_logprobs_of_the_tokens_drawn(wrap, k):
             np.testing.assert_allclose(values[1:], expected.topk(k).values.numpy(), atol=1e-5)
             if i % 2 == 0 and k:
                 assert top[1] == token.token_id
-
-
-def test_logprobs_off_leave_nothing_on_the_device():
-    server = Engine(small_model(), Capacity(2, 4, 4))
-    server.submit("a", [1, 2], Sampling(4))
-    streamed, _ = run(server)
-    assert server.rows.state.keys() == rows.STATE.keys()
-    assert all(token.logprobs is None for token in streamed["a", 0])
 
 
 @pytest.mark.parametrize(
