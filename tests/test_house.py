@@ -30,7 +30,8 @@ FLOORS = [
     "reporting/groups reporting/compare reporting/tables reporting/page",
     "eval mmlu_eval humaneval_eval compute train report",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
-    "sweeping/planner sweep",
+    "sweeping/planner",
+    "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
