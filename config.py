@@ -125,6 +125,15 @@ class GPTConfig:
         return None if layer in self.full_attention_layers else self.sliding_window
 
     def replace(self, **changes: Any) -> "GPTConfig":
+        """A copy with other values. What follows from a field that changes (head_dim from d_model
+        and n_heads, n_kv_heads from n_heads, qkv_bias from bias) follows it, unless it is given."""
+        for name, follows, sources in (
+            ("head_dim", self.head_dim * self.n_heads == self.d_model, {"d_model", "n_heads"}),
+            ("n_kv_heads", self.n_kv_heads == self.n_heads, {"n_heads"}),
+            ("qkv_bias", self.qkv_bias == self.bias, {"bias"}),
+        ):
+            if follows and sources & changes.keys():
+                changes.setdefault(name, None)
         return replace(self, **changes)
 
     def to_dict(self) -> dict:

@@ -303,3 +303,16 @@ def test_config_imports_no_torch():
     root = Path(__file__).resolve().parent.parent
     code = "import sys, config; config.load_config('7b'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_replace_lets_follow_what_was_derived():
+    """A preset made wider by flags must not keep the head width of the narrow one."""
+    small = GPTConfig(d_model=32, n_heads=4)
+    wide = small.replace(d_model=256)
+    assert (wide.head_dim, wide.n_kv_heads) == (64, 4)
+    assert small.replace(n_heads=8).n_kv_heads == 8
+    assert small.replace(bias=False).qkv_bias is False
+    assert small.replace(d_model=256, head_dim=8).head_dim == 8
+    grouped = GPTConfig(d_model=32, n_heads=4, n_kv_heads=2, head_dim=16, qkv_bias=False)
+    changed = grouped.replace(d_model=64, bias=True)
+    assert (changed.head_dim, changed.n_kv_heads, changed.qkv_bias) == (16, 2, False)
