@@ -79,9 +79,13 @@ def commands(args, saved: Path) -> dict[str, list[str]]:
         if args.small:
             found["mmlu"] += ["--limit", "1"]
     if args.problems:
-        few = ["--limit", "4", "--max-new-tokens", "16"] if args.small else []
+        few = (
+            ["--limit", "4", "--max-new-tokens", "16"]
+            if args.small
+            else ["--max-new-tokens", "256"]
+        )
         found["generation"] = ["humaneval_eval.py", *common, "--data-path", args.problems]
-        found["generation"] += ["--num-samples", "20", "--temperature", "0.8", *few]
+        found["generation"] += ["--num-samples", "10", "--temperature", "0.8", *few]
     return {name: [str(word) for word in words] for name, words in found.items()}
 
 
