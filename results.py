@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from durable import dumps, encode, write_atomic, write_json
-from records_v1 import arrays_from_version_1, from_version_1
+from results_v1 import arrays_from_version_1, from_version_1
 from sources import ROOT, code_commit, code_files, code_version, running_code, source_files
 from stats import proportion_stderr
 
@@ -81,7 +81,7 @@ resume_key      sha256 of (fingerprint, evaluation, config_hash, data.hash, code
 files           {arrays: {name, sha256}, samples: {name, sha256}}: what lies beside the JSON
 
 Version 1 had no better, unit, examples and words, and metrics could be plain numbers. Such records
-are read as version 2 (records_v1.py) and never rewritten.
+are read as version 2 (results_v1.py) and never rewritten.
 
 Beside the records of one checkpoint, {evaluation}-differences-{config8}.jsonl may hold the examples
 that several of them answer differently: `id`, fields that say which example it is (`where` is a

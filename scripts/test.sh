@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 # one thread a process: tests start processes of their own, and two workers share two cores
 export OMP_NUM_THREADS=1
 exec .venv/bin/python -m pytest -q -rs -n 2 --dist loadfile --durations=15 "$@"
