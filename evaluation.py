@@ -1,9 +1,7 @@
 """The frame of every evaluation: checkpoints -> plan -> run -> record, and the command around it.
 
     PERPLEXITY = Evaluation("perplexity", __file__, Options, plan, run, show)
-
-    def main(argv=None):
-        evaluation.main(PERPLEXITY, argv, __doc__)
+    evaluation.main(PERPLEXITY, argv, __doc__)                  # its command
 
 An evaluation is a name, options and three functions: `plan(options, facts)`, all that is known
 before a model runs; `run(backend, plan, folder)`, which asks the backend; `show(results)`, which
@@ -133,9 +131,7 @@ class Evaluation:
         **options,
     ) -> Result:
         """The Result of a model in memory: GPTModel or transformers' behind its interface. options:
-        of Options. info: what the record says of the checkpoint, or a function that gives it.
-        results_dir: where the Result will be saved, so that interrupted work goes on. All ranks of
-        `dist` call this alike and get the same."""
+        of Options. info, results_dir: see measure. All ranks of `dist` call this alike."""
         from backends.local import facts_in_memory
 
         chosen = cli.read_options(self.Options, options)
