@@ -230,9 +230,9 @@ def print_record(record: Result) -> None:
         print(f"bits_per_byte: {metrics['bits_per_byte']['value']:.6f}")
     print(f"tokens: {data['tokens_scored']:,} scored of {data['tokens']:,}")
     print(f"tokens_per_second: {cost['tokens_per_second']:,.0f}")
-    if cost["mfu"] is not None:
+    if cost.get("mfu") is not None:
         print(f"mfu: {cost['mfu']:.1%}")
-    if cost["peak_memory_bytes"] is not None:
+    if cost.get("peak_memory_bytes") is not None:
         print(f"peak_memory: {cost['peak_memory_bytes'] / 2**30:.2f} GiB")
     files = record["breakdown"]["file"]
     if len(files) > 1:

@@ -343,7 +343,7 @@ def print_details(record: Result) -> None:
             f"examples, {protocol['truncated']:,} were cut"
         )
     speed = f"{cost['tokens_per_second']:,.0f} tokens/s"
-    mfu = "" if cost["mfu"] is None else f", {cost['mfu']:.1%} of the arithmetic limit"
+    mfu = "" if cost.get("mfu") is None else f", {cost['mfu']:.1%} of the arithmetic limit"
     print(
         f"  prepared in {cost['prepare_seconds']:.2f} s, scored in {cost['seconds']:.2f} s: "
         f"{speed}{mfu}"
