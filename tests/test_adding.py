@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of adding an evaluation and a backend, done: nothing else is touched."""
+"""What CONTRIBUTING.md says of adding an evaluation and a backend, done as it says."""
 
 import json
 from pathlib import Path
