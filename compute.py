@@ -22,6 +22,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 from config import GPTConfig, load_config, load_yaml, presets
 from costs.flops import count_parameters, estimate_flops
@@ -296,7 +297,7 @@ def load_gpu(spec: str) -> GPU:
     return gpu
 
 
-def make_parser(cli):
+def make_parser(cli: ModuleType) -> ArgumentParser:
     """The flags. cli: the module, imported by `main` alone, since it is not needed to count."""
     p = cli.parser(__doc__)
     add = p.add_argument

@@ -23,7 +23,7 @@ WITHOUT_NUMBERS = ("cli.py",)
 DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends"}
 
 
-def _nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
+def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
     """All of a tree but what `if TYPE_CHECKING:` holds, which is for readers and checkers alone."""
     waiting = [tree]
     while waiting:
@@ -39,7 +39,7 @@ def _imported_files(path: Path, root: Path) -> Iterator[Path]:
     """The files below `root` that a source file imports, at its top or inside a function: `import
     a.b`, `from a import b` and `from a.b import c`, and the packages' own files that come first."""
     within = path.parent.relative_to(root).parts if path.is_relative_to(root) else ()
-    for node in _nodes_that_run(ast.parse(path.read_bytes(), str(path))):
+    for node in nodes_that_run(ast.parse(path.read_bytes(), str(path))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -17,7 +17,7 @@ Reference: nanoGPT trains GPT-2 124M to a validation loss of about 2.85 on OpenW
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,9 +271,10 @@ def backward(
     total = torch.zeros((), device=dist.device)
     for micro_step in range(accum):
         input_ids, targets = next(micro_batches)
-        waits = micro_step < accum - 1  # ranks meet in the last pass
-        several = isinstance(loss_fn, DistributedDataParallel)
-        with loss_fn.no_sync() if several and waits else nullcontext():
+        without_ranks: AbstractContextManager[None] = nullcontext()
+        if isinstance(loss_fn, DistributedDataParallel) and micro_step < accum - 1:
+            without_ranks = loss_fn.no_sync()  # they meet in the last pass
+        with without_ranks:
             with amp:
                 loss = loss_fn(input_ids, targets) / accum
             loss.backward()

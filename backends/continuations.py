@@ -266,14 +266,19 @@ def score_continuations(
     with attention_without_plans():
         agree_on_memory(score_mine, dist)
     summed = dist.sum(torch.cat((choices.flatten(), scored, likeliest)))
-    parts = np.split(summed, np.cumsum([choices.numel(), len(scored)]))
-    of_choices = parts[0].reshape(len(rows.ids), K)
-    row_of_target = np.repeat(np.arange(len(rows.ids)), np.diff(offsets))
-    sums = np.bincount(row_of_target, parts[1], len(rows.ids))
+    return _by_row(rows, *np.split(summed, np.cumsum([choices.numel(), len(scored)])), greedy)
+
+
+def _by_row(rows: Continuations, choices, tokens, likeliest, greedy: bool) -> RowScores:
+    """choices [R * K], tokens and likeliest [sum of S]: of every rank, as they were summed."""
+    n = len(rows.ids)
+    row_of_target = np.repeat(np.arange(n), np.diff(rows.target_offsets))
+    found = choices.reshape(n, len(rows.choice_ids or ()))
+    sums = np.bincount(row_of_target, tokens, n)
     if not greedy:
-        return RowScores(of_choices, sums, parts[1])
-    missed = np.bincount(row_of_target, 1 - parts[2], len(rows.ids))
-    return RowScores(of_choices, sums, parts[1], missed == 0)
+        return RowScores(found, sums, tokens)
+    missed = np.bincount(row_of_target, 1 - likeliest, n)
+    return RowScores(found, sums, tokens, missed == 0)
 
 
 def unique_flops(config: GPTConfig, rows: Continuations) -> float:

@@ -102,10 +102,10 @@ class Local:
         per_token: bool = False,
         consumer: scoring.Consumer | None = None,
     ) -> scoring.WindowTotals:
-        """Nats of every window of a dataset.TokenStream; per_token, consumer: as in scoring.py. Where
-        a batch does not fit, all begins anew with half of it, and the consumer sees logits again:
-        it must write by place, not add up. ValueError where the model gives NaN or infinite
-        losses."""
+        """Nats of every window of a dataset.TokenStream; per_token, consumer: as in scoring.py.
+        Where a batch does not fit, all begins anew with half of it, and the consumer sees logits
+        again from the start: it must write by place, not add up. ValueError where the model gives
+        NaN or infinite losses."""
         batch_size, device = min(batch_size, len(windows)), self.dist.device
         compiled = self._should_compile(len(windows) * windows.seq_len)
         nll_fn = scoring.nll_function(self.model, compiled, consumer)
@@ -153,8 +153,8 @@ class Local:
         """Log-probabilities of rows after shared prefixes, in batches of at most max_tokens padded
         tokens and max_rows rows; always eager: compiling would cost more than it saves. greedy,
         consumer: as in continuations.py. Where a batch does not fit, all begins anew with half of
-        it, and the consumer sees logits again: it must write by place, not add up. ValueError where
-        the model gives NaN."""
+        it, and the consumer sees logits again from the start: it must write by place, not add up.
+        ValueError where the model gives NaN."""
         overhead = batch_overhead(self.model, self.dist.device)
 
         def score(most):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import sources
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.py"))
@@ -59,7 +61,7 @@ def room_of(path: Path) -> str:
 
 def imported_rooms(path: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in sources.nodes_that_run(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
