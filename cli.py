@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parser(description: str) -> Parser:
+def parser(description: str | None) -> Parser:
     return Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,6 +13,7 @@ Standard library and numpy only.
 import contextlib
 import errno
 import fcntl
+import functools
 import gzip
 import json
 import math
@@ -20,7 +21,7 @@ import os
 import secrets
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,52 @@ class Journal:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# Where interrupted work goes on
+
+
+class Folder:
+    """What an evaluation has made so far, beside its record to be: a journal for each rank, alone
+    in writing it, under the key of the work, so that other code or data never goes on from it.
+
+    Without a results directory nothing is kept. The place is known once the checkpoint's
+    fingerprint is: `place` is called when the folder is first used, on every rank.
+    """
+
+    def __init__(self, dist, place: Callable[[], tuple[Path, str]] | None):
+        self.dist, self._place, self._journal = dist, place, None
+
+    @functools.cached_property
+    def path(self) -> Path | None:
+        return self._place()[0] if self._place else None
+
+    @functools.cached_property
+    def _stem(self) -> str:
+        return f"journal-{self._place()[1][:16]}-rank"
+
+    def known(self) -> list[dict]:
+        """The entries of all ranks that worked on this before, however many they were; to be called
+        by every rank before any of them adds to its own."""
+        if self.path is None:
+            return []
+        self._journal = Journal(self.path / f"{self._stem}{self.dist.rank}")
+        entries = []
+        for path in sorted(self.path.glob(f"{self._stem}*")):
+            entries += read_journal(path)[0]
+        self.dist.barrier()
+        return entries
+
+    def append(self, entry: dict) -> None:
+        if self._journal:
+            self._journal.append(entry)
+
+    def write(self, name: str, text: str) -> None:
+        """A file that others read, whole, by rank 0."""
+        if self.path and self.dist.is_main:
+            write_atomic(self.path / name, text)
+
+    def close(self) -> None:
+        if self._journal:
+            self._journal.close()

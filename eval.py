@@ -17,6 +17,7 @@ text with windows of 1024 and --stride 1024, and 16.44 with --stride 512.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +25,10 @@ import cli
 import evaluation
 import results
 import stats
-from backends import Facts
+from backends import Backend, Facts
+from backends.scoring import WindowTotals
 from dataset import RandomWindows, TokenStream, Windows, open_stream
-from evaluation import Evaluation, Outcome, Plan
+from evaluation import Evaluation, Folder, Outcome, Plan, Result
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -97,6 +99,7 @@ def plan(options: Options, facts: Facts) -> Plan:
     stream = open_stream(options.data_mode, options.files, tokenizer, options.max_tokens)
     stream.check_vocab(facts.vocab_size)
     random, bos = options.windows == "random", False
+    windows: Windows | RandomWindows
     if random:
         windows = RandomWindows(len(stream), seq_len, options.seed)
     else:
@@ -149,7 +152,7 @@ def pick_window(seq_len: int | None, context: int | None) -> int:
 # Run
 
 
-def run(backend, plan: Plan, folder) -> Outcome:
+def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     """Score every window. Arrays hold nats and tokens by window, and by (window, file, special)."""
     stream, windows = plan.work.stream, plan.work.windows
     totals = backend.score_windows(stream, windows, plan.work.batch_size)
@@ -175,7 +178,7 @@ def run(backend, plan: Plan, folder) -> Outcome:
     )
 
 
-def metrics_of(totals, windows) -> dict:
+def metrics_of(totals: WindowTotals, windows: Windows | RandomWindows) -> dict:
     nll, count = totals.by_window()
     n = len(windows)
     if isinstance(windows, RandomWindows):  # rosetrainer's figure: the mean over windows
@@ -194,13 +197,17 @@ def metrics_of(totals, windows) -> dict:
     return metrics
 
 
-def by_file(totals, stream) -> dict:
+def by_file(totals: WindowTotals, stream: TokenStream) -> dict:
     out = {}
     for i, name in enumerate(stream.file_names):
         part = totals.of_file(i)
         if part.tokens.sum():
-            out[name] = {"loss": part.loss, "perplexity": part.perplexity}
-            out[name] |= {"tokens": int(part.tokens.sum()), "bits_per_byte": part.bits_per_byte}
+            out[name] = {
+                "loss": part.loss,
+                "perplexity": part.perplexity,
+                "tokens": int(part.tokens.sum()),
+                "bits_per_byte": part.bits_per_byte,
+            }
     return out
 
 
@@ -208,12 +215,12 @@ def by_file(totals, stream) -> dict:
 # Output
 
 
-def show(records) -> None:
+def show(records: list[Result]) -> None:
     for record in records:
         print_record(record)
 
 
-def print_record(record) -> None:
+def print_record(record: Result) -> None:
     metrics, cost, data = record["metrics"], record["cost"], record["data"]
     print(f"\n{record['checkpoint']['name']}  ({record['checkpoint']['path']})")
     print(f"avg_loss: {metrics['loss']['value']:.6f}")
@@ -223,9 +230,9 @@ def print_record(record) -> None:
         print(f"bits_per_byte: {metrics['bits_per_byte']['value']:.6f}")
     print(f"tokens: {data['tokens_scored']:,} scored of {data['tokens']:,}")
     print(f"tokens_per_second: {cost['tokens_per_second']:,.0f}")
-    if cost["mfu"] is not None:
+    if cost.get("mfu") is not None:
         print(f"mfu: {cost['mfu']:.1%}")
-    if cost["peak_memory_bytes"] is not None:
+    if cost.get("peak_memory_bytes") is not None:
         print(f"peak_memory: {cost['peak_memory_bytes'] / 2**30:.2f} GiB")
     files = record["breakdown"]["file"]
     if len(files) > 1:
@@ -235,7 +242,7 @@ def print_record(record) -> None:
     print(f"record: {record.path}", flush=True)
 
 
-def print_table(records) -> None:
+def print_table(records: list[dict]) -> None:
     width = max(len(record["checkpoint"]["name"]) for record in records)
     print(f"\n{'checkpoint':<{width}}  {'step':>8}  {'loss':>9}  {'ppl':>11}  {'bits/byte':>9}")
     for record in records:
@@ -271,7 +278,7 @@ PERPLEXITY = Evaluation(
 )
 
 
-def evaluate_perplexity(model, tokenizer, **options) -> evaluation.Result:
+def evaluate_perplexity(model: Any, tokenizer: Any, **options) -> Result:
     """results.py's record of a model on `options` (Options' fields); metrics loss, perplexity and
     bits_per_byte. tokenizer may be None for shards. Also dist, info and run: see Evaluation."""
     return PERPLEXITY(model, tokenizer, **options)

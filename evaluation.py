@@ -1,9 +1,7 @@
 """The frame of every evaluation: checkpoints -> plan -> run -> record, and the command around it.
 
     PERPLEXITY = Evaluation("perplexity", __file__, Options, plan, run, show)
-
-    def main(argv=None):
-        evaluation.main(PERPLEXITY, argv, __doc__)
+    evaluation.main(PERPLEXITY, argv, __doc__)                  # its command
 
 An evaluation is a name, options and three functions: `plan(options, facts)`, all that is known
 before a model runs; `run(backend, plan, folder)`, which asks the backend; `show(results)`, which
@@ -16,6 +14,7 @@ torch takes seconds to import: only the functions that open or run a model do.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import time
@@ -23,14 +22,21 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cli
-import durable
 import results
 from backends import Backend, Facts
 from config import GPTConfig, load_config
-from tokenizer import TOKENIZER_COPIES, build_tokenizer
+from durable import Folder
+from tokenizer import TOKENIZER_COPIES, Tokenizer, build_tokenizer
+
+if TYPE_CHECKING:  # these load torch
+    from checkpoint import Checkpoint
+    from distributed import Dist
+
+# what a record says of its checkpoint, or a function that gives it once it is known
+Info = dict | Callable[[], dict] | None
 
 # ---------------------------------------------------------------------------------------------
 # What an evaluation consists of
@@ -102,7 +108,7 @@ class Evaluation:
     plan: Callable[[Any, Facts], Plan]
     run: Callable[[Backend, Plan, Folder], Outcome]
     show: Callable[[list[Result]], None]
-    check: Callable[[Any], None] = lambda options: None
+    check: Callable[[Any], Any] = lambda options: None
     variants: Callable[[Any], list] = lambda options: [options]
     table: Callable[[list[dict]], None] = lambda records: None
     needs_tokenizer: Callable[[Any], bool] = lambda options: True
@@ -114,20 +120,25 @@ class Evaluation:
         return results.running_code(self.script, (*rooms, *self.programs), results.ROOT)
 
     def __call__(
-        self, model, tokenizer, *, dist=None, info=None, run="run", results_dir=None, **options
+        self,
+        model: Any,
+        tokenizer: Tokenizer | None,
+        *,
+        dist: Dist | None = None,
+        info: Info = None,
+        run: str = "run",
+        results_dir: str | Path | None = None,
+        **options,
     ) -> Result:
         """The Result of a model in memory: GPTModel or transformers' behind its interface. options:
-        of Options. info: what the record says of the checkpoint, or a function that gives it.
-        results_dir: where the Result will be saved, so that interrupted work goes on. All ranks of
-        `dist` call this alike and get the same."""
-        from backends.local import Local
+        of Options. info, results_dir: see measure. All ranks of `dist` call this alike."""
+        from backends.local import facts_in_memory
 
-        compile = options.get("compile", "auto")
-        backend = Local(model, tokenizer, dist=dist, compile=compile)
         chosen = cli.read_options(self.Options, options)
         unknown = options.keys() - set(cli.option_names(self.Options))
         if unknown:
             raise TypeError(f"{self.name} has no option {', '.join(sorted(unknown))}")
+        backend = local_backend(chosen, model, facts_in_memory(model, tokenizer), dist)
         plan = self.plan(chosen, backend.facts)
         return measure(self, backend, plan, info=info, run=run, results_dir=results_dir)
 
@@ -135,64 +146,18 @@ class Evaluation:
 class Result(dict):
     """A record, and what lies beside it: arrays by name, `samples()` or None, and `shown`."""
 
-    def __init__(self, record: dict, arrays: dict, samples, shown):
+    def __init__(
+        self, record: dict, arrays: dict, samples: Callable[[], Iterable[dict]] | None, shown: Any
+    ):
         super().__init__(record)
         self.arrays, self.samples, self.shown = arrays, samples, shown
         self.path: Path | None = None  # once it is saved
 
-    def save(self, results_dir, with_samples=True) -> Path:
+    def save(self, results_dir: str | Path, with_samples: bool = True) -> Path:
+        """Into the results directory; the record's path."""
         samples = self.samples() if self.samples and with_samples else None
         self.path = results.save_record(results_dir, self, self.arrays, samples)
         return self.path
-
-
-# ---------------------------------------------------------------------------------------------
-# Where interrupted work goes on
-
-
-class Folder:
-    """What an evaluation has made so far, beside its record to be: a journal for each rank, alone
-    in writing it, under the key of the work, so that other code or data never goes on from it.
-
-    Without a results directory nothing is kept. The place is known once the checkpoint's
-    fingerprint is: `place` is called when the folder is first used, on every rank.
-    """
-
-    def __init__(self, dist, place: Callable[[], tuple[Path, str]] | None):
-        self.dist, self._place, self._journal = dist, place, None
-
-    @functools.cached_property
-    def path(self) -> Path | None:
-        return self._place()[0] if self._place else None
-
-    @functools.cached_property
-    def _stem(self) -> str:
-        return f"journal-{self._place()[1][:16]}-rank"
-
-    def known(self) -> list[dict]:
-        """The entries of all ranks that worked on this before, however many they were; to be called
-        by every rank before any of them adds to its own."""
-        if self.path is None:
-            return []
-        self._journal = durable.Journal(self.path / f"{self._stem}{self.dist.rank}")
-        entries = []
-        for path in sorted(self.path.glob(f"{self._stem}*")):
-            entries += durable.read_journal(path)[0]
-        self.dist.barrier()
-        return entries
-
-    def append(self, entry: dict) -> None:
-        if self._journal:
-            self._journal.append(entry)
-
-    def write(self, name: str, text: str) -> None:
-        """A file that others read, whole, by rank 0."""
-        if self.path and self.dist.is_main:
-            durable.write_atomic(self.path / name, text)
-
-    def close(self) -> None:
-        if self._journal:
-            self._journal.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,15 +171,25 @@ def resume_key(evaluation: Evaluation, plan: Plan, fingerprint: str, *rooms: str
     return results.resume_key(fingerprint, evaluation.name, plan.config_hash, data, code)
 
 
+def local_backend(
+    options: Any, model: Any, facts: Facts, dist: Dist | None = None, n_jobs: float = 1
+) -> Backend:
+    """A torch model as the verbs, compiled or not as the options say; n_jobs: see Local."""
+    from backends.local import Local
+
+    compile = getattr(options, "compile", "auto")
+    return Local(model, facts=facts, dist=dist, compile=compile, n_jobs=n_jobs)
+
+
 def measure(
     evaluation: Evaluation,
     backend: Backend,
     plan: Plan,
     *,
-    info=None,
+    info: Info = None,
     run: str = "run",
     rooms: tuple[str, ...] = ("backends/local.py",),
-    results_dir=None,
+    results_dir: str | Path | None = None,
 ) -> Result:
     """The Result of one plan on one model. Every rank calls it alike and gets the same.
 
@@ -258,7 +233,9 @@ def measure(
     return Result(record, outcome.arrays, outcome.samples, outcome.shown)
 
 
-def record_path(evaluation: Evaluation, plan: Plan, info: dict, run: str, results_dir) -> Path:
+def record_path(
+    evaluation: Evaluation, plan: Plan, info: dict, run: str, results_dir: str | Path
+) -> Path:
     """Where the record of a plan will lie."""
     about = run, info["name"], info["fingerprint"], evaluation.name, plan.config_hash
     return results.record_path(results_dir, *about)
@@ -267,22 +244,21 @@ def record_path(evaluation: Evaluation, plan: Plan, info: dict, run: str, result
 class Plans:
     """The plans of some options: models of one kind (Facts.kind) share one."""
 
-    def __init__(self, evaluation: Evaluation, options):
+    def __init__(self, evaluation: Evaluation, options: Any):
         self.evaluation, self.options = evaluation, options
-        self._kind = self._plan = None
+        self._made: tuple[tuple, Plan] | None = None  # Facts.kind, and the plan for it
 
     def of(self, facts: Facts) -> Plan:
-        if self._kind != facts.kind:
-            self._plan = self.evaluation.plan(self.options, facts)
-            self._kind = facts.kind
-        return self._plan
+        if self._made is None or self._made[0] != facts.kind:
+            self._made = facts.kind, self.evaluation.plan(self.options, facts)
+        return self._made[1]
 
 
 # ---------------------------------------------------------------------------------------------
 # What every evaluation checks
 
 
-def resolve_bos(bos: str, tokenizer) -> bool:
+def resolve_bos(bos: str, tokenizer: Tokenizer) -> bool:
     """Whether BOS comes before each prompt: on, off, or auto, as the tokenizer itself does."""
     if bos == "on" and tokenizer.bos_token_id is None:
         raise ValueError(f"--bos on: tokenizer {tokenizer.name} has no BOS token")
@@ -301,9 +277,9 @@ def check_vocabulary(highest: int, facts: Facts) -> None:
 _tokenizers: dict = {}
 
 
-def open_tokenizer(name):
+def open_tokenizer(name: str | Path) -> Tokenizer:
     """Every checkpoint may hold a copy of its run's tokenizer: one of them is opened, once."""
-    key = str(name)
+    key: Any = str(name)
     if Path(name).is_dir():
         files = [Path(name) / file for file in TOKENIZER_COPIES]
         key = tuple((f.name, hashlib.sha256(f.read_bytes()).digest()) for f in files if f.is_file())
@@ -315,13 +291,13 @@ def open_tokenizer(name):
 GPT2_VOCABULARIES = (50257, 50304)  # GPT-2's, and nanoGPT's padding of it
 
 
-def pick_tokenizer(name: str | None, ckpt, needed: bool):
+def pick_tokenizer(name: str | None, ckpt: Checkpoint, needed: bool) -> Tokenizer | None:
     """The one named, else the checkpoint's own, else GPT-2's. Where none is needed and the
     vocabulary is not GPT-2's, None."""
-    name = name or ckpt.tokenizer
-    if name is None and not needed and ckpt.vocab_size not in GPT2_VOCABULARIES:
+    chosen = name or ckpt.tokenizer
+    if chosen is None and not needed and ckpt.vocab_size not in GPT2_VOCABULARIES:
         return None
-    return open_tokenizer(name or "gpt2")
+    return open_tokenizer(chosen or "gpt2")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -375,7 +351,7 @@ class ModelOptions:
         return load_config(self.config) if self.config else None
 
 
-def main(evaluation: Evaluation, argv, description: str) -> None:
+def main(evaluation: Evaluation, argv: list[str] | None, description: str | None) -> None:
     """The command of an evaluation that takes checkpoints and nothing else."""
     p = cli.parser(description)
     add_flags(p, evaluation)
@@ -385,13 +361,14 @@ def main(evaluation: Evaluation, argv, description: str) -> None:
     run_command(evaluation, args)
 
 
-def add_flags(p, evaluation: Evaluation) -> None:
+def add_flags(p: cli.Parser, evaluation: Evaluation) -> None:
+    """Those of the models, of the evaluation and of the run."""
     cli.add_options(p, ModelOptions, evaluation.Options, cli.PrecisionOptions, cli.RunOptions)
     if evaluation.samples == "asked":
         p.add_argument("--log-samples", action="store_true", help="keep every example's scores")
 
 
-def run_command(evaluation: Evaluation, args) -> None:
+def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
     """Every checkpoint named, one after the other: measured, saved, shown."""
     models = cli.read_options(ModelOptions, args)
     options = cli.read_options(evaluation.Options, args)
@@ -416,7 +393,7 @@ def run_command(evaluation: Evaluation, args) -> None:
             evaluation.table(done)
 
 
-def set_precision(precision, dist) -> str:
+def set_precision(precision: cli.PrecisionOptions, dist: Dist) -> str:
     """The dtype by name; float32 is the reference, without TF32."""
     import torch
 
@@ -427,12 +404,18 @@ def set_precision(precision, dist) -> str:
 
 
 def measure_checkpoint(
-    plans: list[Plans], path, models: ModelOptions, dtype: str, dist, background, n_checkpoints
+    plans: list[Plans],
+    path: Path,
+    models: ModelOptions,
+    dtype: str,
+    dist: Dist,
+    background: ThreadPoolExecutor,
+    n_checkpoints: int,
 ) -> list[Result]:
     """A Result for each of the plans of one evaluation. Beside the loading, prompts are made and,
     on one rank, the checkpoint is hashed: both take seconds."""
     import checkpoint
-    from backends.local import Local, facts_of
+    from backends.local import facts_of
 
     evaluation, options = plans[0].evaluation, plans[0].options
     start = time.perf_counter()
@@ -451,8 +434,7 @@ def measure_checkpoint(
     model = ckpt.load(dtype, dist.device)
     made = planned.result()
     load_seconds = time.perf_counter() - start
-    compile = getattr(options, "compile", "auto")
-    backend = Local(model, facts=facts, dist=dist, compile=compile, n_jobs=n_checkpoints)
+    backend = local_backend(options, model, facts, dist, n_checkpoints)
     done = []
     for plan in made:
         result = measure(

@@ -22,20 +22,21 @@ Codex-12B 28.8%, Llama-2-7B 12.8%.
 
 import argparse
 import json
-import queue
 import time
 from collections import Counter
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cli
 import evaluation
 import stats
-from backends import Facts, Sampling
-from evaluation import Evaluation, Outcome, Plan
+from backends import Backend, Facts, Sampling
+from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from sandbox.judge import TIERS, Sandbox, Verdict
 from tasks.programs import (
+    Judging,
     all_ks,
     count_kinds,
     count_workers,
@@ -44,7 +45,6 @@ from tasks.programs import (
     judge_file,
     print_example,
     print_scores,
-    program_of,
     read_problems,
     summarise,
 )
@@ -116,16 +116,6 @@ class Options:
             "tier": self.sandbox_tier,
             "unsafe": self.unsafe_no_sandbox,
         }
-
-
-@dataclass(frozen=True)
-class FileOptions:
-    """Judging samples that are there, without a model: flags of the command alone."""
-
-    samples_file: str | None = cli.option(
-        None, "judge these samples; needs no model", metavar="FILE"
-    )
-    ignore_incomplete: bool = cli.option(False, "... though tasks are missing")
 
 
 def check(options: Options) -> None:
@@ -205,7 +195,10 @@ def words_of(protocol: dict) -> tuple[str, ...]:
     )
 
 
-def make_prompts(tokenizer, problems, strip_prompt, add_bos) -> list[list[int]]:
+def make_prompts(
+    tokenizer: Any, problems: dict[str, dict], strip_prompt: bool, add_bos: bool
+) -> list[list[int]]:
+    """Token ids of each problem's prompt."""
     texts = [p["prompt"].rstrip("\n") if strip_prompt else p["prompt"] for p in problems.values()]
     bos = [tokenizer.bos_token_id] if add_bos else []
     prompts = [bos + ids.tolist() for ids in tokenizer.encode_batch(texts)]
@@ -234,7 +227,8 @@ def end_tokens(facts: Facts) -> set[int]:
 # A journal's entry holds part of what is known of one sample: what was drawn, then its verdict.
 
 
-def run(backend, plan: Plan, folder) -> Outcome:
+def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
+    """Draw what no journal holds, judge it meanwhile, count it."""
     work, dist = plan.work, backend.dist
     with Sandbox(work.options.workers or count_workers(), **work.options.sandbox) as sandbox:
         known = known_samples(folder.known())
@@ -291,7 +285,7 @@ def known_samples(entries: list[dict]) -> dict[tuple, dict]:
     return {at: entry for at, entry in known.items() if "completion" in entry}
 
 
-def draw(backend, work: Drawn, known: set):
+def draw(backend: Backend, work: Drawn, known: set) -> Iterator[dict]:
     """Yield entries of the samples that are not known, as they are finished."""
     at = {task: i for i, task in enumerate(work.tasks)}
     for sample in backend.generate(
@@ -308,41 +302,10 @@ def draw(backend, work: Drawn, known: set):
         yield {
             "task_id": task,
             "sample": sample.sample_index,
-            "completion": continuation_of(prompt, sample.text, work.options.strip_prompt),
+            "completion": continuation_of(prompt, sample.text or "", work.options.strip_prompt),
             "finish": sample.finish_reason,
             "tokens": len(sample.token_ids),
         }
-
-
-class Judging:
-    """Samples on their way through this rank's sandbox; verdicts go into entries and journal."""
-
-    def __init__(self, sandbox, problems, folder, bar):
-        self.sandbox, self.problems, self.folder, self.bar = sandbox, problems, folder, bar
-        self.waiting, self.done = 0, queue.SimpleQueue()
-
-    def take(self, entry: dict) -> None:
-        if "verdict" in entry:
-            self.bar.update(1)
-            return
-        program = program_of(self.problems[entry["task_id"]], entry)
-        future = self.sandbox.submit(*program)  # an equal program is judged once
-        future.add_done_callback(lambda future: self.done.put((entry, future)))
-        self.waiting += 1
-        while not self.done.empty():
-            self._settle(*self.done.get())
-
-    def finish(self, dist) -> None:
-        while self.waiting:
-            dist.bump()  # the sandbox bounds how long a verdict takes
-            with suppress(queue.Empty):
-                self._settle(*self.done.get(timeout=1.0))
-
-    def _settle(self, entry: dict, future) -> None:
-        entry["verdict"] = asdict(future.result())
-        self.folder.append({name: entry[name] for name in ("task_id", "sample", "verdict")})
-        self.waiting -= 1
-        self.bar.update(1)
 
 
 def in_order(entries: list[dict], work: Drawn) -> list[dict]:
@@ -358,7 +321,7 @@ def sample_line(entry: dict) -> str:
     return json.dumps({"task_id": entry["task_id"], "completion": entry["completion"]}) + "\n"
 
 
-def with_verdict(judged) -> dict:
+def with_verdict(judged: tuple[str, dict, Verdict]) -> dict:
     """A line beside the record: OpenAI's fields of a judged sample, and ours."""
     _, entry, verdict = judged
     names = ("task_id", "completion", "sample", "finish", "tokens")
@@ -373,12 +336,12 @@ def with_verdict(judged) -> dict:
 # Output
 
 
-def show(records) -> None:
+def show(records: list[Result]) -> None:
     for record in records:
         print_record(record)
 
 
-def print_record(record) -> None:
+def print_record(record: Result) -> None:
     protocol, cost = record["protocol"], record["cost"]
     work, judged, tally, folder = record.shown
     print(f"\n{record['checkpoint']['name']}  ({record['checkpoint']['path']})")
@@ -404,7 +367,7 @@ def print_record(record) -> None:
     print(f"record: {record.path}", flush=True)
 
 
-def print_table(records) -> None:
+def print_table(records: list[dict]) -> None:
     """A line for each checkpoint."""
     width = max(10, *(len(record["checkpoint"]["name"]) for record in records))
     print(f"\n{'checkpoint':{width}}" + "".join(f"{k:>20}" for k in records[0]["metrics"]))
@@ -430,7 +393,9 @@ HUMANEVAL = Evaluation(
 )
 
 
-def evaluate_humaneval(model, tokenizer, data_path, num_samples=1, **options) -> evaluation.Result:
+def evaluate_humaneval(
+    model: Any, tokenizer: Any, data_path: str | Path, num_samples: int = 1, **options
+) -> Result:
     """Draw `num_samples` programs for each problem, judge them, and return results.py's record.
 
     options: Options' and Sampling's fields. Also dist, info, run and results_dir (then an
@@ -441,14 +406,15 @@ def evaluate_humaneval(model, tokenizer, data_path, num_samples=1, **options) ->
 
 
 # flags that say what is drawn: judging a file knows nothing of them
-DRAWING = ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "stop", "seed")
-DRAWING += ("strip_prompt", "bos", "limit", "batch_size", "compile")
+DRAWING = [*cli.option_names(Sampling), "num_samples", "strip_prompt", "bos", "limit"]
+DRAWING += ["batch_size", "compile"]
 
 
 def main(argv=None):
     p = cli.parser(__doc__)
     evaluation.add_flags(p, HUMANEVAL)
-    cli.add_options(p, FileOptions)
+    p.add_argument("--samples-file", metavar="FILE", help="judge these samples; needs no model")
+    p.add_argument("--ignore-incomplete", action="store_true", help="... though tasks are missing")
     args = p.parse_args(argv)
     if bool(args.samples_file) == bool(args.checkpoint_path):
         p.error("give --checkpoint-path to draw samples, or --samples-file to judge those there")
@@ -459,20 +425,21 @@ def main(argv=None):
     for name in DRAWING:
         if getattr(args, name) != p.get_default(name):
             p.error(f"{cli.flag_of(name)} goes with --checkpoint-path, not --samples-file")
-    judge_samples(cli.read_options(Options, args), cli.read_options(FileOptions, args))
+    judge_samples(args.samples_file, args.ignore_incomplete, cli.read_options(Options, args))
 
 
-def judge_samples(options: Options, file: FileOptions) -> None:
+def judge_samples(path: str, ignore_incomplete: bool, options: Options) -> None:
+    """By rank 0 alone."""
     problems = read_problems(options.data_path)
     task = find_task(problems, options.show) if options.show else None
     if cli.rank() == 0:
         judge_file(
-            file.samples_file,
+            path,
             problems,
             options.sandbox,
             ks=options.k,
             workers=options.workers,
-            ignore_incomplete=file.ignore_incomplete,
+            ignore_incomplete=ignore_incomplete,
             show=task,
         )
 

@@ -11,28 +11,34 @@
 
 Questions and templates are read by tasks/questions.py and become rows of tokens in
 tasks/prompts.py. A subject's few-shot examples are run once and their keys and values shared by all
-its questions (backends/continuations.py). Here, top to bottom: options, plan, scores, metrics,
-tables. Guessing gives 25%; Llama-2-7B's published score is 45.3% (5-shot).
+its questions (backends/continuations.py). tasks/choices.py counts the answers. Guessing gives 25%;
+Llama-2-7B's published score is 45.3% (5-shot).
 """
 
 import functools
 import itertools
-import math
-import re
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import cli
 import evaluation
-import results
 import stats
-from backends import Facts, Sampling
+from backends import Backend, Facts, Sampling
 from durable import dumps, write_atomic
-from evaluation import Evaluation, Outcome, Plan
+from evaluation import Evaluation, Folder, Outcome, Plan, Result
+from tasks.choices import (
+    Answers,
+    examples_of,
+    first_letter,
+    letter_or_none,
+    make_samples,
+    summarise,
+)
 from tasks.prompts import MAX_NEW_TOKENS, PromptMaker, Prompts
 from tasks.questions import (
     LETTERS,
@@ -40,7 +46,6 @@ from tasks.questions import (
     QuestionSet,
     load_template,
     read_data,
-    subject_table,
 )
 
 BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch
@@ -196,18 +201,8 @@ def words_of(protocol: dict) -> tuple[str, ...]:
 # Scores
 
 
-@dataclass(frozen=True)
-class Answers:
-    """predicted [questions, rotations]: the letter's index, -1 where none was given. scores
-    [questions, rotations, 4]: log-probabilities in nats of the letters or of the whole choices, or
-    None; texts, likewise [questions, rotations]: what was generated, or None."""
-
-    predicted: np.ndarray
-    scores: np.ndarray | None = None
-    texts: np.ndarray | None = None
-
-
-def answer(backend, prompts: Prompts, protocol: dict) -> Answers:
+def answer(backend: Backend, prompts: Prompts, protocol: dict) -> Answers:
+    """Every prompt asked, in the way that the protocol says."""
     if protocol["scoring"] == "generate":
         return generate_answers(backend, prompts, protocol["batch_size"])
     rows = prompts.rows
@@ -220,7 +215,7 @@ def answer(backend, prompts: Prompts, protocol: dict) -> Answers:
     return Answers(scores.argmax(-1), scores)
 
 
-def generate_answers(backend, prompts: Prompts, batch_size: int | None) -> Answers:
+def generate_answers(backend: Backend, prompts: Prompts, batch_size: int | None) -> Answers:
     """The first letter that stands alone in MAX_NEW_TOKENS greedy tokens, before a blank line."""
     tokenizer, mine = backend.facts.tokenizer, []
     ids = [row.tolist() for row in prompts.rows.ids]
@@ -235,16 +230,11 @@ def generate_answers(backend, prompts: Prompts, batch_size: int | None) -> Answe
     return Answers(np.vectorize(first_letter, otypes=[np.int64])(texts), texts=texts)
 
 
-def first_letter(text: str) -> int:
-    found = re.search(r"(?<![A-Za-z])[A-D](?![A-Za-z])", text.strip().split("\n\n")[0])
-    return LETTERS.index(found[0]) if found else -1
-
-
 # ---------------------------------------------------------------------------------------------
 # Run, and what the answers amount to
 
 
-def run(backend, plan: Plan, folder) -> Outcome:
+def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     """Score every question; arrays hold an entry for each, of the choices as they are listed."""
     protocol, data = plan.protocol, plan.work.data
     prompts, prepare_seconds = plan.work.prepared
@@ -273,139 +263,15 @@ def run(backend, plan: Plan, folder) -> Outcome:
     )
 
 
-def examples_of(arrays: dict) -> dict:
-    scores = {"accuracy": "correct", "accuracy_normalised": "correct_normalised"}
-    return {
-        "unit": "questions",
-        "scores": {metric: name for metric, name in scores.items() if name in arrays},
-        "labels": {"subject": "{}", "question": "{}"},
-        "tie_break": {"accuracy": "gold_logprob"} if "gold_logprob" in arrays else {},
-    }
-
-
-def share_of(correct) -> dict:
-    """The metric of booleans [n]."""
-    return results.share(int(np.sum(correct)), len(correct))
-
-
-def mean_of_shares(shares) -> dict:
-    """Their unweighted mean; n counts the questions behind it. The groups are taken as given, the
-    questions in each as drawn: variances add."""
-    values, errors = [s["value"] for s in shares], [s["stderr"] for s in shares]
-    stderr = math.sqrt(sum(e * e for e in errors)) / len(errors)
-    n = sum(s["n"] for s in shares)
-    return results.metric(float(np.mean(values)), stderr, n, unit="share")
-
-
-def accuracies(data, correct: dict) -> tuple[dict, dict]:
-    """(metrics, breakdown by category and by subject) of booleans [questions] by metric name:
-    micro over questions (lm-evaluation-harness's weighting), macro over subjects."""
-    subject = np.array([q.subject for q in data.questions])
-    category_of = subject_table(data.subjects)["categories"]
-    category = np.array([category_of.get(s, "") for s in subject])
-    metrics, by_subject, by_category = {}, {}, {}
-    for name, right in correct.items():
-        for key, groups, out in (
-            (subject, data.subjects, by_subject),
-            (category, sorted({*category} - {""}), by_category),
-        ):
-            for group in groups:
-                out.setdefault(str(group), {})[name] = share_of(right[key == group])
-        metrics[name] = share_of(right)
-        macro = name.replace("accuracy", "accuracy_macro")
-        metrics[macro] = mean_of_shares([by_subject[s][name] for s in data.subjects])
-    return metrics, {"category": by_category, "subject": by_subject}
-
-
-def summarise(data, scoring, answers: Answers, gold):
-    """(metrics, breakdown, arrays), all but the permuted ones of the choices as they are listed."""
-    right, predicted = answers.predicted == gold, answers.predicted[:, 0]
-    arrays = {
-        "correct": right[:, 0],
-        "predicted": predicted,
-        "gold": gold[:, 0],
-        "subject": np.array([q.subject for q in data.questions]),
-        "subject_id": np.array([data.subjects.index(q.subject) for q in data.questions]),
-    }
-    correct, scores = {"accuracy": right[:, 0]}, None
-    if answers.scores is not None:
-        arrays["logprobs"] = scores = answers.scores[:, 0]
-    if scoring == "continuation":  # log-likelihood per character, lm-evaluation-harness's acc_norm
-        characters = np.array([[max(len(c), 1) for c in q.choices] for q in data.questions])
-        correct["accuracy_normalised"] = (scores / characters).argmax(-1) == gold[:, 0]
-        arrays["correct_normalised"] = correct["accuracy_normalised"]
-    metrics, breakdown = accuracies(data, correct)
-    breakdown["letter"] = {  # position bias, over all rotations
-        letter: {
-            "predicted": float(np.mean(answers.predicted == i)),
-            "gold": float(np.mean(gold == i)),
-        }
-        for i, letter in enumerate(LETTERS)
-    }
-    if scores is None:
-        metrics["answered"] = share_of(predicted >= 0)
-    else:
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        p = (p / p.sum(-1, keepdims=True))[np.arange(len(p)), predicted]
-        measured = stats.calibration(p, right[:, 0])
-        for name in ("ece", "brier"):
-            metrics[name] = results.metric(measured[name], better="lower")
-        breakdown["calibration"] = measured["bins"]
-        ordered = np.sort(scores, -1)
-        ties = int((ordered[:, -1] == ordered[:, -2]).sum())  # of the two best
-        metrics["ties"] = results.metric(ties, better="lower")
-        arrays["gold_logprob"] = stats.choice_logprob(scores, gold[:, 0])
-    if right.shape[1] > 1:
-        add_permuted(metrics, breakdown, answers.predicted, right)
-        arrays["correct_permuted"] = right
-    return metrics, breakdown, arrays
-
-
-def add_permuted(metrics, breakdown, predicted, right) -> None:
-    """Accuracy over rotated choice orders [questions, rotations], a question being the unit that
-    was drawn, and how often a question gets the same choice in all of them."""
-    rotations, mean = right.shape[1], right.mean(axis=1)
-    stderr = mean.std(ddof=1) / math.sqrt(len(mean)) if len(mean) > 1 else math.nan
-    metrics["accuracy_permuted"] = results.metric(
-        float(mean.mean()), stderr, len(mean), unit="share"
-    )
-    chosen = np.where(predicted < 0, -1, (predicted + np.arange(rotations)) % len(LETTERS))
-    metrics["same_answer"] = share_of((chosen == chosen[:, :1]).all(axis=1) & (chosen[:, 0] >= 0))
-    breakdown["rotation"] = {str(r): {"accuracy": share_of(right[:, r])} for r in range(rotations)}
-
-
-def make_samples(data, prompts, answers: Answers, gold):
-    """One dict a question (and rotation): what was asked, scored and answered."""
-    for i, q in enumerate(data.questions):
-        for r, predicted in enumerate(answers.predicted[i].tolist()):
-            yield {
-                "id": i,
-                "subject": q.subject,
-                "rotation": r,
-                "question": q.question,
-                "choices": q.choices[r:] + q.choices[:r],
-                "gold": LETTERS[gold[i, r]],
-                "predicted": letter_or_none(predicted),
-                "correct": predicted == gold[i, r],
-                "shots": prompts.shots[i, r],
-                "logprobs": None if answers.scores is None else answers.scores[i, r],
-                "text": None if answers.texts is None else answers.texts[i, r],
-            }
-
-
-def letter_or_none(index) -> str | None:
-    return LETTERS[index] if index >= 0 else None
-
-
 # ---------------------------------------------------------------------------------------------
 # Output
 
 
-def column_of(record) -> str:
+def column_of(record: Result) -> str:
     return f"{record['protocol']['template']}/{record['protocol']['scoring']}"
 
 
-def show(records) -> None:
+def show(records: list[Result]) -> None:
     """All records of a checkpoint, side by side, and where they lie."""
     print_accuracies(records)
     for record in records:
@@ -413,11 +279,11 @@ def show(records) -> None:
     for record in records:
         print(f"record: {record.path}")
     if len(records) > 1:
-        path = records[-1].path
+        path = Path(str(records[-1].path))
         print_differences(records, path.with_name(f"mmlu-differences-{path.stem[-8:]}.jsonl"))
 
 
-def print_accuracies(records) -> None:
+def print_accuracies(records: list[Result]) -> None:
     """Accuracy overall, by category and by subject, one column for each record of a checkpoint."""
     first = records[0]
     data, protocol = first.shown, first["protocol"]
@@ -452,7 +318,7 @@ def print_accuracies(records) -> None:
             share_line(f"  {group}", [r["breakdown"][dimension][group][n] for r, n, _ in columns])
 
 
-def print_details(record) -> None:
+def print_details(record: Result) -> None:
     metrics, protocol, cost = record["metrics"], record["protocol"], record["cost"]
     letters = record["breakdown"]["letter"]
     bias = "  ".join(f"{k} {v['predicted']:.1%}/{v['gold']:.1%}" for k, v in letters.items())
@@ -477,14 +343,14 @@ def print_details(record) -> None:
             f"examples, {protocol['truncated']:,} were cut"
         )
     speed = f"{cost['tokens_per_second']:,.0f} tokens/s"
-    mfu = "" if cost["mfu"] is None else f", {cost['mfu']:.1%} of the arithmetic limit"
+    mfu = "" if cost.get("mfu") is None else f", {cost['mfu']:.1%} of the arithmetic limit"
     print(
         f"  prepared in {cost['prepare_seconds']:.2f} s, scored in {cost['seconds']:.2f} s: "
         f"{speed}{mfu}"
     )
 
 
-def print_differences(records, path: Path) -> None:
+def print_differences(records: list[Result], path: Path) -> None:
     """Pairs of columns: how many questions they answer differently, and all of them in a file."""
     lines, questions = [], records[0].shown.questions
     for a, b in itertools.combinations(records, 2):
@@ -515,7 +381,9 @@ MMLU = Evaluation(
 )
 
 
-def evaluate_mmlu(model, tokenizer, data_path, num_few_shot=0, **options) -> evaluation.Result:
+def evaluate_mmlu(
+    model: Any, tokenizer: Any, data_path: str | Path, num_few_shot: int = 0, **options
+) -> Result:
     """results.py's record of a model on a four-choice set; see tasks.questions.read_data.
 
     options: Options' fields (`template` and `scoring` one each, as a text). Also dist, info and

@@ -25,8 +25,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,10 +36,11 @@ import checkpoint
 import cli
 import distributed
 import evaluation
-from backends.local import Local
+from checkpoint import Checkpoint
 from config import load_yaml
+from distributed import Dist
 from eval import PERPLEXITY
-from evaluation import ModelOptions, Result
+from evaluation import Evaluation, ModelOptions, Result
 from formats import pt_files
 from humaneval_eval import HUMANEVAL
 from mmlu_eval import MMLU
@@ -136,7 +139,9 @@ def read_entries(file: str, models: ModelOptions, shared: SharedOptions) -> list
     return [entry.labelled(entries) for entry in entries]
 
 
-def entries_of(where, kind, values, models: ModelOptions, shared: SharedOptions) -> list[Entry]:
+def entries_of(
+    where: str, kind: Evaluation, values: dict, models: ModelOptions, shared: SharedOptions
+) -> list[Entry]:
     """One for each variant of an evaluation's options, as its script would make of these flags."""
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     own = {name: values.pop(name) for name in ("tokenizer_name",) if name in values}
@@ -160,7 +165,7 @@ def entries_of(where, kind, values, models: ModelOptions, shared: SharedOptions)
 # The sweep, on all ranks
 
 
-def sweep(planner: Planner, dist) -> int:
+def sweep(planner: Planner, dist: Dist) -> int:
     """Work until nothing is left to do; returns how many evaluations failed. Rank 0 decides, and
     what it decides or runs into, every rank learns."""
     on_main(dist, planner.open)
@@ -176,7 +181,7 @@ def sweep(planner: Planner, dist) -> int:
         planner.release()
 
 
-def on_main(dist, function, *args):
+def on_main(dist: Dist, function: Callable, *args) -> Any:
     """function(*args) on rank 0 only; what it returns or raises, on every rank."""
     result, problem = None, None
     if dist.is_main:
@@ -190,7 +195,7 @@ def on_main(dist, function, *args):
     return result
 
 
-def do(planner: Planner, work: Work, dist) -> None:
+def do(planner: Planner, work: Work, dist: Dist) -> None:
     """Load, evaluate, record. Whatever goes wrong with this checkpoint ends here, on all ranks."""
     start, problem, opened = time.perf_counter(), None, None
     try:
@@ -201,8 +206,8 @@ def do(planner: Planner, work: Work, dist) -> None:
     load_seconds = time.perf_counter() - start
     for label in work.pending:
         outcome = problem
-        if problem is None:
-            outcome = evaluate(planner.entries[label], *opened, work, planner.models, dist)
+        if opened is not None and problem is None:
+            outcome = evaluate(planner.entries[label], opened, work, planner.models, dist)
         if isinstance(outcome, Result):
             outcome["cost"]["load_seconds"] = load_seconds
             on_main(dist, planner.save, work, label, outcome)
@@ -213,7 +218,7 @@ def do(planner: Planner, work: Work, dist) -> None:
         torch.cuda.empty_cache()
 
 
-def load(planner: Planner, work: Work, dist):
+def load(planner: Planner, work: Work, dist: Dist) -> tuple[Any, Checkpoint, dict]:
     """(model, handle, plans by label). There is no collective in here."""
     ckpt = checkpoint.open(work.path, planner.models.model_config())
     model = ckpt.load(planner.dtype, dist.device)
@@ -223,14 +228,16 @@ def load(planner: Planner, work: Work, dist):
     return model, ckpt, plans
 
 
-def evaluate(entry: Entry, model, ckpt, plans, work: Work, models: ModelOptions, dist):
+def evaluate(
+    entry: Entry, opened: tuple, work: Work, models: ModelOptions, dist: Dist
+) -> Result | str:
     """The Result, or the reason why there is none, on every rank the same: where only some of them
     fail the run ends, as the others are in the midst of a collective."""
+    model, ckpt, plans = opened
     plan, facts = plans[entry.label]
-    compile = getattr(entry.options, "compile", "auto")
     try:
         # how many checkpoints will come is not known, and a resumed sweep must compile alike
-        backend = Local(model, facts=facts, dist=dist, compile=compile, n_jobs=math.inf)
+        backend = evaluation.local_backend(entry.options, model, facts, dist, math.inf)
         return evaluation.measure(
             entry.evaluation,
             backend,
@@ -278,8 +285,8 @@ def available_memory() -> int:
     """Bytes; 0 where the system does not tell."""
     try:
         found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024
-    except (OSError, TypeError):
+        return int(found[1]) * 1024 if found else 0
+    except OSError:
         return 0
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from datetime import datetime
+from typing import Any
 
 LM_EVAL_NAMES = {"accuracy": "acc", "accuracy_normalised": "acc_norm"}
 
@@ -59,13 +60,14 @@ def _parts(record: dict) -> dict[str, dict]:
 
 def _timestamp(time: str | None) -> float | None:
     """Of `utc_now`'s text."""
-    with contextlib.suppress(TypeError, ValueError):
-        return datetime.fromisoformat(time).timestamp()
+    with contextlib.suppress(ValueError):
+        return datetime.fromisoformat(time or "").timestamp()
+    return None
 
 
 def _lm_eval_task(alias: str, metrics: dict) -> dict:
     """lm-eval's keys are "name,filter" and "name_stderr,filter"."""
-    out = {"alias": alias}
+    out: dict[str, Any] = {"alias": alias}
     for name, metric in metrics.items():
         name = LM_EVAL_NAMES.get(name, name)
         metric = metric if isinstance(metric, dict) else {"value": metric}

@@ -50,6 +50,7 @@ class Ledger:
     def save(self, result: Result, with_samples: bool, path: Path, label: str) -> None:
         where = result.save(self.results_dir, with_samples)
         self.forget_failure(path, label)
+        self._forget_older_failures(path, result["evaluation"])
         self.done.add(result["resume_key"])
         self.made.add(result["resume_key"])
         self._export(result | {"_path": str(where)})
@@ -67,15 +68,15 @@ class Ledger:
 
     def _code(self, label: str) -> str:
         """Of all that could open a checkpoint: who mends a format tries again what failed."""
-        formats = [f"formats/{Path(reader.__file__).name}" for reader in checkpoint.READERS]
+        formats = [f"formats/{Path(str(reader.__file__)).name}" for reader in checkpoint.READERS]
         return self.entries[label].evaluation.code_version(*formats, "backends/local.py")
 
-    def known_failure(self, path, label: str) -> dict | None:
+    def known_failure(self, path: Path, label: str) -> dict | None:
         name, configuration = self._filed_under(label)
         key = os.path.abspath(path), name, results.config_hash(configuration)
         return self.failures.get(key)
 
-    def has_failed(self, path, files: tuple, label: str) -> bool:
+    def has_failed(self, path: Path, files: tuple, label: str) -> bool:
         """Whether these very files failed before, with the code that would evaluate them now."""
         known = self.known_failure(path, label)
         if known is None or known["protocol"].get("files") != digest(files):
@@ -85,7 +86,7 @@ class Ledger:
         retry = self.options.force or self.options.retry_failed
         return known.get("code_version") == self._code(label) and not retry
 
-    def fail(self, path, files: tuple, info: dict, run: str, label: str, reason: str) -> None:
+    def fail(self, path: Path, files: tuple, info: dict, run: str, label: str, reason: str) -> None:
         name, configuration = self._filed_under(label)
         fingerprint = {"fingerprint": digest(files)}  # unless the checkpoint could be read
         record = results.new_record(
@@ -103,13 +104,20 @@ class Ledger:
         self.forget_failure(path, label, where)
         self._note(record | {"_path": str(where), "failed_now": True})
 
-    def forget_failure(self, path, label: str, instead: Path | None = None) -> None:
+    def forget_failure(self, path: Path, label: str, instead: Path | None = None) -> None:
         """An earlier failure of what now has a record (at `instead`)."""
         known = self.known_failure(path, label)
         if known:
             del self.failures[os.path.abspath(path), known["evaluation"], known["config_hash"]]
             if Path(known["_path"]) != instead:
                 Path(known["_path"]).unlink(missing_ok=True)
+
+    def _forget_older_failures(self, path: Path, evaluation: str) -> None:
+        """Of schema version 1, which filed them under flags that nobody can compare with."""
+        for key, record in list(self.failures.items()):
+            if key[:2] == (os.path.abspath(path), evaluation) and record.get("_version") == 1:
+                del self.failures[key]
+                Path(record["_path"]).unlink(missing_ok=True)
 
     # -- other tools --------------------------------------------------------------------------
 

@@ -17,9 +17,10 @@ import cli
 import evaluation
 from backends import Facts
 from backends.local import facts_of
-from distributed import print0
+from checkpoint import Checkpoint
+from distributed import Dist, print0
 from evaluation import Evaluation, ModelOptions, Plan, Plans, Result
-from sweeping.lease import Leases
+from sweeping.lease import Lease, Leases
 from sweeping.ledger import Ledger
 from sweeping.seen import Seen, Shelf, signature
 
@@ -91,13 +92,15 @@ def reason_of(error: Exception) -> str:
 class Planner:
     """options: sweep.SweepOptions. All but plan_of is rank 0's alone."""
 
-    def __init__(self, models: ModelOptions, options, entries: list[Entry], dtype: str, dist):
+    def __init__(
+        self, models: ModelOptions, options: Any, entries: list[Entry], dtype: str, dist: Dist
+    ):
         self.models, self.options, self.dtype, self.dist = models, options, dtype, dist
         self.entries = {entry.label: entry for entry in entries}
         self.plans = {entry.label: Plans(entry.evaluation, entry.options) for entry in entries}
         self.shelf = Shelf(models.checkpoint_path, options.watch, options.poll_seconds)
         self.before, self.failed, self.n_gone = set(), set(), 0
-        self.lease = None
+        self.lease: Lease | None = None
 
     def open(self) -> None:
         """Look around for the first time. ValueError for a results directory that cannot be
@@ -119,7 +122,7 @@ class Planner:
             self.n_gone += 1
             say(gone.info.name, "gone before it was evaluated")
 
-    def plan_of(self, entry: Entry, ckpt) -> tuple[Plan, Facts]:
+    def plan_of(self, entry: Entry, ckpt: Checkpoint) -> tuple[Plan, Facts]:
         """What does not depend on the weights, the same on every rank."""
         needed = entry.evaluation.needs_tokenizer(entry.options)
         tokenizer = evaluation.pick_tokenizer(entry.tokenizer_name, ckpt, needed)
@@ -147,7 +150,7 @@ class Planner:
             if not self.shelf.is_ready(seen):
                 left += 1
                 continue
-            if seen.about is None and not self._make_plan(seen):
+            if not seen.about and not self._make_plan(seen):
                 left += 1  # it changed under our eyes
                 self.shelf.looked = -float("inf")
                 continue
@@ -171,7 +174,7 @@ class Planner:
         """What each entry's record will be known by. What fails already here is recorded. False if
         the checkpoint is not what it was."""
         path, problems, keys = seen.path, {}, {}
-        about = {"path": str(path), "name": seen.info.name, "step": seen.info.step}
+        about: dict = {"path": str(path), "name": seen.info.name, "step": seen.info.step}
         try:
             ckpt = checkpoint.open(path, self.models.model_config())
             about = ckpt.describe()
@@ -182,8 +185,8 @@ class Planner:
                 continue
             try:
                 plan, _ = self.plan_of(entry, ckpt)
-                rooms = about["fingerprint"], ckpt.format, "backends/local.py"
-                key = evaluation.resume_key(entry.evaluation, plan, *rooms)
+                rooms = ckpt.format, "backends/local.py"
+                key = evaluation.resume_key(entry.evaluation, plan, about["fingerprint"], *rooms)
                 keys[label] = self._record_path(entry, plan, about, path), key
             except Exception as error:  # the same edge
                 problems[label] = reason_of(error)
@@ -215,7 +218,7 @@ class Planner:
         return pending
 
     def _may_need(self, seen: Seen) -> bool:
-        return seen.about is None or bool(self._pending(seen))
+        return not seen.about or bool(self._pending(seen))
 
     # -- ending -------------------------------------------------------------------------------
 
@@ -267,7 +270,7 @@ class Planner:
         """Of a failure that an earlier sweep recorded, once."""
         if (path, label) not in self.failed:
             self.failed.add((path, label))
-            reason = self.ledger.known_failure(path, label).get("reason")
+            reason = (self.ledger.known_failure(path, label) or {}).get("reason")
             say(info["name"], f"{label}: failed before: {reason} (--retry-failed tries again)")
 
     def close(self, work: Work) -> None:
@@ -304,7 +307,7 @@ def say(checkpoint_name: str, text: str) -> None:
     print0(f"{checkpoint_name:<20}  {text}")
 
 
-def headline(record) -> str:
+def headline(record: dict) -> str:
     """The first metrics and the time they took."""
     parts = []
     for name, metric in list(record["metrics"].items())[:3]:

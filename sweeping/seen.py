@@ -17,7 +17,7 @@ class Seen:
     info: checkpoint.CheckpointInfo
     since: float  # monotonic, when these files were first seen
     settled: bool = False  # nothing is left to do
-    about: dict | None = field(default=None, repr=False)  # what records say of it, once planned
+    about: dict = field(default_factory=dict, repr=False)  # what records say of it, once planned
     keys: dict[str, tuple] = field(default_factory=dict, repr=False)  # label: (record, resume_key)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import results
 
@@ -24,7 +25,8 @@ def open_trackers(tensorboard: str | None, wandb_project: str | None) -> list:
     return trackers
 
 
-def to_tensorboard(writer_class, folder, writers, record) -> None:
+def to_tensorboard(writer_class: Any, folder: str, writers: dict, record: dict) -> None:
+    """Scalars by step, a writer for each run."""
     run = record["run"]
     if run not in writers:
         writers[run] = writer_class(str(Path(folder) / run))
@@ -33,7 +35,7 @@ def to_tensorboard(writer_class, folder, writers, record) -> None:
     writers[run].flush()
 
 
-def to_wandb(wandb, project, runs, record) -> None:
+def to_wandb(wandb: Any, project: str, runs: dict, record: dict) -> None:
     """Checkpoints may come in any order, so `step` is a number among the others, and the x axis."""
     run, info = record["run"], record["checkpoint"]
     if run not in runs:

@@ -17,10 +17,15 @@ import builtins
 import hashlib
 import json
 import os
+import queue
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +34,10 @@ import durable
 import results
 import stats
 from durable import read_jsonl
-from sandbox.judge import Sandbox
+from sandbox.judge import Sandbox, Verdict
+
+Problems = dict[str, dict]  # by task_id
+Judged = list[tuple[str, dict, Verdict]]  # task_id, sample, what became of it
 
 PASS_KS = (1, 10, 100)
 FIELDS = ("task_id", "prompt", "entry_point", "test")
@@ -40,7 +48,7 @@ WHERE_TO_GET = "scripts/fetch_humaneval.sh downloads HumanEval.jsonl.gz"
 # Problems
 
 
-def read_problems(path, limit: int | None = None) -> dict[str, dict]:
+def read_problems(path: str | Path, limit: int | None = None) -> Problems:
     """{task_id: problem} in the order of the file, the first `limit` of them."""
     problems = {}
     if not Path(path).exists():
@@ -58,7 +66,7 @@ def read_problems(path, limit: int | None = None) -> dict[str, dict]:
     return dict(list(problems.items())[:limit])
 
 
-def check_tests(where: str, problem) -> None:
+def check_tests(where: str, problem: dict) -> None:
     """ValueError for tests that no program could pass: the score would be a wrong 0, not low."""
     try:
         with warnings.catch_warnings():
@@ -72,12 +80,13 @@ def check_tests(where: str, problem) -> None:
         raise ValueError(f"{where}: field 'entry_point' is no name: {problem['entry_point']!r:.60}")
 
 
-def data_hash(problems) -> str:
+def data_hash(problems: Problems) -> str:
+    """sha256 of what decides a verdict."""
     rows = [[problem[name] for name in FIELDS] for problem in problems.values()]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def find_task(problems, name: str) -> str:
+def find_task(problems: Problems, name: str) -> str:
     """The task that --show names, in full or by what follows the last slash."""
     tasks = list(problems)
     for task in tasks:
@@ -90,7 +99,7 @@ def find_task(problems, name: str) -> str:
 # Samples
 
 
-def read_samples(path, problems) -> list[dict]:
+def read_samples(path: str | Path, problems: Problems) -> list[dict]:
     """OpenAI's {"task_id", "completion"} and EvalPlus's {"task_id", "solution"}, as they are."""
     samples = []
     for where, _, sample in read_jsonl(path, "file of samples"):
@@ -105,7 +114,7 @@ def read_samples(path, problems) -> list[dict]:
     return samples
 
 
-def program_of(problem, sample) -> tuple[str, str, str, str]:
+def program_of(problem: dict, sample: dict) -> tuple[str, str, str, str]:
     """What Sandbox.judge takes. A completion continues the prompt. A solution is the program whole;
     the prompt's helpers, which some tests call, are then given to the tests alone."""
     prompt, test, entry = problem["prompt"], problem["test"], problem["entry_point"]
@@ -120,7 +129,14 @@ def program_of(problem, sample) -> tuple[str, str, str, str]:
 
 
 def judge_file(
-    path, problems, sandbox=None, *, ks=None, workers=None, ignore_incomplete=False, show=None
+    path: str | Path,
+    problems: Problems,
+    sandbox: dict | None = None,
+    *,
+    ks: Sequence[int] = (),
+    workers: int | None = None,
+    ignore_incomplete: bool = False,
+    show: str | None = None,
 ) -> None:
     """Judge a file of samples, print their scores, and write {path}_results.jsonl, a line for each
     sample, in its order.
@@ -133,24 +149,22 @@ def judge_file(
     counts = Counter(s["task_id"] for s in samples)
     ks = check_counts(path, counts, problems, ks, ignore_incomplete)
     start = time.perf_counter()
-    verdicts = [None] * len(samples)
+    verdicts = {}
     with (
-        Sandbox(workers or count_cores(), **(sandbox or {})) as box,
+        Sandbox(workers or count_cores(), **(sandbox or {})) as cage,
         cli.progress(len(samples), "judging", "sample") as bar,
     ):
         programs = (program_of(problems[s["task_id"]], s) for s in samples)
-        for i, verdict in box.judge_many(programs):
+        for i, verdict in cage.judge_many(programs):
             verdicts[i] = verdict
             bar.update(1)
-        tier = box.tier
+        tier = cage.tier
     seconds = time.perf_counter() - start
     judged_by = {"sandbox_tier": tier.partition(" ")[0]}  # beside OpenAI's own fields
-    lines = (
-        s | {"result": v.result, "passed": v.passed} | judged_by for s, v in zip(samples, verdicts)
-    )
+    judged = [(s["task_id"], s, verdicts[i]) for i, s in enumerate(samples)]
+    lines = (s | {"result": v.result, "passed": v.passed} | judged_by for _, s, v in judged)
     out = f"{path}_results.jsonl"
     durable.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
-    judged = [(s["task_id"], s, v) for s, v in zip(samples, verdicts)]
     tally = count_kinds(problems, judged)
     metrics, _, _ = summarise(tally, ks)
     print(f"{path}: {len(samples):,} samples of {len(tally)} tasks")
@@ -164,7 +178,13 @@ def judge_file(
     print(f"results: {out}")
 
 
-def check_counts(path, counts, problems, ks, ignore_incomplete) -> list[int]:
+def check_counts(
+    path: str | Path,
+    counts: Counter,
+    problems: Problems,
+    ks: Sequence[int],
+    ignore_incomplete: bool,
+) -> list[int]:
     """The k of pass@k that these numbers of samples allow. Tasks with fewer are named."""
     missing = [task for task in problems if not counts[task]]
     if missing and not ignore_incomplete:
@@ -177,7 +197,7 @@ def check_counts(path, counts, problems, ks, ignore_incomplete) -> list[int]:
     def short(of):
         return named([f"{task} ({n})" for task, n in counts.items() if n < of])
 
-    for k in ks or ():
+    for k in ks:
         if k > fewest:
             raise ValueError(f"--k {k}: fewer samples of {short(k)}; ask for a smaller k")
     if fewest < most:
@@ -185,7 +205,8 @@ def check_counts(path, counts, problems, ks, ignore_incomplete) -> list[int]:
     return all_ks(ks, fewest)
 
 
-def named(tasks, most=8) -> str:
+def named(tasks: list[str], most: int = 8) -> str:
+    """The first few by name."""
     more = f" and {len(tasks) - most} more" if len(tasks) > most else ""
     return ", ".join(tasks[:most]) + more
 
@@ -207,11 +228,43 @@ def count_workers() -> int:
     return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
+class Judging:
+    """Samples on their way through this rank's sandbox; verdicts go into entries and journal."""
+
+    def __init__(self, sandbox, problems, folder, bar):
+        self.sandbox, self.problems, self.folder, self.bar = sandbox, problems, folder, bar
+        self.waiting, self.done = 0, queue.SimpleQueue()
+
+    def take(self, entry: dict) -> None:
+        if "verdict" in entry:
+            self.bar.update(1)
+            return
+        program = program_of(self.problems[entry["task_id"]], entry)
+        future = self.sandbox.submit(*program)  # an equal program is judged once
+        future.add_done_callback(lambda future: self.done.put((entry, future)))
+        self.waiting += 1
+        while not self.done.empty():
+            self._settle(*self.done.get())
+
+    def finish(self, dist: Any) -> None:
+        """Wait for all verdicts."""
+        while self.waiting:
+            dist.bump()  # the sandbox bounds how long a verdict takes
+            with suppress(queue.Empty):
+                self._settle(*self.done.get(timeout=1.0))
+
+    def _settle(self, entry: dict, future) -> None:
+        entry["verdict"] = asdict(future.result())
+        self.folder.append({name: entry[name] for name in ("task_id", "sample", "verdict")})
+        self.waiting -= 1
+        self.bar.update(1)
+
+
 # ---------------------------------------------------------------------------------------------
 # Scores
 
 
-def kind_of(verdict) -> str:
+def kind_of(verdict: Verdict) -> str:
     """passed, wrong answer, timeout, …, and for an exception its builtin type."""
     if verdict.kind != "exception":
         return verdict.kind
@@ -221,7 +274,7 @@ def kind_of(verdict) -> str:
     return name if known else "other exception"
 
 
-def count_kinds(problems, judged) -> dict[str, Counter]:
+def count_kinds(problems: Problems, judged: Judged) -> dict[str, Counter]:
     """{task_id: {kind of verdict: samples}}, tasks in the order of the problems."""
     tally = {task: Counter() for task in problems}
     for task, _, verdict in judged:
@@ -229,13 +282,14 @@ def count_kinds(problems, judged) -> dict[str, Counter]:
     return {task: kinds for task, kinds in tally.items() if kinds}
 
 
-def summarise(tally, ks):
+def summarise(tally: dict[str, Counter], ks: Sequence[int]) -> tuple[dict, dict, dict]:
     """(metrics, breakdown, arrays) of a record."""
     n = np.array([kinds.total() for kinds in tally.values()])
     c = np.array([kinds["passed"] for kinds in tally.values()])
-    metrics = {
-        f"pass@{k}": results.metric(**stats.pass_at_k_summary(n, c, k), unit="share") for k in ks
-    }
+    metrics = {}
+    for k in ks:
+        found = stats.pass_at_k_summary(n, c, k)
+        metrics[f"pass@{k}"] = results.metric(found["value"], found["stderr"], len(n), unit="share")
     estimates = {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
     total = sum(tally.values(), Counter())
     breakdown = {
@@ -249,16 +303,16 @@ def summarise(tally, ks):
     return metrics, breakdown, arrays | estimates
 
 
-def all_ks(ks, num_samples) -> list[int]:
+def all_ks(ks: Sequence[int], num_samples: int) -> list[int]:
     """Those asked for, and the usual ones that so many samples allow."""
-    return sorted({*(ks or ()), *(k for k in PASS_KS if k <= num_samples)})
+    return sorted({*ks, *(k for k in PASS_KS if k <= num_samples)})
 
 
 # ---------------------------------------------------------------------------------------------
 # Output
 
 
-def print_scores(metrics, tally) -> None:
+def print_scores(metrics: dict[str, dict], tally: dict[str, Counter]) -> None:
     """The table by task, then failures by kind, then pass@k."""
     width = max(4, *map(len, tally))
     print(f"{'task':{width}}  passed  samples  failures")
@@ -274,7 +328,7 @@ def print_scores(metrics, tally) -> None:
         print(f"{name:9} {stats.show_share(metric, 7)}  ({metric['n']} tasks)")
 
 
-def print_example(problem, judged) -> None:
+def print_example(problem: dict, judged: Judged) -> None:
     """The first failing sample of a task, as a program, and what became of it."""
     own = [(sample, verdict) for task, sample, verdict in judged if task == problem["task_id"]]
     failed = [(sample, verdict) for sample, verdict in own if not verdict.passed]

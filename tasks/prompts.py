@@ -11,6 +11,7 @@ become a prefix that is run once. What does not fit the context loses whole few-
 import itertools
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from tokenizer import SAFE_BREAK
 MAX_NEW_TOKENS = 16  # of --scoring generate
 
 
-def encode_after(tokenizer, head: str, tails: list[str]) -> list[np.ndarray]:
+def encode_after(tokenizer: Any, head: str, tails: list[str]) -> list[np.ndarray]:
     """Token ids of head + tail for each tail, as if every text were encoded whole.
 
     Where the tokenizer tells how a text can be cut without changing its tokens, what lies before
@@ -62,7 +63,7 @@ class PromptMaker:
         self.names = subject_table(data.subjects)["names"]
         self.letters = None  # token ids of each letter after a prompt
 
-    def make(self, share_prefix=True) -> Prompts:
+    def make(self, share_prefix: bool = True) -> Prompts:
         prefixes, prefix_of, ids, targets, owner = [], [], [], [], []
         shots = np.zeros((len(self.data.questions), self.rotations), dtype=np.int64)
         truncated = 0
@@ -89,7 +90,8 @@ class PromptMaker:
         elif self.scoring == "generate":
             targets = [t[:0] for t in targets]
         rows = Continuations(prefixes, np.array(prefix_of), ids, targets, choice_ids)
-        return Prompts(rows, *np.array(owner, dtype=np.int64).T, shots, truncated)
+        question, rotation, choice = np.array(owner, dtype=np.int64).T
+        return Prompts(rows, question, rotation, choice, shots, truncated)
 
     def _fitted(self, subject, asked):
         """Yield (shots, {(question, rotation): (context ids, continuations)}): what fits with all
@@ -134,7 +136,9 @@ class PromptMaker:
         texts = [self.template.render_question(q, r) for q, (_, r) in zip(questions, asked)]
         contexts = self._encode_texts(head, [text.rstrip() for text in texts])
         if self.scoring == "generate":
-            return {key: (context, [np.zeros(1, int)]) for key, context in zip(asked, contexts)}
+            # one token stands for those to come: the row ends before it, where generation begins
+            coming = [np.zeros(1, int)]
+            return {key: (context, coming) for key, context in zip(asked, contexts)}
         if self.scoring == "letter":
             self._read_letters(head, questions[0], texts[0], len(contexts[0]))
             return {key: (context, [self.letters[0]]) for key, context in zip(asked, contexts)}

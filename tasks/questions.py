@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +62,13 @@ class QuestionSet:
         return list(dict.fromkeys(q.subject for q in self.questions))
 
 
-def read_data(data_path, num_few_shot=0, split="test", subjects=None, limit=None) -> QuestionSet:
+def read_data(
+    data_path: str | Path,
+    num_few_shot: int = 0,
+    split: str = "test",
+    subjects: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> QuestionSet:
     """The questions of a split, and the first `num_few_shot` of each subject's dev split.
 
     data_path: a directory in MMLU's, CMMLU's, C-Eval's or a Hugging Face data set's layout, or one
@@ -214,7 +221,7 @@ def _question(values, subject, where) -> Question:
     return Question(subject, question, tuple(choices), index, where)
 
 
-def subject_table(subjects) -> dict:
+def subject_table(subjects: Iterable[str]) -> dict:
     """{"categories": {subject: category}, "names": {subject: name}} of the known data set
     (configs/subjects/) that shares most subjects; both empty if none shares any."""
     best, table = 0, {}
@@ -257,12 +264,13 @@ class Template:
         """What makes sense: letters can only be asked for where the prompt shows them."""
         return SCORINGS if "{letter}" in self.answer else ("continuation",)
 
-    def render_question(self, q: Question, rotation=0) -> str:
+    def render_question(self, q: Question, rotation: int = 0) -> str:
+        """A question with its choices, each moved `rotation` places on."""
         choices = q.choices[rotation:] + q.choices[:rotation]
         text = q.question.strip() if self.strip_question else q.question
         return self.question.format(question=text, **dict(zip("abcd", choices)))
 
-    def render_answer(self, q: Question, index: int, scoring: str, rotation=0) -> str:
+    def render_answer(self, q: Question, index: int, scoring: str, rotation: int = 0) -> str:
         """The answer at place `index` among the rotated choices. Where whole choices are scored,
         examples are answered with whole choices too."""
         whole = scoring == "continuation"
@@ -270,7 +278,9 @@ class Template:
         choice = q.choices[(index + rotation) % len(LETTERS)]
         return answer.format(letter=LETTERS[index], choice=choice)
 
-    def render_head(self, subject, name, examples, scoring) -> str:
+    def render_head(
+        self, subject: str, name: str | None, examples: Sequence[Question], scoring: str
+    ) -> str:
         """All that comes before the question that is asked."""
         words = subject.replace("_", " ")
         text = self.description.format(subject=words, subject_name=name or words)
@@ -280,7 +290,7 @@ class Template:
         return text
 
 
-def load_template(name) -> Template:
+def load_template(name: str | Path) -> Template:
     """A template of configs/prompts/ by its name, or a YAML file of one's own."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):

@@ -27,7 +27,7 @@ FLOORS = [
     "formats/training_state formats/native formats/pt_files",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
-    "backends/local tasks/questions tasks/prompts tasks/programs",
+    "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs",
     "evaluation training/batches training/log training/options",
     "reporting/groups reporting/compare reporting/tables reporting/page",
     "eval mmlu_eval humaneval_eval compute train report",

@@ -81,7 +81,7 @@ def test_what_changed_is_another_checkpoint_and_what_went_is_told_once(tmp_path,
     clock[0] += 10
     shelf.look()
     assert shelf.seen[one] is not first and not shelf.seen[one].settled
-    assert shelf.seen[one].about is None and shelf.news == 1020
+    assert shelf.seen[one].about == {} and shelf.news == 1020
     shelf.seen[one].settled = True
     shutil.rmtree(one)  # its work was done: no loss
     shutil.rmtree(two)
