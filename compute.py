@@ -18,7 +18,7 @@ FLOPs with the full attention mask.
 
 import json
 import re
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -45,7 +45,7 @@ class Continuations:
 
     prefixes: Sequence[TokenIds]
     prefix: np.ndarray
-    ids: Sequence[TokenIds]
+    ids: Sequence[np.ndarray]
     targets: Sequence[TokenIds]
     choice_ids: list[int] | None = None
 
@@ -266,11 +266,12 @@ def score_continuations(
     with attention_without_plans():
         agree_on_memory(score_mine, dist)
     summed = dist.sum(torch.cat((choices.flatten(), scored, likeliest)))
-    return _by_row(rows, *np.split(summed, np.cumsum([choices.numel(), len(scored)])), greedy)
+    return _by_row(rows, np.split(summed, np.cumsum([choices.numel(), len(scored)])), greedy)
 
 
-def _by_row(rows: Continuations, choices, tokens, likeliest, greedy: bool) -> RowScores:
-    """choices [R * K], tokens and likeliest [sum of S]: of every rank, as they were summed."""
+def _by_row(rows: Continuations, parts: list[np.ndarray], greedy: bool) -> RowScores:
+    """parts: choices [R * K], tokens and likeliest [sum of S], as they were summed over ranks."""
+    choices, tokens, likeliest = parts
     n = len(rows.ids)
     row_of_target = np.repeat(np.arange(n), np.diff(rows.target_offsets))
     found = choices.reshape(n, len(rows.choice_ids or ()))

@@ -93,7 +93,7 @@ class Sandbox:
         self._tiers = [tier] if tier else [*TIERS, *(["none"] if unsafe else [])]
         self._idle, self._verdicts, self._lock = queue.SimpleQueue(), {}, threading.Lock()
         self._all, self._closing = [], False
-        self.tier: str | None = None  # known once it is entered
+        self.tier = ""  # known once it is entered
 
     def __enter__(self) -> "Sandbox":
         if sys.platform != "linux":
