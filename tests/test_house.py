@@ -56,7 +56,7 @@ LONG_FUNCTIONS: dict[str, str] = {
 }
 MANY_PARAMETERS: dict[str, str] = {
     "backends/engine.generate": "a job's terms, each with a default",
-    "backends/scoring.score_windows": "a pass and what it is counted by, between train.py and Local",
+    "backends/scoring.score_windows": "a pass and what it is counted by; train.py calls it too",
     "formats/native.save_checkpoint": "rosetrainer's signature and what was added with defaults",
     "gpu_kernels/decode_attention._": "the operator's shapes: the operator's own parameters",
     "gpu_kernels/decode_attention._decode_torch": "decode_attention's, in plain operations",
