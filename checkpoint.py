@@ -111,12 +111,13 @@ class Checkpoint:
             )
         if opened.config is None:
             raise ValueError(opened.problem)
-        return self._tied_as_stored(opened.config)
+        return self._tied_as_stored(opened.config, self.layout)
 
     @cached_property
     def _sizes(self) -> tuple[int, int | None]:
         if not self.native:
             return transformers_sizes(self.path)
+        assert self.config is not None, "a native one has a config, or says why not"
         return self.config.vocab_size, self.config.max_position_embeddings
 
     @property
@@ -161,6 +162,7 @@ class Checkpoint:
         if not self.native:
             self._check_unchanged()
             return load_transformers(self.path, dtype, device, self.config)
+        assert self.config is not None, "a native one has a config, or says why not"
         model = GPTModel.on_meta(self.config)
         self._check_fits(model)
         model.allocate(dtype, device)
@@ -169,25 +171,26 @@ class Checkpoint:
 
     def load_weights(self, model: nn.Module) -> None:
         """The weights into a GPTModel that exists, in its dtypes and on its device."""
-        model = layouts.bare(model)
-        if self.layout and self._tied_as_stored(model.config) != model.config:
+        gpt = layouts.bare(model)
+        if self.layout and self._tied_as_stored(gpt.config, self.layout) != gpt.config:
             raise ValueError(
                 f"{self.path} has a head of its own, but the model ties its head to the "
                 "embedding: set tie_embeddings to false"
             )
-        self._check_fits(model)
-        self._fill(model)
+        self._check_fits(gpt)
+        self._fill(gpt)
 
-    def _tied_as_stored(self, config: GPTConfig) -> GPTConfig:
+    def _tied_as_stored(self, config: GPTConfig, layout: str) -> GPTConfig:
         """rosetrainer's oldest files are untied and do not say so: compare the two tensors."""
         head = self.tensors.get("lm_head.weight")
-        embedding = self.tensors.get(layouts.embedding_name(self.layout))
+        embedding = self.tensors.get(layouts.embedding_name(layout))
         if not config.tie_embeddings or head is None or embedding is None:
             return config
         return config.replace(tie_embeddings=stored.equal(head, embedding))
 
     def _fill(self, model: GPTModel) -> None:
-        """Refuses files that are not those that were opened."""
+        """Refuses files that are not those that were opened. After _check_fits."""
+        assert self.layout is not None, "names of no layout do not fit"
         self._check_unchanged()
         layouts.fill(model, self.tensors, self.layout, self.path)
         self._check_unchanged()
@@ -392,12 +395,13 @@ def convert(source: str | Path, destination: str | Path, config: GPTConfig | Non
         raise ValueError(f"{source} is of an architecture that transformers alone has")
     dtype = next(iter(ckpt.tensors.values())).dtype
     model = ckpt.load(dtype)
+    assert isinstance(model, GPTModel), "native"
     ids = {key: ckpt.facts.get(key) for key in huggingface.TOKEN_IDS}
     about = {"step": ckpt.step, "converted": ckpt.path.name}
     with native.appearing(final, about) as directory:
         write_weights(model, model.config, directory, dtype=dtype, **ids)
-        for name in TOKENIZER_COPIES if ckpt.tokenizer else ():
-            if (ckpt.tokenizer / name).is_file():
+        for name in TOKENIZER_COPIES:
+            if ckpt.tokenizer and (ckpt.tokenizer / name).is_file():
                 shutil.copy(ckpt.tokenizer / name, directory)
     return final
 

@@ -24,8 +24,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 DTYPES = {
     "fp32": "float32",
@@ -50,7 +54,7 @@ def rank() -> int:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, from rank 0 alone."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         if rank() == 0:
             print(f"error: {message} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
@@ -80,7 +84,7 @@ def option(default: Any = MISSING, help: str | None = None, **argument: Any) -> 
     return field(default=default, metadata={"help": help, **argument})
 
 
-def add_options(p, *kinds: Any) -> None:
+def add_options(p: argparse.ArgumentParser, *kinds: Any) -> None:
     """A flag for each option of dataclasses (or of instances, whose values are the defaults). A
     field that is a dataclass stands for its own options."""
     for kind in kinds:
@@ -135,7 +139,7 @@ def convert_options(kind: Any, values: dict, where: str) -> dict:
     return converted
 
 
-def take_defaults(p: Parser, kinds, values: dict, where: str) -> None:
+def take_defaults(p: Parser, kinds: Iterable[Any], values: dict, where: str) -> None:
     """Values of a file become the defaults of a parser's flags, of the options dataclasses `kinds`;
     what a command line gives wins. ValueError as convert_options."""
     for name in values:
@@ -234,7 +238,7 @@ class RunOptions:
     debug: bool = option(False, "show the traceback of input errors")
 
 
-def check_seconds(p, args, *names) -> None:
+def check_seconds(p: Parser, args: argparse.Namespace, *names: str) -> None:
     """Flags that are None or a number of seconds to wait for: threads cannot wait longer."""
     for name in names:
         seconds = getattr(args, name)
@@ -247,7 +251,7 @@ def check_seconds(p, args, *names) -> None:
 # Running
 
 
-def run(main) -> None:
+def run(main: Callable[[], object]) -> None:
     """Call main() and leave with the exit code that its outcome deserves."""
     _exit_on_signals()
     try:
@@ -317,7 +321,7 @@ def _exit_on_signals() -> None:
     threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
-def progress(total: int, desc: str, unit: str = "it"):
+def progress(total: int, desc: str, unit: str = "it") -> "tqdm":
     """A tqdm bar on rank 0, with the time left; silent on other ranks and without a terminal."""
     from tqdm import tqdm
 

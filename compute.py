@@ -18,9 +18,11 @@ FLOPs with the full attention mask.
 
 import json
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 from config import GPTConfig, load_config, load_yaml, presets
 from costs.flops import count_parameters, estimate_flops
@@ -72,8 +74,9 @@ def amount(value: float, unit: str = "") -> str:
             value /= 1024
     for name in ("", "k", "M", "G", "T", "P", "E", "Z", "Y"):
         if value < 1000 or name == "Y":
-            return f"{value:.4g} {name}{unit}".rstrip()
+            break
         value /= 1000
+    return f"{value:.4g} {name}{unit}".rstrip()
 
 
 def duration(seconds: float) -> str:
@@ -95,7 +98,10 @@ def print_model(c: GPTConfig, flops: dict, batch_size: int, seq_len: int) -> Non
     """Parameters, and FLOPs beside the rules of thumb."""
     n = count_parameters(c)
     share = f"{n['embedding'] / n['total']:.1%} of all"
-    rows = [("total", f"{n['total']:,}"), ("embedding", f"{n['embedding']:,}", share)]
+    rows: list[tuple[str, ...]] = [
+        ("total", f"{n['total']:,}"),
+        ("embedding", f"{n['embedding']:,}", share),
+    ]
     if c.n_experts:
         rows.append(("active for a token", f"{n['active']:,}"))
     section("Parameters", rows)
@@ -119,14 +125,18 @@ def print_model(c: GPTConfig, flops: dict, batch_size: int, seq_len: int) -> Non
 
 def print_memory(title: str, memory: dict, gpu: GPU) -> None:
     """What `estimate_memory` says is alive at the peak, by part."""
-    rows = [(part, amount(size, "byte")) for part, size in memory["parts"].items()]
+    rows: list[tuple[str, ...]] = [
+        (part, amount(size, "byte")) for part, size in memory["parts"].items()
+    ]
     rows.append(("peak", amount(memory["peak_bytes"], "byte"), f"at: {memory['peak_at']}"))
     share = memory["peak_bytes"] / gpu.memory
     rows.append((f"of {gpu.name}'s memory", f"{share:.1%}", "" if share < 1 else "does not fit"))
     section(f"{title} (beside {amount(CUDA_CONTEXT, 'byte')} of CUDA context)", rows)
 
 
-def print_training(c, gpu: GPU, batch_size, seq_len, setup: Setup, detailed: bool) -> None:
+def print_training(
+    c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup, detailed: bool
+) -> None:
     """Memory of a training step; detailed: the activations by operation and the stages too."""
     run = asdict(setup) | {"training": True}
     memory = estimate_memory(c, batch_size, seq_len, **run)
@@ -146,7 +156,15 @@ def print_activations(memory: dict) -> None:
     )
 
 
-def print_time(c, gpu: GPU, seq_len, setup: Setup, assumed_mfu, tokens, price) -> None:
+def print_time(
+    c: GPTConfig,
+    gpu: GPU,
+    seq_len: int,
+    setup: Setup,
+    assumed_mfu: float,
+    tokens: float,
+    price: float | None,
+) -> None:
     """Inference at three batches, and training for `tokens`; price: of a GPU-hour, or None."""
     print(f"\nInference on {gpu.name}: prompts of {seq_len}, 256 new tokens (roofline)")
     print(
@@ -169,7 +187,7 @@ def print_time(c, gpu: GPU, seq_len, setup: Setup, assumed_mfu, tokens, price) -
     section(f"Training on {n_gpus} x {gpu.name} at an assumed MFU of {assumed_mfu:.0%}", rows)
 
 
-def print_fits(c, gpu: GPU, batch_size, seq_len, setup: Setup) -> None:
+def print_fits(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup) -> None:
     """The table of usual runs, and the limits of this one."""
     print(f"\nWhat it takes, batch {batch_size} x {seq_len}, on one GPU of the group (GiB)")
     print(f"  {'':<28}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'peak':>9}  {gpu.name}")
@@ -279,7 +297,7 @@ def load_gpu(spec: str) -> GPU:
     return gpu
 
 
-def make_parser(cli):
+def make_parser(cli: ModuleType) -> ArgumentParser:
     """The flags. cli: the module, imported by `main` alone, since it is not needed to count."""
     p = cli.parser(__doc__)
     add = p.add_argument
@@ -311,7 +329,7 @@ def make_parser(cli):
     return p
 
 
-def read_setup(args) -> Setup:
+def read_setup(args: Namespace) -> Setup:
     """The flags that say how a model is run; ValueError where they contradict each other."""
     if args.fsdp and args.zero not in (0, 3):
         raise ValueError(f"--fsdp is ZeRO stage 3 and contradicts --zero {args.zero}")
@@ -330,7 +348,9 @@ def read_setup(args) -> Setup:
     )
 
 
-def time_report(c: GPTConfig, gpu: GPU, batch_size, seq_len, setup: Setup, args) -> dict:
+def time_report(
+    c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup, args: Namespace
+) -> dict:
     """The part "time" of --json."""
     n_gpus, tokens = setup.dp * setup.tp, training_tokens(c, args)
     return {
@@ -339,7 +359,7 @@ def time_report(c: GPTConfig, gpu: GPU, batch_size, seq_len, setup: Setup, args)
     }
 
 
-def training_tokens(c: GPTConfig, args) -> float:
+def training_tokens(c: GPTConfig, args: Namespace) -> float:
     """The budget: --tokens, or 20 for each parameter that a token meets (Hoffmann 2022)."""
     return args.tokens or 20 * count_parameters(c)["active"]
 

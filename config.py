@@ -27,6 +27,10 @@ CHOICES = {
 }
 
 
+# A field that __post_init__ derives from others where it is None: typed as it is afterwards
+_DERIVED: Any = None
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """A decoder-only transformer. The first eight fields are rosetrainer's, defaults included."""
@@ -40,8 +44,8 @@ class GPTConfig:
     dropout: float = 0.1
     activation: str = "gelu"
 
-    n_kv_heads: int | None = None  # None: n_heads; fewer: grouped queries
-    head_dim: int | None = None  # None: d_model / n_heads
+    n_kv_heads: int = _DERIVED  # None: n_heads; fewer: grouped queries
+    head_dim: int = _DERIVED  # None: d_model / n_heads
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     position: str = "learned"
@@ -49,7 +53,7 @@ class GPTConfig:
     rope_scaling: dict | None = field(default=None, hash=False)  # Hugging Face's keys, `rope_type`
     gated_mlp: bool = False  # act(gate) * up instead of act(fc1)
     bias: bool = True  # of linear layers and layer norms
-    qkv_bias: bool | None = None  # None: as `bias`
+    qkv_bias: bool = _DERIVED  # None: as `bias`
     qk_norm: bool = False  # RMSNorm over each query and key head
     tie_embeddings: bool = True
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it

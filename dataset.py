@@ -34,6 +34,7 @@ from costs.formulas import CHUNK_TOKENS
 from formats.shards import open_shard
 from formats.text import text_groups
 from gpu_kernels.cross_entropy import IGNORE
+from model import GPTModel
 from tokenizer import Tokenizer, build_tokenizer
 
 __all__ = [
@@ -174,7 +175,7 @@ class TokenStream:
             return self.full_fingerprint()
         digest, size = hashlib.sha256(b"%d" % len(self)), 2**16
         for start in np.linspace(0, len(self) - size, 256).astype(np.int64).tolist():
-            digest.update(self.read(start, start + size).astype("<u4"))
+            digest.update(self.read(start, start + size).astype("<u4").data)
         return "sampled:" + digest.hexdigest()
 
     def full_fingerprint(self) -> str:
@@ -182,7 +183,7 @@ class TokenStream:
         digest = hashlib.sha256()
         for source in self.sources:
             for block in source.blocks():
-                digest.update(np.ascontiguousarray(block, dtype="<u4"))
+                digest.update(np.ascontiguousarray(block, dtype="<u4").data)
         return "sha256:" + digest.hexdigest()
 
 
@@ -209,6 +210,8 @@ def open_stream(
         return TokenStream(sources, max_tokens, bos_id)
     if data_mode != "text":
         raise ValueError(f"data mode must be 'text' or 'fineweb_npy', not {data_mode!r}")
+    if tokenizer is None:
+        raise ValueError("text needs a tokenizer")
     if add_eos and tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer {tokenizer.name!r} has no end-of-text token to put after each document; "
@@ -321,14 +324,14 @@ class Windows:
         high = np.minimum(self.seq_len, self.n_targets - ids * self.stride)
         return low, np.where(ids < 0, 0, high)
 
-    def target_span(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def target_span(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Stream positions (first, last) [B] of the targets that the windows `ids` [B] score."""
         ids = np.asarray(ids, dtype=np.int64)
         low, high = self._scored_columns(ids)
         start = ids * self.stride - self.bos
         return start + 1 + low, start + high
 
-    def batch(self, stream: TokenStream, ids: Sequence[int]) -> dict[str, np.ndarray]:
+    def batch(self, stream: TokenStream, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The windows `ids` [B] as numpy arrays; id -1 is a dummy row in which nothing is scored.
 
         input_ids [B, T] int64, 0 where the stream has ended; targets [B, T] int64, -100 where not
@@ -380,12 +383,12 @@ class RandomWindows:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def target_span(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def target_span(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As Windows.target_span."""
         starts = self.starts[np.asarray(ids)]
         return starts + 1, starts + self.seq_len - 1
 
-    def batch(self, stream: TokenStream, ids: Sequence[int]) -> dict[str, np.ndarray]:
+    def batch(self, stream: TokenStream, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """As Windows.batch; the last column of `targets` is -100 in every row."""
         assert len(stream) == self.n_tokens, (len(stream), self.n_tokens)
         ids = np.asarray(ids, dtype=np.int64)
@@ -457,13 +460,16 @@ class FineWebNPYDataset(_StreamDataset):
 
 
 @torch.no_grad()
-def compute_perplexity(model, dataloader: Iterable[dict], device) -> dict:
+def compute_perplexity(
+    model: GPTModel, dataloader: Iterable[dict[str, torch.Tensor]], device: torch.device | str
+) -> dict[str, float]:
     """Loss and perplexity over a DataLoader of such items, by a model of model.py.
 
     Each batch has `input_ids` [B, T], `labels` [B, T] (shifted here; -100 left out) and, if padded,
     `attention_mask` [B, T] (0 left out). Returns avg_loss (nats per scored token), ppl and tokens.
     """
-    nll, tokens = 0.0, 0
+    nll: torch.Tensor | float = 0.0
+    tokens: torch.Tensor | int = 0
     for batch in dataloader:
         ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
         if batch.get("attention_mask") is not None:

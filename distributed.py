@@ -130,21 +130,21 @@ def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = _pick_device(device, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    chosen = _pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
         torch.cuda.synchronize()  # makes the context: seconds that belong to no checkpoint
     elif launched and "OMP_NUM_THREADS" not in os.environ:
         # torchrun gives each of several ranks one thread, and thread count can change last bits
         torch.set_num_threads(1)
     if world_size == 1:
-        yield Dist(rank, world_size, local_rank, device)
+        yield Dist(rank, world_size, local_rank, chosen)
         return
-    store = _join(rank, world_size, device)
+    store = _join(rank, world_size, chosen)
     watch = Watch(store, rank, world_size, timeout)
     watch.start()
     try:
-        yield Dist(rank, world_size, local_rank, device, watch)
+        yield Dist(rank, world_size, local_rank, chosen, watch)
         torch_dist.barrier(group=_gloo_group())  # nobody tears down while others still talk
     finally:
         watch.stop()

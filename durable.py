@@ -302,7 +302,8 @@ class Folder:
     """
 
     def __init__(self, dist, place: Callable[[], tuple[Path, str]] | None):
-        self.dist, self._place, self._journal = dist, place, None
+        self.dist, self._place = dist, place
+        self._journal: Journal | None = None
 
     @functools.cached_property
     def path(self) -> Path | None:
@@ -310,6 +311,7 @@ class Folder:
 
     @functools.cached_property
     def _stem(self) -> str:
+        assert self._place is not None, "without a path there are no names"
         return f"journal-{self._place()[1][:16]}-rank"
 
     def known(self) -> list[dict]:

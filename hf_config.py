@@ -25,7 +25,7 @@ ROPE_SCALING_NEEDS = {
 }
 ROPE_SCALING_TYPES = tuple(ROPE_SCALING_NEEDS)
 ROPE_SCALING_POSITIVE = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-ROPE_SCALING_NUMBERS = ("low_freq_factor", "high_freq_factor")
+ROPE_SCALING_NUMBERS: tuple[str, ...] = ("low_freq_factor", "high_freq_factor")
 ROPE_SCALING_NUMBERS += ("attention_factor", "mscale", "mscale_all_dim")
 
 
@@ -50,7 +50,7 @@ def number(name: str, value: Any, kind: type = float) -> int | float:
 def size(name: str, value: Any) -> int:
     """A positive integer; a number of experts may be 0."""
     with contextlib.suppress(ValueError):
-        taken = number(name, value, int)
+        taken = int(number(name, value, int))
         if taken >= (0 if name.startswith("n_experts") else 1):
             return taken
     raise ValueError(f"{name} must be a positive integer, not {value!r}")

@@ -12,6 +12,8 @@ run in their weights' dtype (`for_inference` casts the weights once) or, in trai
 """
 
 import math
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol, overload
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from gpu_kernels.cross_entropy import head_cross_entropy
 class Linear(nn.Linear):
     """nn.Linear that takes its input in any dtype: the weight's dtype decides."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):  # which casts x itself, without a detour
             x = x.to(self.weight.dtype)
         return F.linear(x, self.weight, self.bias)
@@ -111,6 +113,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Attention
 
 
+class Cache(Protocol):
+    """What the modules ask of keys and values already computed: see backends/kvcache.py."""
+
+    def positions(self, T: int) -> Tensor: ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool, window: int | None = None, softcap: float | None = None,
+    scale: float | None = None, lse: Literal[False] = False, mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool, window: int | None = None, softcap: float | None = None,
+    scale: float | None = None, lse: Literal[True], mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def attend(  # so many parameters, since they are the terms of attention itself
     q: Tensor, k: Tensor, v: Tensor, *,
     causal: bool, window: int | None = None, softcap: float | None = None,
@@ -127,19 +155,19 @@ def attend(  # so many parameters, since they are the terms of attention itself
     """
     T, capped = q.shape[2], softcap is not None
     causal = causal and mask is None
-    windowed = causal and window is not None and window < T
-    plain = mask is None and not (windowed or capped or dropout)
+    reach = window if causal and window is not None and window < T else None
+    plain = mask is None and reach is None and not (capped or dropout)
     if lse and plain and q.is_cuda and q.dtype != torch.float32:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         out, sums, *_ = flash(q, k, v, 0.0, causal, scale=scale)
         return out, sums[..., :T]
-    if causal and (windowed or capped) and q.is_cuda and not (lse or dropout):
-        return _flex_attention(q, k, v, window if windowed else None, softcap, scale)
-    if causal and (windowed or capped or lse):
+    if causal and (reach is not None or capped) and q.is_cuda and not (lse or dropout):
+        return _flex_attention(q, k, v, reach, softcap, scale)
+    if causal and (reach is not None or capped or lse):
         i = torch.arange(T, device=q.device)
         mask = i[:, None] >= i
-        if windowed:
-            mask = mask & (i[:, None] - i < window)
+        if reach is not None:
+            mask = mask & (i[:, None] - i < reach)
     if capped or lse:  # which scaled_dot_product_attention does not know
         out, sums = _dense_attention(q, k, v, mask, softcap, scale, dropout)
         return (out, sums) if lse else out
@@ -189,13 +217,13 @@ def _flex_attention(q, k, v, window, softcap, scale):
     )
 
 
-def attention_of(config: GPTConfig, layer: int) -> dict:
+def attention_of(config: GPTConfig, layer: int) -> dict[str, Any]:
     """What sets a layer's attention apart: options of `attend`, which every cache is given as well.
     A soft cap or a scale of the scores would be added here."""
     return {"window": config.layer_window(layer)}
 
 
-def attention_without_plans():
+def attention_without_plans() -> AbstractContextManager[None]:
     """Within it, attention takes many shapes well: cuDNN, which PyTorch prefers on Hopper, first
     makes a plan for each new one, a tenth of a second that only repeated shapes pay back."""
     kinds = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -228,7 +256,13 @@ class Attention(nn.Module):
             self.q_norm = make_norm(config, config.head_dim, "rmsnorm")
             self.k_norm = make_norm(config, config.head_dim, "rmsnorm")
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: list[Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         c, (B, T, _) = self.config, x.shape
         heads = self.qkv_proj(x).view(B, T, -1, c.head_dim)
         q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)  # [B, T, heads, D]
@@ -240,9 +274,9 @@ class Attention(nn.Module):
         if cache is not None:
             y = cache.attend(self.layer, q, k, v, **self.options)
         else:
-            mask = None if mask is None else mask[self.layer]
+            own = None if mask is None else mask[self.layer]
             dropout = c.dropout if self.training else 0.0
-            y = attend(q, k, v, causal=True, mask=mask, dropout=dropout, **self.options)
+            y = attend(q, k, v, causal=True, mask=own, dropout=dropout, **self.options)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -254,7 +288,7 @@ class MLP(nn.Module):
         self.fc1 = Linear(config.d_model, width, bias=config.bias)
         self.fc2 = Linear(config.d_ff, config.d_model, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         c, fc1 = self.config, self.fc1
         activation = ACTIVATIONS[c.activation]
         if c.gated_mlp:
@@ -282,7 +316,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: list[Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         x = x + self.dropout(self.attn(self.ln1(x), rope, mask, cache))
         return x + self.dropout(self.mlp(self.ln2(x)))
 
@@ -299,8 +339,10 @@ class _WithoutInit(TorchFunctionMode):
 class GPTModel(nn.Module):
     """See the file's docstring. `activation_checkpointing` recomputes blocks in the backward."""
 
-    is_native = True  # transformers' models, behind the same interface, say False
-    supports_cache = True
+    # transformers' models, behind the same interface, say False
+    is_native: Literal[True] = True
+    supports_cache: Literal[True] = True
+    rope: Tensor  # of rotary positions only
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -316,7 +358,7 @@ class GPTModel(nn.Module):
         self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
-        self._padded_head = None
+        self._padded_head: Tensor | None = None
         self._init_weights()
         self.materialize_buffers(self.lm_head.weight.device)
 
@@ -399,7 +441,11 @@ class GPTModel(nn.Module):
         return self.requires_grad_(False).eval()
 
     def hidden(
-        self, input_ids: Tensor, positions: Tensor | None = None, cache=None, mask=None
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        mask: list[Tensor] | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, C], float32, of input_ids [B, T] int64.
 
@@ -436,7 +482,7 @@ class GPTModel(nn.Module):
         """Nats [N], float32, of targets [N] after hidden [N, C]; 0 where the target is -100."""
         return head_cross_entropy(*self._for_the_head(hidden), targets, self.config.vocab_size)
 
-    def _for_the_head(self, hidden):
+    def _for_the_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden, the head's weight), both in the dtype of their product. On CUDA the weight has
         rows beyond V, to a multiple of 64, whose logits mean nothing."""
         if self._padded_head is not None:

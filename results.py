@@ -174,7 +174,7 @@ IN_MEMORY = {"name": "in-memory", "fingerprint": "0" * 16}  # a model that came 
 def checkpoint_of(info: Mapping[str, Any] | Callable[[], Any] | None) -> dict:
     """What a record says of its checkpoint: `info`, what it gives if it is a function (hashing goes
     on meanwhile), or IN_MEMORY if it is None."""
-    return (info() if callable(info) else info) or IN_MEMORY
+    return dict((info() if callable(info) else info) or IN_MEMORY)
 
 
 def new_record(
@@ -273,7 +273,8 @@ def save_record(
     files = {}
     if arrays:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: np.asarray(array) for name, array in arrays.items()})
+        plain = {name: np.asarray(array) for name, array in arrays.items()}
+        np.savez_compressed(buffer, **plain)  # type: ignore[arg-type]  # taken for allow_pickle
         files["arrays"] = _save_beside(path, ".npz", buffer.getvalue())
     if samples is not None:
         text = "".join(dumps(sample) + "\n" for sample in samples)
@@ -294,7 +295,14 @@ def _save_beside(path: Path, suffix: str, data: bytes) -> dict:
 
 REQUIRED = {"schema_version", "evaluation", "run", "status"}
 OBJECTS = ("checkpoint", "metrics", "protocol", "data", "cost", "breakdown", "environment", "files")
-TEXTS = ("evaluation", "run", "status", "config_hash", "code_version", "resume_key")
+TEXTS: tuple[str, ...] = (
+    "evaluation",
+    "run",
+    "status",
+    "config_hash",
+    "code_version",
+    "resume_key",
+)
 TEXTS += ("checkpoint.name", "checkpoint.path", "data.hash")
 LABEL = re.compile(r"[^{}]*\{(:,)?\}[^{}]*")  # a format that can do nothing else
 

@@ -77,7 +77,7 @@ def arrays_from_version_1(record: dict, arrays: dict) -> dict[str, np.ndarray]:
         for name in record["metrics"]:
             k = name.removeprefix("pass@")
             if k.isdigit():
-                found[name] = pass_at_k(arrays["n"], arrays["c"], int(k))
+                found[name] = np.asarray(pass_at_k(arrays["n"], arrays["c"], int(k)))
     if {"logprobs", "gold"} <= arrays.keys():
         found["gold_logprob"] = choice_logprob(arrays["logprobs"], arrays["gold"])
     stride, window = protocol.get("stride"), protocol.get("window")

@@ -23,11 +23,23 @@ WITHOUT_NUMBERS = ("cli.py",)
 DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends"}
 
 
+def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
+    """All of a tree but what `if TYPE_CHECKING:` holds, which is for readers and checkers alone."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+        else:
+            yield node
+            waiting += ast.iter_child_nodes(node)
+
+
 def _imported_files(path: Path, root: Path) -> Iterator[Path]:
     """The files below `root` that a source file imports, at its top or inside a function: `import
     a.b`, `from a import b` and `from a.b import c`, and the packages' own files that come first."""
     within = path.parent.relative_to(root).parts if path.is_relative_to(root) else ()
-    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+    for node in nodes_that_run(ast.parse(path.read_bytes(), str(path))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -76,7 +88,8 @@ def _source_that_counts(path: Path) -> bytes:
         prints = isinstance(node, ast.FunctionDef) and PRINTING.fullmatch(node.name)
         starts = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
         if prints or starts:
-            lines[node.lineno - 1 : node.end_lineno] = [b""] * (node.end_lineno - node.lineno + 1)
+            end = node.end_lineno or node.lineno
+            lines[node.lineno - 1 : end] = [b""] * (end - node.lineno + 1)
     return b"".join(lines)
 
 

@@ -36,7 +36,7 @@ from cli import first_line
 EOT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 # all that goes along with a copy
-TOKENIZER_COPIES = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
+TOKENIZER_COPIES: tuple[str, ...] = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
 TOKENIZER_COPIES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 # Where a long text can be cut without changing its tokens, for tokenizers that say so with
 # `splits_at_newline`: after a newline between a visible character and a letter, digit or other

@@ -16,10 +16,11 @@ Reference: nanoGPT trains GPT-2 124M to a validation loss of about 2.85 on OpenW
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,7 +107,10 @@ def build_model(options: Options, tokenizer: Tokenizer) -> GPTModel:
                 f"{given.init_from}: train.py has no native form for this architecture"
             )
     if config is None:
-        defaults = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": seq_len}
+        defaults: dict[str, Any] = {
+            "vocab_size": tokenizer.vocab_size,
+            "max_position_embeddings": seq_len,
+        }
         config = GPTConfig(**(defaults | given.config_fields))
     else:
         config = config.replace(**given.config_fields)
@@ -123,7 +127,9 @@ def build_model(options: Options, tokenizer: Tokenizer) -> GPTModel:
     return model
 
 
-def make_optimizer(model: GPTModel, options: OptimizationOptions):
+def make_optimizer(
+    model: GPTModel, options: OptimizationOptions
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Fused AdamW that decays matrices and embeddings, not biases and norms, under a LambdaLR."""
     parameters = list(model.parameters())
     groups = [
@@ -197,7 +203,7 @@ def train(
         state.optimizer.zero_grad(set_to_none=True)
         dist.bump()
         state.step = done = step + 1
-        log.step(done, loss, norm, state.scheduler.get_last_lr()[0])
+        log.step(done, loss, norm, float(state.scheduler.get_last_lr()[0]))
 
         val_loss = None
         if val_stream is not None and (done == last or done % optimization.eval_steps == 0):
@@ -243,7 +249,7 @@ def wrap(model: GPTModel, compile: str, dist: Dist) -> nn.Module:
 
 def load_micro_batches(
     batches: TrainBatches, stream: TokenStream, steps: range, dist: Dist
-) -> Iterator[list[torch.Tensor]]:
+) -> Iterator[Sequence[torch.Tensor]]:
     """(input_ids, targets), each [B, T], of this rank's passes in order, on its device."""
     accum = batches.grad_accum_steps
 
@@ -254,13 +260,21 @@ def load_micro_batches(
     return scoring.prefetch(make, range(steps.start * accum, steps.stop * accum), dist.device)
 
 
-def backward(loss_fn, micro_batches, accum: int, amp, dist: Dist) -> torch.Tensor:
+def backward(
+    loss_fn: nn.Module,
+    micro_batches: Iterator[Sequence[torch.Tensor]],
+    accum: int,
+    amp: torch.autocast,
+    dist: Dist,
+) -> torch.Tensor:
     """This rank's mean loss over `accum` micro-batches, and its gradients, meaned over ranks."""
     total = torch.zeros((), device=dist.device)
     for micro_step in range(accum):
         input_ids, targets = next(micro_batches)
-        waits = dist.world_size > 1 and micro_step < accum - 1  # ranks meet in the last pass
-        with loss_fn.no_sync() if waits else nullcontext():
+        without_ranks: AbstractContextManager[None] = nullcontext()
+        if isinstance(loss_fn, DistributedDataParallel) and micro_step < accum - 1:
+            without_ranks = loss_fn.no_sync()  # they meet in the last pass
+        with without_ranks:
             with amp:
                 loss = loss_fn(input_ids, targets) / accum
             loss.backward()
@@ -275,7 +289,11 @@ def clip(model: GPTModel, max_norm: float) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(
-    model: GPTModel, stream: TokenStream, options: OptimizationOptions, amp, dist: Dist
+    model: GPTModel,
+    stream: TokenStream,
+    options: OptimizationOptions,
+    amp: torch.autocast,
+    dist: Dist,
 ) -> float:
     """Exact loss over the validation stream, the number that eval.py gives."""
     model.eval()
@@ -339,7 +357,11 @@ def mfu_of(config: GPTConfig, batches: TrainBatches, dist: Dist) -> Callable[[fl
     if dist.device.type == "cuda":
         gpu = gpus.find_gpu(torch.cuda.get_device_name(dist.device))
     flops = estimate_flops(config, batches.batch_size, batches.seq_len)["training_causal"]
-    return lambda seconds: gpu and gpus.mfu(flops, seconds, dist.world_size, gpu)
+
+    def mfu(seconds: float) -> float | None:
+        return None if gpu is None else gpus.mfu(flops, seconds, dist.world_size, gpu)
+
+    return mfu
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Gemma, Phi, Cohere, GPT-NeoX and so on. It is evaluated like any other, without 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +14,10 @@ from cli import first_line
 from config import GPTConfig
 from formats.tensorfiles import extremes, refuse_nonfinite, require_safe_torch
 from gpu_kernels.cross_entropy import cross_entropy
+from model import GPTModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TransformersModel(nn.Module):
@@ -22,10 +27,10 @@ class TransformersModel(nn.Module):
     and the soft cap that its config names. Which of them hold is tried once, on a few tokens.
     """
 
-    is_native = False
-    supports_cache = False
+    is_native: Literal[False] = False
+    supports_cache: Literal[False] = False
 
-    def __init__(self, causal_lm: nn.Module, config: GPTConfig | None):
+    def __init__(self, causal_lm: "PreTrainedModel", config: GPTConfig | None):
         super().__init__()
         self.causal_lm, self.config = causal_lm, config
         hf = causal_lm.config.get_text_config()
@@ -102,6 +107,9 @@ class TransformersModel(nn.Module):
         return logits, nn.functional.cross_entropy(flat, labels[:, 1:].flatten())
 
 
+Model = GPTModel | TransformersModel  # what Checkpoint.load gives
+
+
 def _sizes(hf) -> tuple[int, int | None]:
     return hf.vocab_size, getattr(hf, "max_position_embeddings", None)
 
@@ -126,9 +134,10 @@ def load_transformers(
 
     require_safe_torch()
     try:
-        causal_lm, names = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, output_loading_info=True
         )
+        causal_lm, names = loaded
     except Exception as error:  # an edge: transformers raises what it likes
         raise ValueError(f"{path}: transformers cannot load it: {first_line(error)}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):

@@ -9,12 +9,20 @@ local.py is a torch model on these ranks, whatever module is inside; an endpoint
 HTTP. An evaluation asks a backend for nothing else.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cli
+
+if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
+    from backends.continuations import Continuations, RowScores
+    from backends.scoring import Consumer, WindowTotals
+    from dataset import RandomWindows, TokenStream, Windows
+    from distributed import Dist
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Facts:
     lacks: tuple[tuple[str, str], ...] = ()
 
     @property
-    def kind(self) -> tuple:
+    def kind(self) -> tuple[Any, ...]:
         """What a plan depends on: models of one kind share it."""
         tokenizer = self.tokenizer and self.tokenizer.fingerprint
         rest = self.vocab_size, self.context, self.dtype, self.device, self.shares_prefixes
@@ -91,20 +99,40 @@ class Backend(Protocol):
     for `generate`, which gives a rank its own share."""
 
     facts: Facts
-    dist: Any
+    dist: Dist
 
-    def score_windows(self, stream, windows, batch_size: int, **options) -> Any:
+    def score_windows(
+        self,
+        stream: TokenStream,
+        windows: Windows | RandomWindows,
+        batch_size: int = 8,
+        *,
+        per_token: bool = False,
+        consumer: Consumer | None = None,
+    ) -> WindowTotals:
         """scoring.WindowTotals of windows over a token stream."""
 
-    def score_rows(self, rows, max_tokens: int, max_rows: int | None = None, **options) -> Any:
+    def score_rows(
+        self,
+        rows: Continuations,
+        max_tokens: int,
+        max_rows: int | None = None,
+        *,
+        greedy: bool = False,
+        consumer: Consumer | None = None,
+    ) -> RowScores:
         """continuations.RowScores of rows that go on from shared prefixes."""
 
     def generate(
         self,
         prompts: list[list[int]],
-        sampling: Sampling | Sequence[Sampling],
+        sampling: Sampling | Sequence[Sampling] | Sequence[Sequence[Sampling]],
         n_samples: int = 1,
-        **options,
+        *,
+        keys: Sequence[str] | None = None,
+        end_ids: Collection[int] | None = None,
+        done: Collection[tuple[int, int]] = frozenset(),
+        batch_size: int | None = None,
     ) -> Iterator[Sample]:
         """This rank's samples, each when it is finished."""
 

@@ -10,18 +10,27 @@ scored positions meet the head. A batch gives the same bits wherever it runs.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from backends.kvcache import PrefixCache, pad_rows
-from backends.scoring import agree_on_memory, prefetch, token_nll
+from backends.scoring import Consumer, agree_on_memory, prefetch, token_nll
+from config import GPTConfig
 from costs.flops import estimate_flops
-from model import attention_without_plans
+from distributed import Dist
+from model import GPTModel, attention_without_plans
+from transformers_model import Model
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 MIN_PREFIX = 32  # a shorter shared prefix saves less than merging two attentions costs
 HEAD_ROWS = 2048  # rows of [V] logits alive at once
+TokenIds = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,11 @@ class Continuations:
     scored after the last position of every row, or None.
     """
 
-    prefixes: list
+    prefixes: Sequence[TokenIds]
     prefix: np.ndarray
-    ids: list
-    targets: list
-    choice_ids: list | None = None
+    ids: Sequence[np.ndarray]
+    targets: Sequence[TokenIds]
+    choice_ids: list[int] | None = None
 
     @property
     def highest_token(self) -> int:
@@ -75,7 +84,9 @@ class Batch:
         return len(self.rows) * self.length
 
 
-def plan_batches(rows: Continuations, max_tokens: int, max_rows=None, overhead=512) -> list[Batch]:
+def plan_batches(
+    rows: Continuations, max_tokens: int, max_rows: int | None = None, overhead: int = 512
+) -> list[Batch]:
     """Batches of at most max_tokens padded tokens, prefix by prefix, longest rows first.
 
     Lengths are padded to a multiple of 8, never beyond the prefix's longest row, so that padding
@@ -153,7 +164,9 @@ def deal_batches(rows: Continuations, batches: list[Batch], world_size: int) -> 
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
-def make_prefix_cache(model, prefix, device):
+def make_prefix_cache(
+    model: GPTModel, prefix: TokenIds, device: torch.device
+) -> PrefixCache | None:
     """A PrefixCache that holds `prefix` (token ids [P]) for any number of rows; None if P is 0."""
     if len(prefix) == 0:
         return None
@@ -176,7 +189,7 @@ def _pack(rows: Continuations, batch: Batch, offsets):
     return ids, ends - 1, batch.rows, np.concatenate(positions), targets, np.concatenate(slots)
 
 
-def choice_logprobs(model, hidden, choice_ids):
+def choice_logprobs(model: Model, hidden: torch.Tensor, choice_ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [B, K], float32, over the vocabulary, of K tokens after hidden [B, C]."""
     logits = model.logits(hidden).float()
     return logits[:, choice_ids] - logits.logsumexp(-1, keepdim=True)
@@ -199,7 +212,13 @@ class RowScores:
 
 @torch.no_grad()
 def score_continuations(
-    model, rows: Continuations, batches, dist, progress=None, greedy=False, consumer=None
+    model: Model,
+    rows: Continuations,
+    batches: list[Batch],
+    dist: Dist,
+    progress: "tqdm | None" = None,
+    greedy: bool = False,
+    consumer: Consumer | None = None,
 ) -> RowScores:
     """Score every row once. Every rank returns everything, the same bits on any number of ranks.
 
@@ -247,17 +266,23 @@ def score_continuations(
     with attention_without_plans():
         agree_on_memory(score_mine, dist)
     summed = dist.sum(torch.cat((choices.flatten(), scored, likeliest)))
-    parts = np.split(summed, np.cumsum([choices.numel(), len(scored)]))
-    choices = parts[0].reshape(len(rows.ids), K)
-    row_of_target = np.repeat(np.arange(len(rows.ids)), np.diff(offsets))
-    sums = np.bincount(row_of_target, parts[1], len(rows.ids))
+    return _by_row(rows, np.split(summed, np.cumsum([choices.numel(), len(scored)])), greedy)
+
+
+def _by_row(rows: Continuations, parts: list[np.ndarray], greedy: bool) -> RowScores:
+    """parts: choices [R * K], tokens and likeliest [sum of S], as they were summed over ranks."""
+    choices, tokens, likeliest = parts
+    n = len(rows.ids)
+    row_of_target = np.repeat(np.arange(n), np.diff(rows.target_offsets))
+    found = choices.reshape(n, len(rows.choice_ids or ()))
+    sums = np.bincount(row_of_target, tokens, n)
     if not greedy:
-        return RowScores(choices, sums, parts[1])
-    missed = np.bincount(row_of_target, 1 - parts[2], len(rows.ids))
-    return RowScores(choices, sums, parts[1], missed == 0)
+        return RowScores(found, sums, tokens)
+    missed = np.bincount(row_of_target, 1 - likeliest, n)
+    return RowScores(found, sums, tokens, missed == 0)
 
 
-def unique_flops(config, rows: Continuations) -> float:
+def unique_flops(config: GPTConfig, rows: Continuations) -> float:
     """FLOPs of a forward over each prefix and each row once, the head at scored positions only."""
     per_token = estimate_flops(config, 1, 1)["parts"]
     P = np.array([len(prefix) for prefix in rows.prefixes], dtype=np.float64)

@@ -25,13 +25,16 @@ import functools
 import os
 from collections import abc, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from backends import Sample, Sampling
 from backends.rows import CachedRows, Capacity, PlainRows, Request, Sequence
 from backends.sampling import COLUMNS, features_of, stream_key
+from distributed import Dist
+from tokenizer import Tokenizer
+from transformers_model import Model
 
 UNIT_BATCHES = 8  # a unit refills each row so often on average: its last rows wait for few others
 MIN_UNITS = 8  # a job has at least so many units where it has the prompts: work for as many ranks
@@ -94,7 +97,9 @@ class Endings:
                 text = text.rstrip("\ufffd")
             cuts = [at for s in self.stop if (at := text.find(s)) >= 0]
             text = text[: min(cuts, default=len(text))]
-        return Sample(sequence.request.name, sequence.index, sequence.tokens, text, sequence.reason)
+        assert sequence.reason is not None, "it has ended"
+        name: Any = sequence.request.name  # of a job's requests: the prompt's index
+        return Sample(name, sequence.index, sequence.tokens, text, sequence.reason)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,9 +136,9 @@ class Engine:
 
     def __init__(
         self,
-        model,
+        model: Model,
         capacity: Capacity,
-        tokenizer=None,
+        tokenizer: Tokenizer | None = None,
         *,
         eos_ids: Collection[int] = (),
         features: frozenset[str] = frozenset(COLUMNS),
@@ -143,6 +148,7 @@ class Engine:
     ):
         self.capacity, self.tokenizer, self.features = capacity, tokenizer, features
         self.longest, self.on_launch = model.max_positions, on_launch
+        self.rows: CachedRows | PlainRows
         if model.supports_cache:
             self.rows = CachedRows(model, capacity, features, compiled, logprobs)
         else:
@@ -254,7 +260,7 @@ def check_prompt(prompt: list[int], longest: int | None, name: str) -> None:
         )
 
 
-def check_stop(sampling: Sampling, tokenizer) -> None:
+def check_stop(sampling: Sampling, tokenizer: Tokenizer | None) -> None:
     if sampling.stop and tokenizer is None:
         raise ValueError("stop strings are found in text: pass a tokenizer")
 
@@ -277,7 +283,7 @@ def plan_units(n_prompts: int, n_samples: int, batch_size: int) -> list[range]:
     return [range(i, min(i + size, n_prompts)) for i in range(0, n_prompts, size)]
 
 
-def default_batch_size(model, longest_prompt: int, max_new_tokens: int) -> int:
+def default_batch_size(model: Model, longest_prompt: int, max_new_tokens: int) -> int:
     """Rows whose cache fits beside the model, at most 256; 16 on a CPU or without a cache.
 
     Computed from the device's size, not from what happens to be free, so that ranks agree."""
@@ -293,19 +299,19 @@ def default_batch_size(model, longest_prompt: int, max_new_tokens: int) -> int:
 
 
 def generate(
-    model,
+    model: Model,
     prompts: list[list[int]],
     sampling: Sampling | abc.Sequence[Sampling] | abc.Sequence[abc.Sequence[Sampling]],
     *,  # a job's terms, each with a default: callers name the two or three that they need
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
     n_samples: int = 1,
     eos_ids: Collection[int] = (),
-    keys: abc.Sequence | None = None,
+    keys: abc.Sequence[object] | None = None,
     done: Collection[tuple[int, int]] = frozenset(),
     batch_size: int | None = None,
-    units: abc.Sequence[Iterable[int]] | None = None,
+    units: abc.Sequence[Collection[int]] | None = None,
     compile: bool | str = "auto",
-    dist=None,
+    dist: Dist | None = None,
 ) -> Iterator[Sample]:
     """Yield this rank's Samples, each when it is finished (so in no fixed order).
 

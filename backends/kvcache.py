@@ -18,15 +18,16 @@ heads, G key/value heads, D head_dim
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
-from model import attend
+from model import GPTModel, attend
 
 
-def pad_rows(rows: Sequence[Sequence[int]], length: int | None = None) -> np.ndarray:
+def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = None) -> np.ndarray:
     """int64 [rows, length or the longest row's]: token ids, filled up with 0 on the right."""
     padded = np.zeros((len(rows), max(map(len, rows)) if length is None else length), np.int64)
     for place, ids in zip(padded, rows):
@@ -34,7 +35,7 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int | None = None) -> np.nda
     return padded
 
 
-def _room(model, rows: int, length: int) -> list[torch.Tensor]:
+def _room(model: GPTModel, rows: int, length: int) -> list[torch.Tensor]:
     """Zeros [rows, G, length, D] for each layer."""
     c = model.config
     shape = (rows, c.n_kv_heads, length, c.head_dim)
@@ -50,14 +51,18 @@ class Filling:
     def positions(self, T: int) -> torch.Tensor:
         return torch.arange(T, device=self.slots.device)[None]
 
-    def attend(self, layer: int, q, k, v, **options) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
         T = q.shape[2]
         self.k[layer][self.slots, :, :T] = k
         self.v[layer][self.slots, :, :T] = v
         return attend(q, k, v, causal=True, **options)
 
 
-def merge_attention(out_a, lse_a, out_b, lse_b) -> torch.Tensor:
+def merge_attention(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> torch.Tensor:
     """Attention over the union of two disjoint sets of keys, from that over each [B, H, T, D] and
     the log-sum-exp of its scores [B, H, T]."""
     share = torch.sigmoid(lse_a - lse_b)[..., None]
@@ -68,7 +73,7 @@ class PrefixCache:
     """One prefix of `prefix_len` tokens, for rows that go on from it in as many batches as wanted:
     nothing is kept of a row. For each layer k, v [1, G, P, D]."""
 
-    def __init__(self, model, prefix_len: int):
+    def __init__(self, model: GPTModel, prefix_len: int):
         self.prefix_len, self.device = prefix_len, model.device
         self.k, self.v = _room(model, 1, prefix_len), _room(model, 1, prefix_len)
 
@@ -78,14 +83,23 @@ class PrefixCache:
     def positions(self, T: int) -> torch.Tensor:
         return self.prefix_len + torch.arange(T, device=self.device)[None]
 
-    def attend(self, layer: int, q, k, v, *, window=None, **options) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        window: int | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
         """q [B, H, T, D] over the prefix and the rows' own k, v [B, G, T, D], causally."""
         if window is not None and window < self.prefix_len + q.shape[2]:
             return self._attend_window(layer, q, k, v, window, options)
         own = attend(q, k, v, causal=True, lse=True, **options)
         return merge_attention(*self._attend_prefix(layer, q, options), *own)
 
-    def _attend_prefix(self, layer, q, options):
+    def _attend_prefix(self, layer, q, options) -> tuple[torch.Tensor, torch.Tensor]:
         """All queries of all rows see the whole prefix: one product without a mask."""
         B, H, T, D = q.shape
         queries = q.transpose(1, 2).reshape(1, B * T, H, D).transpose(1, 2)  # a view
@@ -113,7 +127,7 @@ class DecodeCache:
     changes from step to step stays in the same tensors and is changed in place.
     """
 
-    def __init__(self, model, n_prompts: int, prompt_len: int, n_rows: int, max_len: int):
+    def __init__(self, model: GPTModel, n_prompts: int, prompt_len: int, n_rows: int, max_len: int):
         def integers(n):
             return torch.zeros(n, dtype=torch.int64, device=model.device)
 
@@ -146,12 +160,14 @@ class DecodeCache:
 
     # Rows
 
-    def assign(self, prompts: Sequence[int]) -> None:
+    def assign(self, prompts: Sequence[int] | np.ndarray) -> None:
         """prompts [B]: the slot that each row goes on from, with the tokens of its own it has."""
         self.row_prompt.copy_(torch.as_tensor(prompts))
         self.group_rows(prompts)
 
-    def group_rows(self, prompts: Sequence[int], staging: torch.Tensor | None = None) -> None:
+    def group_rows(
+        self, prompts: Sequence[int] | np.ndarray, staging: torch.Tensor | None = None
+    ) -> None:
         """Group rows by their prompts [B] for the kernel. staging: a tensor of `new_staging`, free
         until the copy has run; with it nobody waits."""
         tiles = self._plan_tiles(prompts)
@@ -180,7 +196,9 @@ class DecodeCache:
         ahead = torch.arange(T, device=self.device)[None]
         return (self.prompt_lengths[self.row_prompt] + self.lengths)[:, None] + ahead
 
-    def attend(self, layer: int, q, k, v, **options) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
         """q [B, H, 1, D] over everything before it and k, v [B, G, 1, D], which are stored."""
         assert q.shape[2] == 1, f"rows take one token at a time, not {q.shape[2]}"
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]

@@ -8,7 +8,8 @@ warm-up, what NaN does, and what it all cost.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,15 +19,26 @@ from backends import Facts, Sample, Sampling, continuations, engine, scoring
 from costs import gpus
 from costs.flops import estimate_flops
 from distributed import Dist, print0
+from tokenizer import Tokenizer
+from transformers_model import Model
+
+if TYPE_CHECKING:
+    import checkpoint
+    from dataset import RandomWindows, TokenStream, Windows
+
+T = TypeVar("T")
 
 # What compiling saves is memory traffic between layers, in proportion to layers x width; what it
 # costs is nearly the same for every size, since all blocks share one compilation
 SAVED_SECONDS_PER_UNIT = 4e-11  # a token, a layer, a channel: H200, bfloat16, 124M to 7B
 COMPILE_SECONDS = 8.0
+WITH_COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}  # engine's words
 OUT_OF_MEMORY = "out of memory with a batch of one: shorter sequences or a smaller --dtype help"
 
 
-def facts_of(ckpt, tokenizer, dtype: str, device: str) -> Facts:
+def facts_of(
+    ckpt: "checkpoint.Checkpoint", tokenizer: Tokenizer | None, dtype: str, device: str
+) -> Facts:
     """What a checkpoint's handle tells of the model that it will load."""
     return Facts(
         name=ckpt.name,
@@ -39,7 +51,7 @@ def facts_of(ckpt, tokenizer, dtype: str, device: str) -> Facts:
     )
 
 
-def facts_in_memory(model, tokenizer) -> Facts:
+def facts_in_memory(model: Model, tokenizer: Tokenizer | None) -> Facts:
     """The same of a model that is there: GPTModel, or transformers' behind its interface."""
     parameter = next(model.parameters())
     return Facts(
@@ -63,8 +75,8 @@ class Local:
 
     def __init__(
         self,
-        model,
-        tokenizer=None,
+        model: Model,
+        tokenizer: Tokenizer | None = None,
         *,
         facts: Facts | None = None,
         dist: Dist | None = None,
@@ -82,10 +94,18 @@ class Local:
     # -- The verbs ----------------------------------------------------------------------------
 
     def score_windows(
-        self, stream, windows, batch_size: int = 8, *, per_token=False, consumer=None
+        self,
+        stream: "TokenStream",
+        windows: "Windows | RandomWindows",
+        batch_size: int = 8,
+        *,
+        per_token: bool = False,
+        consumer: scoring.Consumer | None = None,
     ) -> scoring.WindowTotals:
         """Nats of every window of a dataset.TokenStream; per_token, consumer: as in scoring.py.
-        ValueError where the model gives NaN or infinite losses."""
+        Where a batch does not fit, all begins anew with half of it, and the consumer sees logits
+        again from the start: it must write by place, not add up. ValueError where the model gives
+        NaN or infinite losses."""
         batch_size, device = min(batch_size, len(windows)), self.dist.device
         compiled = self._should_compile(len(windows) * windows.seq_len)
         nll_fn = scoring.nll_function(self.model, compiled, consumer)
@@ -115,8 +135,8 @@ class Local:
             )
         flops = None
         if self.config is not None:
-            flops = estimate_flops(self.config, len(windows), windows.seq_len)
-            flops = flops["forward_causal"]
+            every = estimate_flops(self.config, len(windows), windows.seq_len)
+            flops = every["forward_causal"]
         rate = {"tokens_per_second": int(totals.tokens.sum()) / seconds["seconds"]}
         self._note(seconds | rate, flops, batch_size=used, compiled=compiled)
         return totals
@@ -127,12 +147,14 @@ class Local:
         max_tokens: int,
         max_rows: int | None = None,
         *,
-        greedy=False,
-        consumer=None,
+        greedy: bool = False,
+        consumer: scoring.Consumer | None = None,
     ) -> continuations.RowScores:
         """Log-probabilities of rows after shared prefixes, in batches of at most max_tokens padded
-        tokens and max_rows rows; always eager: compiling would cost more than it saves. ValueError
-        where the model gives NaN."""
+        tokens and max_rows rows; always eager: compiling would cost more than it saves. greedy,
+        consumer: as in continuations.py. Where a batch does not fit, all begins anew with half of
+        it, and the consumer sees logits again from the start: it must write by place, not add up.
+        ValueError where the model gives NaN."""
         overhead = batch_overhead(self.model, self.dist.device)
 
         def score(most):
@@ -166,12 +188,12 @@ class Local:
     def generate(
         self,
         prompts: list[list[int]],
-        sampling: Sampling | Sequence,
+        sampling: Sampling | Sequence[Sampling] | Sequence[Sequence[Sampling]],
         n_samples: int = 1,
         *,
-        keys: list[str] | None = None,
-        end_ids=None,
-        done=frozenset(),
+        keys: Sequence[str] | None = None,
+        end_ids: Collection[int] | None = None,
+        done: Collection[tuple[int, int]] = frozenset(),
         batch_size: int | None = None,
     ) -> Iterator[Sample]:
         """This rank's Samples as they are finished, of n_samples of each prompt but those in
@@ -184,8 +206,7 @@ class Local:
             end_ids = () if eos is None else (eos,)
         self._refuse_nan(prompts)
         longest = max(map(len, prompts), default=1)
-        most = sampling if isinstance(sampling, Sampling) else max(sampling, key=_most_new_tokens)
-        most = min(_most_new_tokens(most), self.facts.context or 2**31)
+        most = min(_most_new_tokens(sampling), self.facts.context or 2**31)
         batch_size = batch_size or engine.default_batch_size(self.model, longest, most)
         self._reset_peak()
         start = time.perf_counter()
@@ -203,7 +224,7 @@ class Local:
                     keys=keys,
                     done=drawn,
                     batch_size=batch_size,
-                    compile={"auto": "auto", "on": True, "off": False}[self.compile],
+                    compile=WITH_COMPILE[self.compile],
                     dist=dist,
                 ):
                     drawn.add((sample.prompt_index, sample.sample_index))
@@ -231,7 +252,8 @@ class Local:
         """Of the last verb: seconds, counts, ranks, the GPU and the highest peak of its memory on
         any rank, and the model FLOPs utilisation. All ranks ask alike."""
         dist = self.dist
-        cost = {"world_size": dist.world_size, "gpu": None, "peak_memory_bytes": None, "mfu": None}
+        cost: dict[str, Any] = {"world_size": dist.world_size}
+        cost |= {"gpu": None, "peak_memory_bytes": None, "mfu": None}
         if dist.device.type == "cuda":
             cost["gpu"] = torch.cuda.get_device_name(dist.device)
             peaks = dist.gather(torch.cuda.max_memory_allocated(dist.device))
@@ -270,7 +292,7 @@ class Local:
     def _warm_up(self, nll_fn, zeros) -> None:
         """One batch of zeros: compiles, picks kernels, and shows whether memory suffices."""
         with torch.no_grad():
-            nll_fn(zeros, zeros)
+            nll_fn(zeros, zeros, None)
         if zeros.is_cuda:
             torch.cuda.synchronize(zeros.device)
 
@@ -301,7 +323,7 @@ def _most_new_tokens(sampling) -> int:
     return max(map(_most_new_tokens, sampling))
 
 
-def batch_overhead(model, device: torch.device) -> int:
+def batch_overhead(model: Model, device: torch.device) -> int:
     """How many tokens one more batch costs, launches and half-filled kernels, next to padding.
 
     A block's launches take 0.2 ms or so, in which a GPU at 200 TFLOP/s gets through 2e10 weights.
@@ -312,7 +334,7 @@ def batch_overhead(model, device: torch.device) -> int:
     return int(min(max(2e10 / weights, 512), 8192))
 
 
-def halve_until_it_fits(score, batch_size: int):
+def halve_until_it_fits(score: Callable[[int], T], batch_size: int) -> tuple[T, int]:
     """(score(b), b) for the first b of batch_size, batch_size // 2, … that memory holds.
 
     Batches of another size may round differently, so the size belongs in the record.

@@ -23,7 +23,8 @@ import torch
 from backends import Sampling
 from backends.kvcache import DecodeCache, pad_rows
 from backends.sampling import COLUMNS, sample_tokens, top_logprobs
-from model import attention_without_plans, inductor_options
+from model import GPTModel, attention_without_plans, inductor_options
+from transformers_model import Model
 
 LAG = 2  # steps launched before the host looks at a token: a finished row runs on for so many
 PREFILL_TOKENS = 8192  # padded tokens of prompts computed in one call
@@ -113,7 +114,14 @@ def _compiled_step():
 class CachedRows:
     """B rows of a DecodeCache, their state on the device, and the step that moves them all."""
 
-    def __init__(self, model, capacity: Capacity, features, compiled: bool, logprobs: int | None):
+    def __init__(
+        self,
+        model: GPTModel,
+        capacity: Capacity,
+        features: frozenset[str],
+        compiled: bool,
+        logprobs: int | None,
+    ):
         self.model, self.device = model, model.device
         self.cuda, self.compiled = self.device.type == "cuda", compiled
         self.bucket = 64 if self.cuda else 1
@@ -121,7 +129,8 @@ class CachedRows:
         P = min(-(-P // self.bucket) * self.bucket, model.max_positions)
         self.cache = DecodeCache(model, capacity.prompts or B, P, B, capacity.new_tokens)
         self.lag, self.patience = LAG if self.cuda else 0, max(1, B // 16)
-        self.slot_of, self.running = {}, [None] * B  # request -> slot; sequence on the device
+        self.slot_of: dict[Request, int] = {}
+        self.running: list[Sequence | None] = [None] * B  # on the device
         self.row_prompt = np.zeros(B, dtype=np.int64)
         self.state = {n: torch.zeros(B, dtype=d, device=self.device) for n, d in STATE.items()}
         if logprobs is not None:
@@ -147,7 +156,7 @@ class CachedRows:
         self.staged_ring = [like(self.staged) for _ in range(n)]
         self.tiles_ring = [self.cache.new_staging(**pin) for _ in range(n)]
         self.read_ring = [{name: like(self.state[name]) for name in read} for _ in range(n)]
-        self.done = [torch.cuda.Event() for _ in range(n)] if self.cuda else None
+        self.done = [torch.cuda.Event() for _ in range(n if self.cuda else 0)]
 
     @torch.no_grad()
     def _capture(self):
@@ -257,7 +266,13 @@ class PlainRows:
 
     lag = 0
 
-    def __init__(self, model, capacity: Capacity, features, logprobs: int | None):
+    def __init__(
+        self,
+        model: Model,
+        capacity: Capacity,
+        features: frozenset[str],
+        logprobs: int | None,
+    ):
         self.model, self.features, self.n_logprobs = model, features, logprobs
         self.result = {}
 

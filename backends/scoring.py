@@ -11,7 +11,9 @@ so any mean over files, windows or bytes can be formed afterwards without approx
 import math
 import queue
 import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +21,25 @@ import torch
 from costs.formulas import CHUNK_TOKENS
 from gpu_kernels.cross_entropy import IGNORE
 from model import inductor_options
+from transformers_model import Model
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from dataset import RandomWindows, TokenStream, Windows
+    from distributed import Dist
 
 # ---------------------------------------------------------------------------------------------
 # Tokens
 
 
-def token_nll(model, hidden, targets):
+# What sees logits: called with logits [N, V], their targets [N], and the targets' places [N]
+Consumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+# (input_ids [B, T], targets [B, T], window_ids [B] or None) -> nats [B, T]
+NllFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood [N], nats, float32, of targets [N] after hidden [N, C]; 0 at -100.
 
     The logits of CHUNK_TOKENS rows are alive at a time.
@@ -37,7 +52,7 @@ def token_nll(model, hidden, targets):
 # The loss of each token, compiled or eager
 
 
-def nll_function(model, compiled: bool, consumer=None):
+def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None) -> NllFunction:
     """f(input_ids [B, T], targets [B, T], window_ids [B]) -> nats [B, T] float32.
 
     Compiled block by block: all layers share one compilation of seconds, and the whole model's,
@@ -136,7 +151,9 @@ class WindowLayout:
     def _file_of(self, position):
         return np.searchsorted(self.file_starts[1:-1], position, side="right")
 
-    def of_batch(self, ids, first_target, T):
+    def of_batch(
+        self, ids: np.ndarray, first_target: np.ndarray, T: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """(slots [B, F, 2] into the entries, file offset of each target [B, T]; None if F is 1).
 
         Slots beyond a window's own entries, and those of dummy rows (id -1), are one past the end.
@@ -152,7 +169,7 @@ class WindowLayout:
         offsets = self._file_of(positions) - self.first_file[ids][:, None]
         return slots.reshape(-1, F, 2), np.clip(offsets, 0, F - 1)
 
-    def describe(self):
+    def describe(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(window, file, special) of every entry."""
         n = self.n_files
         window = np.repeat(np.arange(len(n)), 2 * n)
@@ -160,7 +177,14 @@ class WindowLayout:
         return window, self.first_file[window] + index // 2, index % 2 == 1
 
 
-def batch_sums(nll, targets, file_offset, n_files, special, token_bytes):
+def batch_sums(
+    nll: torch.Tensor,
+    targets: torch.Tensor,
+    file_offset: torch.Tensor | None,
+    n_files: int,
+    special: torch.Tensor,
+    token_bytes: torch.Tensor,
+) -> torch.Tensor:
     """[B, F, 2, 3] float64: nats, tokens and bytes of each row by file and ordinary/special.
 
     nll, targets [B, T]; special [V] bool; token_bytes [V]. Whole counts are exact in float64.
@@ -179,7 +203,15 @@ def batch_sums(nll, targets, file_offset, n_files, special, token_bytes):
 
 @torch.no_grad()
 def score_windows(
-    nll_fn, stream, windows, batch_size, dist, token_bytes, special, progress=None, per_token=False
+    nll_fn: NllFunction,
+    stream: "TokenStream",
+    windows: "Windows | RandomWindows",
+    batch_size: int,
+    dist: "Dist",
+    token_bytes: np.ndarray | torch.Tensor,
+    special: np.ndarray | torch.Tensor,
+    progress: "tqdm | None" = None,
+    per_token: bool = False,
 ) -> WindowTotals:
     """Score every window once and return the sums of all ranks, the same bits on any number.
 
@@ -217,17 +249,17 @@ def score_windows(
                 progress.update(min(dist.world_size, n_batches - progress.n))
 
     agree_on_memory(run, dist)
-    totals = dist.sum(totals[:-1].contiguous())
-    counts = np.rint(totals[:, 1:]).astype(np.int64)
+    sums = dist.sum(totals[:-1].contiguous())
+    counts = np.rint(sums[:, 1:]).astype(np.int64)
     every = dist.sum(tokens[:-1].contiguous()) if per_token else None
-    return WindowTotals(totals[:, 0], counts[:, 0], counts[:, 1], *layout.describe(), every)
+    return WindowTotals(sums[:, 0], counts[:, 0], counts[:, 1], *layout.describe(), every)
 
 
 class BatchTooLarge(Exception):
     """Some rank ran out of memory; raised on all ranks alike, so that all can take less at once."""
 
 
-def agree_on_memory(run, dist) -> None:
+def agree_on_memory(run: Callable[[], object], dist: "Dist") -> None:
     """run(), then one word from every rank: BatchTooLarge on all if any ran out of memory."""
     try:
         run()
@@ -240,8 +272,15 @@ def agree_on_memory(run, dist) -> None:
         raise BatchTooLarge
 
 
-def prefetch(make, indices, device, depth=4):
-    """Yield make(i) for each index, arrays made in a background thread, pinned and on `device`."""
+def prefetch(
+    make: Callable[[int], Iterable[np.ndarray | None]],
+    indices: Iterable[int],
+    device: torch.device,
+    depth: int = 4,
+) -> Iterator[Sequence[torch.Tensor | Any]]:
+    """Yield make(i) for each index, arrays made in a background thread, pinned and on `device`.
+
+    A None stays None (`| Any`: who makes none need not ask)."""
     ready, stop = queue.Queue(depth), threading.Event()
     pin = device.type == "cuda"
 

@@ -14,6 +14,7 @@ of an MLP that has two or, gated, three; the head runs forward and backward, so 
 times in training; key/value caches hold two tensors, of k heads and not a.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -99,7 +100,7 @@ MATRICES = {  # of a block, in the order of their allocation
 MATRICES["megatron"] = MATRICES["roseval"]
 
 
-def rounding(matrices) -> tuple:
+def rounding(matrices: Iterable[str]) -> tuple:
     """Rows: what the allocator adds to one copy of the matrices, of w, g or o bytes a number."""
     rows = []
     for b, meaning in (("w", "weights"), ("g", "gradients"), ("o", "a moment, or a copy like it")):
@@ -259,7 +260,7 @@ def _compiled(expression: str):
     return compile(expression, "<formula>", "eval")
 
 
-def solve(rows, symbols: dict) -> dict:
+def solve(rows: Iterable[tuple], symbols: dict) -> dict:
     """`symbols` and, by symbol, the value of each row: a row may use all rows before it."""
     values = dict(symbols)
     names = {"pairs": pairs, "slack": slack, "max": max, "min": min, "__builtins__": {}}
@@ -405,7 +406,11 @@ def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tu
     whole, t = model_symbols(c, batch_size, seq_len) | setup.symbols(), setup.tp
     if c.n_heads % t or c.d_ff % t:
         raise ValueError(f"tp {t} does not divide n_heads {c.n_heads} and d_ff {c.d_ff}")
-    shard = {"a": c.n_heads // t, "k": max(c.n_kv_heads // t, 1), "f": c.d_ff // t}
+    shard: dict[str, float] = {
+        "a": c.n_heads // t,
+        "k": max(c.n_kv_heads // t, 1),
+        "f": c.d_ff // t,
+    }
     shard |= {"V": -(-c.vocab_size // t)}
     if setup.sequence_parallel:
         shard["hr"] = c.d_model / t

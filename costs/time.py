@@ -63,11 +63,11 @@ def pass_seconds(
             "memory": times * row["bytes"] / (ceilings.memory * gpu.bandwidth),
             "launch": times * row["kernels"] * ceilings.kernel_seconds,
         }
-        for reason in (max("compute", "memory", key=limits.get), "launch"):
+        for reason in (max("compute", "memory", key=limits.__getitem__), "launch"):
             seconds[name] = seconds.get(name, 0.0) + limits[reason]
             bound[reason] += limits[reason]
     total = sum(seconds.values())
-    return {"seconds": total, "bound": max(bound, key=bound.get), "operations": seconds}
+    return {"seconds": total, "bound": max(bound, key=bound.__getitem__), "operations": seconds}
 
 
 def turning_batch(gpu: GPU, setup: Setup) -> float:

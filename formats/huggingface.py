@@ -20,7 +20,7 @@ from formats.stored import Stored
 from hf_config import UnsupportedArchitecture
 
 FORMAT = "formats/huggingface.py"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKEN_IDS = ("bos_token_id", "eos_token_id")
 

@@ -13,7 +13,7 @@ A fused projection of ours can be several modules of theirs, and GPT-2's Conv1D 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from torch import nn
 import cli
 from formats import tensorfiles
 from formats.stored import FLOATS, Stored, read
+from model import GPTModel
 
 GPT2_MODULES = {
     "token_embedding": ["transformer.wte"],
@@ -63,7 +64,7 @@ LAYOUTS = {
 }
 
 
-def views(model: nn.Module, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
+def views(model: GPTModel, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
     """(their name, the part of our parameter that it is), over the whole GPTModel."""
     c, spec = model.config, LAYOUTS[layout]
     heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
@@ -73,7 +74,7 @@ def views(model: nn.Module, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
         ours = f"blocks.{{i}}.{block[2]}" if block else module
         theirs = spec.modules.get(ours, [ours])
-        parts = [p.data] if len(theirs) == 1 else p.data.split(rows[block[2]])
+        parts = [p.data] if len(theirs) == 1 or block is None else p.data.split(rows[block[2]])
         for their, part in zip(theirs, parts, strict=True):
             if spec.conv1d and block and part.dim() == 2:
                 part = part.t()
@@ -142,19 +143,19 @@ def strip_wrappers(table: dict) -> dict:
 # From a table into a model
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile."""
+def bare(model: nn.Module) -> GPTModel:
+    """The GPTModel inside DDP and torch.compile."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         if inner is None:
-            return model
+            return cast(GPTModel, model)
         model = inner
 
 
 def check_fits(
-    model: nn.Module, tensors: dict[str, Stored], layout: str | None, path: Path, hint: str = ""
+    model: GPTModel, tensors: dict[str, Stored], layout: str | None, path: Path, hint: str = ""
 ) -> None:
     """Every tensor of a GPTModel, of its shape and a float type, and no others; ValueError says
     which, and `hint`. Before anything is allocated on the word of a config."""
@@ -195,7 +196,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, tensors: dict[str, Stored], layout: str, path: Path) -> None:
+def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -> None:
     """From files into a GPTModel, in its dtypes and on its device. ValueError for a wrong checksum,
     NaN and Inf."""
     parameters, records = dict(views(model, layout)), {}

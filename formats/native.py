@@ -119,7 +119,7 @@ def save_checkpoint(
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
-    model, output, extra = layouts.bare(model), Path(output_dir), extra or {}
+    gpt, output, extra = layouts.bare(model), Path(output_dir), extra or {}
     about = {"epoch": epoch, "step": step, "loss": float(loss)}
     state = about | {
         "optimizer": None if optimizer is None else optimizer.state_dict(),
@@ -129,7 +129,7 @@ def save_checkpoint(
     _remove_leftovers(output)
     final = output / f"checkpoint-{step}"
     with appearing(final, about | {"tokens": extra.get("tokens")}) as directory:
-        write_weights(model, config or model.config, directory, tokenizer)
+        write_weights(gpt, config or gpt.config, directory, tokenizer)
         training_state.write(state, directory)
     if keep is not None:
         _prune(output, keep, newest=final)
@@ -230,10 +230,10 @@ def _prune(output: Path, keep: int, newest: Path) -> None:
                 manifests[path] = manifest
     steps = {path: manifest.get("step") for path, manifest in manifests.items()}
     ours = sorted(steps, key=lambda path: (steps[path] is None, steps[path] or 0, path.name))
-    losses = {path: manifests[path].get("loss") for path in ours}
-    losses = {path: math.inf if loss is None else loss for path, loss in losses.items()}
+    stated = {path: manifests[path].get("loss") for path in ours}
+    losses = {path: math.inf if loss is None else loss for path, loss in stated.items()}
     for path in ours[:-keep]:
-        if path not in (newest, min(losses, key=losses.get)):
+        if path not in (newest, min(losses, key=losses.__getitem__)):
             aside = output / f".old-{path.name}-{os.getpid()}"
             path.rename(aside)
             fsync(output)

@@ -83,17 +83,17 @@ def _box(piece: Piece) -> str:
 
 def _overlapping(pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, Piece]]:
     """Pairs that share an element. Along the dimension that is cut most, neighbours suffice."""
-    pieces = [piece for piece in pieces if math.prod(piece.shape)]
-    if len(pieces) < 2:
+    filled = [piece for piece in pieces if math.prod(piece.shape)]
+    if len(filled) < 2:
         return
-    dims = range(len(pieces[0].start))
-    most = max(dims, key=lambda d: len({piece.start[d] for piece in pieces}), default=None)
+    dims = range(len(filled[0].start))
+    most = max(dims, key=lambda d: len({piece.start[d] for piece in filled}), default=None)
     if most is None:  # scalars
-        yield pieces[0], pieces[1]
+        yield filled[0], filled[1]
         return
-    pieces.sort(key=lambda piece: piece.start[most])
-    for i, a in enumerate(pieces):
-        for b in pieces[i + 1 :]:
+    filled.sort(key=lambda piece: piece.start[most])
+    for i, a in enumerate(filled):
+        for b in filled[i + 1 :]:
             if b.start[most] >= a.start[most] + a.shape[most]:
                 break
             if all(
@@ -106,6 +106,7 @@ def _overlapping(pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, Piece]]:
 def read(stored: Stored) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
     """(where, values) over a stored tensor, so that `t[where] = values` fills one of its shape; at
     most READ_BYTES at a time, unless a row has more. The values last until the next step."""
+    assert isinstance(stored.dtype, torch.dtype), "check_fits refuses what torch has no use for"
     for piece in stored.pieces:
         shape = piece.shape or (1,)
         row_bytes = math.prod(shape[1:]) * stored.dtype.itemsize
@@ -158,6 +159,7 @@ def _map_rows(piece: Piece, dtype: torch.dtype, shape: tuple[int, ...], rows: in
 
 def read_whole(stored: Stored) -> torch.Tensor:
     """A stored tensor in memory."""
+    assert isinstance(stored.dtype, torch.dtype), "`equal` reads FLOATS only"
     t = torch.empty(stored.shape, dtype=stored.dtype)
     for where, values in read(stored):
         t[where] = values

@@ -129,10 +129,10 @@ def check_crc(path: Path, names: Iterable[str]) -> None:
 
 def allowed_globals() -> list:
     """What honest training files hold beyond tensors: numpy numbers and arrays (RNG states)."""
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    core: Any = np._core if hasattr(np, "_core") else np.core
     named = [
-        (getattr(multiarray, function), f"numpy.{core}.multiarray.{function}")
-        for core in ("core", "_core")
+        (getattr(core.multiarray, function), f"numpy.{name}.multiarray.{function}")
+        for name in ("core", "_core")
         for function in ("scalar", "_reconstruct")
     ]
     kinds = ["Float64", "Float32", "Int64", "Int32", "UInt64", "UInt32", "UInt8", "Bool"]
@@ -194,14 +194,14 @@ def open_torch(path: Path) -> TorchFile:
         return storage
 
     contents = load_torch(path, True, place)
-    claimed = sorted(span for span in claimed if span[1])
+    spans = sorted(span for span in claimed if span[1])
     held = [r for leaf, r in records.items() if leaf.startswith("data/") and r.size]
     held.sort(key=lambda r: r.offset)
-    base = claimed[0][0] - held[0].offset if claimed and held else 0
-    if [(address - base, n) for address, n in claimed] != [(r.offset, r.size) for r in held]:
+    base = spans[0][0] - held[0].offset if spans and held else 0
+    if [(address - base, n) for address, n in spans] != [(r.offset, r.size) for r in held]:
         raise ValueError(
-            f"{path} is damaged: its tensors claim {sum(n for _, n in claimed):,} bytes in "
-            f"{len(claimed)} pieces, the file holds {sum(r.size for r in held):,} in {len(held)}"
+            f"{path} is damaged: its tensors claim {sum(n for _, n in spans):,} bytes in "
+            f"{len(spans)} pieces, the file holds {sum(r.size for r in held):,} in {len(held)}"
         )
     return TorchFile(path, contents, base, held if checked else [r._replace(name="") for r in held])
 
@@ -224,7 +224,7 @@ def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
             raise ValueError(f"{path}: {name!r} is of type {type(t).__name__}, not a tensor")
         if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized or t.is_neg():
             raise ValueError(f"{path}: tensor {name} ({t.layout}, {t.device}) is not plain numbers")
-        storage, shape, strides = t.untyped_storage(), tuple(t.shape), t.stride()
+        storage, shape, strides = t.untyped_storage(), tuple(map(int, t.shape)), t.stride()
         start = storage.data_ptr() - source.base
         span = t.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
         claimed = max(t.numel(), span if t.numel() else 0) * t.element_size()
@@ -233,9 +233,9 @@ def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
                 f"{path}: tensor {name} {list(shape)} claims {t.numel():,} elements, "
                 f"the file holds {storage.nbytes():,} bytes of it"
             )
-        offset = start + t.storage_offset() * t.element_size()
-        strides = None if t.is_contiguous() else strides
-        table[name] = whole(path, offset, t.dtype, shape, records.get(start, ""), strides)
+        offset = int(start + t.storage_offset() * t.element_size())
+        as_it_lies = None if t.is_contiguous() else strides
+        table[name] = whole(path, offset, t.dtype, shape, records.get(start, ""), as_it_lies)
     return table
 
 
@@ -256,7 +256,8 @@ def refuse_nonfinite(extremes: dict[str, torch.Tensor], path: Path) -> None:
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """One tensor at a time: the library's save_file wants all of them contiguous on the host."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     code = next(c for c, d in SAFETENSORS_DTYPES.items() if d == dtype)
     for name, t in tensors.items():
         end = offset + t.numel() * dtype.itemsize
@@ -268,4 +269,4 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch
         f.write(struct.pack("<Q", len(text)) + text)
         for t in tensors.values():
             host = t.detach().to("cpu", dtype).contiguous()
-            f.write(host.view(-1).view(torch.uint8).numpy())
+            f.write(host.view(-1).view(torch.uint8).numpy().data)

@@ -141,7 +141,9 @@ def _launch(own, n_tiles, q, new, k, v, lengths, tiles, first, out, lse, splits,
     )  # fmt: skip
 
 
-def plan_tiles(row_prompt: Sequence[int], N: int, R: int, dtype: torch.dtype) -> torch.Tensor:
+def plan_tiles(
+    row_prompt: Sequence[int] | np.ndarray, N: int, R: int, dtype: torch.dtype
+) -> torch.Tensor:
     """[n, 1 + rows] int32: a prompt and rows that continue it, -1 where there is none.
 
     row_prompt: the prompt, of N, that each of B rows continues; R: query heads for each key head.
@@ -223,7 +225,7 @@ def _decode_triton(
     new = (k_new, v_new)
     _launch(True, B, q, new, k, v, lengths, tiles, first, out, lse, n_own, M, scale, softcap)
     if n_prompt:
-        if window:
+        if first is not None:
             first = first + prompt_lengths[row_prompt]
         M = max(16, 1 << (R * (tiles.shape[1] - 1) - 1).bit_length())
         _launch(

@@ -72,10 +72,16 @@ def check_pair(a: Record, b: Record, x: Examples, y: Examples) -> None:
     differ = None
     if (x.unit, len(x)) != (y.unit, len(y)):
         differ = f"A has {len(x):,} {x.unit}, B {len(y):,} {y.unit}"
-    elif (x.weight is None) != (y.weight is None) or not np.array_equal(x.weight, y.weight):
+    elif not _same_weights(x.weight, y.weight):
         differ = f"the weights of their {x.unit} differ ({a['examples'].get('weight')})"
     if differ:
         raise ValueError(f"{name}: {differ}: the same tokenizer and protocol are needed")
+
+
+def _same_weights(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b)
 
 
 def shared_metrics(a: Record, b: Record, x: Examples, y: Examples) -> list[str]:
@@ -155,7 +161,7 @@ def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
         raise ValueError(f"{a['evaluation']}: A and B keep scores of no metric in common")
     name, lower = names[0], lower_is_better([a], names[0])
     before, after, weight = x.scores[name], y.scores[name], x.weight
-    out = paired_difference(before, after, weight)
+    out: dict[str, Any] = paired_difference(before, after, weight)
     resamples = 10_000 if out["n"] <= 50_000 else 1_000
     change = after - before
     if weight is None:
@@ -227,7 +233,7 @@ def label_of(record: Record, arrays: Mapping[str, Any], samples: dict, i: int) -
 
 def compare_text(a: Record, b: Record, out: dict) -> str:
     """What `compare` found, for a terminal."""
-    unit, low, high = out["unit"], *out["bootstrap"]
+    unit, (low, high) = out["unit"], out["bootstrap"]
     same = out["n"] - out["better"] - out["worse"]
     lines = _head(a, b, out["metric"])
     lines += [

@@ -39,7 +39,7 @@ def sort_key(group: Group, sort: str) -> Callable[[Record], tuple]:
 
 def best_value(group: Group, name: str) -> float | int | None:
     """A metric's best value; None where all of several checkpoints have the same."""
-    values = {value_of(record, name) for record in group} - {None}
+    values = {v for record in group if (v := value_of(record, name)) is not None}
     if len(values) == 1 and len(group) > 1:
         return None
     return min(values) if lower_is_better(group, name) else max(values)
@@ -53,8 +53,8 @@ def table_of(group: Group, sort: str | None = None, rows: int = 0) -> dict:
         return {"title": title_of(group), "header": [], "rows": [], "best": set(), "notes": []}
     primary = names[0]
     winner = min(group, key=sort_key(group, primary))
-    known = sort == "step" or sort in names
-    ordered = sorted(group, key=sort_key(group, sort if known else primary))
+    known = sort if sort is not None and sort in ("step", *names) else primary
+    ordered = sorted(group, key=sort_key(group, known))
     shown = ordered[:rows] if rows else ordered
     top = {name: best_value(group, name) for name in names}
     try:
@@ -65,7 +65,7 @@ def table_of(group: Group, sort: str | None = None, rows: int = 0) -> dict:
     cells, best, unpaired = [], set(), False
     for i, record in enumerate(shown):
         found = None if record is winner else difference_to(winner, record, primary, examples)
-        unpaired |= bool(found) and not found[3]
+        unpaired |= found is not None and not found[3]
         row = [plain(record["run"]), plain(record["checkpoint"].get("name"))]
         row.append(number(real(record["checkpoint"].get("step"))))
         for name in names:

@@ -127,13 +127,31 @@ class _Encoder:
 
 _DICT_KEYS, _DICT_VALUES, _DICT_ITEMS = type({}.keys()), type({}.values()), type({}.items())
 _MUTABLE = {list, dict, set, bytearray, collections.deque}
-_SEQUENCES = {list: b"l", tuple: b"t", set: b"S", frozenset: b"Z", collections.deque: b"q"}
-_FROM_ITEMS = {tag: kind for kind, tag in _SEQUENCES.items()}
+_SEQUENCES: dict[type, bytes] = {
+    list: b"l",
+    tuple: b"t",
+    set: b"S",
+    frozenset: b"Z",
+    collections.deque: b"q",
+}
+_FROM_ITEMS: dict = {tag: kind for kind, tag in _SEQUENCES.items()}
 _SEQUENCES |= {_DICT_KEYS: b"k", _DICT_VALUES: b"v"}
 _FROM_ITEMS[b"k"] = lambda items: dict.fromkeys(items).keys()
 _FROM_ITEMS[b"v"] = lambda items: dict(enumerate(items)).values()
 _CONSTANTS = {b"N": None, b"T": True, b"F": False, b"E": Ellipsis}
-_BASES = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
+_BASES: tuple[type, ...] = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+)
 _BASES += (collections.deque,)
 
 

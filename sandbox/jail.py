@@ -140,7 +140,7 @@ renameat2:316:276 getrandom:318:278 membarrier:324:283 copy_file_range:326:285 s
 rseq:334:293 close_range:436:436 faccessat2:439:439"""
 # Allowed for some arguments: name:x86_64:aarch64, then the argument's index and the values it may
 # have; "pid" is the caller's own, 0 checks all 64 bits (a null pointer).
-_CONDITIONAL = {
+_CONDITIONAL: dict[str, tuple[int, list]] = {
     "kill:62:129": (0, ["pid"]),
     "tgkill:234:131": (0, ["pid"]),
     "prctl:157:167": (0, [15, 16, 39]),  # set and get the thread's name, get no_new_privs
@@ -278,7 +278,13 @@ def interpreter_tree(packages: list[str]) -> Tree:
     )
 
 
-def mount(source, target, kind=None, flags=0, data=None) -> None:
+def mount(
+    source: str | None,
+    target: str,
+    kind: str | None = None,
+    flags: int = 0,
+    data: str | None = None,
+) -> None:
     """mount(2), for text arguments. Raises SetupError naming the target."""
     raw = [None if text is None else os.fsencode(text) for text in (source, target, kind, data)]
     check(f"mount {target}", libc.mount(raw[0], raw[1], raw[2], ctypes.c_ulong(flags), raw[3]))

@@ -22,6 +22,7 @@ types equal nothing); a completion cannot fork, execute, open sockets or write o
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 TIERS = ("A", "B", "C")
 GRACE = 5.0  # seconds that a worker may take beyond its timeout before it is killed itself
@@ -86,11 +88,12 @@ class Sandbox:
                 "1024 workers, above 0 and at most 3600 s, and 128 MB to 1 TB"
             )
         self.workers, self.timeout = workers, timeout
-        self._config = {"timeout": timeout, "grace": GRACE, "memory_mb": memory_mb}
+        self._config: dict[str, Any] = {"timeout": timeout, "grace": GRACE, "memory_mb": memory_mb}
         self._config["packages"] = list(packages)
         self._tiers = [tier] if tier else [*TIERS, *(["none"] if unsafe else [])]
         self._idle, self._verdicts, self._lock = queue.SimpleQueue(), {}, threading.Lock()
-        self._all, self._closing, self.tier = [], False, None
+        self._all, self._closing = [], False
+        self.tier = ""  # known once it is entered
 
     def __enter__(self) -> "Sandbox":
         if sys.platform != "linux":
@@ -156,7 +159,7 @@ class Sandbox:
         done, waiting = queue.SimpleQueue(), 0
         for index, program in enumerate(programs):
             future = self.submit(*program)
-            future.add_done_callback(lambda future, index=index: done.put((index, future)))
+            future.add_done_callback(functools.partial(lambda i, f: done.put((i, f)), index))
             waiting += 1
             while waiting and (waiting >= 8 * self.workers or not done.empty()):
                 finished, future = done.get()
@@ -231,13 +234,14 @@ class _Worker:
         """Send a line, return the JSON object that answers it. Raises _WorkerLate after `seconds`,
         _WorkerLost where the process is gone or answers with an error."""
         try:
-            self.process.stdin.write(line.encode() + b"\n")
-            self.process.stdin.flush()
+            requests, answers = self._pipes()
+            requests.write(line.encode() + b"\n")
+            requests.flush()
             poll = select.poll()
-            poll.register(self.process.stdout, select.POLLIN)
+            poll.register(answers, select.POLLIN)
             if not poll.poll(1000 * seconds):
                 raise _WorkerLate
-            answer = self.process.stdout.readline()
+            answer = answers.readline()
         except (OSError, ValueError):  # ValueError: closed under us by __exit__
             answer = b""
         if not answer:
@@ -248,9 +252,13 @@ class _Worker:
             raise _WorkerLost(answer["error"])
         return answer
 
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        assert self.process.stdin and self.process.stdout, "restart opens both"
+        return self.process.stdin, self.process.stdout
+
     def retire(self) -> None:
         """Have an idle worker take its cage down; returns when all its processes are gone."""
-        self.process.stdin.close()
+        self._pipes()[0].close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(2)
 

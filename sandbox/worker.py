@@ -27,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 if __name__ == "__main__":  # started by path: the house's root takes the place of this folder
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -56,12 +57,14 @@ class Judge:
         theirs.close()
         answer = json.loads(self.control.recv(1 << 16) or b"{}")
         if "active" not in answer:
+            assert self.zygote.stderr, "a pipe"
             errors = self.zygote.stderr.read(2000).decode(errors="replace").strip()
             last_line = errors.rpartition("\n")[2]
             raise OSError(answer.get("error") or last_line or "the zygote died")
         self.active = answer["active"]
         signal.signal(signal.SIGALRM, self._on_alarm)
-        self.requests = self.replies = None
+        self.requests: int | None = None
+        self.replies: int | None = None
         self._next_candidate()
 
     def close(self) -> None:
@@ -71,7 +74,7 @@ class Judge:
 
     def _next_candidate(self) -> int:
         """Have the present candidate ended and another one forked; the exit status of the first."""
-        if self.requests is not None:
+        if self.requests is not None and self.replies is not None:
             os.close(self.requests)
             os.close(self.replies)
         theirs_in, self.requests = os.pipe()
@@ -241,7 +244,7 @@ def _death(status):
     return "crash", f"ended by {signal.Signals(number).name}"
 
 
-def merge(old: object, new: object) -> object:
+def merge(old: Any, new: Any) -> Any:
     """Bring `old`, plain data of the tests, to the value of `new`, in place where it is mutable."""
     if type(old) is not type(new):
         return new
@@ -253,9 +256,9 @@ def merge(old: object, new: object) -> object:
     elif isinstance(old, list | bytearray):
         old[:] = new
     elif isinstance(old, dict):
-        merged = {key: merge(old[key], item) if key in old else item for key, item in new.items()}
+        items = {key: merge(old[key], item) if key in old else item for key, item in new.items()}
         old.clear()
-        old.update(merged)
+        old.update(items)
     elif isinstance(old, set):
         old.clear()
         old.update(new)
@@ -289,14 +292,14 @@ def _start_zygote(config, stdin) -> subprocess.Popen:
     python = os.path.realpath(sys.executable)  # past a virtual environment, to what is mounted
     found = [spec for name in config["packages"] if (spec := importlib.util.find_spec(name))]
     paths = [
-        spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin
+        spec.submodule_search_locations[0] if spec.submodule_search_locations else str(spec.origin)
         for spec in found
     ]
     paths += [libs for path in paths if os.path.isdir(libs := path + ".libs")]
     config = {**config, "packages": paths}
     options = ["-X", "no_debug_ranges", "-s", "-S", "-P", "-B"]
     command = [python, *options, os.path.abspath(jail.__file__), json.dumps(config)]
-    account = {}
+    account: dict[str, Any] = {}
     if config["tier"] == "B":
         command = _bubblewrap(paths, command)
         if jail.can_drop():
@@ -317,7 +320,7 @@ def _bubblewrap(packages, command) -> list[str]:
         raise OSError("bwrap: not installed")
     tree = jail.interpreter_tree(packages)
     arguments = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    programs = [command[0], *(os.path.abspath(file.__file__) for file in (jail, frames))]
+    programs = [command[0], *map(os.path.abspath, (jail.__file__, frames.__file__))]
     for path in sorted({*tree.bound, *programs}):
         arguments += ["--ro-bind", path, path]
     for path in tree.hidden:

@@ -15,7 +15,7 @@ ROOT = Path(sources.__file__).parent
 
 def test_code_version_follows_every_form_of_import(tmp_path):
     counts = {
-        "job.py": "import os\nimport room\n"
+        "job.py": "import os\nimport room\nif TYPE_CHECKING:\n    import unrelated\n"
         "def f():\n    from lazy import x\n    import rooms.deep.well\n",
         "room.py": "import cellar, numpy\nfrom rooms import north\n",
         "cellar.py": "import room  # a cycle",

@@ -70,17 +70,17 @@ class Log:
         the device. ValueError for a loss that is not finite."""
         if step % self.every and step != self.last_step:
             return
-        loss, norm = mean_over_ranks(loss, self.dist), float(norm)  # the loop's only device sync
-        if not math.isfinite(loss):
+        mean_loss, grad_norm = mean_over_ranks(loss, self.dist), float(norm)  # the only device sync
+        if not math.isfinite(mean_loss):
             raise ValueError(
-                f"the loss is {loss} at step {step}: nothing was saved since; lower --lr"
+                f"the loss is {mean_loss} at step {step}: nothing was saved since; lower --lr"
             )
         seconds = (time.perf_counter() - self.clock) / max(1, step - self.clock_step)
         entry = {
             "step": step,
-            "loss": loss,
+            "loss": mean_loss,
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": grad_norm,
             "tokens_per_second": self.tokens_per_step / seconds,
         }
         mfu = self.mfu(seconds)
@@ -88,8 +88,8 @@ class Log:
             entry["mfu"] = mfu
         self._write(entry)
         print0(
-            f"step {step}/{self.last_step}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
-            f"{entry['tokens_per_second']:,.0f} tokens/s"
+            f"step {step}/{self.last_step}  loss {mean_loss:.4f}  lr {lr:.2e}  "
+            f"norm {grad_norm:.2f}  {entry['tokens_per_second']:,.0f} tokens/s"
             + ("" if mfu is None else f"  mfu {mfu:.1%}")
         )
         self.clock_step, self.clock = step, time.perf_counter()

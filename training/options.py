@@ -111,7 +111,7 @@ class Options:
 def parse(argv: list[str] | None, description: str) -> Options:
     """The options of a command line (None: this process's) and of its --train-config, whose values
     are checked like flags: ValueError, in one line, naming file and field."""
-    kinds = (ModelOptions, DataOptions, OptimizationOptions, RunOptions)
+    kinds: tuple[type, ...] = (ModelOptions, DataOptions, OptimizationOptions, RunOptions)
     kinds += (cli.PrecisionOptions, cli.RunOptions)
     p = cli.parser(description)
     cli.add_options(p, *kinds)
