@@ -288,14 +288,13 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
     return _tokenizers[key]
 
 
-GPT2_VOCABULARIES = (50257, 50304)  # GPT-2's, and nanoGPT's padding of it
-
-
 def pick_tokenizer(name: str | None, ckpt: Checkpoint, needed: bool) -> Tokenizer | None:
     """The one named, else the checkpoint's own, else GPT-2's. Where none is needed and the
     vocabulary is not GPT-2's, None."""
     chosen = name or ckpt.tokenizer
-    if chosen is None and not needed and ckpt.vocab_size not in GPT2_VOCABULARIES:
+    if (
+        chosen is None and not needed and ckpt.vocab_size not in (50257, 50304)
+    ):  # with nanoGPT's padding
         return None
     return open_tokenizer(chosen or "gpt2")
 
