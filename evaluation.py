@@ -292,9 +292,8 @@ def pick_tokenizer(name: str | None, ckpt: Checkpoint, needed: bool) -> Tokenize
     """The one named, else the checkpoint's own, else GPT-2's. Where none is needed and the
     vocabulary is not GPT-2's, None."""
     chosen = name or ckpt.tokenizer
-    if (
-        chosen is None and not needed and ckpt.vocab_size not in (50257, 50304)
-    ):  # with nanoGPT's padding
+    is_gpt2 = ckpt.vocab_size in (50257, 50304)  # the latter as nanoGPT pads it
+    if chosen is None and not needed and not is_gpt2:
         return None
     return open_tokenizer(chosen or "gpt2")
 
