@@ -325,7 +325,8 @@ def test_a_link_does_not_give_its_name(run_dir, data):
 
 def test_humaneval_is_swept_and_known_again(run_dir, tmp_path, data, capsys):
     path = str(data / "problems.jsonl")
-    flags = {"humaneval": {"data-path": path, "limit": 1, "max-new-tokens": 4, "workers": 1}}
+    flags = {"data-path": path, "limit": 1, "max-new-tokens": 4, "workers": 1}
+    flags = {"humaneval": flags | {"judge-timeout": PATIENCE}}
     (tmp_path / "h.yaml").write_text(yaml.safe_dump(flags))
     only = ["--evaluations", str(tmp_path / "h.yaml"), "--until-step", "20"]
     code, records = run_sweep(run_dir, data, *only)
