@@ -218,16 +218,20 @@ def started(words, **options):
                         os.kill(pid, signal.SIGKILL)
 
 
-def torchrun(n: int, script, *argv, code: int | None = 0, **options):
-    """Run a script to its end and return the CompletedProcess, its output as text. code: the exit
-    code that must come out, None: any."""
+def run_to_end(words, code: int | None = 0, **options):
+    """Run a command and return the CompletedProcess, its output as text. code: the exit code that
+    must come out, None: any."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    words = command(n, script, *argv)
     with started(words, **options) as process:
         stdout, stderr = process.communicate(timeout=PATIENCE)
     out = subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
     assert code is None or out.returncode == code, out.stdout[-2000:] + out.stderr[-4000:]
     return out
+
+
+def torchrun(n: int, script, *argv, code: int | None = 0, **options):
+    """run_to_end() of a script of ours: under torchrun with n ranks, plainly if n is 0."""
+    return run_to_end(command(n, script, *argv), code, **options)
 
 
 def ranks_script(folder, body: str, timeout: float = PATIENCE) -> Path:
