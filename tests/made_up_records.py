@@ -2,10 +2,9 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import builders
 import numpy as np
 
 import results
@@ -96,8 +95,7 @@ def odd_records(directory):
 
 
 def run_report(*arguments, **options):
-    command = [sys.executable, str(ROOT / "report.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return builders.torchrun(0, "report.py", *arguments, code=None, **options)
 
 
 def synthetic():

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -13,11 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import (
+    PATIENCE,
     command,
     descendants,
     error_of,
+    is_there,
     save_model,
     saved_checkpoint,
+    started,
     tiny_model,
     token_shard,
     torchrun,
@@ -241,20 +243,13 @@ def test_sigterm_leaves_no_partial_result_and_no_process(run_dir, tmp_path):
         maps = (Path(f"/proc/{pid}/maps") for pid in descendants(process.pid))
         return sum(str(shard) in read_if_there(path) for path in maps) == 2
 
-    process = subprocess.Popen(
-        command(2, "eval.py", *words), stderr=subprocess.PIPE, start_new_session=True
-    )
-    try:
+    with started(command(2, "eval.py", *words), stderr=subprocess.PIPE) as process:
         wait_for(both_read_it)
+        workers = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=600)
-        assert process.returncode != 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0 and not any(map(is_there, workers))
     assert not (tmp_path / "results").exists()
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
 
 
 def read_if_there(path: Path) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import (
     CPU,
+    PATIENCE,
     ROOT,
     Rank,
     run_ranks,
@@ -391,7 +392,8 @@ def inputs(tmp_path):
     own = {
         "eval": f"--data-mode fineweb_npy --val-npy {tmp_path}/x.npy --seq-len 32",
         "mmlu_eval": f"--data-path {tmp_path}/mmlu --limit 2",
-        "humaneval_eval": f"--data-path {tmp_path}/p.jsonl --max-new-tokens 3 --workers 1",
+        "humaneval_eval": f"--data-path {tmp_path}/p.jsonl --max-new-tokens 3 --workers 1 "
+        f"--judge-timeout {PATIENCE}",
     }
     shared = f" --device cpu --tokenizer-name byte --results-dir {tmp_path}/r --checkpoint-path"
     return {script: (flags + shared).split() for script, flags in own.items()}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from builders import (
+    PATIENCE,
     PROBLEM,
     ROOT,
     PlainModel,
@@ -32,6 +33,9 @@ from sandbox.judge import Sandbox
 from tokenizer import build_tokenizer
 
 INFO = {"name": "checkpoint-1", "fingerprint": "f" * 64, "path": "here"}
+# All programs here end by themselves.
+JUDGED = {"workers": 1, "judge_timeout": PATIENCE}
+JUDGING = ["--workers", "1", "--judge-timeout", str(PATIENCE)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -91,7 +95,7 @@ def test_planted_programs_give_the_known_pass_at_k(five, tmp_path, monkeypatch):
     monkeypatch.setattr(humaneval_eval, "Sandbox", Counting)
     model, tokenizer, n = Planted(plant(chosen)), build_tokenizer("byte"), 6
     options = {"temperature": 1.0, "top_p": 1.0, "k": (2, 6), "results_dir": tmp_path}
-    options |= {"info": lambda: INFO, "workers": 2}
+    options |= {**JUDGED, "info": lambda: INFO, "workers": 2}
     record = evaluate_humaneval(model, tokenizer, path, n, **options)
 
     samples = list(record.samples())
@@ -144,7 +148,7 @@ def test_both_ways_of_prompting_judge_the_program_that_was_drawn(
 ):
     path, chosen = five
     texts = [p["prompt"] + p["canonical_solution"] for p in chosen.values()]
-    options = {"strip_prompt": strip_prompt, "limit": 2, "workers": 1, "show": "HumanEval/23"}
+    options = {"strip_prompt": strip_prompt, "limit": 2, **JUDGED, "show": "HumanEval/23"}
     record = evaluate_humaneval(
         Planted(texts), build_tokenizer("byte"), path, results_dir=tmp_path, **options
     )
@@ -159,7 +163,7 @@ def test_both_ways_of_prompting_judge_the_program_that_was_drawn(
 
 
 def test_one_task_has_no_standard_error(five, tmp_path, capsys):
-    options = {"limit": 1, "workers": 1, "max_new_tokens": 2, "results_dir": tmp_path}
+    options = {"limit": 1, **JUDGED, "max_new_tokens": 2, "results_dir": tmp_path}
     tokenizer = build_tokenizer("byte")
     record = evaluate_humaneval(Planted([]), tokenizer, five[0], **options)
     record.save(tmp_path)
@@ -181,7 +185,7 @@ def test_the_newlines_taken_from_a_prompt_come_back_once():
 
 def test_a_damaged_journal_loses_only_the_damaged_lines(five, tmp_path):
     path, chosen = five
-    options = {"temperature": 1.0, "results_dir": tmp_path, "info": INFO, "workers": 1}
+    options = {"temperature": 1.0, "results_dir": tmp_path, "info": INFO, **JUDGED}
     model, tokenizer = Planted(plant(chosen)), build_tokenizer("byte")
     first = evaluate_humaneval(model, tokenizer, path, 2, limit=3, **options)
     (journal,) = tmp_path.rglob("journal-*")
@@ -202,7 +206,7 @@ def test_a_damaged_journal_loses_only_the_damaged_lines(five, tmp_path):
 def test_compiled_and_eager_samples_never_share_a_journal(five, tmp_path):
     """What is compiled may round, and so draw, differently: another key."""
     path, _ = five
-    tokenizer, options = build_tokenizer("byte"), {"limit": 1, "workers": 1, "max_new_tokens": 2}
+    tokenizer, options = build_tokenizer("byte"), {"limit": 1, **JUDGED, "max_new_tokens": 2}
     options |= {"results_dir": tmp_path, "info": INFO}
     found = [
         evaluate_humaneval(tiny_model(max_position_embeddings=1024), tokenizer, path, **options | c)
@@ -270,7 +274,7 @@ def launch(saved, data_dir, where, ranks, script="humaneval_eval.py", code=0):
     words = ["--checkpoint-path", saved, "--device", "cpu"]
     words += ["--data-path", data_dir / "HumanEval.jsonl.gz", "--limit", "9"]
     words += ["--num-samples", "3", "--temperature", "1.0", "--max-new-tokens", "200"]
-    words += ["--results-dir", where, "--workers", "1", "--k", "2", "--show", "4"]
+    words += ["--results-dir", where, *JUDGING, "--k", "2", "--show", "4"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return torchrun(ranks if ranks > 1 else 0, script, *words, code=code, env=env)
 
@@ -305,7 +309,7 @@ def test_killed_on_two_ranks_resumed_on_three_is_as_run_on_one(saved, data_dir, 
         assert np.array_equal(*(results.load_arrays(r)[name] for r in (one, three)))
     protocol = one["protocol"]
     assert protocol["stop"] == list(humaneval_eval.STOP) and protocol["limit"] == 9
-    assert protocol["sandbox_tier"][0] in "ABC" and protocol["judge_timeout"] == 3.0
+    assert protocol["sandbox_tier"][0] in "ABC" and protocol["judge_timeout"] == PATIENCE
 
 
 # ---------------------------------------------------------------------------------------------
@@ -319,6 +323,7 @@ def test_canonical_solutions_all_pass_and_no_torch_is_loaded(problems, data_dir,
     ]
     path = write_jsonl(tmp_path / "S.jsonl", rows)
     flags = ["--samples-file", str(path), "--data-path", str(data_dir / "HumanEval.jsonl.gz")]
+    flags += ["--judge-timeout", str(PATIENCE)]
     code = f"import sys, humaneval_eval; humaneval_eval.main({flags}); "
     code += "sys.exit('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -335,7 +340,7 @@ def test_flags_reach_the_judging_of_a_samples_file(tmp_path, capsys):
     texts = ("    pass", "    return undefined")
     rows = [{"task_id": "T/0", "completion": text} for text in texts]
     file = write_jsonl(tmp_path / "S.jsonl", rows)
-    flags = ["--samples-file", str(file), "--data-path", str(data), "--workers", "1"]
+    flags = ["--samples-file", str(file), "--data-path", str(data), *JUDGING]
     with pytest.raises(ValueError, match="no samples of T/1, so this is no score of the 2 tasks"):
         humaneval_eval.main(flags)
     flags += ["--ignore-incomplete"]

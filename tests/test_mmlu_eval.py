@@ -293,9 +293,7 @@ def saved(gpt2, tmp_path_factory):
 
 def command(saved, data_dir, out, *flags, ranks=0):
     where = ["--checkpoint-path", saved, "--device", "cpu", "--results-dir", out]
-    return torchrun(
-        ranks, "mmlu_eval.py", *where, "--data-path", data_dir / "mmlu", *flags, timeout=600
-    )
+    return torchrun(ranks, "mmlu_eval.py", *where, "--data-path", data_dir / "mmlu", *flags)
 
 
 def test_the_command_side_by_side(saved, data_dir, tmp_path):
@@ -359,7 +357,7 @@ def trained(data_dir, tmp_path_factory):
     flags += ["--tokenizer-name", data_dir / "tokenizers" / "gpt2", "--num-steps", "12"]
     flags += ["--n-layers", "2", "--n-heads", "2", "--d-model", "64", "--d-ff", "128"]
     flags += ["--max-position-embeddings", "4096", "--batch-size", "4", "--max-tokens", "20000"]
-    torchrun(0, "train.py", "--checkpoint-path", out, "--device", "cpu", *flags, timeout=600)
+    torchrun(0, "train.py", "--checkpoint-path", out, "--device", "cpu", *flags)
     return next(out.glob("checkpoint-*"))
 
 

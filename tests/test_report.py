@@ -3,8 +3,8 @@
 import signal
 import subprocess
 import sys
-import time
 
+from builders import PATIENCE, command, started, wait_for
 from made_up_records import ROOT, run_report, save
 
 
@@ -46,27 +46,12 @@ def test_without_plotly_the_install_command_is_named(tmp_path):
 
 def test_watch_rewrites_the_report(tmp_path):
     save(tmp_path, "mmlu", {"accuracy": 0.5})
-    command = [sys.executable, str(ROOT / "report.py"), str(tmp_path), "--no-html"]
     said = tmp_path / "said"
-    with open(said, "w") as out:
-        process = subprocess.Popen([*command, "--watch", "0.2"], stdout=out)
-    try:
-        wait_for(lambda: "0.5000 *" in read_text(said))
+    watching = command(0, "report.py", tmp_path, "--no-html", "--watch", "0.2")
+    with open(said, "w") as out, started(watching, stdout=out) as process:
+        wait_for(lambda: "0.5000 *" in said.read_text())
         save(tmp_path, "mmlu", {"accuracy": 0.75}, step=2)
-        wait_for(lambda: "0.7500 *" in read_text(said))
-        assert "0.7500" in read_text(tmp_path / "report.md")
-    finally:
+        wait_for(lambda: "0.7500 *" in said.read_text())
+        assert "0.7500" in (tmp_path / "report.md").read_text()
         process.send_signal(signal.SIGINT)
-        process.wait(30)
-    assert process.returncode == 130
-
-
-def read_text(path):
-    return path.read_text() if path.exists() else ""
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing came"
-        time.sleep(0.05)
+        assert process.wait(PATIENCE) == 130

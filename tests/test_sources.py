@@ -96,7 +96,7 @@ def test_code_version_sees_every_module_that_a_script_loads(script, tmp_path):
     }[script]
     program = LOADED.format(root=str(ROOT), script=script, argv=[str(word) for word in argv])
     out = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=builders.PATIENCE
     )
     assert out.returncode == 0, out.stderr
     loaded = {Path(line) for line in out.stdout.split("LOADED\n")[1].splitlines()}

@@ -1,16 +1,11 @@
-"""sweep.py: against the scripts' own records, and against kill -9 and worse."""
+"""sweep.py: against the scripts' own records, and what goes wrong with checkpoints and results."""
 
-import contextlib
 import json
 import os
-import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 import types
 from pathlib import Path
 
@@ -18,21 +13,28 @@ import pytest
 import torch
 import yaml
 from builders import (
-    CONFIGS,
+    PATIENCE,
     ROOT,
-    command,
-    descendants,
-    run_ranks,
+    run_to_end,
     save_model,
     saved_checkpoint,
-    small_humaneval,
     small_mmlu,
+    started,
     tiny_model,
     token_shard,
     torchrun,
-    wait_for,
 )
 from made_up_records import VERSION_1
+from small_sweeps import (
+    STEPS,
+    expected,
+    flags,
+    numbers,
+    run_sweep,
+    small_data,
+    small_run,
+    start_words,
+)
 
 import checkpoint
 import eval as perplexity_eval
@@ -42,30 +44,15 @@ import sweep
 from dataset import build_tokenizer
 from sweeping import ledger
 
-STEPS = (10, 20, 30)
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """x.npy, a small MMLU, problems.jsonl, and e.yaml that names the first two."""
-    root = tmp_path_factory.mktemp("data")
-    token_shard(root / "x.npy")
-    small_mmlu(root / "mmlu", ["anatomy"])
-    small_humaneval(root / "problems.jsonl")
-    flags = {
-        "perplexity": {"data-mode": "fineweb_npy", "val_npy": str(root / "x.npy"), "seq-len": 32},
-        "mmlu": [{"data-path": str(root / "mmlu"), "num-few-shot": 1}],
-    }
-    (root / "e.yaml").write_text(yaml.safe_dump(flags))
-    return root
+    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """checkpoints of three steps, to spoil at will"""
-    for step in STEPS:
-        saved_checkpoint(tmp_path / "run", step)
-    return tmp_path / "run"
+    return small_run(tmp_path / "run")
 
 
 def on_loading(monkeypatch, before=lambda path: None, after=lambda path: None):
@@ -88,38 +75,8 @@ def on_loading(monkeypatch, before=lambda path: None, after=lambda path: None):
     monkeypatch.setattr(checkpoint, "open", opened)
 
 
-def flags(run_dir, data, name="results", *more):
-    argv = ["--device", "cpu", "--checkpoint-path", run_dir, "--evaluations", data / "e.yaml"]
-    argv += ["--results-dir", run_dir.parent / name, "--poll-seconds", "0.1", *more]
-    return [str(word) for word in argv]
-
-
-def run_sweep(run_dir, data, *more, name="results"):
-    """(exit code, records) of a sweep in this process."""
-    code = 0
-    try:
-        sweep.main(flags(run_dir, data, name, *more))
-    except SystemExit as stop:
-        code = stop.code
-    return code, results.load_records(run_dir.parent / name)
-
-
-def numbers(records) -> dict:
-    """{(checkpoint, evaluation): all that must be the same to the bit}; each there once."""
-    found = {}
-    for r in records:
-        key = r["checkpoint"]["name"], r["evaluation"]
-        assert key not in found, key
-        arrays = {name: a.tobytes() for name, a in results.load_arrays(r).items()}
-        found[key] = r["status"], r["resume_key"], json.dumps(r["metrics"]), arrays
-    return found
-
-
-def expected(steps=STEPS):
-    return {(f"checkpoint-{s}", e) for s in steps for e in ("perplexity", "mmlu")}
-
-
-# --- What it does
+# ---------------------------------------------------------------------------------------------
+# What it does
 
 
 def work_of(record) -> tuple[str, str]:
@@ -325,7 +282,8 @@ def test_a_link_does_not_give_its_name(run_dir, data):
 
 def test_humaneval_is_swept_and_known_again(run_dir, tmp_path, data, capsys):
     path = str(data / "problems.jsonl")
-    flags = {"humaneval": {"data-path": path, "limit": 1, "max-new-tokens": 4, "workers": 1}}
+    flags = {"data-path": path, "limit": 1, "max-new-tokens": 4, "workers": 1}
+    flags = {"humaneval": flags | {"judge-timeout": PATIENCE}}
     (tmp_path / "h.yaml").write_text(yaml.safe_dump(flags))
     only = ["--evaluations", str(tmp_path / "h.yaml"), "--until-step", "20"]
     code, records = run_sweep(run_dir, data, *only)
@@ -337,7 +295,8 @@ def test_humaneval_is_swept_and_known_again(run_dir, tmp_path, data, capsys):
     assert "0 made, 2 done before" in capsys.readouterr().out
 
 
-# --- What goes wrong with checkpoints
+# ---------------------------------------------------------------------------------------------
+# What goes wrong with checkpoints
 
 
 def test_bad_checkpoints_are_recorded_and_the_sweep_goes_on(run_dir, data, capsys):
@@ -416,21 +375,15 @@ def test_a_checkpoint_that_vanishes_is_gone_not_failed(run_dir, data, monkeypatc
     assert "2 checkpoints gone" in capsys.readouterr().out
 
 
-# --- What goes wrong with results
-
-
-def start_words(run_dir, data, *more, ranks=0, name="results"):
-    return command(ranks, "sweep.py", *flags(run_dir, data, name, *more))
+# ---------------------------------------------------------------------------------------------
+# What goes wrong with results
 
 
 def test_a_full_disk_ends_the_sweep_in_one_line_and_loses_nothing(run_dir, data):
     def no_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # leases fit, records do not
 
-    out = subprocess.run(
-        start_words(run_dir, data), capture_output=True, text=True, timeout=600, preexec_fn=no_room
-    )
-    assert out.returncode == 2, out.stderr
+    out = run_to_end(start_words(run_dir, data), 2, preexec_fn=no_room)
     [line] = out.stderr.splitlines()
     assert line.startswith("error: ") and "nothing was written" in line
     assert run_sweep(run_dir, data)[1] != []
@@ -448,9 +401,12 @@ def test_a_results_directory_that_cannot_be_written(run_dir, data, monkeypatch):
 def test_two_sweeps_share_the_work(tmp_path, data):
     for step in range(1, 9):
         saved_checkpoint(tmp_path / "run", step)
-    popen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    pair = [subprocess.Popen(start_words(tmp_path / "run", data), **popen) for _ in range(2)]
-    said = [p.communicate(timeout=600) for p in pair]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # a lease that no machine is too busy to keep
+    words = start_words(tmp_path / "run", data, "--lease-seconds", str(100 * PATIENCE))
+    with started(words, **pipes) as one, started(words, **pipes) as two:
+        pair = one, two
+        said = [p.communicate(timeout=PATIENCE) for p in pair]
     assert [p.returncode for p in pair] == [0, 0], said
     made = [line for out, _ in said for line in out.splitlines() if "(" in line and "±" in line]
     assert len(made) == len({tuple(line.split()[:2]) for line in made}) == 16, made
@@ -465,83 +421,15 @@ def test_the_launcher_runs_two_ranks_and_says_when_it_failed(run_dir, data):
     more.remove("--checkpoint-path"), more.remove(str(run_dir))
     script = ["bash", str(ROOT / "scripts/sweep_checkpoints.sh")]
     environment = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
-    out = subprocess.run(
-        [*script, str(run_dir), *more], capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert out.returncode == 1 and "4 made, 0 done before, 2 failed" in out.stdout, out.stderr
+    out = run_to_end([*script, str(run_dir), *more], 1, env=environment)
+    assert "4 made, 0 done before, 2 failed" in out.stdout, out.stderr
     records = results.load_records(run_dir.parent / "results")
     assert {r["cost"]["world_size"] for r in records if r["status"] == "ok"} == {2}
     assert subprocess.run(script, capture_output=True).returncode == 2
 
 
-# --- Watching
-
-
-def watch_in_thread(run_dir, data, *more):
-    done = {}
-    argv = flags(run_dir, data, "results", "--watch", "--poll-seconds", "0.3", *more)
-
-    def target():
-        try:
-            sweep.main(argv)
-            done["code"] = 0
-        except BaseException as error:
-            done["code"] = error
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    return thread, done
-
-
-def finished(run_dir):
-    try:
-        records = results.load_records(run_dir.parent / "results")
-    except ValueError:
-        return set()
-    return {(r["checkpoint"]["name"], r["evaluation"]) for r in records if r["status"] == "ok"}
-
-
-def test_watch_takes_what_comes_once_it_is_whole_and_stops_on_a_file(tmp_path, data, monkeypatch):
-    run_dir = tmp_path / "run"
-    byte = ["--tokenizer-name", "byte"]
-    thread, done = watch_in_thread(run_dir, data, *byte)  # before the trainer made the directory
-    saved_checkpoint(run_dir, 10)
-    wait_for(lambda: finished(run_dir) == expected([10]))
-    # a clock that jumps: files from the future and the past, and time.time() days off
-    monkeypatch.setattr(time, "time", lambda: 4e9)
-    for stamp in (4e9, 1):
-        for file in (run_dir / "checkpoint-10").iterdir():
-            os.utime(file, (stamp, stamp))
-        time.sleep(0.4)
-    # a file that grows under its final name, in pieces further apart than two looks: torch.save's
-    model = tiny_model(seed=20)
-    state = {"model_state_dict": model.state_dict(), "config": model.config.to_dict()}
-    torch.save(state, tmp_path / "whole.pt")
-    whole = (tmp_path / "whole.pt").read_bytes()
-    with open(run_dir / "checkpoint-20.pt", "wb", buffering=0) as f:
-        for start in range(0, len(whole), len(whole) // 8 + 1):
-            f.write(whole[start : start + len(whole) // 8 + 1])
-            time.sleep(0.15)
-    wait_for(lambda: finished(run_dir) == expected([10, 20]))
-    torn = run_dir / "checkpoint-30.pt"
-    torn.write_bytes(whole[:-1000])  # and never more: tried once, and recorded
-    wait_for(lambda: len(results.load_records(tmp_path / "results")) == 6)
-    (run_dir / "STOP").touch()
-    thread.join(30)
-    assert not thread.is_alive() and done["code"].code == 1
-    failed = [r for r in results.load_records(tmp_path / "results") if r["status"] == "failed"]
-    assert {r["checkpoint"]["name"] for r in failed} == {"checkpoint-30"}
-
-
-def test_watch_ends_at_a_step_or_after_quiet(run_dir, data):
-    start = time.monotonic()
-    assert run_sweep(run_dir, data, "--watch", "--until-step", "20")[0] == 0
-    assert finished(run_dir) == expected([10, 20])
-    assert run_sweep(run_dir, data, "--watch", "--quiet-seconds", "1")[0] == 0
-    assert finished(run_dir) == expected() and time.monotonic() - start > 1
-
-
-# --- Trackers
+# ---------------------------------------------------------------------------------------------
+# Trackers
 
 
 def test_trackers_get_the_records_numbers(run_dir, data, monkeypatch):
@@ -587,112 +475,3 @@ def test_a_tracker_that_is_not_installed(run_dir, data, monkeypatch, flag):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"pip install {flag}"):
         run_sweep(run_dir, data, f"--{flag}", "x")
-
-
-# --- Several ranks, and kill -9
-
-LONELY = """
-for error, patience in (("all", 60.0), ("alone", 1.0)):
-    dist.barrier()  # a slow machine: neither patience starts before both ranks are here
-    try:
-        if error == "all" or dist.rank == 1:
-            raise RuntimeError(error)
-        dist.sum([1.0])
-    except RuntimeError as e:
-        dist.agree_on_error(e, patience)
-        say("agreed", e)
-"""
-
-
-def test_an_error_of_one_rank_ends_the_run_and_an_error_of_all_does_not(tmp_path):
-    out = run_ranks(2, tmp_path, LONELY, code=1)
-    assert out.stdout.count("agreed all") == 2 and "agreed alone" not in out.stdout
-
-
-def reach_a_moment(rng, results_dir, sweeper, everything: int) -> None:
-    """Wait until a sweep that has just been started is somewhere in its work: workers started, a
-    lease taken, a record or two written. What it wrote tells, not the time."""
-
-    def leases():
-        files = (results_dir / ".leases").glob("*")
-        return {file: read_if_there(file) for file in files}
-
-    def records():
-        return len(list(results_dir.glob("*/*/*.json")))
-
-    beats, before = leases(), records()
-    reached = {
-        "started": lambda: descendants(sweeper.pid),
-        "working": lambda: leases().items() - beats.items(),  # a dead sweep's do not change
-        "a record": lambda: records() > before,
-        "two records": lambda: records() > before + 1,
-    }
-    moment = reached[rng.choice(sorted(reached))]
-    wait_for(lambda: moment() or records() == everything or sweeper.poll() is not None, 300)
-
-
-def read_if_there(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None
-
-
-def kill(process, rng) -> list[int]:
-    """kill -9 of everything, of torchrun alone or of one worker alone. Returns who was there."""
-    workers = descendants(process.pid)
-    victims = rng.choice([[process.pid, *workers], [process.pid], workers[:1], workers[-1:]])
-    for pid in victims or [process.pid]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait(600)
-    return workers
-
-
-def battery(tmp_path, data, n_kills, n_steps, seed):
-    """A training run, and beside it a sweep of two ranks that is killed again and again."""
-    rng, run_dir = random.Random(seed), tmp_path / "run"
-    train = [sys.executable, str(ROOT / "train.py"), "--device", "cpu", "--tokenizer-name", "byte"]
-    train += ["--data-mode", "fineweb_npy", "--train-npy", str(data / "x.npy"), "--log-steps", "5"]
-    for name in ("max_position_embeddings", "n_layers", "n_heads", "d_model", "d_ff"):
-        train += [f"--{name.replace('_', '-')}", str(getattr(CONFIGS["gpt"], name))]
-    train += ["--seq-len", "256", "--batch-size", "1", "--checkpoint-path", str(run_dir)]
-    train += ["--num-steps", str(n_steps), "--save-steps", "2", "--warmup-steps", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    trainer = subprocess.Popen(train, **quiet)
-    watching = start_words(run_dir, data, "--watch", "--newest-first", ranks=2)
-    left, steps = set(), range(2, n_steps + 1, 2)
-    try:
-        for _ in range(n_kills):
-            sweeper = subprocess.Popen(watching, **quiet)
-            reach_a_moment(rng, tmp_path / "results", sweeper, 2 * len(steps))
-            left.update(kill(sweeper, rng))
-        assert trainer.wait(600) == 0
-        last = [*watching, "--until-step", str(n_steps), "--lease-seconds", "20"]
-        out = subprocess.run(last, capture_output=True, text=True, env=environment, timeout=600)
-        assert out.returncode == 0, out.stdout + out.stderr
-    finally:
-        trainer.kill()
-    # whose torchrun died before they had found it give up after distributed.CONNECT_TIMEOUT, two
-    # minutes; torch's pauses between its tries grow, and the last one may end after twice that
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), 300)
-    skipped = []
-    survived = results.load_records(tmp_path / "results", skipped)
-    assert not skipped and numbers(survived).keys() == expected(steps)
-    clean = subprocess.run(
-        start_words(run_dir, data, name="clean"), capture_output=True, env=environment, timeout=600
-    )
-    assert clean.returncode == 0
-    assert numbers(survived) == numbers(results.load_records(tmp_path / "clean"))
-    assert not any((tmp_path / "results/.leases").iterdir())
-
-
-def test_a_watching_sweep_killed_beside_a_training_run_equals_a_clean_one(tmp_path, data):
-    """Two ranks, thrice killed, against one rank never killed: the same bits."""
-    battery(tmp_path, data, n_kills=3, n_steps=12, seed=0)
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_fifty_times(tmp_path, data):
-    battery(tmp_path, data, n_kills=50, n_steps=60, seed=1)

@@ -3,17 +3,12 @@ other rank counts; stop strings and text against texts decoded whole; the engine
 it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import tiny_model
+from builders import run_ranks, tiny_model
 from scipy.stats import chi2
 from test_sampling import exact_distribution
 
@@ -23,8 +18,6 @@ from checkpoint import load_model
 from tokenizer import HuggingFaceTokenizer, build_tokenizer
 from transformers_model import TransformersModel
 
-ROOT = Path(__file__).resolve().parents[2]
-PLACES = [str(ROOT / "tests"), str(ROOT / "tests/backends")]
 SHAPES = {
     "gpt2": {"kind": "gpt"},
     "llama-gqa": {"kind": "llama"},
@@ -239,23 +232,7 @@ RANKS = """
 
 
 def on_ranks(tmp_path, n):
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, *{PLACES!r}]\n"
-        "import distributed\nwith distributed.setup('cpu') as dist:" + RANKS
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    process = subprocess.Popen(
-        [*command, str(n), str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err
-    return json.loads(out)
+    return json.loads(run_ranks(n, tmp_path, RANKS).stdout)
 
 
 def test_identical_samples_on_1_2_and_3_ranks(tmp_path):

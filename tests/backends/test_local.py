@@ -4,7 +4,6 @@ NaN, and what is said of how it ran."""
 import itertools
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,9 +211,8 @@ def drawn(samples) -> dict:
 
 
 # Rank 1 of 2 runs out of memory in the midst of its share, until 2 rows are drawn at a time.
-DRAWING = f"""
+DRAWING = """
 import json
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_local import DONE, PROMPTS, SAMPLING
 from backends.local import Local
 from dataset import build_tokenizer

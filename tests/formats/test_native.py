@@ -8,11 +8,11 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from builders import die_at_file_operation
 from checkpoint_files import (
     CONFIGS,
     IDS,
@@ -170,8 +170,9 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 def kill_while_saving(directory, rounds, seed):
-    """kill -9 at random moments of saving new steps and old ones again, with old ones removed; then
-    everything listed must be whole. Returns how many rounds left something half done behind."""
+    """kill -9 at random file operations of saving new steps and old ones again, with old ones
+    removed; then everything listed must be whole. Returns how many rounds left something half done
+    behind."""
     directory, rng, half_done = pathlib.Path(directory), random.Random(seed), 0
     torch.set_num_threads(1)  # so that a fork is safe
     model, optimizer, scheduler = trained(CONFIGS["llama"])
@@ -179,12 +180,12 @@ def kill_while_saving(directory, rounds, seed):
     for _ in range(rounds):
         child = os.fork()
         if not child:
+            die_at_file_operation(rng.randint(1, 100))
             for n in itertools.count():
                 number = n % 5 if n % 2 else n
                 save_checkpoint(model, optimizer, scheduler, 0, number, 1.0, directory, keep=2)
-        time.sleep(rng.random() * 0.1)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         half_done += any(p.name.startswith(".") for p in directory.iterdir())
         found = list_checkpoints(directory)
         assert found and all(info.kind == "roseval" for info in found), found

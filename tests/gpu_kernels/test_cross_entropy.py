@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import PATIENCE
 
 from gpu_kernels.cross_entropy import cross_entropy, head_cross_entropy
 
@@ -89,6 +90,6 @@ def test_the_kernel_in_the_interpreter():
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert out.returncode == 0, out.stderr

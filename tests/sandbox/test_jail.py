@@ -160,7 +160,7 @@ def run_batteries(folder, combinations):
         if process := start_battery(place, tier, nobody):
             running[tier, nobody] = process
     for (tier, nobody), process in running.items():
-        out, _ = process.communicate(timeout=400)
+        out, _ = process.communicate(timeout=3600)  # two hundred programs
         assert process.returncode == 0, out
         report = json.loads(out)
         assert report["tier"].startswith(tier)

@@ -6,15 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from builders import ROOT
+from builders import PATIENCE, ROOT
 from small_programs import HONEST, TEST, TIERS
 
 from sandbox import judge, worker
 from sandbox.judge import Sandbox
 
+CONFIG = {"timeout": PATIENCE, "grace": 5.0, "memory_mb": 1024, "packages": []}
+
 
 def test_a_worker_answers_line_by_line_and_ends_with_its_input():
-    config = {"tier": TIERS[0], "timeout": 20.0, "grace": 5.0, "memory_mb": 1024, "packages": []}
+    config = CONFIG | {"tier": TIERS[0]}
     lines = [config, ["", HONEST, TEST, "solve"], ["", HONEST, TEST.replace("2", "3"), "solve"]]
     out = subprocess.run(
         [sys.executable, str(ROOT / "sandbox" / "worker.py")],
@@ -22,7 +24,7 @@ def test_a_worker_answers_line_by_line_and_ends_with_its_input():
         capture_output=True,
         text=True,
         cwd="/",
-        timeout=100,
+        timeout=PATIENCE,
     )
     active, passed, failed = map(json.loads, out.stdout.splitlines())
     assert "rlimits" in active["active"]
@@ -156,7 +158,7 @@ def solve(x):
     assert not seen, seen
     return x + 1
 """
-    with Sandbox(workers=1, timeout=20.0, tier=tier) as sandbox:
+    with Sandbox(workers=1, timeout=PATIENCE, tier=tier) as sandbox:
         verdict = sandbox.judge("", program, TEST, "solve")
     assert verdict.passed, verdict
 
@@ -167,7 +169,7 @@ def solve(x):
 
 def test_the_canary_sees_what_an_open_cage_lets_through():
     """Negative control: without a cage the canary must not pass for any tier."""
-    config = {"tier": "none", "timeout": 20.0, "grace": 5.0, "memory_mb": 1024, "packages": []}
+    config = CONFIG | {"tier": "none"}
     old = signal.getsignal(signal.SIGALRM)
     tests = worker.Judge(config)
     try:

@@ -11,6 +11,8 @@ from builders import wait_for
 
 from sweeping import lease
 
+NEVER_SILENT = 1e6  # seconds
+
 
 def test_a_lease_has_one_owner_and_dies_with_silence(tmp_path):
     """Clocks of the observer's own; the machine's clock and the files' times say nothing."""
@@ -65,21 +67,20 @@ def test_of_many_that_find_a_dead_lease_one_gets_it(tmp_path):
         [mine.release() for mine in won]
 
 
-def hold(folder, ready):
-    lease.Leases(folder).take("a")
-    ready.set()
-    time.sleep(60)
+def hold(folder):
+    lease.Leases(folder, NEVER_SILENT).take("a")
+    while True:
+        signal.pause()
 
 
 def test_a_lease_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    process = context.Process(target=hold, args=(tmp_path, ready))
+    process = context.Process(target=hold, args=(tmp_path,), daemon=True)
     process.start()
-    ready.wait(30)
-    wait_for((tmp_path / "a.0").read_bytes)  # its first beat
-    mine = lease.Leases(tmp_path)
+    held = tmp_path / "a.0"
+    wait_for(lambda: held.exists() and held.read_bytes())  # its first beat
+    mine = lease.Leases(tmp_path, NEVER_SILENT)
     assert mine.take("a") is None
     os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: mine.take("a"), 30)  # a zombie until it is joined; silence would take 60 s
+    wait_for(lambda: mine.take("a"))  # a zombie until it is joined
     process.join()

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from builders import PROBLEM, judge_as_openai, read_lines, write_jsonl
+from builders import PATIENCE, PROBLEM, judge_as_openai, read_lines, write_jsonl
 
 from sandbox.judge import Verdict
 from tasks.programs import (
@@ -22,6 +22,8 @@ from tasks.programs import (
     read_problems,
     summarise,
 )
+
+PATIENT = {"timeout": PATIENCE}  # of a Sandbox: all programs here end by themselves
 
 # ---------------------------------------------------------------------------------------------
 # Samples files
@@ -51,7 +53,7 @@ def test_verdicts_are_those_of_openai_in_the_same_order(five, tmp_path, capsys):
     for file in (ours, theirs):
         write_jsonl(file, rows)
     scores, wanted = judge_as_openai(theirs, path, [1, 2, 3])
-    judge_file(ours, read_problems(path), ks=[1, 2, 3], show="HumanEval/45")
+    judge_file(ours, read_problems(path), PATIENT, ks=[1, 2, 3], show="HumanEval/45")
     out = capsys.readouterr().out
     found = read_lines(Path(f"{ours}_results.jsonl"))
     assert [(f["task_id"], f["completion"]) for f in found] == [
@@ -88,7 +90,7 @@ def test_solutions_of_evalplus_are_judged_whole(problems, tmp_path):
     data.write_bytes(gzip.compress("\n".join(map(json.dumps, chosen.values())).encode()))
     path = tmp_path / "S.jsonl.gz"
     path.write_bytes(gzip.compress("\n\n".join(map(json.dumps, rows)).encode()))
-    judge_file(path, read_problems(data))
+    judge_file(path, read_problems(data), PATIENT)
     found = read_lines(tmp_path / "S.jsonl.gz_results.jsonl")
     assert [line["passed"] for line in found] == [True, False, True, True, True]
 
@@ -106,7 +108,7 @@ def test_incomplete_files_are_named_not_averaged(five, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"--k 3: fewer samples of HumanEval/45 \(2\)"):
         judge_file(file, wanted, ks=[1, 3], ignore_incomplete=True)
     assert not Path(f"{file}_results.jsonl").exists()
-    judge_file(file, wanted, workers=1, ignore_incomplete=True)
+    judge_file(file, wanted, PATIENT, workers=1, ignore_incomplete=True)
     out = capsys.readouterr().out
     assert "tasks with fewer samples than the 3 of others: HumanEval/45 (2)" in out
     assert "11 samples of 4 tasks\nA PART OF THE TASKS" in out and "(4 tasks)" in out

@@ -6,6 +6,7 @@ FOLDER holds sandbox/. Standard library only, so that any user's interpreter can
 JSON object: tier, uid, ran, seconds and a list of failures.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -24,6 +25,16 @@ def breach(what):
     raise RuntimeError("BREACH: " + what)
 """
 HONEST = "def solve(x):\n    return x + 1\n"
+HONEST_TEST = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 3\n"
+WAITING_TEST = """
+import os, time
+def check(candidate):
+    assert candidate(1) == 2
+    os.rename({folder!r} + "/wait", {folder!r} + "/here")
+    while os.path.exists({folder!r} + "/here"):
+        time.sleep(0.01)
+"""
+PATIENCE = 600  # seconds that nothing honest takes, on a busy machine either
 
 
 def programs():
@@ -61,6 +72,14 @@ def descendants():
     return found - {os.getpid()}
 
 
+def wait_until(condition):
+    """Until condition() holds, for as long as PATIENCE; whether it does."""
+    end = time.monotonic() + PATIENCE
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return holds
+
+
 def snapshot(folder):
     """Names, contents and attributes of a folder."""
     seen = [(str(folder), os.lstat(folder).st_mtime_ns)]
@@ -94,7 +113,7 @@ class World:
         for listener in self.listeners:
             listener.setblocking(False)
         self.bystander = subprocess.Popen(["sleep", "3600"])
-        self.files = snapshot(self.folder)
+        self.files, self.processes = snapshot(self.folder), None
         self.prompt = PRELUDE.format(
             outside=str(self.folder), pid=os.getpid(), port=port, abstract=abstract
         )
@@ -104,14 +123,13 @@ class World:
             "    assert candidate(1) == 1 + WANTED\n    assert candidate(2) == 2 + WANTED\n"
         )
 
-    def complaints(self, processes):
+    def complaints(self):
         """What is not as it was: a list of texts."""
         found = []
-        deadline = time.monotonic() + 10
-        while (now := len(descendants())) != processes and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if now != processes:
-            found.append(f"{now} processes instead of {processes}")
+        if not wait_until(lambda: len(descendants()) == self.processes):
+            now = len(descendants())
+            found.append(f"{now} processes instead of {self.processes}")
+            self.processes = now  # said once
         if snapshot(self.folder) != self.files:
             found.append("files outside were touched")
         if self.bystander.poll() is not None:
@@ -139,74 +157,99 @@ class World:
         self.folder.rmdir()
 
 
-def settled_count():
-    """How many descendants there are once no more come or go."""
-    count, since = len(descendants()), time.monotonic()
-    while time.monotonic() < since + 1.5:
-        time.sleep(0.05)
-        if (now := len(descendants())) != count:
-            count, since = now, time.monotonic()
+def count_processes(sandbox):
+    """How many processes a sandbox of one worker has: seen while its tests wait for us."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "wait").touch()
+        test = WAITING_TEST.format(folder=folder)
+        future = sandbox.submit("", HONEST, test, "solve")
+        assert wait_until((Path(folder) / "here").exists), "the first honest program does not run"
+        count = len(descendants())
+        (Path(folder) / "here").unlink()
+        assert future.result().passed
     return count
 
 
-def judge_honest(sandbox, name, test):
-    """An honest program's verdict. Out of time is what a busy machine may be: then once more."""
-    for attempt in range(3):
-        verdict = sandbox.judge("", f"{HONEST}# {name}, {attempt}", test, "solve")
-        if verdict.kind != "timeout":
+@contextlib.contextmanager
+def in_a_hurry(timeout, **options):
+    """A sandbox with little time. Its canary has no more of it, and on a busy machine that may be
+    too little: then once more."""
+    from sandbox.judge import Sandbox
+
+    with contextlib.ExitStack() as stack:
+        for attempt in range(20):
+            try:
+                sandbox = stack.enter_context(Sandbox(timeout=timeout, **options))
+                break
+            except ValueError as error:
+                if attempt == 19 or "canary: timeout" not in str(error):
+                    raise
+        yield sandbox
+
+
+def is_of_a_busy_machine(verdict):
+    """Whether it may be one of a program, or of the canary of a worker that was started anew, that
+    was not given its time."""
+    lost = ("canary: timeout", "the judge process ended")
+    return verdict.kind == "timeout" or (
+        verdict.kind == "sandbox" and verdict.detail.startswith(lost)
+    )
+
+
+def judge_honest(sandbox, name):
+    """An honest program's verdict."""
+    for attempt in range(20):
+        verdict = sandbox.judge("", f"{HONEST}# {name}, {attempt}", HONEST_TEST, "solve")
+        if not is_of_a_busy_machine(verdict):
             break
     return verdict
 
 
-def judge_all(world, config):
-    """Run every program and check the world after it; (count, failures)."""
-    from sandbox.judge import GRACE, Sandbox
+def complaints_of(world, name, kinds, source, hostile, patient):
+    """Run one program and check the world after it: what is wrong, and the verdict."""
+    passes = kinds == ["passed"]
+    sandbox, test = (patient, HONEST_TEST) if passes else (hostile, world.test)
+    verdict = sandbox.judge(world.prompt, source, test, "solve")
+    busy = is_of_a_busy_machine(verdict)
+    if busy and verdict.kind == "sandbox":
+        judge_honest(hostile, f"before {name}")  # so that it has a worker again
+    if busy and kinds != ["*"] and verdict.kind not in kinds:
+        verdict = patient.judge(world.prompt, source, test, "solve")
+    wrong = world.complaints()
+    if verdict.passed != passes or not (verdict.kind in kinds or kinds == ["*"]):
+        wrong.append(f"{verdict.kind} ({verdict.detail}) instead of {', '.join(kinds)}")
+    if "BREACH" in verdict.detail:
+        wrong.append(verdict.detail)
+    if world.token in verdict.detail or str(world.number) in verdict.detail:
+        wrong.append("a secret came out")
+    after = judge_honest(hostile, name)
+    if not after.passed:
+        wrong.append(f"the next honest program: {after.kind} ({after.detail})")
+    return wrong, verdict
 
-    honest_test = (
-        "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 3\n"
-    )
+
+def judge_all(world, config):
+    """Run every program and check the world after it; (tier, count, failures)."""
+    from sandbox.judge import Sandbox
+
     ran, failures = 0, []
     options = {"workers": 1, "tier": config["tier"]}
-    with (
-        Sandbox(timeout=config["timeout"], **options) as hostile,
-        Sandbox(timeout=15.0, **options) as patient,
-    ):
-        for sandbox in (hostile, patient):
-            assert judge_honest(sandbox, "first", honest_test).passed
-        processes = settled_count()  # each has its next candidate waiting
-        for name, kinds, source in programs():
-            if config.get("only", "") not in name:
-                continue
-            ran += 1
-            started, passes = time.monotonic(), kinds == ["passed"]
-            sandbox = patient if passes else hostile
-            test = honest_test if passes else world.test
-            verdict = sandbox.judge(world.prompt, source, test, "solve")
-            seconds = time.monotonic() - started
-            if verdict.kind == "timeout" and kinds != ["*"] and "timeout" not in kinds:
-                verdict = patient.judge(world.prompt, source, test, "solve")  # a busy machine
-            wrong = world.complaints(processes)
-            if verdict.passed != passes or not (verdict.kind in kinds or kinds == ["*"]):
-                wrong.append(f"{verdict.kind} ({verdict.detail}) instead of {', '.join(kinds)}")
-            if "BREACH" in verdict.detail:
-                wrong.append(verdict.detail)
-            if world.token in verdict.detail or str(world.number) in verdict.detail:
-                wrong.append("a secret came out")
-            if not passes and seconds > config["timeout"] + GRACE + 2:
-                wrong.append(f"{seconds:.1f} s")
-            after = judge_honest(hostile, name, honest_test)
-            if not after.passed:
-                wrong.append(f"the next honest program: {after.kind} ({after.detail})")
-            if config.get("verbose"):
-                print(
-                    f"{name}: {verdict.kind}, {verdict.detail} ({seconds:.2f} s)", file=sys.stderr
-                )
-            failures += [f"{name}: {text}" for text in wrong]
-        tier = hostile.tier
-    deadline = time.monotonic() + 10
-    while (left := descendants() - {world.bystander.pid}) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if left:
+    with Sandbox(timeout=PATIENCE, **options) as patient:
+        in_one = count_processes(patient) - 1  # less the bystander
+        with in_a_hurry(config["timeout"], **options) as hostile:
+            world.processes = 1 + 2 * in_one  # each has its next candidate waiting
+            assert judge_honest(hostile, "first").passed
+            for name, kinds, source in programs():
+                if config.get("only", "") not in name:
+                    continue
+                ran += 1
+                wrong, verdict = complaints_of(world, name, kinds, source, hostile, patient)
+                if config.get("verbose"):
+                    print(f"{name}: {verdict.kind}, {verdict.detail}", file=sys.stderr)
+                failures += [f"{name}: {text}" for text in wrong]
+            tier = hostile.tier
+    if not wait_until(lambda: not descendants() - {world.bystander.pid}):
+        left = descendants() - {world.bystander.pid}
         commands = [Path(f"/proc/{pid}/cmdline").read_bytes()[:200] for pid in left]
         failures.append(f"{len(left)} processes outlive the sandbox: {commands}")
     return tier, ran, failures
