@@ -298,6 +298,19 @@ def default_batch_size(model: Model, longest_prompt: int, max_new_tokens: int) -
     return max(1, min(256, rows // 8 * 8 or rows))
 
 
+class Generation:
+    """Samples, each when it is finished, and whether the step that draws them is compiled."""
+
+    def __init__(self, samples: Iterator[Sample], compiled: bool = False):
+        self._samples, self.compiled = samples, compiled
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self._samples
+
+    def __next__(self) -> Sample:
+        return next(self._samples)
+
+
 def generate(
     model: Model,
     prompts: list[list[int]],
@@ -312,8 +325,8 @@ def generate(
     units: abc.Sequence[Collection[int]] | None = None,
     compile: bool | str = "auto",
     dist: Dist | None = None,
-) -> Iterator[Sample]:
-    """Yield this rank's Samples, each when it is finished (so in no fixed order).
+) -> Generation:
+    """This rank's Samples, each when it is finished (so in no fixed order).
 
     prompts: token ids, at least one each. n_samples of each, drawn as `sampling` says: one for all,
     one a prompt [n], or one a sample [n, n_samples]; its stop strings are found with `tokenizer`
@@ -329,7 +342,7 @@ def generate(
     distinct = list({id(s): s for own in samplings for s in own}.values())
     _check_job(prompts, longest, keys, distinct, tokenizer)
     if not prompts:
-        return iter(())
+        return Generation(iter(()))
     limits = [token_limit(s, p, longest) for p, own in zip(prompts, samplings) for s in own]
     P, S = max(map(len, prompts)), max(limits)
     if batch_size is None:
@@ -355,7 +368,7 @@ def generate(
             while engine.busy:
                 yield from engine.step().finished
 
-    return stream()
+    return Generation(stream(), bool(compile))
 
 
 def _by_sample(sampling, n_prompts: int, n_samples: int) -> list[list[Sampling]]:

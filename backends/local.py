@@ -201,9 +201,6 @@ class Local:
         end_ids: tokens that end a sample, the tokenizer's end of text unless given. The last one
         comes once every rank has drawn its share. ValueError where the model gives NaN."""
         tokenizer, dist, n_tokens = self.facts.tokenizer, self.dist, 0
-        if end_ids is None:
-            eos = getattr(tokenizer, "eos_token_id", None)
-            end_ids = () if eos is None else (eos,)
         self._refuse_nan(prompts)
         longest = max(map(len, prompts), default=1)
         most = min(_most_new_tokens(sampling), self.facts.context or 2**31)
@@ -212,21 +209,24 @@ class Local:
         start = time.perf_counter()
         seconds, drawn = 0.0, set(done)
         while True:
-            fits = True
-            try:
-                for sample in engine.generate(
+            fits, job = (
+                True,
+                engine.generate(
                     self.model,
                     prompts,
                     sampling,
                     tokenizer=tokenizer,
                     n_samples=n_samples,
-                    eos_ids=end_ids,
+                    eos_ids=self._end_of_text() if end_ids is None else end_ids,
                     keys=keys,
                     done=drawn,
                     batch_size=batch_size,
                     compile=WITH_COMPILE[self.compile],
                     dist=dist,
-                ):
+                ),
+            )
+            try:
+                for sample in job:
                     drawn.add((sample.prompt_index, sample.sample_index))
                     n_tokens += len(sample.token_ids)
                     yield sample
@@ -244,7 +244,7 @@ class Local:
         parts = np.array(dist.gather((seconds, n_tokens)))
         slowest, total = float(parts[:, 0].max()), int(parts[:, 1].sum())
         cost = {"seconds": slowest, "tokens": total, "tokens_per_second": total / slowest}
-        self._note(cost, None, batch_size=batch_size, compiled=self.compile)
+        self._note(cost, None, batch_size=batch_size, compiled=job.compiled)
 
     # -- What they cost -----------------------------------------------------------------------
 
@@ -288,6 +288,10 @@ class Local:
             n_bytes[: len(known)] = known
             special[[i for i in tokenizer.special_ids if i < V]] = True
         return n_bytes, special
+
+    def _end_of_text(self) -> tuple[int, ...]:
+        eos = getattr(self.facts.tokenizer, "eos_token_id", None)
+        return () if eos is None else (eos,)
 
     def _warm_up(self, nll_fn, zeros) -> None:
         """One batch of zeros: compiles, picks kernels, and shows whether memory suffices."""
