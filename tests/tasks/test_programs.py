@@ -30,7 +30,7 @@ PATIENT = {"timeout": PATIENCE}  # of a Sandbox: all programs here end by themse
 
 
 def mixed_samples(chosen):
-    """Three samples of each of five problems: right, mutated, and something odd. All of them end."""
+    """Three samples of each of five problems: right, mutated, something odd; all end."""
     rows = []
     for p in chosen.values():
         right = p["canonical_solution"]
