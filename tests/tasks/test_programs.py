@@ -30,7 +30,7 @@ PATIENT = {"timeout": PATIENCE}  # of a Sandbox: all programs here end by themse
 
 
 def mixed_samples(chosen):
-    """Three samples of each of five problems: right, mutated, and something odd."""
+    """Three samples of each of five problems: right, mutated, something odd; all end."""
     rows = []
     for p in chosen.values():
         right = p["canonical_solution"]
@@ -41,7 +41,7 @@ def mixed_samples(chosen):
             45: "    return (",
             2: "    return number - (number - number % 1.0)\nnot_there",
         }[int(p["task_id"].rpartition("/")[2])]
-        mutated = right.replace("return ", "return 1 + ").replace("%", "*")
+        mutated = right.replace("return ", "return 1 + ").replace("% 1.0", "* 1.0")
         rows += [{"task_id": p["task_id"], "completion": text} for text in (right, mutated, odd)]
     return rows[::2] + rows[1::2]
 
