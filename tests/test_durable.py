@@ -244,7 +244,7 @@ def test_jsonl_plain_and_gzipped(tmp_path):
         (b"", r"x.jsonl is empty"),
         (b"<!DOCTYPE html><html></html>", r"x.jsonl is a web page.*download it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid", r"Git LFS pointer.*git lfs pull"),
-        (gzip.compress(b'{"a": 1}\n' * 99)[:-9], r"x.jsonl: damaged gzip"),
+        (gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], r"x.jsonl: damaged gzip"),
         (b"\x1f\x8b\x08damaged", r"x.jsonl: damaged gzip"),
     ],
 )
