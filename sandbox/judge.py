@@ -178,7 +178,8 @@ class Sandbox:
                     return Verdict(**worker.ask(program, self.timeout + GRACE))
                 except _WorkerLate:
                     seconds = time.monotonic() - started
-                    worker.restart()
+                    with contextlib.suppress(_WorkerLost):  # the next program starts it again
+                        worker.restart()
                     return Verdict(False, "timeout", "the tests of its answers never end", seconds)
                 except _WorkerLost as e:
                     if attempt or self._closing:
