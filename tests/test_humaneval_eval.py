@@ -214,7 +214,7 @@ def test_compiled_and_eager_samples_never_share_a_journal(five, tmp_path):
     ]
     assert [r["cost"]["samples_resumed"] for r in found] == [0, 0, 1]
     assert found[0]["resume_key"] == found[2]["resume_key"] != found[1]["resume_key"]
-    assert [r["protocol"]["compiled"] for r in found] == ["off", "auto", "off"]
+    assert [r["protocol"]["compile"] for r in found] == ["off", "auto", "off"]
 
 
 def test_refused_before_anything_is_drawn(five):
