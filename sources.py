@@ -23,36 +23,63 @@ WITHOUT_NUMBERS = ("cli.py",)
 DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends"}
 
 
-def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
-    """All of a tree but what `if TYPE_CHECKING:` holds, which is for readers and checkers alone."""
+def statements_that_run(tree: ast.AST) -> Iterator[ast.AST]:
+    """All statements of a tree, however deep, but what `if TYPE_CHECKING:` holds, which is for
+    readers and checkers alone. Expressions hold no statements, so they are passed over."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             waiting += node.orelse
-        else:
-            yield node
-            waiting += ast.iter_child_nodes(node)
+            continue
+        yield node
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inside = getattr(node, field, None)
+            waiting += inside if isinstance(inside, list) else ()
+
+
+PRINTING = re.compile(r"show|(show|print)_\w+|main")
+
+
+@functools.cache  # by content, so an edit is seen
+def _imports_and_hash(source: bytes) -> tuple[tuple[tuple[int, str, tuple[str, ...]], ...], str]:
+    """What a source file imports, as (level, module, names), and the sha256 of what its numbers
+    depend on: all but its functions that print (by their names, PRINTING) and what starts it."""
+    tree = ast.parse(source)
+    imports: list[tuple[int, str, tuple[str, ...]]] = []
+    for node in statements_that_run(tree):
+        if isinstance(node, ast.Import):
+            imports += [(0, alias.name, ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = tuple(alias.name for alias in node.names)
+            imports.append((node.level, node.module or "", names))
+    lines = source.splitlines(keepends=True)
+    for node in tree.body:
+        prints = isinstance(node, ast.FunctionDef) and PRINTING.fullmatch(node.name)
+        starts = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        if prints or starts:
+            end = node.end_lineno or node.lineno
+            lines[node.lineno - 1 : end] = [b""] * (end - node.lineno + 1)
+    return tuple(imports), hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def _imported_files(path: Path, root: Path) -> Iterator[Path]:
     """The files below `root` that a source file imports, at its top or inside a function: `import
     a.b`, `from a import b` and `from a.b import c`, and the packages' own files that come first."""
     within = path.parent.relative_to(root).parts if path.is_relative_to(root) else ()
-    for node in nodes_that_run(ast.parse(path.read_bytes(), str(path))):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            package = ".".join(within[: len(within) - node.level + 1]) if node.level else ""
-            module = ".".join(filter(None, (package, node.module)))
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-        for name in names:
+    for level, module, names in _imports_and_hash(path.read_bytes())[0]:
+        package = ".".join(within[: len(within) - level + 1]) if level else ""
+        module = ".".join(filter(None, (package, module)))
+        for name in (module, *(f"{module}.{name}" for name in names)):
             parts = name.split(".")
+            if not parts[0] or not any(
+                root.joinpath(parts[0] + end).exists() for end in ("", ".py")
+            ):
+                continue  # of the standard library, or installed
             for depth in range(1, len(parts) + 1):
                 place = root.joinpath(*parts[:depth])
                 for candidate in (place.with_suffix(".py"), place / "__init__.py"):
-                    if parts[0] and candidate.is_file():
+                    if candidate.is_file():
                         yield candidate
 
 
@@ -77,22 +104,6 @@ def code_files(
     return sorted(seen)
 
 
-PRINTING = re.compile(r"show|(show|print)_\w+|main")
-
-
-def _source_that_counts(path: Path) -> bytes:
-    """A file without its functions that print (by their names, PRINTING) and what starts it."""
-    source = path.read_bytes()
-    lines = source.splitlines(keepends=True)
-    for node in ast.parse(source, str(path)).body:
-        prints = isinstance(node, ast.FunctionDef) and PRINTING.fullmatch(node.name)
-        starts = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        if prints or starts:
-            end = node.end_lineno or node.lineno
-            lines[node.lineno - 1 : end] = [b""] * (end - node.lineno + 1)
-    return b"".join(lines)
-
-
 def code_version(
     module_file: str | Path, chosen: Iterable[str] = (), root: Path | None = None
 ) -> str:
@@ -101,7 +112,7 @@ def code_version(
     root = root or Path(module_file).resolve().parent
     digest = hashlib.sha256()
     for path in code_files(module_file, chosen, root):
-        content = hashlib.sha256(_source_that_counts(path)).hexdigest()
+        content = _imports_and_hash(path.read_bytes())[1]
         digest.update(f"{os.path.relpath(path, root)} {content}\n".encode())
     return digest.hexdigest()
 

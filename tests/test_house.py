@@ -78,7 +78,7 @@ def room_of(path: Path) -> str:
 
 def imported_rooms(path: Path) -> set[str]:
     names = set()
-    for node in sources.nodes_that_run(ast.parse(path.read_text())):
+    for node in sources.statements_that_run(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
