@@ -72,15 +72,11 @@ def _imported_files(path: Path, root: Path) -> Iterator[Path]:
         module = ".".join(filter(None, (package, module)))
         for name in (module, *(f"{module}.{name}" for name in names)):
             parts = name.split(".")
-            if not parts[0] or not any(
-                root.joinpath(parts[0] + end).exists() for end in ("", ".py")
-            ):
-                continue  # of the standard library, or installed
             for depth in range(1, len(parts) + 1):
-                place = root.joinpath(*parts[:depth])
-                for candidate in (place.with_suffix(".py"), place / "__init__.py"):
-                    if candidate.is_file():
-                        yield candidate
+                place = os.path.join(root, *parts[:depth])
+                for candidate in (place + ".py", os.path.join(place, "__init__.py")):
+                    if parts[0] and os.path.isfile(candidate):
+                        yield Path(candidate)
 
 
 def code_files(
