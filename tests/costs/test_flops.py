@@ -5,6 +5,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published import PARAMETERS
 from small_models import KINDS, MEGATRON, hf_model, megatron, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,27 +24,9 @@ def test_parameters_of_every_preset_equal_transformers(name):
     assert count_parameters(c)["total"] == hf_model(c).num_parameters()
 
 
-PUBLISHED_PARAMETERS = {
-    "gpt2": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
-    "7b": 6_738_415_616,
-    "13b": 13_015_864_320,
-    "70b": 68_976_648_192,
-    "llama3-8b": 8_030_261_248,
-    "llama3-70b": 70_553_706_496,
-    "mistral-7b": 7_241_732_096,
-    "qwen2.5-0.5b": 494_032_768,
-    "qwen2.5-7b": 7_615_616_512,
-    "qwen3-8b": 8_190_735_360,
-    "mixtral-8x7b": 46_702_792_704,
-}
-
-
 def test_parameters_equal_published_counts():
-    counted = {name: count_parameters(load_config(name))["total"] for name in PUBLISHED_PARAMETERS}
-    assert counted == PUBLISHED_PARAMETERS
+    counted = {name: count_parameters(load_config(name))["total"] for name in PARAMETERS}
+    assert counted == PARAMETERS
     assert count_parameters(load_config("mixtral-8x7b"))["active"] == 12_879_925_248
     nanogpt = load_config("gpt2").replace(bias=False, qkv_bias=False)
     assert count_parameters(nanogpt)["total"] == 124_337_664
