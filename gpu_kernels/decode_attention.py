@@ -192,12 +192,13 @@ def decode_attention(  # one step's tensors, and the terms that model.attend has
             q, k_new, v_new, own, prompts, row_prompt, read_limit, window, softcap, scale
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _decode_triton(
+    # eager, the operator would first import torch's compiler, which takes seconds
+    decode = _operator if torch.compiler.is_compiling() else _decode_triton
+    return decode(
         q, k_new, v_new, *own, *prompts, row_prompt, tiles, window or 0, softcap or 0.0, scale
     )
 
 
-@torch.library.custom_op("roseval::decode_attention", mutates_args=("k", "v"))
 def _decode_triton(
     q: torch.Tensor,
     k_new: torch.Tensor,
@@ -214,8 +215,8 @@ def _decode_triton(
     softcap: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """An operator of its own, so that torch.compile takes it as it is and writes k, v in place. An
-    operator's schema knows tensors and numbers only: hence so many. window, softcap 0: none."""
+    """Writes k, v in place. Compiled, it is an operator, whose schema knows tensors and numbers
+    only: hence so many. window, softcap 0: none."""
     B, R = len(q), q.shape[1] // k.shape[1]
     q, k_new, v_new = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k_new, v_new))
     n_own, n_prompt = _parts(q, k, prompt_k, tiles)
@@ -246,7 +247,12 @@ def _empty(q, parts):
     return out, q.new_empty((parts, *q.shape[:2]), dtype=torch.float32)
 
 
-@_decode_triton.register_fake
+_operator = torch.library.custom_op("roseval::decode_attention", mutates_args=("k", "v"))(
+    _decode_triton
+)
+
+
+@_operator.register_fake
 def _(q, k_new, v_new, k, v, lengths, prompt_k, pv, pl, rp, tiles, window, softcap, scale):
     return _empty(q, sum(_parts(q, k, prompt_k, tiles)))
 

@@ -4,6 +4,8 @@ python -m pytest tests/gpu/test_eval_gpu.py        # two GPUs for the NCCL part
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,17 @@ def test_float32_and_bfloat16_against_the_cpu(saved, tmp_path, name):
     assert exact["metrics"]["loss"]["value"] == pytest.approx(loss, rel=1e-6)
     assert half["metrics"]["loss"]["value"] == pytest.approx(loss, rel=3e-3)
     assert cpu["data"]["tokens_scored"] == half["data"]["tokens_scored"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_short_eager_run_never_loads_the_compiler(saved, tmp_path, name):
+    """Its import takes longer than everything else that such a run does."""
+    words = ["--checkpoint-path", saved / name / "checkpoint-1", "--seq-len", "64"]
+    words += ["--val-data", ROOT / "train.py", "--compile", "off", "--results-dir", tmp_path]
+    code = f"import sys, eval; eval.main({[str(word) for word in words]})\n"
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(saved, tmp_path, capsys):
