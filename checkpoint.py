@@ -53,7 +53,7 @@ READERS = (native, huggingface, pt_files)  # the first that recognises a path op
 def open(path: str | Path, config: GPTConfig | None = None) -> "Checkpoint":
     """The handle of a checkpoint, from the headers of its files. `config`: for files that hold
     none. ValueError, one line, for whatever is wrong with a file."""
-    path = Path(path)
+    path = formats.named(path)
     return Checkpoint(reader_of(path).open(path, config))
 
 
@@ -327,7 +327,7 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     each once, in the order given and in step order within a directory or glob."""
     found = []
     for given in paths:
-        path = Path(given)
+        path = formats.named(given)
         if is_checkpoint(path) or path.is_file():
             matches = [path]
         elif path.is_dir():

@@ -26,7 +26,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import streams
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -41,10 +43,67 @@ DTYPES = {
 }
 USER_ERRORS = (ValueError, OSError)  # OSError: a file that is not there, a full disk, …
 SIGNAL_GRACE = 5.0  # seconds that the main thread has to notice a signal
+ENDED_BY_OTHERS = 60.0  # seconds that torchrun has to end a rank whose peers are gone
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+COMPILERS = ("torch._dynamo", "torch._inductor")
+
+
+# ---------------------------------------------------------------------------------------------
+# The ranks
+
+
+class Launch(NamedTuple):
+    """This process among those that were started together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    launched: bool = False  # by torchrun, or by whoever sets the same variables
+
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what ranks meet by: all of them
+# what starts many copies of a command that know nothing of each other, and counts them here
+COPIES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+
+
+def launch() -> Launch:
+    """What the environment says; a process alone where it says only a part (see check_launch)."""
+    given = [os.environ.get(name) for name in (*LAUNCHERS, "LOCAL_RANK")]
+    try:
+        rank, world_size, local_rank = int(given[0] or 0), int(given[1] or 1), int(given[-1] or 0)
+    except ValueError:
+        return Launch()
+    if not all(given[:-1]) or not 0 <= rank < world_size:
+        return Launch()
+    return Launch(rank, world_size, local_rank, True)
+
+
+def check_launch() -> Launch:
+    """`launch()`. ValueError where a part of a launcher's variables is set, or where many copies of
+    a process were started that would all do the same work and write the same files."""
+    found, alone = launch(), {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    if found.launched:
+        return found
+    odd = [name for name in alone if os.environ.get(name, "") not in ("", alone[name])]
+    if odd:
+        missing = [name for name in LAUNCHERS if not os.environ.get(name)]
+        lacks = f"without {', '.join(missing)}" if missing else "which is no rank of a run"
+        raise ValueError(
+            f"{' and '.join(f'{name}={os.environ[name]}' for name in odd)} in the environment, "
+            f"{lacks}: start all ranks with torchrun, or unset {' and '.join(odd)} to run as one "
+            "process"
+        )
+    for name, launcher in COPIES.items():
+        if os.environ.get(name, "1") not in ("1", ""):
+            raise ValueError(
+                f"{launcher} started {os.environ[name]} copies of this ({name}), each of which "
+                "would do all of the work: let it start torchrun, once on every host"
+            )
+    return found
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return launch().rank
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,9 +292,18 @@ class RunOptions:
 
     device: str | None = option(None, "default: cuda where there is one", choices=("cpu", "cuda"))
     timeout: float = option(
-        120.0, "seconds without progress after which a rank counts as dead (120)", type=float
+        120.0,
+        "seconds without progress after which a rank counts as dead and the run ends (120); "
+        "torchrun takes up to 30 more to end a rank that is stopped",
+        type=float,
     )
     debug: bool = option(False, "show the traceback of input errors")
+
+    def __post_init__(self):
+        if not 0 < self.timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"--timeout must be a positive number of seconds, not {self.timeout:g}"
+            )
 
 
 def check_seconds(p: Parser, args: argparse.Namespace, *names: str) -> None:
@@ -254,6 +322,7 @@ def check_seconds(p: Parser, args: argparse.Namespace, *names: str) -> None:
 def run(main: Callable[[], object]) -> None:
     """Call main() and leave with the exit code that its outcome deserves."""
     _exit_on_signals()
+    streams.guard()
     try:
         main()
         sys.stdout.flush()  # here, where a reader that has gone is expected
@@ -268,13 +337,20 @@ def run(main: Callable[[], object]) -> None:
     except USER_ERRORS as error:
         code = 2
         _report(error)
-    except Exception:
+    except Exception as error:
         code = 1
-        lines = traceback.format_exc().rstrip().splitlines()
-        print("\n".join(f"rank {rank()}: {line}" for line in lines), file=sys.stderr)
+        if type(error).__module__.startswith(COMPILERS):
+            code = 2
+            _report(ValueError(f"torch.compile: {first_line(error)}; --compile off goes without"))
+        else:
+            _print_traceback(error)
     sys.stdout.flush()
+    lost = streams.lost_output()
+    if lost and not code:
+        code = 2
+        _report(OSError(f"standard output: {lost}; part of what was printed is lost"))
     sys.stderr.flush()
-    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if code and launch().world_size > 1:
         os._exit(code)  # destructors of NCCL would wait for ranks that are still working
     sys.exit(code)
 
@@ -297,6 +373,15 @@ def _report(error: Exception) -> None:
         prefix = f"error on rank {rank()}"
     text = " ".join(str(error).split()) or type(error).__name__
     print(f"{prefix}: {text}", file=sys.stderr, flush=True)
+
+
+def _print_traceback(error: Exception) -> None:
+    """Each line with the rank. A rank that only lost its connection to another leaves the word to
+    that one: torchrun ends it within a moment."""
+    if rank() and any(text in str(error) for text in LOST_CONNECTION):
+        time.sleep(ENDED_BY_OTHERS)
+    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+    print("\n".join(f"rank {rank()}: {line}" for line in lines), file=sys.stderr)
 
 
 def _exit_on_signals() -> None:

@@ -160,7 +160,7 @@ class GPTConfig:
         Path(directory).mkdir(parents=True, exist_ok=True)
         config = (config_to_hf(self) or {}) | extra | {"roseval": self.to_dict()}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (Path(directory) / "config.json").write_text(text)
+        (Path(directory) / "config.json").write_text(text, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "GPTConfig":
@@ -213,7 +213,7 @@ def load_config(spec: str | Path) -> GPTConfig:
 def read_json(path: Path) -> dict:
     """A JSON file's object. Raises ValueError naming the file."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; a Hugging Face directory has one") from None
     except (ValueError, RecursionError) as error:
@@ -228,7 +228,7 @@ def load_yaml(path: str | Path) -> dict:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

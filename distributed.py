@@ -28,6 +28,8 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 
+import cli
+
 # A collective waits for the slowest rank as long as that takes; the watch threads end the wait
 # when a rank is dead, which a collective's own timeout could not tell from being slow.
 COLLECTIVE_TIMEOUT = timedelta(days=30)
@@ -125,11 +127,10 @@ def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
     """Join the other ranks of torchrun, if any, and yield a Dist; leave cleanly on the way out.
 
     device: "cpu", "cuda", or None for CUDA where there is one. timeout: seconds without progress
-    after which a rank counts as dead. Raises ValueError for a device that is not there.
+    after which a rank counts as dead. Raises ValueError for a device that is not there, and for
+    ranks that cannot find each other (cli.check_launch).
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local_rank, launched = cli.check_launch()
     chosen = _pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -261,7 +262,8 @@ class Watch:
     def _end_run(self, dead: int) -> None:
         if self.store.add("reported", 1) == 1:
             print(
-                f"error: rank {dead} made no progress for {self.timeout:g} s; the run ends here",
+                f"error: rank {dead} made no progress for {self.timeout:g} s; the run ends here "
+                "(if that rank is stopped, once torchrun has killed it: 30 s more)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -270,5 +272,5 @@ class Watch:
 
 def print0(*args: Any, **kwargs: Any) -> None:
     """print on rank 0 only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if cli.rank() == 0:
         print(*args, **kwargs, flush=True)

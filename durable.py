@@ -19,6 +19,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -110,6 +111,27 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 def _write_error(error: OSError, path: Path) -> OSError:
     number = error.errno or errno.EIO
     return OSError(number, f"{os.strerror(number)}; nothing was written", str(path))
+
+
+def check_writable(directory: str | Path, flag: str) -> None:
+    """ValueError, naming the flag that gave it, for a directory that is there or still to be made
+    and in which no file can be written; before work whose result is to go there. Leaves nothing."""
+    directory = Path(directory)
+    whole = directory.absolute()
+    # a dangling link is there too, and in the way
+    place = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
+    if not place.is_dir():
+        raise ValueError(f"{flag} {directory}: {place} is no directory")
+    probe = place / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            _write_all(fd, bytes(4096))
+        finally:
+            os.close(fd)
+            probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {directory} cannot be written: {error.strerror}") from None
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -298,7 +320,8 @@ class Folder:
     in writing it, under the key of the work, so that other code or data never goes on from it.
 
     Without a results directory nothing is kept. The place is known once the checkpoint's
-    fingerprint is: `place` is called when the folder is first used, on every rank.
+    fingerprint is: `place` is called when the folder is first used, on every rank. Work goes on
+    when a disk fills up meanwhile: its numbers are worth more than its journal.
     """
 
     def __init__(self, dist, place: Callable[[], tuple[Path, str]] | None):
@@ -327,14 +350,36 @@ class Folder:
         return entries
 
     def append(self, entry: dict) -> None:
+        """To the journal, until it cannot be written."""
         if self._journal:
-            self._journal.append(entry)
+            try:
+                self._journal.append(entry)
+            except OSError as error:
+                self._give_up(error)
 
     def write(self, name: str, text: str) -> None:
         """A file that others read, whole, by rank 0."""
         if self.path and self.dist.is_main:
-            write_atomic(self.path / name, text)
+            try:
+                write_atomic(self.path / name, text)
+            except OSError as error:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._journal:
-            self._journal.close()
+            try:
+                self._journal.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        assert self._journal is not None, "nothing to give up"
+        journal, self._journal = self._journal, None
+        with contextlib.suppress(OSError):
+            journal.close()
+        if self.dist.is_main:
+            print(
+                f"warning: {error}; the work goes on, but could not be resumed from here",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import cli
+import command
 import evaluation
 import results
 import stats
@@ -62,7 +63,7 @@ class Options:
         "random: rosetrainer's sampled, overlapping windows, to compare with old numbers",
         choices=("exact", "random"),
     )
-    seed: int = cli.option(42, "of --windows random (42)", type=int)
+    seed: int = cli.option(42, "of --windows random (42); exact ones draw nothing", type=int)
     batch_size: int = cli.option(8, "windows of a batch at most (8)", type=cli.positive_int)
     compile: str = evaluation.compile_option()
 
@@ -74,7 +75,7 @@ class Options:
             raise ValueError(f"{cli.flag_of(other)} does not go with {mode}")
         if not getattr(self, wanted):
             raise ValueError(f"{mode} needs {cli.flag_of(wanted)} FILE …")
-        if self.windows == "random" and (self.stride or self.bos == "on"):
+        if self.windows == "random" and (self.stride or self.bos != "off"):
             raise ValueError("--windows random has no --stride and no --bos")
 
     @property
@@ -239,7 +240,7 @@ def print_record(record: Result) -> None:
         width = max(len(name) for name in files)
         for name, part in files.items():
             print(f"  {name:<{width}}  loss {part['loss']:.6f}  ppl {part['perplexity']:.4f}")
-    print(f"record: {record.path}", flush=True)
+    print(f"record: {record.place}", flush=True)
 
 
 def print_table(records: list[dict]) -> None:
@@ -285,7 +286,7 @@ def evaluate_perplexity(model: Any, tokenizer: Any, **options) -> Result:
 
 
 def main(argv=None):
-    evaluation.main(PERPLEXITY, argv, __doc__)
+    command.main(PERPLEXITY, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
-"""The frame of every evaluation: checkpoints -> plan -> run -> record, and the command around it.
+"""The frame of every evaluation: a model -> plan -> run -> record.
 
     PERPLEXITY = Evaluation("perplexity", __file__, Options, plan, run, show)
-    evaluation.main(PERPLEXITY, argv, __doc__)                  # its command
+    result = PERPLEXITY(model, tokenizer, val_data=["val.txt"])     # from Python
+    command.main(PERPLEXITY, argv, __doc__)                         # its command
 
 An evaluation is a name, options and three functions: `plan(options, facts)`, all that is known
 before a model runs; `run(backend, plan, folder)`, which asks the backend; `show(results)`, which
 prints those of one checkpoint. Everything else happens here, once: process group, precision,
-tokenizer, fingerprint, vocabulary and BOS checks, resume keys, journals, records, saving. sweep.py
-goes through the same doors with many checkpoints and evaluations.
+tokenizer, fingerprint, vocabulary and BOS checks, resume keys, journals, records, saving.
+command.py and sweep.py go through the same doors, with one evaluation and with many.
 
 torch takes seconds to import: only the functions that open or run a model do.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +151,11 @@ class Result(dict):
         self.arrays, self.samples, self.shown = arrays, samples, shown
         self.path: Path | None = None  # once it is saved
 
+    @property
+    def place(self) -> str:
+        """Where it lies, for people."""
+        return str(self.path or "not saved")
+
     def save(self, results_dir: str | Path, with_samples: bool = True) -> Path:
         """Into the results directory; the record's path."""
         samples = self.samples() if self.samples and with_samples else None
@@ -164,11 +167,11 @@ class Result(dict):
 # One evaluation of one model
 
 
-def resume_key(evaluation: Evaluation, plan: Plan, fingerprint: str, *rooms: str) -> str:
-    """What the record to come will be known by: the same key, the same numbers."""
-    code = evaluation.code_version(*rooms)
-    data = plan.data.get("hash")
-    return results.resume_key(fingerprint, evaluation.name, plan.config_hash, data, code)
+def resume_key(evaluation: Evaluation, plan: Plan, info: dict, *rooms: str) -> str:
+    """What the record to come will be known by: the same key, the same numbers. info: what it says
+    of the checkpoint."""
+    code, data = evaluation.code_version(*rooms), plan.data.get("hash")
+    return results.resume_key(info, evaluation.name, plan.config_hash, data, code)
 
 
 def local_backend(
@@ -205,9 +208,10 @@ def measure(
 
     def place():
         about = checkpoint_info()
-        key = resume_key(evaluation, plan, about["fingerprint"], *rooms)
-        path = record_path(evaluation, plan, about, run, results_dir)
-        return path.with_suffix(""), key
+        assert results_dir is not None, "without one there is no place"
+        path = record_path(evaluation, plan, about, run, results_dir) if dist.is_main else None
+        path = dist.broadcast(path)  # what lies there may change between two looks
+        return path.with_suffix(""), resume_key(evaluation, plan, about, *rooms)
 
     plan.prepare()
     folder = Folder(dist, place if results_dir is not None else None)
@@ -237,8 +241,8 @@ def record_path(
     evaluation: Evaluation, plan: Plan, info: dict, run: str, results_dir: str | Path
 ) -> Path:
     """Where the record of a plan will lie."""
-    about = run, info["name"], info["fingerprint"], evaluation.name, plan.config_hash
-    return results.record_path(results_dir, *about)
+    record = {"run": run, "checkpoint": info, "evaluation": evaluation.name, "data": plan.data}
+    return results.record_path(results_dir, record | {"config_hash": plan.config_hash})
 
 
 class Plans:
@@ -274,6 +278,7 @@ def check_vocabulary(highest: int, facts: Facts) -> None:
         )
 
 
+GPT2_VOCABULARIES = (50257, 50304)  # the latter as nanoGPT pads it
 _tokenizers: dict = {}
 
 
@@ -289,17 +294,23 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def pick_tokenizer(name: str | None, ckpt: Checkpoint, needed: bool) -> Tokenizer | None:
-    """The one named, else the checkpoint's own, else GPT-2's. Where none is needed and the
-    vocabulary is not GPT-2's, None."""
-    chosen = name or ckpt.tokenizer
-    is_gpt2 = ckpt.vocab_size in (50257, 50304)  # the latter as nanoGPT pads it
-    if chosen is None and not needed and not is_gpt2:
-        return None
-    return open_tokenizer(chosen or "gpt2")
+    """The one named, else the checkpoint's own, else GPT-2's where the vocabulary is GPT-2's: with
+    any other, its numbers would mean nothing. Without one: ValueError if it is needed, else None.
+    """
+    chosen, size = name or ckpt.tokenizer, ckpt.vocab_size
+    # Pythia has 50,304 of its own; of those that transformers runs, only the true size counts
+    if chosen is None and size in (GPT2_VOCABULARIES if ckpt.native else GPT2_VOCABULARIES[:1]):
+        chosen = "gpt2"
+    if chosen is None and needed:
+        raise ValueError(
+            f"{ckpt.path} has no tokenizer files, and its vocabulary of {size:,} is not "
+            "GPT-2's: name the tokenizer that it was trained with (--tokenizer-name)"
+        )
+    return open_tokenizer(chosen) if chosen else None
 
 
 # ---------------------------------------------------------------------------------------------
-# The command
+# Options that evaluations share
 
 
 def bos_option(default: str = "auto") -> str:
@@ -335,7 +346,9 @@ class ModelOptions:
         None, "the model's shape, for old checkpoint files that hold none"
     )
     tokenizer_name: str | None = cli.option(
-        None, "byte, a tiktoken name or a local directory; default: the checkpoint's own, else gpt2"
+        None,
+        "byte, a tiktoken name or a local directory; default: the checkpoint's own, else gpt2 for "
+        "a vocabulary of GPT-2's size",
     )
     results_dir: str = cli.option("results", "where records go (results)")
     run_name: str | None = cli.option(
@@ -349,48 +362,6 @@ class ModelOptions:
         return load_config(self.config) if self.config else None
 
 
-def main(evaluation: Evaluation, argv: list[str] | None, description: str | None) -> None:
-    """The command of an evaluation that takes checkpoints and nothing else."""
-    p = cli.parser(description)
-    add_flags(p, evaluation)
-    args = p.parse_args(argv)
-    if not args.checkpoint_path:
-        p.error("the following arguments are required: --checkpoint-path")
-    run_command(evaluation, args)
-
-
-def add_flags(p: cli.Parser, evaluation: Evaluation) -> None:
-    """Those of the models, of the evaluation and of the run."""
-    cli.add_options(p, ModelOptions, evaluation.Options, cli.PrecisionOptions, cli.RunOptions)
-    if evaluation.samples == "asked":
-        p.add_argument("--log-samples", action="store_true", help="keep every example's scores")
-
-
-def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
-    """Every checkpoint named, one after the other: measured, saved, shown."""
-    models = cli.read_options(ModelOptions, args)
-    options = cli.read_options(evaluation.Options, args)
-    variants = evaluation.variants(options)
-    evaluation.check(options)
-    import checkpoint
-    import distributed
-
-    paths = checkpoint.expand_paths(models.checkpoint_path)
-    with distributed.setup(args.device, args.timeout) as dist, ThreadPoolExecutor(2) as background:
-        dtype = set_precision(cli.read_options(cli.PrecisionOptions, args), dist)
-        plans, done = [Plans(evaluation, variant) for variant in variants], []
-        for path in paths:
-            of_path = measure_checkpoint(plans, path, models, dtype, dist, background, len(paths))
-            if dist.is_main:
-                keep = evaluation.samples == "always" or getattr(args, "log_samples", False)
-                for result in of_path:
-                    result.save(models.results_dir, keep)
-                evaluation.show(of_path)
-            done += map(dict, of_path)  # without what lies beside them
-        if len(paths) > 1 and dist.is_main:
-            evaluation.table(done)
-
-
 def set_precision(precision: cli.PrecisionOptions, dist: Dist) -> str:
     """The dtype by name; float32 is the reference, without TF32."""
     import torch
@@ -399,51 +370,3 @@ def set_precision(precision: cli.PrecisionOptions, dist: Dist) -> str:
     if dtype == "float32":
         torch.set_float32_matmul_precision("highest")
     return dtype
-
-
-def measure_checkpoint(
-    plans: list[Plans],
-    path: Path,
-    models: ModelOptions,
-    dtype: str,
-    dist: Dist,
-    background: ThreadPoolExecutor,
-    n_checkpoints: int,
-) -> list[Result]:
-    """A Result for each of the plans of one evaluation. Beside the loading, prompts are made and,
-    on one rank, the checkpoint is hashed: both take seconds."""
-    import checkpoint
-    from backends.local import facts_of
-
-    evaluation, options = plans[0].evaluation, plans[0].options
-    start = time.perf_counter()
-    ckpt = checkpoint.open(path, models.model_config())
-    info = background.submit(ckpt.describe).result if dist.is_main else None
-    tokenizer = pick_tokenizer(models.tokenizer_name, ckpt, evaluation.needs_tokenizer(options))
-    facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
-
-    def make_plans():
-        made = [each.of(facts) for each in plans]
-        for plan in made:
-            plan.prepare()
-        return made
-
-    planned = background.submit(make_plans)
-    model = ckpt.load(dtype, dist.device)
-    made = planned.result()
-    load_seconds = time.perf_counter() - start
-    backend = local_backend(options, model, facts, dist, n_checkpoints)
-    done = []
-    for plan in made:
-        result = measure(
-            evaluation,
-            backend,
-            plan,
-            info=info,
-            run=models.run_of(path),
-            rooms=(ckpt.format, "backends/local.py"),
-            results_dir=models.results_dir,
-        )
-        result["cost"]["load_seconds"] = load_seconds
-        done.append(result)
-    return done

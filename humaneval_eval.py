@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import command
 import evaluation
 import stats
 from backends import Backend, Facts, Sampling
@@ -160,7 +161,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "stop": list(sampling.stop),
         "strip_prompt": options.strip_prompt,
         "bos": bos,
-        "seed": sampling.seed,
+        "seed": None if greedy else sampling.seed,
         "limit": options.limit,
         "batch_size": options.batch_size,
         "compile": options.compile,
@@ -182,17 +183,20 @@ def plan(options: Options, facts: Facts) -> Plan:
 
 
 def words_of(protocol: dict) -> tuple[str, ...]:
-    drawn = ["greedy"]
-    if protocol["temperature"]:
-        drawn = [f"temperature {protocol['temperature']:g}", f"top-p {protocol['top_p']:g}"]
     limit = protocol["limit"]
     return (
         f"{protocol['num_samples']} samples",
-        *drawn,
+        *how_drawn(protocol),
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
         *([f"limit {limit}: not a score"] if limit else []),
     )
+
+
+def how_drawn(protocol: dict) -> list[str]:
+    if not protocol["temperature"]:
+        return ["greedy"]
+    return [f"temperature {protocol['temperature']:g}", f"top-p {protocol['top_p']:g}"]
 
 
 def make_prompts(
@@ -324,12 +328,8 @@ def sample_line(entry: dict) -> str:
 def with_verdict(judged: tuple[str, dict, Verdict]) -> dict:
     """A line beside the record: OpenAI's fields of a judged sample, and ours."""
     _, entry, verdict = judged
-    names = ("task_id", "completion", "sample", "finish", "tokens")
-    return {name: entry[name] for name in names} | {
-        "result": verdict.result,
-        "passed": verdict.passed,
-        "kind": verdict.kind,
-    }
+    drawn = {n: entry[n] for n in ("task_id", "completion", "sample", "finish", "tokens")}
+    return drawn | {"result": verdict.result, "passed": verdict.passed, "kind": verdict.kind}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -345,10 +345,8 @@ def print_record(record: Result) -> None:
     protocol, cost = record["protocol"], record["cost"]
     work, judged, tally, folder = record.shown
     print(f"\n{record['checkpoint']['name']}  ({record['checkpoint']['path']})")
-    drawn = "greedy"
-    if protocol["temperature"]:
-        drawn = f"temperature {protocol['temperature']:g}, top-p {protocol['top_p']:g}"
-    print(f"{len(work.problems)} tasks, samples of each: {protocol['num_samples']}, {drawn}")
+    drawn = ", ".join([str(protocol["num_samples"]), *how_drawn(protocol)])
+    print(f"{len(work.problems)} tasks, samples of each: {drawn}")
     if protocol["limit"]:
         print("A PART OF THE TASKS (--limit): not a score of the set")
     print_scores(record["metrics"], tally)
@@ -363,8 +361,9 @@ def print_record(record: Result) -> None:
     print(f"sandbox: {protocol['sandbox_tier']}")
     if work.options.show:
         print_example(work.problems[find_task(work.problems, work.options.show)], judged)
-    print(f"samples: {folder / 'samples.jsonl'}")
-    print(f"record: {record.path}", flush=True)
+    if folder and (folder / "samples.jsonl").exists():
+        print(f"samples: {folder / 'samples.jsonl'}")
+    print(f"record: {record.place}", flush=True)
 
 
 def print_table(records: list[dict]) -> None:
@@ -405,14 +404,14 @@ def evaluate_humaneval(
     return HUMANEVAL(model, tokenizer, data_path=data_path, num_samples=num_samples, **options)
 
 
-# flags that say what is drawn: judging a file knows nothing of them
-DRAWING = [*cli.option_names(Sampling), "num_samples", "strip_prompt", "bos", "limit"]
-DRAWING += ["batch_size", "compile"]
+# flags of judging a file of samples; all others say what is drawn, and by which model
+JUDGING = ["samples_file", "ignore_incomplete", "data_path", "k", "show", "workers", "debug"]
+JUDGING += ["judge_timeout", "judge_memory", "sandbox_tier", "unsafe_no_sandbox"]
 
 
 def main(argv=None):
     p = cli.parser(__doc__)
-    evaluation.add_flags(p, HUMANEVAL)
+    command.add_flags(p, HUMANEVAL)
     p.add_argument("--samples-file", metavar="FILE", help="judge these samples; needs no model")
     p.add_argument("--ignore-incomplete", action="store_true", help="... though tasks are missing")
     args = p.parse_args(argv)
@@ -421,15 +420,16 @@ def main(argv=None):
     if args.ignore_incomplete and not args.samples_file:
         p.error("--ignore-incomplete goes with --samples-file")
     if not args.samples_file:
-        return evaluation.run_command(HUMANEVAL, args)
-    for name in DRAWING:
-        if getattr(args, name) != p.get_default(name):
+        return command.run_command(HUMANEVAL, args)
+    for name, value in vars(args).items():
+        if name not in JUDGING and value != p.get_default(name):
             p.error(f"{cli.flag_of(name)} goes with --checkpoint-path, not --samples-file")
     judge_samples(args.samples_file, args.ignore_incomplete, cli.read_options(Options, args))
 
 
 def judge_samples(path: str, ignore_incomplete: bool, options: Options) -> None:
     """By rank 0 alone."""
+    cli.check_launch()
     problems = read_problems(options.data_path)
     task = find_task(problems, options.show) if options.show else None
     if cli.rank() == 0:

@@ -16,6 +16,7 @@ Llama-2-7B's published score is 45.3% (5-shot).
 """
 
 import functools
+import hashlib
 import itertools
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 import cli
+import command
 import evaluation
 import stats
 from backends import Backend, Facts, Sampling
@@ -76,10 +78,12 @@ class Options:
         False, "cut questions that alone exceed the context on the left: no error"
     )
     bos: str = evaluation.bos_option()
-    no_prefix_cache: bool = cli.option(False, "run every prompt whole")
+    no_prefix_cache: bool = cli.option(
+        False, "run every prompt whole (as --scoring generate always does)"
+    )
     batch_tokens: int | None = cli.option(
         None,
-        "padded tokens of a batch at most (32768 on CUDA, 4096 on CPU)",
+        "padded tokens of a batch at most (32768 on CUDA, 4096 on CPU); not of --scoring generate",
         type=cli.positive_int,
     )
     batch_size: int | None = cli.option(None, "rows of a batch at most", type=cli.positive_int)
@@ -140,7 +144,8 @@ def plan(options: Options, facts: Facts) -> Plan:
     if scoring not in template.scorings:
         raise ValueError(f"template {template.name} shows no letters: --scoring continuation only")
     bos = evaluation.resolve_bos(options.bos, tokenizer)
-    share_prefix = not options.no_prefix_cache and facts.shares_prefixes and scoring != "generate"
+    generates = scoring == "generate"
+    share_prefix = not options.no_prefix_cache and facts.shares_prefixes and not generates
     data = read_questions(options)
     protocol = {
         "template": template.name,
@@ -158,7 +163,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "prefix_cache": share_prefix,
-        "batch_tokens": options.batch_tokens or BATCH_TOKENS[facts.device],
+        "batch_tokens": None if generates else options.batch_tokens or BATCH_TOKENS[facts.device],
         "batch_size": options.batch_size,
         "examples_hash": data.examples_hash,
     }
@@ -277,10 +282,9 @@ def show(records: list[Result]) -> None:
     for record in records:
         print_details(record)
     for record in records:
-        print(f"record: {record.path}")
+        print(f"record: {record.place}")
     if len(records) > 1:
-        path = Path(str(records[-1].path))
-        print_differences(records, path.with_name(f"mmlu-differences-{path.stem[-8:]}.jsonl"))
+        print_differences(records)
 
 
 def print_accuracies(records: list[Result]) -> None:
@@ -350,20 +354,32 @@ def print_details(record: Result) -> None:
     )
 
 
-def print_differences(records: list[Result], path: Path) -> None:
-    """Pairs of columns: how many questions they answer differently, and all of them in a file."""
-    lines, questions = [], records[0].shown.questions
-    for a, b in itertools.combinations(records, 2):
-        ours, theirs = a.arrays["predicted"], b.arrays["predicted"]
-        ids = np.flatnonzero(ours != theirs)
-        print(f"{column_of(a)} and {column_of(b)} differ on {len(ids):,} questions")
-        for i in ids.tolist():
-            q = questions[i]
-            line = {"id": i, "subject": q.subject, "where": q.where, "gold": LETTERS[q.answer]}
-            line |= {column_of(a): letter_or_none(ours[i]), column_of(b): letter_or_none(theirs[i])}
-            lines.append(dumps(line) + "\n")
-    write_atomic(path, "".join(lines))
-    print(f"differences: {path}")
+def print_differences(records: list[Result]) -> None:
+    """How many questions pairs of columns answer differently, and all of them in a file beside the
+    records, which is named by theirs."""
+    pairs = list(itertools.combinations(records, 2))
+    found = [differences(a, b) for a, b in pairs]
+    place, paths = "not saved", [record.path for record in records if record.path]
+    if len(paths) == len(records):
+        digest = hashlib.sha256(" ".join(path.name for path in paths).encode()).hexdigest()
+        file = paths[0].with_name(f"mmlu-differences-{digest[:8]}.jsonl")
+        write_atomic(file, "".join(dumps(line) + "\n" for lines in found for line in lines))
+        place = str(file)
+    for (a, b), lines in zip(pairs, found):
+        print(f"{column_of(a)} and {column_of(b)} differ on {len(lines):,} questions")
+    print(f"differences: {place}")
+
+
+def differences(a: Result, b: Result) -> list[dict]:
+    """What is said of each question that the two answer differently."""
+    lines, questions = [], a.shown.questions
+    ours, theirs = a.arrays["predicted"], b.arrays["predicted"]
+    for i in np.flatnonzero(ours != theirs).tolist():
+        q = questions[i]
+        line = {"id": i, "subject": q.subject, "where": q.where, "gold": LETTERS[q.answer]}
+        answers = {column_of(a): letter_or_none(ours[i]), column_of(b): letter_or_none(theirs[i])}
+        lines.append(line | answers)
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------
@@ -396,7 +412,7 @@ def evaluate_mmlu(
 
 
 def main(argv=None):
-    evaluation.main(MMLU, argv, __doc__)
+    command.main(MMLU, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@
 
 A record's schema is SCHEMA below: it says itself what its numbers are, so that whoever tables,
 compares, draws or exports it need not know the evaluation. What the numbers mean is stats.py's; how
-files survive a crash, durable.py's; which code made them, sources.py's. Standard library and numpy
-only.
+files survive a crash, durable.py's; which code made them, sources.py's; what tells two records
+apart, and where they lie, identity.py's. Standard library and numpy only.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from durable import dumps, encode, write_atomic, write_json
+from identity import config_hash, record_path, resume_key
 from results_v1 import arrays_from_version_1, from_version_1
 from sources import ROOT, code_commit, code_files, code_version, running_code, source_files
 from stats import proportion_stderr
@@ -42,9 +43,11 @@ __all__ += ["running_code", "save_record", "scalars", "share", "source_files", "
 SCHEMA_VERSION = 2
 SCHEMA = """
 One JSON object for each (checkpoint, evaluation, configuration), at
-results/{run}/{checkpoint}-{fingerprint8}/{evaluation}-{config8}.json. Strict JSON: NaN and
-infinities are null. Beside it, under the same name: `.npz` (arrays, one row per example) and
-`.jsonl` (samples, one object per example), both optional and written before the JSON.
+results/{run}/{checkpoint}-{fingerprint8}/{evaluation}-{config8}.json, with 16 more digits where
+that is another record's place (identity.py). Only a rerun of the same work, by newer code perhaps,
+replaces a record. Strict JSON: NaN and infinities are null. Beside it, under the same name: `.npz`
+(arrays, one row per example) and `.jsonl` (samples, one object per example), both optional and
+written before the JSON.
 
 schema_version  2
 evaluation      "perplexity" | "mmlu" | "humaneval" | ...: any name
@@ -77,15 +80,16 @@ cost            {seconds, tokens_per_second, mfu, peak_memory_bytes, gpu, world_
 environment     {time, python, packages, code}: UTC, versions, commit; nothing about the host
 config_hash     sha256 of the configuration asked for (the protocol, where none was given)
 code_version    sha256 of the sources that the evaluation imports, or null
-resume_key      sha256 of (fingerprint, evaluation, config_hash, data.hash, code_version)
+resume_key      sha256 of (fingerprint, model's config, evaluation, config_hash, data.hash,
+                code_version)
 files           {arrays: {name, sha256}, samples: {name, sha256}}: what lies beside the JSON
 
 Version 1 had no better, unit, examples and words, and metrics could be plain numbers. Such records
 are read as version 2 (results_v1.py) and never rewritten.
 
-Beside the records of one checkpoint, {evaluation}-differences-{config8}.jsonl may hold the examples
-that several of them answer differently: `id`, fields that say which example it is (`where` is a
-place in a file), and under names with a slash ("lm_eval/letter") what each answered.
+Beside the records of one checkpoint, {evaluation}-differences-{hash8 of their names}.jsonl may hold
+the examples that several of them answer differently: `id`, fields that say which example it is
+(`where` is a place in a file), and under names with a slash ("lm_eval/letter") what each answered.
 """
 
 
@@ -128,26 +132,6 @@ def data_words(data: Mapping[str, Any]) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------
 # Records
-
-
-def config_hash(configuration: Mapping[str, Any]) -> str:
-    """sha256 of a configuration's canonical JSON: the order of keys does not matter."""
-    text = dumps(configuration, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(encode(text)).hexdigest()
-
-
-def resume_key(
-    fingerprint: str,
-    evaluation: str,
-    configuration: Mapping[str, Any] | str,
-    data_hash: str | None,
-    code: str | None,
-) -> str:
-    """sha256 that names one piece of work: the same key, the same numbers. File names, world
-    size and time play no part. `configuration` is the dict or its `config_hash`."""
-    if not isinstance(configuration, str):
-        configuration = config_hash(configuration)
-    return config_hash({"key": [fingerprint, evaluation, configuration, data_hash, code]})
 
 
 def utc_now() -> str:
@@ -203,7 +187,7 @@ def new_record(
     assert checkpoint["name"] and checkpoint["fingerprint"], f"unnamed checkpoint {checkpoint}"
     data = data or {}
     hashed = config_hash(protocol if configuration is None else configuration)
-    key = resume_key(checkpoint["fingerprint"], evaluation, hashed, data.get("hash"), code)
+    key = resume_key(checkpoint, evaluation, hashed, data.get("hash"), code)
     record = {
         "schema_version": SCHEMA_VERSION,
         "evaluation": evaluation,
@@ -229,29 +213,6 @@ def new_record(
     return record
 
 
-def _file_name(name) -> str:
-    """A run's or checkpoint's name as one harmless path component."""
-    name = re.sub(r"[^\w.+=-]+", "_", str(name)).lstrip(".")
-    if not name:
-        raise ValueError("a run or checkpoint needs a name with a letter or digit in it")
-    return name
-
-
-def record_path(
-    results_dir: str | Path,
-    run: str,
-    checkpoint: str,
-    fingerprint: str,
-    evaluation: str,
-    config: str,
-) -> Path:
-    """results/{run}/{checkpoint}-{fingerprint8}/{evaluation}-{config8}.json; `config` is a
-    configuration's `config_hash`."""
-    directory = f"{_file_name(checkpoint)}-{fingerprint[:8]}"
-    name = f"{_file_name(evaluation)}-{config[:8]}.json"
-    return Path(results_dir) / _file_name(run) / directory / name
-
-
 def save_record(
     results_dir: str | Path,
     record: dict,
@@ -261,16 +222,7 @@ def save_record(
     """Write a record, and beside it `arrays` ({name: array}) as .npz and `samples` (an iterable of
     dicts) as .jsonl. The JSON comes last and holds their hashes, so it never vouches for files
     that are not whole. Returns the JSON's path."""
-    checkpoint = record["checkpoint"]
-    path = record_path(
-        results_dir,
-        record["run"],
-        checkpoint["name"],
-        checkpoint["fingerprint"],
-        record["evaluation"],
-        record["config_hash"],
-    )
-    files = {}
+    path, files = record_path(results_dir, record), {}
     if arrays:
         buffer = io.BytesIO()
         plain = {name: np.asarray(array) for name, array in arrays.items()}

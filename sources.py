@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 
 # What an evaluation's numbers do not depend on: how flags are read and what is printed
-WITHOUT_NUMBERS = ("cli.py",)
+WITHOUT_NUMBERS = ("cli.py", "streams.py")
 # A door to rooms of which one is entered: its imports of those are left to `chosen`
-DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends"}
+DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends", "command.py": "backends"}
 
 
 def statements_that_run(tree: ast.AST) -> Iterator[ast.AST]:
@@ -129,7 +129,7 @@ def code_commit() -> str:
     command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe"]
     command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        out = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         out = None
     if out and out.returncode == 0:

@@ -136,6 +136,10 @@ def read_entries(file: str, models: ModelOptions, shared: SharedOptions) -> list
             entries += entries_of(f"{file}: {name}", known[name], values, models, shared)
     if not entries:
         raise ValueError(f"{file} names no evaluation; there are {', '.join(known)}")
+    offered = {name for entry in entries for name in cli.option_names(entry.evaluation.Options)}
+    for name, value in vars(shared).items():
+        if value is not None and name not in offered:
+            raise ValueError(f"{cli.flag_of(name)}: no evaluation that {file} names has it")
     return [entry.labelled(entries) for entry in entries]
 
 
@@ -284,7 +288,7 @@ class ReadAhead:
 def available_memory() -> int:
     """Bytes; 0 where the system does not tell."""
     try:
-        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        found = re.search(rb"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_bytes())
         return int(found[1]) * 1024 if found else 0
     except OSError:
         return 0

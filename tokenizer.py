@@ -403,7 +403,7 @@ def _save_bpe(directory, vocab, merges, pre_tokenizers, specials, ignore_merges)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(definition, ensure_ascii=False, indent=1) + "\n"
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "tokenizer_config.json").write_bytes(json.dumps(config, indent=2).encode() + b"\n")
 
 
 def _merge_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

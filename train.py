@@ -35,18 +35,30 @@ from costs import gpus
 from costs.flops import estimate_flops
 from dataset import TokenStream, Windows, build_tokenizer, open_stream
 from distributed import Dist, print0
+from durable import check_writable
+from evaluation import GPT2_VOCABULARIES
 from model import GPTModel
 from tokenizer import Tokenizer
 from training.batches import TrainBatches
 from training.log import Log, mean_over_ranks, start_wandb
-from training.options import DataOptions, OptimizationOptions, Options, RunOptions, parse
+from training.options import (
+    DataOptions,
+    ModelOptions,
+    OptimizationOptions,
+    Options,
+    RunOptions,
+    parse,
+)
 
 
 def main(argv=None):
     options = parse(argv, __doc__)
+    if cli.rank() == 0:
+        check_writable(options.run.checkpoint_path, "--checkpoint-path")
     with distributed.setup(options.device.device, options.device.timeout) as dist:
         dtype = choose_dtype(options.precision, dist.device)
-        tokenizer, stream, val_stream = open_data(options.data)
+        tokenizer = choose_tokenizer(options)
+        stream, val_stream = open_data(options.data, tokenizer)
         model = build_model(options, tokenizer).to(dist.device)
         for data in filter(None, (stream, val_stream)):
             data.check_vocab(model.vocab_size)
@@ -79,33 +91,50 @@ class TrainingState:
     step: int = 0
 
 
-def open_data(data: DataOptions) -> tuple[Tokenizer, TokenStream, TokenStream | None]:
-    """(tokenizer, training stream, validation stream or None)."""
+def choose_tokenizer(options: Options) -> Tokenizer:
+    """The one named, else that of --init-from, else GPT-2's where the vocabulary is GPT-2's."""
+    name: str | Path | None = options.data.tokenizer_name
+    given = options.model
+    if name is None and given.init_from:
+        name = checkpoint.open(given.init_from).tokenizer
+    if name is None:
+        config = config_given(given)
+        vocab_size = given.vocab_size or (config and config.vocab_size)
+        if vocab_size and vocab_size not in GPT2_VOCABULARIES:
+            raise ValueError(
+                f"a vocabulary of {vocab_size:,} is not GPT-2's: name the tokenizer that the data "
+                "has, or shall get (--tokenizer-name)"
+            )
+    return build_tokenizer(name or "gpt2")
+
+
+def open_data(data: DataOptions, tokenizer: Tokenizer) -> tuple[TokenStream, TokenStream | None]:
+    """(training stream, validation stream or None)."""
     kind = "data" if data.data_mode == "text" else "npy"
     files, val_files = getattr(data, f"train_{kind}"), getattr(data, f"val_{kind}")
     if not files:
         raise ValueError(f"--data-mode {data.data_mode} needs --train-{kind} FILE …")
-    tokenizer = build_tokenizer(data.tokenizer_name)
     train = open_stream(data.data_mode, files, tokenizer, data.max_tokens)
     if val_files:
-        val = open_stream(data.data_mode, val_files, tokenizer, data.val_max_tokens)
-        return tokenizer, train, val
-    if data.val_ratio:
-        return tokenizer, *train.split(data.val_ratio)
-    return tokenizer, train, None
+        return train, open_stream(data.data_mode, val_files, tokenizer, data.val_max_tokens)
+    return train.split(data.val_ratio) if data.val_ratio else (train, None)
+
+
+def config_given(given: ModelOptions) -> GPTConfig | None:
+    """That of --config, else of --init-from; the other flags are still to come."""
+    if given.config:
+        return load_config(given.config)
+    config = checkpoint.open(given.init_from).config if given.init_from else None
+    if given.init_from and config is None:
+        raise ValueError(f"{given.init_from}: train.py has no native form for this architecture")
+    return config
 
 
 def build_model(options: Options, tokenizer: Tokenizer) -> GPTModel:
     """Fresh weights on CPU, the same on every rank: drawn from the seed. ValueError for a model
     that is too short for --seq-len."""
     given, seq_len = options.model, options.optimization.seq_len
-    config = load_config(given.config) if given.config else None
-    if given.init_from and config is None:
-        config = checkpoint.open(given.init_from).config
-        if config is None:
-            raise ValueError(
-                f"{given.init_from}: train.py has no native form for this architecture"
-            )
+    config = config_given(given)
     if config is None:
         defaults: dict[str, Any] = {
             "vocab_size": tokenizer.vocab_size,

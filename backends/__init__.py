@@ -57,7 +57,11 @@ class Sampling:
     (sampling.py). ValueError for a value out of range."""
 
     max_new_tokens: int = cli.option(256, "tokens of a sample at most", type=cli.positive_int)
-    temperature: float = cli.option(0.0, "0: greedy, the likeliest token", type=float)
+    temperature: float = cli.option(
+        0.0,
+        "0: greedy, the likeliest token; --top-p, --top-k and --seed say nothing then",
+        type=float,
+    )
     top_p: float = cli.option(1.0, "the fewest likeliest tokens of this share; 1: off", type=float)
     top_k: int = cli.option(0, "the k likeliest tokens; 0: off", type=int)
     stop: tuple[str, ...] = cli.option(

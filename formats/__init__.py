@@ -37,9 +37,15 @@ class Opened:
     hint: str = ""  # said if the tensors do not fit the config
 
 
+def named(path: str | Path) -> Path:
+    """The path under a name of its own: `.` and `..` have none, and no parent that can be asked."""
+    path = Path(path)
+    return path if path.name not in ("", "..") else path.resolve()
+
+
 def name_of(path: Path) -> str:
     """What a checkpoint is called."""
-    return path.name if path.is_dir() else path.stem
+    return (path.name if path.is_dir() else path.stem) or "root"
 
 
 def step_in_name(name: str) -> int | None:

@@ -31,14 +31,17 @@ def remembered_sha256(path: Path) -> str:
     """`sha256`, from the cache if the file is still the one that was hashed."""
     s = path.stat()
     key = f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "roseval/sha256"
+    # without a home, as some users of containers are, it stays "~" and is not there
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    cache = Path(home) / "roseval/sha256"
     memo = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        known = memo.read_text()
+        known = memo.read_text(encoding="ascii")
         if re.fullmatch("[0-9a-f]{64}", known):
             return known
     digest = sha256(path)
     with contextlib.suppress(OSError):  # a read-only home only costs the next start some time
-        cache.mkdir(parents=True, exist_ok=True)
-        memo.write_text(digest)
+        if not home.startswith("~"):
+            cache.mkdir(parents=True, exist_ok=True)
+            memo.write_text(digest, encoding="ascii")
     return digest

@@ -69,7 +69,7 @@ def shard_files(index: Path) -> list[Path]:
         return [index]
     refuse_impostor(index)
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = cli.first_line(error)
         raise ValueError(f"{index} is no index of shards: {why}") from None

@@ -73,7 +73,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{file} is damaged: it is not JSON") from None
     ours = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT
@@ -183,7 +183,7 @@ def _write_manifest(directory: Path, about: dict[str, Any]) -> None:
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         fsync(path)
     text = dumps({"format": MANIFEST_FORMAT, **about, "files": files}, indent=2) + "\n"
-    (directory / "manifest.json").write_text(text)
+    (directory / "manifest.json").write_text(text, encoding="utf-8")
     fsync(directory / "manifest.json")
     fsync(directory)
 

@@ -142,7 +142,7 @@ def page(data: dict) -> str:
         ) from None
     text = dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no tag ends the script
     parts = {"{{plotly.js}}": get_plotlyjs(), "{{data}}": text}
-    out = PAGE.read_text()
+    out = PAGE.read_text(encoding="utf-8")
     for name, part in parts.items():
         before, after = out.split(name)
         out = before + part + after

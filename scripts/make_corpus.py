@@ -60,7 +60,7 @@ def main():
             partial, documents, args.tokenizer, args.val_fraction, args.shard_tokens
         )
         text = json.dumps(made_from | counts, indent=2) + "\n"
-        (partial / "corpus.json").write_text(text)
+        (partial / "corpus.json").write_text(text, encoding="utf-8")
         replace_directory(partial, args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -113,7 +113,7 @@ def is_up_to_date(out: Path, made_from: dict) -> bool:
     if not out.exists():
         return False
     try:
-        found = json.loads((out / "corpus.json").read_text())
+        found = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ValueError(
             f"{out} exists but is no corpus of this script; choose another --out"

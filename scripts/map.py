@@ -16,13 +16,15 @@ def main() -> None:
             print(f"\n{folder.name}/  {summary(folder / '__init__.py')}")
         for path in sorted(folder.glob("*.py")):
             if path.name != "__init__.py":
-                lines = len(path.read_text().splitlines())
+                lines = len(path.read_text(encoding="utf-8").splitlines())
                 print(f"  {path.name:<24}{lines:>5}  {summary(path)}")
 
 
 def summary(path: Path) -> str:
     return (
-        (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+        (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+        .split("\n\n")[0]
+        .replace("\n", " ")
     )
 
 

@@ -100,7 +100,7 @@ def _this_process() -> list | None:
     """[machine since its start, process namespace, process, its start]; None where Linux's /proc is
     not there to tell."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return [boot, os.readlink("/proc/self/ns/pid"), os.getpid(), _start_of(os.getpid())]
     except OSError:
         return None
@@ -108,7 +108,7 @@ def _this_process() -> list | None:
 
 def _start_of(pid: int) -> str | None:
     """When a process was started, in ticks; None once it has ended, reaped or not."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return None if fields[0] in "ZX" else fields[19]
 
 

@@ -23,8 +23,10 @@ from sweeping.trackers import open_trackers
 class Ledger:
     """The records of the results directory: what is done, what failed. Writes more of them."""
 
-    def __init__(self, results_dir, entries, dtype: str, options):
-        self.results_dir, self.dtype, self.options = results_dir, dtype, options
+    def __init__(self, results_dir, entries, dtype: str, options, config=None):
+        self.results_dir, self.options = results_dir, options
+        # a failure is filed under what holds for all entries, too: --config, where it is given
+        self.shared = {"dtype": dtype} | ({"config": config.to_dict()} if config else {})
         self.entries = {entry.label: entry for entry in entries}
         self.done, self.made, self.failures = set(), set(), {}
         self.trackers = open_trackers(options.tensorboard, options.wandb)
@@ -64,7 +66,7 @@ class Ledger:
         """(evaluation, configuration) that a failure is filed under: all that is known before a
         checkpoint can be opened."""
         entry = self.entries[label]
-        return entry.evaluation.name, entry.asked | {"dtype": self.dtype}
+        return entry.evaluation.name, entry.asked | self.shared
 
     def _code(self, label: str) -> str:
         """Of all that could open a checkpoint: who mends a format tries again what failed."""

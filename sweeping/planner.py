@@ -112,7 +112,8 @@ class Planner:
                 probe.release()
         except OSError as error:
             raise ValueError(f"--results-dir {place} cannot be written: {error.strerror}") from None
-        self.ledger = Ledger(place, list(self.entries.values()), self.dtype, self.options)
+        entries, config = list(self.entries.values()), self.models.model_config()
+        self.ledger = Ledger(place, entries, self.dtype, self.options, config)
         self.look()
         if not (self.shelf.seen or self.options.watch):
             checkpoint.expand_paths(self.models.checkpoint_path)  # says what is wrong
@@ -186,7 +187,7 @@ class Planner:
             try:
                 plan, _ = self.plan_of(entry, ckpt)
                 rooms = ckpt.format, "backends/local.py"
-                key = evaluation.resume_key(entry.evaluation, plan, about["fingerprint"], *rooms)
+                key = evaluation.resume_key(entry.evaluation, plan, about, *rooms)
                 keys[label] = self._record_path(entry, plan, about, path), key
             except Exception as error:  # the same edge
                 problems[label] = reason_of(error)
@@ -248,9 +249,11 @@ class Planner:
         key = work.pending[label]
         assert result["resume_key"] == key, f"planned {key}, got {result['resume_key']}"
         kept = self.entries[label].evaluation.samples
-        self.ledger.save(result, kept == "always" or self.options.log_samples, work.path, label)
+        try:
+            self.ledger.save(result, kept == "always" or self.options.log_samples, work.path, label)
+        finally:  # a full disk does not cost the numbers
+            say(work.info["name"], f"{label}: {headline(result)}")
         self.failed.discard((work.path, label))
-        say(work.info["name"], f"{label}: {headline(result)}")
 
     def fail(self, work: Work, label: str, reason: str) -> None:
         self._fail(work.path, work.files, work.info, label, reason)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import checkpoint
+from tokenizer import TOKENIZER_COPIES
 
 
 @dataclass
@@ -22,9 +23,13 @@ class Seen:
 
 
 def signature(path: Path) -> tuple | None:
-    """(name, size, mtime, inode) of a checkpoint's files; None once it is gone."""
+    """(name, size, mtime, inode) of a checkpoint's files, and of those beside it that are read with
+    it (the run's tokenizer, a file's config); None once it is gone."""
+    beside = TOKENIZER_COPIES if path.is_dir() else ("config.json", *TOKENIZER_COPIES)
     try:
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        if files:
+            files += [p for name in beside if (p := path.parent / name).is_file() and p != path]
         stats = [(p.name, p.stat()) for p in files]
     except OSError:
         return None

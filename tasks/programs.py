@@ -145,6 +145,7 @@ def judge_file(
     core each. ignore_incomplete: judge the others where tasks have no samples, which is ValueError
     otherwise. show: the task of which a failing sample is printed.
     """
+    out = results_beside(path)
     samples = read_samples(path, problems)
     counts = Counter(s["task_id"] for s in samples)
     ks = check_counts(path, counts, problems, ks, ignore_incomplete)
@@ -163,8 +164,11 @@ def judge_file(
     judged_by = {"sandbox_tier": tier.partition(" ")[0]}  # beside OpenAI's own fields
     judged = [(s["task_id"], s, verdicts[i]) for i, s in enumerate(samples)]
     lines = (s | {"result": v.result, "passed": v.passed} | judged_by for _, s, v in judged)
-    out = f"{path}_results.jsonl"
-    durable.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
+    problem = None
+    try:
+        durable.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as error:  # the scores are printed all the same
+        problem = error
     tally = count_kinds(problems, judged)
     metrics, _, _ = summarise(tally, ks)
     print(f"{path}: {len(samples):,} samples of {len(tally)} tasks")
@@ -175,7 +179,18 @@ def judge_file(
     print(f"{different:,} different programs judged in {seconds:.1f} s; sandbox {tier}")
     if show:
         print_example(problems[show], judged)
+    if problem:
+        raise problem
     print(f"results: {out}")
+
+
+def results_beside(path: str | Path) -> str:
+    """Where the results of a file of samples go. ValueError, before any is judged, if they cannot:
+    beside a pipe, or in a folder that nobody may write to."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no file, beside which results could be written: save it first")
+    durable.check_writable(Path(path).parent, "the results' folder")
+    return f"{path}_results.jsonl"
 
 
 def check_counts(
@@ -216,7 +231,7 @@ def count_cores() -> int:
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = len(affinity(0))
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         cores = cores if quota == "max" else min(cores, int(quota) // int(period))
     except (OSError, ValueError):  # no control group, or an older kernel's
         pass

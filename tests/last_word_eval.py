@@ -18,6 +18,7 @@ sys.path.insert(
 )  # a script on top needs no such line
 
 import cli
+import command
 import evaluation
 import results
 import stats
@@ -93,14 +94,14 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
 def show(records) -> None:
     for record in records:
         value = record["metrics"]["accuracy"]["value"]
-        print(f"{record['checkpoint']['name']}: {value:.2%} of last words, record: {record.path}")
+        print(f"{record['checkpoint']['name']}: {value:.2%} of last words, record: {record.place}")
 
 
 LAST_WORD = Evaluation("last_word", __file__, Options, plan, run, show, check=read_lines)
 
 
 def main(argv=None):
-    evaluation.main(LAST_WORD, argv, __doc__)
+    command.main(LAST_WORD, argv, __doc__)
 
 
 if __name__ == "__main__":

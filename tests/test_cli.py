@@ -42,6 +42,8 @@ def parse():
     return lambda *words: cli.read_options(Options, p.parse_args([str(word) for word in words]))
 
 
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+TORCHRUN |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 FLAGS = "--data-path x --n-shots 0 --limit 1_000 --temperature 0.8 --stop \\nclass b --names a b "
 FLAGS += "--bos --truncate --no-strip"
 YAML = {
@@ -97,7 +99,8 @@ def test_an_instance_gives_the_defaults():
 )
 def test_wrong_flags_are_one_line_of_rank_0(words, said, parse, capsys, monkeypatch):
     for rank, lines in ((0, 1), (1, 0)):
-        monkeypatch.setenv("RANK", str(rank))
+        for name, value in (TORCHRUN | {"RANK": str(rank)}).items():
+            monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as stop:
             parse(*words.split())
         err = capsys.readouterr().err
@@ -181,6 +184,92 @@ def test_precision(flags, device, dtype):
 def test_precisions_that_contradict():
     with pytest.raises(ValueError, match="--dtype fp16 and --no-amp contradict each other"):
         cli.PrecisionOptions(dtype="fp16", no_amp=True).resolve("cpu")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
+def test_a_timeout_that_no_thread_can_wait_for(seconds):
+    with pytest.raises(ValueError, match="--timeout must be a positive number of seconds"):
+        cli.RunOptions(timeout=seconds)
+
+
+# ---------------------------------------------------------------------------------------------
+# Who started this process
+
+ALONE = cli.Launch()
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set nothing of a launcher's variables but these."""
+    for name in (*TORCHRUN, *cli.COPIES):
+        monkeypatch.delenv(name, raising=False)
+
+    def fill(values):
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return fill
+
+
+def without(*names):
+    return {name: value for name, value in TORCHRUN.items() if name not in names}
+
+
+def test_ranks_are_those_that_can_meet(environment):
+    assert cli.check_launch() == ALONE and cli.rank() == 0
+    environment(TORCHRUN)
+    assert cli.check_launch() == cli.Launch(1, 2, 1, True) and cli.rank() == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"RANK": "0"},
+        {"WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # a batch script, which srun did not start
+        {"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"},
+        {"RANK": ""},
+    ],
+    ids=str,
+)
+def test_what_is_true_of_a_process_alone_is_no_fault(values, environment):
+    environment(values)
+    assert cli.check_launch() == ALONE
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"RANK": "1"}, "RANK=1 in the environment, without WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, without RANK, MASTER_ADDR"),
+        ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3 in the environment, without RANK"),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2"},
+            "RANK=1 and WORLD_SIZE=2 in the environment, without",
+        ),
+        (without("MASTER_PORT"), "unset RANK and WORLD_SIZE and LOCAL_RANK to run as one process"),
+        (
+            TORCHRUN | {"RANK": "2"},
+            "RANK=2 and WORLD_SIZE=2 and LOCAL_RANK=1 in the environment",
+        ),
+        (TORCHRUN | {"RANK": "-1"}, "which is no rank of a run: start all ranks with torchrun"),
+        (TORCHRUN | {"RANK": "one"}, "RANK=one"),
+        (TORCHRUN | {"WORLD_SIZE": "1"}, "RANK=1 and LOCAL_RANK=1 in the environment, which is no"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 copies of this (SLURM_STEP_NUM_TASKS)"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "RANK": "0"}, "mpirun started 2 copies of this"),
+    ],
+    ids=str,
+)
+def test_half_a_launcher_is_refused_and_heard(values, said, environment):
+    """By every process, as rank 0 of one: whoever stays silent leaves nobody to speak."""
+    environment(values)
+    assert cli.launch() == ALONE and cli.rank() == 0
+    with pytest.raises(ValueError) as error:
+        cli.check_launch()
+    assert said in str(error.value) and "torchrun" in str(error.value)
+    environment(TORCHRUN)
+    assert cli.check_launch().world_size == 2
 
 
 @pytest.mark.parametrize("seconds, right", [(None, 1), (0.5, 1), (0, 0), (-1, 0), (math.nan, 0)])

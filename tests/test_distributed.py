@@ -70,6 +70,22 @@ def test_bad_input_is_one_line_from_rank_zero(tmp_path):
     assert 'ranks.py", line' not in err  # no traceback of ours
 
 
+def test_whoever_lost_the_failing_rank_leaves_the_word_to_it(tmp_path):
+    """A disk that fills up under rank 0, which alone writes: its line, and no traceback of ranks
+    that wait for it in a collective."""
+    body = """
+        dist.barrier()
+        if dist.is_main:
+            raise OSError(28, "No space left on device", "record.json")
+        dist.barrier()
+    """
+    code, _, err = run(tmp_path, body, 3)
+    assert code == 1 and "rank 1" not in err and "rank 2" not in err
+    assert [line for line in err.splitlines() if "error:" in line] == [
+        "error: [Errno 28] No space left on device: 'record.json'"
+    ]
+
+
 def test_bad_input_of_one_rank_alone_is_heard(tmp_path):
     body = """
         if dist.rank == 1:
@@ -182,6 +198,10 @@ def test_exit_codes_of_a_plain_process(tmp_path):
     assert (code, err) == (2, "error: [Errno 28] No space left on device: 'x.json'\n")
     code, err = code_of("1 / 0")
     assert code == 1 and "rank 0: ZeroDivisionError" in err
+    torch_says = "raise type('Failed', (RuntimeError,), {'__module__': 'torch._inductor.exc'})"
+    code, err = code_of(f"{torch_says}('x.so: failed to map segment\\n of a noexec folder')")
+    assert code == 2
+    assert err == "error: torch.compile: x.so: failed to map segment; --compile off goes without\n"
     assert code_of("raise KeyboardInterrupt") == (130, "")
     kill = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(600)"
     assert code_of(kill) == (143, "")

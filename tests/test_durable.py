@@ -104,6 +104,26 @@ def test_unwritable_places(tmp_path):
         shutil.rmtree(directory)
 
 
+def test_a_place_is_tried_before_the_work_and_left_as_it_was(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "there").mkdir()
+    for name in ("there", "there/to/be/made", "new"):
+        durable.check_writable(tmp_path / name, "--out")
+    for name in ("file", "file/below", "link", "link/below"):
+        with pytest.raises(ValueError, match=rf"--out .*/{name}: .* is no directory"):
+            durable.check_writable(tmp_path / name, "--out")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # a full disk makes files, but empty ones
+    try:
+        with pytest.raises(ValueError, match=r"--out .*/there cannot be written: File too large"):
+            durable.check_writable(tmp_path / "there", "--out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert names == ["file", "link", "there"]
+
+
 # ---------------------------------------------------------------------------------------------
 # Journals
 

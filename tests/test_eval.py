@@ -198,6 +198,12 @@ def test_the_seed_counts_for_random_windows_alone(run_dir):
         assert len({r["metrics"]["loss"]["value"] for r in records}) == keys
 
 
+@pytest.mark.parametrize("more", [{"stride": 3}, {"bos": "on"}, {"bos": "auto"}])
+def test_sampled_windows_ignore_no_option(more):
+    with pytest.raises(ValueError, match="--windows random has no --stride and no --bos"):
+        Options(val_data=("a.txt",), windows="random", **more)
+
+
 def test_bad_input_is_one_line_and_nothing_is_written(run_dir, tmp_path):
     model = run_dir / "checkpoints/checkpoint-10"
     text = run_dir / "text/a.txt"

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ import pytest
 import torch
 from builders import (
     CPU,
-    PATIENCE,
     ROOT,
     Rank,
     run_ranks,
@@ -142,7 +141,7 @@ def test_two_sets_of_data_under_one_protocol_are_two_records(byte, tmp_path):
 def test_the_format_and_the_backend_count_in_the_key_and_other_rooms_do_not(byte):
     made = plan(Options(), FACTS)
     keys = {
-        evaluation.resume_key(PERPLEXITY, made, "f" * 64, *rooms)
+        evaluation.resume_key(PERPLEXITY, made, {"fingerprint": "f" * 64}, *rooms)
         for rooms in (
             ("formats/tensorfiles.py", "backends/local.py"),
             ("formats/layouts.py", "backends/local.py"),
@@ -151,7 +150,8 @@ def test_the_format_and_the_backend_count_in_the_key_and_other_rooms_do_not(byte
         )
     }
     assert len(keys) == 3
-    assert evaluation.resume_key(PERPLEXITY, made, "e" * 64, "backends/local.py") not in keys
+    other = {"fingerprint": "e" * 64}
+    assert evaluation.resume_key(PERPLEXITY, made, other, "backends/local.py") not in keys
 
 
 def test_the_key_of_a_record_is_the_one_that_was_planned(byte, tmp_path):
@@ -167,7 +167,7 @@ def test_the_key_of_a_record_is_the_one_that_was_planned(byte, tmp_path):
     for each, values in options.items():
         backend, rooms = Local(tiny_model(), byte), ("backends/local.py",)
         made = each.plan(each.Options(**values), backend.facts)
-        key = evaluation.resume_key(each, made, "f" * 64, *rooms)
+        key = evaluation.resume_key(each, made, info, *rooms)
         record = measure(each, backend, made, info=info, rooms=rooms)
         assert (record["resume_key"], record["config_hash"]) == (key, made.config_hash)
         path = evaluation.record_path(each, made, info, "run", tmp_path / "r")
@@ -322,19 +322,33 @@ def test_a_vocabulary_that_is_too_small():
 
 
 class Handle:
-    def __init__(self, tokenizer=None, vocab_size=257):
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+    path = Path("run/c-1")
+
+    def __init__(self, tokenizer=None, vocab_size=257, native=True):
+        self.tokenizer, self.vocab_size, self.native = tokenizer, vocab_size, native
 
 
 def test_which_tokenizer(monkeypatch):
+    """GPT-2's is never guessed for another vocabulary: that it is large enough says nothing."""
     monkeypatch.setattr(evaluation, "open_tokenizer", lambda name: f"opened {name}")
     pick = evaluation.pick_tokenizer
     assert pick("byte", Handle("run/c-1"), True) == "opened byte"  # the one named
     assert pick(None, Handle("run/c-1"), False) == "opened run/c-1"  # else its own
-    assert pick(None, Handle(), True) == "opened gpt2"  # else GPT-2's
     for size in (50257, 50304):
-        assert pick(None, Handle(vocab_size=size), False) == "opened gpt2"
-    assert pick(None, Handle(), False) is None  # none is needed, and GPT-2's would be wrong
+        for needed in (True, False):
+            assert pick(None, Handle(vocab_size=size), needed) == "opened gpt2"
+    assert pick(None, Handle(vocab_size=50257, native=False), True) == "opened gpt2"
+    # Pythia's padded size; OPT's, whose ids are GPT-2's shifted; RoBERTa's; one token more
+    others = [Handle(vocab_size=50304, native=False)]
+    others += [Handle(vocab_size=n) for n in (257, 50258, 50265, 50272, 65536, 128256, 151936)]
+    for handle in others:
+        assert pick(None, handle, False) is None  # none is needed
+        with pytest.raises(ValueError, match="run/c-1 has no tokenizer files") as error:
+            pick(None, handle, True)
+        assert f"{handle.vocab_size:,}" in str(error.value) and "--tokenizer-name" in str(
+            error.value
+        )
+        assert pick("byte", handle, True) == "opened byte"
 
 
 def test_copies_of_a_tokenizer_are_opened_once(tmp_path):
@@ -342,138 +356,6 @@ def test_copies_of_a_tokenizer_are_opened_once(tmp_path):
     opened = evaluation.open_tokenizer(one)
     assert evaluation.open_tokenizer(two) is opened
     assert evaluation.open_tokenizer("byte") is evaluation.open_tokenizer("byte")
-
-
-# ---------------------------------------------------------------------------------------------
-# Options are flags, keywords and a file's keys
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
-    kind, given = OURS[script], []
-    monkeypatch.setattr(evaluation, "run_command", lambda each, args: given.append((each, args)))
-    needed = ["--val-data", "x"] if script == "eval" else ["--data-path", "x"]
-    SCRIPTS[script].main(["--checkpoint-path", "c", "d", *needed])
-    [(found, args)] = given
-    assert found is kind
-    names = set(cli.option_names(kind.Options))
-    assert names <= vars(args).keys()
-    shared = (evaluation.ModelOptions, cli.PrecisionOptions, cli.RunOptions)
-    offered = {name for options in shared for name in cli.option_names(options)} | names
-    extra = {"mmlu_eval": {"log_samples"}, "humaneval_eval": {"samples_file", "ignore_incomplete"}}
-    assert vars(args).keys() == offered | extra.get(script, set())  # and nothing does nothing
-    values = {name: getattr(args, name) for name in names}
-    read = cli.read_options(kind.Options, args)
-    assert read == cli.read_options(kind.Options, values)
-    written = {n: v for n, v in values.items() if v not in (None, ())}
-    assert read == cli.read_options(kind.Options, cli.convert_options(kind.Options, written, "y"))
-    for f in fields(kind.Options):
-        assert f.metadata.get("help") or f.name == "sampling", f"{f.name} says nothing of itself"
-
-
-def test_mmlu_offers_no_seed_and_no_compilation():
-    """It draws nothing, and is always eager."""
-    assert not {"seed", "compile"} & set(cli.option_names(MMLU.Options))
-
-
-# ---------------------------------------------------------------------------------------------
-# The command
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    """{script: its flags}, for a .pt of bare weights that need --config, and the config's file."""
-    model = tiny_model("llama")
-    torch.save({"model": model.state_dict(), "step": 5}, tmp_path / "old.pt")
-    config = {k: v for k, v in model.config.to_dict().items() if k != "norm_eps"}
-    (tmp_path / "shape.yaml").write_text(json.dumps(config))  # JSON is YAML
-    small_mmlu(tmp_path / "mmlu"), small_humaneval(tmp_path / "p.jsonl")
-    token_shard(tmp_path / "x.npy")
-    own = {
-        "eval": f"--data-mode fineweb_npy --val-npy {tmp_path}/x.npy --seq-len 32",
-        "mmlu_eval": f"--data-path {tmp_path}/mmlu --limit 2",
-        "humaneval_eval": f"--data-path {tmp_path}/p.jsonl --max-new-tokens 3 --workers 1 "
-        f"--judge-timeout {PATIENCE}",
-    }
-    shared = f" --device cpu --tokenizer-name byte --results-dir {tmp_path}/r --checkpoint-path"
-    return {script: (flags + shared).split() for script, flags in own.items()}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_config_reaches_the_model(script, inputs, tmp_path):
-    """Of checkpoint files that hold none: weights, record and key."""
-    words = [*inputs[script], str(tmp_path / "old.pt")]
-    with pytest.raises(ValueError, match="--config"):
-        SCRIPTS[script].main(words)
-    assert not (tmp_path / "r").exists()
-    SCRIPTS[script].main([*words, "--config", str(tmp_path / "shape.yaml")])
-    (record,) = results.load_records(tmp_path / "r")
-    assert record["checkpoint"]["config"]["position"] == "rope"
-    assert record["checkpoint"]["step"] == 5 or record["checkpoint"]["name"] == "old"
-    saved = saved_checkpoint(tmp_path / "saved", kind="llama", seed=0)
-    SCRIPTS[script].main([*inputs[script], str(saved)])
-    (same,) = (r for r in results.load_records(tmp_path / "r") if r["run"] == "saved")
-    assert same["metrics"] == record["metrics"]
-    a, b = results.load_arrays(same), results.load_arrays(record)
-    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
-
-
-def letters(*argv):
-    evaluation.main(LETTERS, [str(word) for word in argv], "Letters.")
-
-
-def test_checkpoints_are_measured_saved_and_shown(tmp_path, capsys):
-    """In the order of their steps, each saved before it is shown; then the table of them all."""
-    for step in (20, 3):
-        saved_checkpoint(tmp_path / "a run", step)
-    flags = ["--device", "cpu", "--results-dir", tmp_path / "r", "--checkpoint-path"]
-    letters(*flags, tmp_path / "a run")
-    records = results.load_records(tmp_path / "r")
-    assert {(r["run"], r["checkpoint"]["name"]) for r in records} == {
-        ("a run", "checkpoint-3"),
-        ("a run", "checkpoint-20"),
-    }
-    assert all(r["cost"]["load_seconds"] > 0 for r in records)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["checkpoint-3", "checkpoint-20", "all 2"]
-    assert not any(results.load_samples(r) for r in records)
-    one = tmp_path / "a run/checkpoint-3"
-    letters(*flags, one, "--log-samples", "--run-name", "other", "--prompt", "zz", "--bf16")
-    assert "all" not in capsys.readouterr().out
-    (record,) = (r for r in results.load_records(tmp_path / "r") if r["run"] == "other")
-    assert len(results.load_samples(record)) == 1
-    assert (record["protocol"]["prompt"], record["protocol"]["dtype"]) == ("zz", "bfloat16")
-
-
-def test_a_plan_is_made_once_for_checkpoints_of_one_kind(tmp_path, capsys):
-    for step, changes in ((1, {}), (2, {}), (3, {"vocab_size": 300})):
-        saved_checkpoint(tmp_path / "run", step, **changes)
-    made = []
-    counted = replace(LETTERS, plan=lambda *args: made.append(args[1].name) or plan(*args))
-    flags = ["--device", "cpu", "--results-dir", tmp_path / "r", "--checkpoint-path"]
-    evaluation.main(counted, [str(x) for x in (*flags, tmp_path / "run")], "Letters.")
-    assert made == ["checkpoint-1", "checkpoint-3"]
-    assert len(results.load_records(tmp_path / "r")) == 3
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ("", "--checkpoint-path"),
-        ("--checkpoint-path nowhere", "nowhere"),
-        ("--checkpoint-path checkpoint-1 --config nothing", "nothing"),
-        ("--checkpoint-path checkpoint-1 --bf16 --no-amp", "contradict"),
-        ("--checkpoint-path checkpoint-1 --tokenizer-name no/where", "no/where"),
-        ("--checkpoint-path checkpoint-1 --limit 0", "--limit"),
-    ],
-)
-def test_wrong_input_is_said_and_nothing_is_written(words, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    saved_checkpoint(tmp_path, 1)
-    with pytest.raises((ValueError, SystemExit)) as error:
-        letters("--device", "cpu", *words.split())
-    assert said in str(error.value) + capsys.readouterr().err
-    assert not Path("results").exists()
 
 
 def test_float32_is_the_reference(tmp_path):

@@ -18,7 +18,8 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # Each room imports only from floors above its own here; inside a folder, also from files named
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
-    "cli stats durable sources hf_config",
+    "streams stats durable sources hf_config",
+    "cli identity",
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
     "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
@@ -29,13 +30,14 @@ FLOORS = [
     "backends/scoring backends/continuations backends/rows backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs",
     "evaluation training/batches training/log training/options",
+    "command",
     "reporting/groups reporting/compare reporting/tables reporting/page",
     "eval mmlu_eval humaneval_eval compute train report",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner",
     "sweep",
 ]
-NO_TORCH = "cli stats durable config results backends evaluation tokenizer compute report"
+NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
 NO_TORCH += " tasks/questions humaneval_eval"
 # Names that packages have which users may have installed: a file or folder of that name would
@@ -195,6 +197,21 @@ def test_public_functions_have_hints(path):
         if public and not hinted and node.name != "main":
             bare.append(name)
     assert not bare, f"without type hints: {', '.join(bare)}"
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=room_of)
+def test_text_is_utf8_under_every_locale(path):
+    """Whoever reads or writes text names the encoding. The cage reads /proc alone, as ASCII."""
+    tree = ast.parse(path.read_bytes())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for call in calls if path.parent.name != "sandbox" else ():
+        given = {keyword.arg for keyword in call.keywords}
+        is_open = isinstance(call.func, ast.Name) and call.func.id == "open" and "open" not in own
+        mode = ast.unparse(call.args[1]) if len(call.args) > 1 else ""
+        text = (is_open and "b" not in mode) or given & {"text", "universal_newlines"}
+        text = text or getattr(call.func, "attr", "") in ("read_text", "write_text", "fdopen")
+        assert not text or "encoding" in given, f"{room_of(path)}:{call.lineno}"
 
 
 def test_one_style_of_ruler():

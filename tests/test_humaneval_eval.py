@@ -28,6 +28,8 @@ import cli
 import durable
 import humaneval_eval
 import results
+from backends.local import facts_in_memory
+from evaluation import ModelOptions
 from humaneval_eval import Options, evaluate_humaneval
 from sandbox.judge import Sandbox
 from tokenizer import build_tokenizer
@@ -372,6 +374,41 @@ def test_flags_that_contradict(flags, message, capsys):
     with pytest.raises(SystemExit) as caught:
         humaneval_eval.main(["--data-path", "p", *flags.split()])
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+# every flag that says what is drawn, by which model, and where and how; a value that is no default
+OF_DRAWING = {
+    **{"config": "c", "tokenizer_name": "byte", "results_dir": "r", "run_name": "n"},
+    **{"num_samples": "2", "max_new_tokens": "5", "temperature": "0.5", "top_p": "0.5"},
+    **{"top_k": "3", "stop": "x", "seed": "7", "bos": "on", "limit": "3", "batch_size": "2"},
+    **{"compile": "off", "dtype": "fp32", "bf16": "", "no_amp": "", "device": "cpu"},
+    **{"timeout": "3", "strip_prompt": "--no-strip-prompt"},
+}
+
+
+def test_judging_a_file_ignores_no_flag(capsys):
+    kinds = ModelOptions, Options, cli.PrecisionOptions, cli.RunOptions
+    offered = {name for kind in kinds for name in cli.option_names(kind)}
+    assert offered - {"checkpoint_path"} - set(humaneval_eval.JUDGING) == OF_DRAWING.keys()
+    for name, value in OF_DRAWING.items():
+        flag = cli.flag_of(name)
+        words = value if value.startswith("--") else f"{flag} {value}"
+        with pytest.raises(SystemExit):
+            humaneval_eval.main(["--data-path", "p", "--samples-file", "s", *words.split()])
+        err = capsys.readouterr().err
+        assert f"error: {flag} goes with --checkpoint-path, not --samples-file" in err
+
+
+def test_a_seed_counts_where_something_is_drawn(tmp_path):
+    def key(**sampling):
+        chosen = humaneval_eval.Sampling(4, **sampling)
+        problems = write_jsonl(tmp_path / "P.jsonl", [PROBLEM])
+        options = Options(data_path=str(problems), sampling=chosen)
+        facts = facts_in_memory(tiny_model(), build_tokenizer("byte"))
+        return humaneval_eval.plan(options, facts).config_hash
+
+    assert key(seed=1) == key(seed=2) == key(seed=1, top_p=0.5, top_k=3)
+    assert key(seed=1, temperature=0.5) != key(seed=2, temperature=0.5)
 
 
 def test_stop_strings_are_written_with_their_escapes():

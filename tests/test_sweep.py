@@ -176,6 +176,37 @@ def test_a_changed_configuration_is_other_work(run_dir, data, capsys):
     assert "3 made, 3 done before" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("where", ["--config", "beside"])
+def test_the_config_that_was_used_is_a_part_of_the_work(where, data, tmp_path, capsys):
+    """Of weights alone: one that does not fit, one that fits and is wrong, then the right one."""
+    model, run = tiny_model("llama"), tmp_path / "run"
+    run.mkdir()
+    torch.save(model.state_dict(), run / "weights-1.pt")
+    place = run / "config.json" if where == "beside" else tmp_path / "shape.yaml"
+    more = ["--tokenizer-name", "byte", *(["--config", str(place)] if where == "--config" else [])]
+
+    def sweep_under(**changes):
+        config = model.config.replace(**changes)
+        if where == "beside":
+            config.save_pretrained(run)
+        else:
+            place.write_text(yaml.safe_dump(config.to_dict()))
+        code, records = run_sweep(run, data, *more)
+        return code, capsys.readouterr().out, [r for r in records if r["status"] == "ok"]
+
+    code, said, _ = sweep_under(n_layers=3)
+    assert code == 1 and "0 made, 0 done before, 2 failed" in said
+    for i, base in enumerate((5e5, 1e4), 1):
+        code, said, records = sweep_under(rope_theta=base)
+        assert code == 0 and "2 made, 0 done before, 0 failed" in said
+        assert len(records) == 2 * i
+    losses = [r["metrics"]["loss"]["value"] for r in records if r["evaluation"] == "perplexity"]
+    assert len(set(losses)) == 2
+    for base in (5e5, 1e4):
+        code, said, records = sweep_under(rope_theta=base)
+        assert code == 0 and "0 made, 2 done before, 0 failed" in said and len(records) == 4
+
+
 def test_copies_of_a_tokenizer_are_one_configuration(tmp_path, data, data_dir):
     """GPT-2's files in each checkpoint: a curve has one config_hash, and the path is no part."""
     gpt2 = build_tokenizer(str(data_dir / "tokenizers/gpt2"))
@@ -241,11 +272,17 @@ def test_a_wrong_yaml_file_is_said_in_one_line(run_dir, data, tmp_path, text, wa
         (["--config", "nowhere"], "nowhere"),
         (["--tokenizer-name", "no/where"], "no/where"),
         (["--batch-size", "0"], "--batch-size: needs a positive whole number"),
+        (["--seed", "1", "--evaluations", "{mmlu}"], "--seed: no evaluation that"),
+        (["--compile", "on", "--evaluations", "{mmlu}"], "--compile: no evaluation that"),
+        (["--timeout", "0"], "--timeout must be a positive number"),
         (["--poll-seconds", "0"], "--poll-seconds must be a positive number"),
         (["--lease-seconds", "nan"], "--lease-seconds must be a positive number"),
     ],
 )
 def test_a_wrong_flag_is_no_failure_of_checkpoints(run_dir, data, capsys, more, wanted):
+    mmlu = run_dir.parent / "mmlu.yaml"  # it draws nothing, and is always eager
+    mmlu.write_text(yaml.safe_dump({"mmlu": {"data-path": str(data / "mmlu")}}))
+    more = [word.replace("{mmlu}", str(mmlu)) for word in more]
     try:
         code, said = run_sweep(run_dir, data, *more)[0], ""
     except ValueError as error:

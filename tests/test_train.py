@@ -1,6 +1,5 @@
 """train.py in real processes: exact resume, also after kill -9, and what it optimises."""
 
-import dataclasses
 import json
 import random
 import signal
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import ROOT, tiny_model, token_shard, torchrun
+from builders import ROOT, save_model, saved_checkpoint, tiny_model, token_shard, torchrun
 
 import checkpoint
 import results
@@ -193,7 +192,8 @@ def test_errors_are_plain(shards, tmp_path):
 
 def test_toy_data_and_held_out_tail(tmp_path):
     options = parse(["--use-toy-data", "--checkpoint-path", str(tmp_path)], "")
-    tokenizer, head, tail = train.open_data(options.data)
+    tokenizer = train.choose_tokenizer(options)
+    head, tail = train.open_data(options.data, tokenizer)
     text = b"".join(path.read_bytes() + b"\xff" for path in results.source_files())
     assert len(head) + len(tail) == len(text)
     assert len(tail) == pytest.approx(0.1 * len(text), abs=1)
@@ -204,11 +204,42 @@ def test_toy_data_and_held_out_tail(tmp_path):
 
 
 def test_data_of_the_other_mode_is_no_data(shards):
-    data = DataOptions(train_npy=(str(shards / "train.npy"),), tokenizer_name="byte")
+    byte, files = build_tokenizer("byte"), (str(shards / "train.npy"),)
     with pytest.raises(ValueError, match="--data-mode text needs --train-data"):
-        train.open_data(data)
-    _, stream, nothing = train.open_data(dataclasses.replace(data, data_mode="fineweb_npy"))
+        train.open_data(DataOptions(), byte)
+    data = DataOptions(data_mode="fineweb_npy", train_npy=files)
+    stream, nothing = train.open_data(data, byte)
     assert len(stream) == 20_000 and nothing is None
+
+
+def test_which_tokenizer(tmp_path, monkeypatch):
+    """The one named, else that of the weights it starts from, else GPT-2's for its vocabulary."""
+    saved = saved_checkpoint(tmp_path / "run", 1)
+    bare = save_model(tiny_model(vocab_size=300), tmp_path / "bare", 1, tokenizer=None)
+    monkeypatch.setattr(train, "build_tokenizer", lambda name: f"built {name}")
+
+    def chosen(*words):
+        return train.choose_tokenizer(parse(["--checkpoint-path", "out", *words], ""))
+
+    assert chosen("--tokenizer-name", "byte", "--init-from", str(bare)) == "built byte"
+    assert chosen("--init-from", str(saved)) == f"built {saved}"
+    for words in ([], ["--config", "gpt2"], ["--vocab-size", "50304"]):
+        assert chosen(*words) == "built gpt2"
+    for words, size in (
+        (["--init-from", str(bare)], "300"),
+        (["--config", "nano"], "257"),
+        (["--config", "llama3-8b"], "128,256"),
+        (["--config", "gpt2", "--vocab-size", "65536"], "65,536"),
+    ):
+        with pytest.raises(ValueError, match=f"a vocabulary of {size} is not GPT-2's: name the"):
+            chosen(*words)
+
+
+def test_where_no_checkpoint_can_be_saved_nothing_is_trained(shards, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=r"/file/run: .*/file is no directory"):
+        train.main([str(word) for word in flags_of(shards, tmp_path / "file/run")])
 
 
 def test_activation_checkpointing_changes_no_gradient():

@@ -50,7 +50,7 @@ class Log:
         """A resumed run repeats the steps since its checkpoint: their lines are written again."""
         kept = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:  # the line that a kill tore
@@ -101,7 +101,7 @@ class Log:
 
     def _write(self, entry: dict) -> None:
         if self.dist.is_main:
-            with open(self.path, "a") as f:
+            with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
             if self.tracker:
                 self.tracker.log(entry, step=entry["step"])

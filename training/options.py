@@ -36,8 +36,8 @@ class ModelOptions:
     def config_fields(self) -> dict[str, Any]:
         """The fields of GPTConfig that were given."""
         own = ("config", "use_activation_checkpoint", "init_from")
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in own}
-        return {name: value for name, value in fields.items() if value is not None}
+        given = {name: getattr(self, name) for name in cli.option_names(self) if name not in own}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,27 @@ class DataOptions:
     train_npy: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
     val_npy: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
     use_toy_data: bool = option(False, "these scripts, a small model")
-    tokenizer_name: str = option("gpt2", "byte, a tiktoken name or a directory")
+    tokenizer_name: str | None = option(
+        None,
+        "byte, a tiktoken name or a directory; default: that of --init-from, else gpt2 for a "
+        "vocabulary of GPT-2's size",
+    )
     max_tokens: int | None = option(None, "use the first training tokens only", type=positive_int)
     val_max_tokens: int | None = option(None, type=positive_int)
     val_ratio: float = option(0.0, "without validation files: hold out", type=float)
     data_seed: int | None = option(None, "order of the windows; default: --seed", type=int)
+
+    def __post_init__(self):
+        kind, other = ("data", "npy") if self.data_mode == "text" else ("npy", "data")
+        for name in (f"train_{other}", f"val_{other}"):
+            if getattr(self, name):
+                flag = cli.flag_of(name)
+                raise ValueError(f"{flag} does not go with --data-mode {self.data_mode}")
+        validation = getattr(self, f"val_{kind}")
+        if self.val_ratio and validation:
+            raise ValueError(f"--val-ratio does not go with --val-{kind}: give one of them")
+        if self.val_max_tokens and not validation:
+            raise ValueError(f"--val-max-tokens needs --val-{kind} FILE …")
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class OptimizationOptions:
     num_steps: int = option(1000, type=positive_int)
     eval_steps: int = option(500, "validate and save", type=positive_int)
     lr: float = option(6e-4, type=float)
-    min_lr_ratio: float = option(0.1, type=float)
+    min_lr_ratio: float = option(0.1, "where the schedule ends; not of constant", type=float)
     lr_scheduler: str = option("cosine", choices=("cosine", "linear", "constant"))
     warmup_steps: int = option(100, type=int)
     weight_decay: float = option(0.1, "of matrices and embeddings only", type=float)
@@ -83,8 +99,8 @@ class RunOptions:
     keep: int | None = option(None, "keep the last K and the best; default all", type=positive_int)
     log_steps: int = option(10, type=positive_int)
     use_wandb: bool = option(False)
-    wandb_project: str = option("roseval")
-    wandb_run_name: str | None = option(None)
+    wandb_project: str = option("roseval", "of --use-wandb")
+    wandb_run_name: str | None = option(None, "of --use-wandb")
     seed: int = option(42, "of weights, dropout and the order of the data (42)", type=int)
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
 
@@ -128,7 +144,11 @@ def parse(argv: list[str] | None, description: str) -> Options:
 
 
 def with_toy_data(options: Options) -> Options:
-    """These scripts as text, and a small model unless one is chosen."""
+    """These scripts as text, and a small model unless one is chosen. ValueError for other data."""
+    given = options.data
+    for name in ("train_data", "val_data", "train_npy", "val_npy", "tokenizer_name"):
+        if getattr(given, name):
+            raise ValueError(f"{cli.flag_of(name)} does not go with --use-toy-data")
     data = dataclasses.replace(
         options.data,
         data_mode="text",

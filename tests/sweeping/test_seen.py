@@ -47,6 +47,22 @@ def test_a_signature_tells_files_apart(tmp_path):
     assert signature(tmp_path / "empty") is None
 
 
+@pytest.mark.parametrize("beside", ["config.json", "tokenizer.json", "merges.txt"])
+def test_what_lies_beside_a_file_and_is_read_with_it_counts(beside, tmp_path):
+    """A config that was corrected, a tokenizer that came later: what failed is tried again."""
+    file, folder = tmp_path / "model.pt", tmp_path / "checkpoint-1"
+    file.write_bytes(b"weights")
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    before = signature(file), signature(folder)
+    (tmp_path / beside).write_text("{}")
+    after = signature(file), signature(folder)
+    assert after[0] != before[0]
+    assert (after[1] != before[1]) == (beside != "config.json")  # a directory holds its own
+    (tmp_path / beside).write_text('{"another": 1}')
+    assert signature(file) != after[0]
+
+
 def test_in_the_order_of_their_steps(tmp_path):
     for step in (9, 100, 20):
         saved_checkpoint(tmp_path, step)

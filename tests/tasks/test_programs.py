@@ -5,14 +5,17 @@ import gzip
 import json
 import math
 import os
+import resource
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from builders import PATIENCE, PROBLEM, judge_as_openai, read_lines, write_jsonl
 
 from sandbox.judge import Verdict
+from tasks import programs
 from tasks.programs import (
     count_cores,
     count_workers,
@@ -157,6 +160,42 @@ def test_bad_files_are_named_with_their_line(problems, samples, message, tmp_pat
 
 # ---------------------------------------------------------------------------------------------
 # Counting
+
+
+def files_of(folder):
+    problems = read_problems(write_jsonl(folder / "P.jsonl", [PROBLEM]))
+    rows = [{"task_id": "T/0", "completion": "    pass"}]
+    return write_jsonl(folder / "S.jsonl", rows), problems
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder nobody can write to", "a folder"])
+def test_where_no_results_can_be_written_nothing_is_judged(kind, tmp_path, monkeypatch):
+    file, problems = files_of(tmp_path)
+    monkeypatch.setattr(programs, "Sandbox", lambda *args, **more: pytest.fail("too late"))
+    if kind == "a pipe":
+        os.mkfifo(file := tmp_path / "pipe")
+    elif kind == "a folder":
+        (file := tmp_path / "folder").mkdir()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if kind == "a folder nobody can write to":  # a full disk, or another's: the same refusal
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(
+            ValueError, match=r"is no file, beside which|folder .* cannot be written"
+        ):
+            judge_file(file, problems)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_a_disk_that_fills_up_costs_no_scores(tmp_path, monkeypatch, capsys):
+    file, problems = files_of(tmp_path)
+    monkeypatch.setattr(
+        programs.durable, "write_atomic", full := mock.Mock(side_effect=OSError(28))
+    )
+    with pytest.raises(OSError, match="28"):
+        judge_file(file, problems, PATIENT, workers=1)
+    assert "pass@1    100.00%" in capsys.readouterr().out and full.called
 
 
 def test_pass_at_k_of_unequal_tasks_in_fractions():

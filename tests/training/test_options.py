@@ -24,7 +24,7 @@ def test_flags_and_defaults():
     options = parse([*NEEDED, "--n-layers", "3", "--train-npy", "a", "b", "--bf16"], "")
     assert options.model == ModelOptions(n_layers=3)
     assert options.model.config_fields == {"n_layers": 3}
-    assert options.data.train_npy == ("a", "b") and options.data.tokenizer_name == "gpt2"
+    assert options.data.train_npy == ("a", "b") and options.data.tokenizer_name is None
     assert (options.optimization.lr, options.optimization.num_steps) == (6e-4, 1000)
     assert (options.precision.bf16, options.run.seed, options.run.resume) == (True, 42, False)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -87,6 +87,23 @@ def test_contradictions_are_refused(with_yaml, capsys):
     with pytest.raises(SystemExit):
         with_yaml("resume: true", "--init-from", "y")
     assert "--resume and --init-from contradict each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--train-npy x", "--train-npy does not go with --data-mode text"),
+        ("--train-data a --val-npy x", "--val-npy does not go with --data-mode text"),
+        ("--data-mode fineweb_npy --train-npy x --val-data a", "--val-data does not go with"),
+        ("--train-data a --val-data b --val-ratio 0.1", "--val-ratio does not go with --val-data"),
+        ("--train-data a --val-max-tokens 9", "--val-max-tokens needs --val-data"),
+        ("--use-toy-data --train-data a", "--train-data does not go with --use-toy-data"),
+        ("--use-toy-data --tokenizer-name gpt2", "--tokenizer-name does not go with --use-toy-"),
+    ],
+)
+def test_no_flag_is_ignored(words, said):
+    with pytest.raises(ValueError, match=said):
+        parse([*NEEDED, *words.split()], "")
 
 
 def test_toy_data_chooses_a_small_model_unless_one_is_chosen():
