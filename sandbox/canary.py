@@ -50,30 +50,30 @@ def use_scratch():
         f.write(b"x" * 1000)
 
 def canary(folder, pid, port, memory, abstract, packages):
-    victim, new = folder + "/victim", folder + "/new"
-    shared = "/dev/shm/" + os.path.basename(folder)
+    victim = folder + "/victim"
     forbidden = {
-        "read a file": lambda: open(folder + "/secret").read(),
+        "read a file": lambda: open_once(folder + "/secret", os.O_RDONLY),
         "list a folder": lambda: os.listdir(folder),
-        "write a file": lambda: create(new),
+        "write a file": lambda: create(folder + "/written"),
         "write to a file": lambda: open_once(victim, os.O_WRONLY),
         "append to a file": lambda: open_once(victim, os.O_WRONLY | os.O_APPEND),
         "empty a file by opening it": lambda: open_once(victim, os.O_RDONLY | os.O_TRUNC),
         "empty a file without a right": lambda: open_once(victim, 3 | os.O_TRUNC),
         "empty a file by name": lambda: os.truncate(victim, 0),
         "change a file's times": lambda: os.utime(victim, (1, 1)),
-        "change a file's mode": lambda: os.chmod(victim, 0o600),
+        "change a file's mode": lambda: os.chmod(victim, 0o666),
         "change a file's owner": lambda: os.chown(victim, os.getuid(), os.getgid()),
         "change a file's attributes": lambda: os.setxattr(victim, "user.canary", b"x"),
-        "rename a file": lambda: os.rename(victim, new),
-        "link to a file": lambda: os.link(victim, new),
-        "link symbolically": lambda: os.symlink("x", new),
-        "remove a file": lambda: os.unlink(victim),
-        "make a folder": lambda: os.mkdir(new),
+        "rename a file": lambda: os.rename(folder + "/renamed", folder + "/anew"),
+        "replace a file": lambda: os.rename(folder + "/written", folder + "/replaced"),
+        "link to a file": lambda: os.link(victim, folder + "/linked"),
+        "link symbolically": lambda: os.symlink("x", folder + "/symbolic"),
+        "remove a file": lambda: os.unlink(folder + "/removed"),
+        "make a folder": lambda: os.mkdir(folder + "/made"),
         "remove a folder": lambda: os.rmdir(folder + "/empty"),
-        "make a pipe": lambda: os.mkfifo(new),
-        "write to shared memory": lambda: create(shared),
+        "make a pipe": lambda: os.mkfifo(folder + "/pipe"),
         "write an unnamed file": lambda: open_once(folder, os.O_TMPFILE | os.O_WRONLY),
+        "write to shared memory": lambda: create("/dev/shm/" + os.path.basename(folder)),
         "signal the judge": lambda: os.kill(pid, 0),
         "signal everybody": lambda: os.kill(-1, 0),
         "read the judge's memory": lambda: open_once(f"/proc/{pid}/mem", os.O_RDONLY),
@@ -102,10 +102,30 @@ def run_canary(judge: Any, config: dict) -> list[str]:
 
     judge: a worker.Judge. config: what it was made of.
     """
+    seen = try_all(judge, config)
+    if seen["import"] != "succeeded":
+        raise OSError("canary: could not import from the standard library")
+    found = [name for name, outcome in seen["packages"].items() if outcome == "succeeded"]
+    if config["tier"] == "none":
+        return found
+    if seen["uid"] == 0 and linux.spare_ids():
+        raise OSError("canary: could be root")
+    for action, outcome in seen["forbidden"].items():
+        # A fork is harmless in A: the PID namespace ends with its first process.
+        if outcome == "succeeded" and (action, config["tier"]) != ("fork", "A"):
+            raise OSError(f"canary: could {action}")
+    if seen["scratch"] != "succeeded" and "no scratch" not in judge.active:
+        raise OSError("canary: could not write to its scratch")
+    return found
+
+
+def try_all(judge: Any, config: dict) -> dict:
+    """What became of each attempt: "succeeded", or the exception's name. OSError if the program
+    that makes them did not come to its end."""
     seen: dict[str, Any] = {}
-    names = list(config["packages"])
+    memory, packages = 2 * config["memory_mb"] << 20, list(config["packages"])
     with _surroundings() as (folder, port, abstract):
-        arguments = folder, os.getpid(), port, 2 * config["memory_mb"] << 20, abstract, names
+        arguments = folder, os.getpid(), port, memory, abstract, packages
         seconds, judge.timeout = judge.timeout, max(SECONDS, judge.timeout)
         try:
             verdict = judge.run(_CANARY, "canary", lambda f: seen.update(f(*arguments)))
@@ -113,21 +133,7 @@ def run_canary(judge: Any, config: dict) -> list[str]:
             judge.timeout = seconds
     if not verdict["passed"]:
         raise OSError(f"canary: {verdict['kind']}, {verdict['detail']}")
-    if seen["import"] != "succeeded":
-        raise OSError("canary: could not import from the standard library")
-    found = [name for name in names if seen["packages"][name] == "succeeded"]
-    if config["tier"] == "none":
-        return found
-    if seen["uid"] == 0 and linux.spare_ids():
-        raise OSError("canary: could be root")
-    if config["tier"] == "A":
-        del seen["forbidden"]["fork"]  # harmless: the PID namespace ends with its first process
-    for action, outcome in seen["forbidden"].items():
-        if outcome == "succeeded":
-            raise OSError(f"canary: could {action}")
-    if seen["scratch"] != "succeeded" and "no scratch" not in judge.active:
-        raise OSError("canary: could not write to its scratch")
-    return found
+    return seen
 
 
 @contextlib.contextmanager
@@ -139,7 +145,7 @@ def _surroundings() -> Iterator[tuple[str, int, str]]:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         folder.chmod(0o777)
-        for name in ("secret", "victim"):
+        for name in ("secret", "victim", "renamed", "replaced", "removed"):
             (folder / name).write_text("canary")
             (folder / name).chmod(0o666)
         (folder / "empty").mkdir()

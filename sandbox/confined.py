@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from sandbox import frames, jail, linux, namespaces
@@ -89,7 +90,7 @@ def confine_tests(folder: str, spare: int | None, newest_landlock: int = NEWEST)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, hard))
     os.chdir(folder)
-    os.environ["TMPDIR"] = folder
+    os.environ["TMPDIR"] = tempfile.tempdir = folder  # the canary has asked for it before
     abi = min(linux.landlock_abi(), newest_landlock)
     active, ruleset = [], None
     if abi:

@@ -28,6 +28,7 @@ import importlib.util
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -225,12 +226,12 @@ class Sandbox:
         if not spoilt or self._closing:
             return verdict
         with self._gate:  # no other program begins; those at work end first
-            workers = [self._idle.get() for _ in range(self.workers)]
+            all_of_them = [self._idle.get() for _ in range(self.workers)]
             try:
-                return self._ask(workers[0], program)[0]
+                return self._ask(worker, program)[0]
             finally:
-                for worker in workers:
-                    self._idle.put(worker)
+                for each in all_of_them:
+                    self._idle.put(each)
 
     def _ask(self, worker, program):
         """(Verdict, whether the machine may have spoilt it)"""
@@ -276,13 +277,14 @@ class _Worker:
     """A process of worker.py, the socket to it, and the folder that its tests may write."""
 
     def __init__(self, config: dict, folder: str):
-        self.config = {**config, "folder": tempfile.mkdtemp(dir=folder)}
+        self.config, self.parent = {**config, "folder": None}, folder
         self.process: subprocess.Popen | None = None
         self.restart()
 
     def restart(self) -> None:
         """Start the process anew. Raises _WorkerLost if it cannot build its cage."""
         self.kill()
+        self.config["folder"] = tempfile.mkdtemp(dir=self.parent)
         # Nothing of the user's environment: the candidates' side cannot read it, nor can tests.
         names = ("PATH", "LD_LIBRARY_PATH")
         env = {name: os.environ[name] for name in names if name in os.environ}
@@ -352,6 +354,7 @@ class _Worker:
             self.process.kill()
             self.process.wait()
             self.socket.close()
+            shutil.rmtree(self.config["folder"], ignore_errors=True)
 
 
 def find_packages(names: Iterable[str]) -> dict[str, str]:

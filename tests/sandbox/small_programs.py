@@ -1,6 +1,7 @@
 """A program and its tests, the tiers that this machine gives, and sandboxes in a hurry."""
 
 import contextlib
+from pathlib import Path
 
 from builders import PATIENCE
 
@@ -9,21 +10,20 @@ from sandbox import judge
 HONEST = "def solve(x):\n    return x + 1\n"
 ENDLESS = "def solve(x):\n    while True: pass\n"
 TEST = "def check(candidate):\n    assert candidate(1) == 2\n"
-# Tests are not confined: they can say in a file that they run, and wait for another one.
+# Tests may write their folder: they say there that they run, and wait for a word.
 WAITING = """
 import os, time
 def check(candidate):
     assert candidate(1) == 2
-    with open({here!r}, "a") as file:
-        file.write("here ")
-    while not os.path.exists({go!r}):
+    open("here", "w").close()
+    while not os.path.exists("go"):
         time.sleep(0.01)
 """
 
 
-def waiting_test(here, go) -> str:
-    """Tests that write `here`, once their candidate has answered, and end when `go` is there."""
-    return WAITING.format(here=str(here), go=str(go))
+def folders(sandbox) -> list[Path]:
+    """Where the tests of each worker may write."""
+    return [Path(worker.config["folder"]) for worker in sandbox._all]
 
 
 def available(tier: str) -> bool:

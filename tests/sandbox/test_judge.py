@@ -15,9 +15,10 @@ from small_programs import (
     HONEST,
     TEST,
     TIERS,
+    WAITING,
+    folders,
     in_a_hurry,
     verdict_in_a_hurry,
-    waiting_test,
 )
 
 from sandbox import judge
@@ -238,20 +239,20 @@ def test_identical_programs_are_judged_once(sandbox, monkeypatch):
     assert not sandbox.judge("", program, other, "solve").passed and len(sent) == 2
 
 
-def test_verdicts_come_as_they_complete_and_the_input_is_read_little_ahead(sandbox, tmp_path):
+def test_verdicts_come_as_they_complete_and_the_input_is_read_little_ahead(sandbox):
     """The first program's tests wait until there is another's verdict."""
     read, order = [], []
 
     def programs():
         for i in range(60):
             read.append(i)
-            test = TEST if i else waiting_test(tmp_path / "here", tmp_path / "go")
-            yield "", f"{HONEST}# order {i}\n", test, "solve"
+            yield "", f"{HONEST}# order {i}\n", TEST if i else WAITING, "solve"
 
     for index, verdict in sandbox.judge_many(programs()):
         assert verdict.passed and len(read) <= len(order) + 1 + 8 * sandbox.workers
         order.append(index)
-        (tmp_path / "go").touch()
+        for folder in folders(sandbox):
+            (folder / "go").touch()
     assert sorted(order) == list(range(60)) and order[0] != 0
 
 
@@ -268,33 +269,60 @@ def test_answers_that_hang_the_tests_are_a_timeout_and_the_worker_is_replaced(ha
     assert verdict_in_a_hurry(hasty, HONEST, unlike=("sandbox", "timeout")).passed
 
 
-def test_a_worker_that_is_killed_is_replaced_and_its_program_judged_again(tmp_path):
-    here, go = tmp_path / "here", tmp_path / "go"
+def test_a_worker_that_is_killed_is_replaced_and_its_program_judged_again():
     with Sandbox(workers=1, timeout=PATIENCE) as sandbox:
-        future = sandbox.submit("", HONEST, waiting_test(here, go), "solve")
-        wait_for(lambda: here.exists() and here.read_text())
+        future = sandbox.submit("", HONEST, WAITING, "solve")
+        (first,) = folders(sandbox)
+        wait_for((first / "here").exists)
         os.kill(sandbox._all[0].process.pid, signal.SIGKILL)
-        wait_for(lambda: here.read_text() == "here here ")
-        go.touch()
+        wait_for(lambda: (folders(sandbox)[0] / "here").exists() and folders(sandbox) != [first])
+        (folders(sandbox)[0] / "go").touch()
         assert future.result(PATIENCE).passed
         assert sandbox.judge("", HONEST, TEST, "solve").passed
 
 
-def test_leaving_while_programs_run_ends_them(tmp_path):
+def test_an_idle_worker_that_is_killed_is_replaced_without_a_word():
+    """In a program that ends with 141 on the first broken pipe, as every command does."""
+    script = f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests/sandbox")!r}]
+import cli
+from small_programs import HONEST, PATIENCE, TEST
+from sandbox.judge import Sandbox
+def main():
+    with Sandbox(2, PATIENCE) as sandbox:
+        for turn in range(2):
+            for worker in sandbox._all:
+                os.kill(worker.process.pid, signal.SIGKILL)
+                if turn:  # it is a zombie, and known to be gone; else perhaps not yet
+                    worker.process.wait()
+            for i in range(4):
+                assert sandbox.judge("", f"{{HONEST}}# {{turn}} {{i}}", TEST, "solve").passed
+        for worker in sandbox._all:
+            os.kill(worker.process.pid, signal.SIGKILL)
+    print("done")
+cli.run(main)
+"""
+    command = [sys.executable, "-c", script]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (out.returncode, out.stdout, out.stderr) == (0, "done\n", "")
+
+
+def test_leaving_while_programs_run_ends_them():
     """They have an hour, so that they do not end by themselves."""
-    test = "def check(candidate):\n    open({!r}, 'w').close()\n    candidate(1)\n"
-    places = [tmp_path / str(i) for i in range(6)]
+    test = "def check(candidate):\n    open('here', 'w').close()\n    candidate(1)\n"
     with Sandbox(workers=2, timeout=3600) as sandbox:
         pids = [worker.process.pid for worker in sandbox._all]
-        futures = [
-            sandbox.submit("", ENDLESS, test.format(str(place)), "solve") for place in places
-        ]
-        wait_for(lambda: sum(p.exists() for p in places) == 2)
+        places = folders(sandbox)
+        programs = [f"{ENDLESS}# {i}\n" for i in range(6)]
+        futures = [sandbox.submit("", program, test, "solve") for program in programs]
+        wait_for(lambda: all((place / "here").exists() for place in places))
         family = {pid for worker in pids for pid in descendants(worker)}
     assert not any(map(is_there, pids))
     assert all(worker.process.poll() is not None for worker in sandbox._all)
     assert all(future.cancelled() or not future.result().passed for future in futures)
-    assert sum(p.exists() for p in places) == 2
+    assert sum(future.cancelled() for future in futures) == 4
+    assert not any(map(os.path.exists, places))
     wait_for(lambda: not any(map(is_there, family)))
 
 
@@ -332,7 +360,7 @@ def test_no_tier_is_a_refusal_that_names_the_probe_unless_unsafe(monkeypatch):
     ):
         pass
     with Sandbox(workers=1, timeout=PATIENCE, unsafe=True) as sandbox:
-        assert sandbox.tier == "none (rlimits)"
+        assert sandbox.tier.startswith("none (rlimits, tests under nothing")
         assert sandbox.judge("", HONEST, TEST, "solve").passed
 
 

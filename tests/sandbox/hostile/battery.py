@@ -30,8 +30,8 @@ WAITING_TEST = """
 import os, time
 def check(candidate):
     assert candidate(1) == 2
-    os.rename({folder!r} + "/wait", {folder!r} + "/here")
-    while os.path.exists({folder!r} + "/here"):
+    open("here", "w").close()
+    while os.path.exists("here"):
         time.sleep(0.01)
 """
 PATIENCE = 600  # seconds that nothing honest takes, on a busy machine either
@@ -159,14 +159,12 @@ class World:
 
 def count_processes(sandbox):
     """How many processes a sandbox of one worker has: seen while its tests wait for us."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "wait").touch()
-        test = WAITING_TEST.format(folder=folder)
-        future = sandbox.submit("", HONEST, test, "solve")
-        assert wait_until((Path(folder) / "here").exists), "the first honest program does not run"
-        count = len(descendants())
-        (Path(folder) / "here").unlink()
-        assert future.result().passed
+    here = Path(sandbox._all[0].config["folder"]) / "here"
+    future = sandbox.submit("", HONEST, WAITING_TEST, "solve")
+    assert wait_until(here.exists), "the first honest program does not run"
+    count = len(descendants())
+    here.unlink()
+    assert future.result().passed
     return count
 
 
