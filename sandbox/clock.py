@@ -43,17 +43,18 @@ class Clock:
         self.began = self.ticked = time.monotonic()
         self.used, self.waited = time.process_time(), self._waited()
         self.waited_at_tick = self.waited
-        self.turns, self.turn, self.still = 0.0, None, 0.0  # seconds, but for the turn's beginning
+        self.turns = self.still = 0.0  # seconds of the candidate's turns; of standing still
+        self.turn: float | None = None  # when the present one began
         self.spoilt = False
 
     @contextlib.contextmanager
     def candidates_turn(self) -> Iterator[None]:
         """The tests wait for an answer meanwhile."""
-        self.turn = time.monotonic()
+        self.turn = began = time.monotonic()
         try:
             yield
         finally:
-            self.turns += time.monotonic() - self.turn
+            self.turns += time.monotonic() - began
             self.turn = None
 
     def tick(self, seconds: float) -> float:

@@ -38,8 +38,8 @@ def start_zygote(config: dict, stdin: socket.socket) -> subprocess.Popen:
             account = {"user": spare, "group": spare, "extra_groups": []}
     try:
         return subprocess.Popen(
-            [*bubblewrap, python, *options, os.path.abspath(jail.__file__), json.dumps(config)],
-            stdin=stdin,
+            [*bubblewrap, python, *options, _file_of(jail), json.dumps(config)],
+            stdin=stdin.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env={**os.environ, "LD_BIND_NOW": "1"},  # or every candidate binds what it calls anew
@@ -50,6 +50,10 @@ def start_zygote(config: dict, stdin: socket.socket) -> subprocess.Popen:
         os.close(proc)
 
 
+def _file_of(module) -> str:
+    return os.path.abspath(module.__file__)
+
+
 def _bubblewrap(packages, python) -> tuple[list[str], bool]:
     """Tier B's command: as tier A's tree, made by the one program that may create namespaces; and
     whether there is a scratch, since older ones cannot bound it."""
@@ -57,7 +61,7 @@ def _bubblewrap(packages, python) -> tuple[list[str], bool]:
         raise OSError("bwrap: not installed")
     tree = namespaces.interpreter_tree(packages)
     arguments = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    programs = [python, *(os.path.abspath(m.__file__) for m in (jail, frames, linux, namespaces))]
+    programs = [python, *(_file_of(m) for m in (jail, frames, linux, namespaces))]
     for path in sorted({*tree.bound, *programs}):
         arguments += ["--ro-bind", path, path]
     for path in tree.hidden:

