@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-LONGEST = 5  # times its own time, for a program that the machine does not let run
+LONGEST = 10  # times its own time, for a program that the machine does not let run
 TICK = 0.2  # seconds
 STANDSTILL = 0.5  # seconds by which a tick comes too late only if nobody could run
 

@@ -193,17 +193,24 @@ class Cage:
         except OSError:
             return [None, None]  # it is gone
         try:
-            pidfd = os.pidfd_open(pid)  # its pid in the worker's /proc is not the one we know
-            info = _read_all(f"self/fdinfo/{pidfd}", self.proc)
-            os.close(pidfd)
-            tasks = f"{info.partition('Pid:')[2].split()[0]}/task"
+            tasks = f"{self._pid_in_proc(pid)}/task"
             folder = os.open(tasks, os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.proc)
-            threads = os.listdir(folder)[:64]
-            os.close(folder)
+            try:
+                threads = os.listdir(folder)[:64]
+            finally:
+                os.close(folder)
             told = [_read_all(f"{tasks}/{thread}/schedstat", self.proc) for thread in threads]
             return [used, max(int(line.split()[1]) for line in told) / 1e9]
         except (OSError, LookupError, ValueError):  # a kernel, or a /proc, that does not tell
             return [used, None]
+
+    def _pid_in_proc(self, pid):
+        """The worker's /proc is of another PID namespace than ours, which it translates for us."""
+        pidfd = os.pidfd_open(pid)
+        try:
+            return _read_all(f"self/fdinfo/{pidfd}", self.proc).partition("\nPid:")[2].split()[0]
+        finally:
+            os.close(pidfd)
 
     def enter(self) -> None:
         """Confine this process for good. Its pipes are descriptors 3 and 4."""

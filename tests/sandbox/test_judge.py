@@ -293,6 +293,7 @@ def test_an_idle_worker_that_is_killed_is_replaced_without_a_word():
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests/sandbox")!r}]
 import cli
+from builders import descendants
 from small_programs import HONEST, PATIENCE, TEST
 from sandbox.judge import Sandbox
 def main():
@@ -304,6 +305,10 @@ def main():
                     worker.process.wait()
             for i in range(4):
                 assert sandbox.judge("", f"{{HONEST}}# {{turn}} {{i}}", TEST, "solve").passed
+        for pid in descendants(os.getpid()):  # with zygotes and candidates
+            if pid not in [worker.process.pid for worker in sandbox._all]:
+                os.kill(pid, signal.SIGKILL)
+        assert sandbox.judge("", HONEST, TEST, "solve").passed
         for worker in sandbox._all:
             os.kill(worker.process.pid, signal.SIGKILL)
     print("done")
