@@ -1,9 +1,13 @@
 """A worker: the process that holds the tests. Linux only.
 
 judge.py starts this file by its path, with cwd `/` and almost no environment. The first line of its
-standard input is a configuration in JSON (tier, timeout, grace, memory_mb, packages), each one
-after it a program as JSON, [prompt, completion, test, entry_point]; each is answered by a line of
-JSON: what the cage is made of, then the fields of a Verdict.
+standard input is a configuration in JSON, each one after it a program as JSON, [prompt,
+completion, test, entry_point]; each is answered by a line of JSON: what the cage is made of, then
+the fields of a Verdict and "spoilt", whether it was perhaps the machine that decided it.
+
+The configuration: tier, timeout and grace in seconds, memory_mb, packages (where each lies that
+candidates may import, by name), paths (whence tests import, besides the interpreter's own) and
+folder, where alone tests may write.
 
 The tests run here and call a proxy; the candidate's function runs in a process of its own, which
 jail.py's zygote forks and confines. The verdict exists in this process alone.
@@ -13,17 +17,12 @@ import builtins
 import collections
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import random
-import resource
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -32,7 +31,8 @@ from typing import Any
 if __name__ == "__main__":  # started by path: the house's root takes the place of this folder
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from sandbox import frames, jail
+from sandbox import canary, confined, frames, linux
+from sandbox.clock import TICK, Clock
 
 
 class _Stop(BaseException):
@@ -52,8 +52,11 @@ class Judge:
 
     def __init__(self, config: dict):
         self.timeout, self.grace, self.armed = config["timeout"], config["grace"], False
+        self.clock = Clock(self._ask_times)
+        # Threads are counted by uid: without one of its own a candidate may be short of them.
+        self.threads_shared = config["tier"] in ("C", "none") and config.get("spare") is None
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.zygote = _start_zygote(config, theirs)
+        self.zygote = confined.start_zygote(config, theirs)
         theirs.close()
         answer = json.loads(self.control.recv(1 << 16) or b"{}")
         if "active" not in answer:
@@ -79,12 +82,13 @@ class Judge:
             os.close(self.replies)
         theirs_in, self.requests = os.pipe()
         self.replies, theirs_out = os.pipe()
-        socket.send_fds(self.control, [b"next"], [theirs_in, theirs_out])
+        with contextlib.suppress(BrokenPipeError):  # it is gone, and may have said why
+            socket.send_fds(self.control, [b"next"], [theirs_in, theirs_out])
         os.close(theirs_in)
         os.close(theirs_out)
-        status = self.control.recv(16)
-        if not status:
-            raise OSError("the zygote died")
+        status = self.control.recv(1 << 10)
+        if not status or status.startswith(b"!"):
+            raise OSError(f"no candidate: {status[1:].decode() or 'the zygote died'}")
         self.used = False
         return int(status)
 
@@ -94,8 +98,18 @@ class Judge:
             self._next_candidate()
 
     def _on_alarm(self, *_):
-        if self.armed:
+        if not self.armed:
+            return
+        if not (wait := self.clock.tick(self.timeout)):
             raise _Stop("timeout", "timed out")
+        signal.setitimer(signal.ITIMER_REAL, wait, TICK)
+
+    def _ask_times(self):
+        try:
+            self.control.send(b"times")
+            return json.loads(self.control.recv(1 << 10))
+        except (OSError, ValueError):  # the zygote died: nobody knows
+            return None, None
 
     def judge(self, prompt: str, completion: str, test: str, entry_point: str) -> dict:
         """Run one program against its tests; a dict of Verdict's fields."""
@@ -107,10 +121,7 @@ class Judge:
             exec(_compiled(test), scope)
             scope["check"](candidate)
 
-        verdict = self.run(f"{prompt}{completion}\n", entry_point, check)
-        if verdict["detail"] == _KILLED:  # perhaps for somebody else's use of memory: look again
-            verdict = self.run(f"{prompt}{completion}\n", entry_point, check)
-        return verdict
+        return self.run(f"{prompt}{completion}\n", entry_point, check)
 
     def run(self, program: str, entry_point: str, check: Callable) -> dict:
         """Run check(proxy of the program's entry point); a dict of Verdict's fields."""
@@ -120,10 +131,11 @@ class Judge:
         self.used, self.raised, self.loaded = True, None, False
         try:
             try:
+                self.clock.start()
                 self.armed = True
-                signal.setitimer(signal.ITIMER_REAL, self.timeout, 0.2)
-                # Stuck in C on a hostile answer, the evaluator gone, this process must still end.
-                signal.setitimer(signal.ITIMER_PROF, self.timeout + 2 * self.grace)
+                signal.setitimer(signal.ITIMER_REAL, min(TICK, self.timeout), TICK)
+                # Stuck in C on a hostile answer, where no tick helps: this ends the process.
+                signal.setitimer(signal.ITIMER_PROF, self.timeout + self.grace)
                 self._send(frames.encode((program, entry_point)))
                 check(self._call)
                 self._await_loading()
@@ -138,11 +150,14 @@ class Judge:
         signal.setitimer(signal.ITIMER_PROF, 0)
         if kind == "crash":
             kind, detail = _death(self._next_candidate())
+        no_thread = self.threads_shared and _NO_THREAD in detail
         return {
             "passed": kind == "passed",
             "kind": kind,
             "detail": detail[:300].encode("utf-8", "replace").decode(),
             "seconds": time.monotonic() - started,
+            # By the machine, perhaps: by somebody else's use of it.
+            "spoilt": self.clock.spoilt or no_thread or detail == _KILLED,
         }
 
     def _call(self, *args, **kwargs):
@@ -172,7 +187,9 @@ class Judge:
     def _receive(self):
         """The candidate's (result, changed arguments), or its exception, raised here."""
         try:
-            reply = frames.decode(frames.receive_frame(self.replies))
+            with self.clock.candidates_turn():
+                frame = frames.receive_frame(self.replies)
+            reply = frames.decode(frame)
         except EOFError:
             raise _Stop("crash") from None
         except MemoryError:
@@ -231,7 +248,7 @@ class Judge:
         return "wrong answer" if isinstance(error, AssertionError) else "exception", detail
 
 
-_KILLED = "ended by SIGKILL"
+_KILLED, _NO_THREAD = "ended by SIGKILL", "can't start new thread"
 
 
 def _death(status):
@@ -287,125 +304,6 @@ def _beginning(prompt):
     return compile("", "<prompt>", "exec")
 
 
-def _start_zygote(config, stdin) -> subprocess.Popen:
-    """Start jail.py by itself; its standard input is a socket to us."""
-    python = os.path.realpath(sys.executable)  # past a virtual environment, to what is mounted
-    found = [spec for name in config["packages"] if (spec := importlib.util.find_spec(name))]
-    paths = [
-        spec.submodule_search_locations[0] if spec.submodule_search_locations else str(spec.origin)
-        for spec in found
-    ]
-    paths += [libs for path in paths if os.path.isdir(libs := path + ".libs")]
-    config = {**config, "packages": paths}
-    options = ["-X", "no_debug_ranges", "-s", "-S", "-P", "-B"]
-    command = [python, *options, os.path.abspath(jail.__file__), json.dumps(config)]
-    account: dict[str, Any] = {}
-    if config["tier"] == "B":
-        command = _bubblewrap(paths, command)
-        if jail.can_drop():
-            account = {"user": jail.DROP_ID, "group": jail.DROP_ID, "extra_groups": []}
-    return subprocess.Popen(
-        command,
-        stdin=stdin,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "LD_BIND_NOW": "1"},  # or every candidate binds what it calls anew
-        **account,
-    )
-
-
-def _bubblewrap(packages, command) -> list[str]:
-    """Tier B's command: as tier A's tree, made by the one program that may create namespaces."""
-    if not (bwrap := shutil.which("bwrap")):
-        raise OSError("bwrap: not installed")
-    tree = jail.interpreter_tree(packages)
-    arguments = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    programs = [command[0], *map(os.path.abspath, (jail.__file__, frames.__file__))]
-    for path in sorted({*tree.bound, *programs}):
-        arguments += ["--ro-bind", path, path]
-    for path in tree.hidden:
-        arguments += ["--tmpfs", path]
-    for path in tree.packages:
-        arguments += ["--ro-bind", path, path]
-    for path in jail.DEVICES:
-        arguments += ["--dev-bind", path, path]
-    return [bwrap, *arguments, "--remount-ro", "/", "--chdir", "/", *command]
-
-
-# ---------------------------------------------------------------------------------------------
-# The canary: a tier counts only if what it should stop is seen to fail
-
-_CANARY = """
-import os, resource, socket, sys
-
-def attempt(action):
-    try:
-        action()
-    except (OSError, MemoryError, ImportError) as e:
-        return type(e).__name__
-    return "succeeded"
-
-def connect(port):
-    with socket.create_connection(("127.0.0.1", port), 1):
-        pass
-
-def fork():
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-
-def canary(folder, pid, port, memory):
-    return {
-        "read a file": attempt(lambda: open(folder + "/secret").read()),
-        "write a file": attempt(lambda: open(folder + "/written", "w").close()),
-        "list a folder": attempt(lambda: os.listdir(folder)),
-        "signal the judge": attempt(lambda: os.kill(pid, 0)),
-        "read the judge's memory": attempt(lambda: open(f"/proc/{pid}/mem", "rb")),
-        "read the judge's environment": attempt(lambda: open(f"/proc/{pid}/environ", "rb")),
-        "connect": attempt(lambda: connect(port)),
-        "fork": attempt(fork),
-        "execute": attempt(lambda: os.posix_spawn("/bin/true", ["true"], {})),
-        "exceed its memory": attempt(lambda: bytearray(memory)),
-        "import": attempt(lambda: __import__("wave")),
-        "uid": os.getuid(),
-    }
-"""
-
-
-def run_canary(judge: Judge, config: dict) -> None:
-    """Raise OSError naming the first thing that a candidate could do and should not."""
-    folder = tempfile.mkdtemp(prefix="roseval-canary-")
-    listener = socket.create_server(("127.0.0.1", 0))
-    seen = {}
-
-    def check(candidate):
-        port = listener.getsockname()[1]
-        seen.update(candidate(folder, os.getpid(), port, 2 * config["memory_mb"] << 20))
-
-    try:
-        os.chmod(folder, 0o777)
-        with open(os.path.join(folder, "secret"), "w") as f:
-            f.write("canary")
-        verdict = judge.run(_CANARY, "canary", check)
-    finally:
-        shutil.rmtree(folder)
-        listener.close()
-    if not verdict["passed"]:
-        raise OSError(f"canary: {verdict['kind']}, {verdict['detail']}")
-    if seen.pop("import") != "succeeded":
-        raise OSError("canary: could not import from the standard library")
-    if config["tier"] == "none":
-        return
-    if seen.pop("uid") == 0 and jail.can_drop():
-        raise OSError("canary: could be root")
-    if config["tier"] == "A":
-        seen.pop("fork")  # harmless there: the PID namespace ends with its first process
-    for action, outcome in seen.items():
-        if outcome == "succeeded":
-            raise OSError(f"canary: could {action}")
-
-
 def main() -> None:
     """A worker's life: a line with its configuration, then a program a line, answered in JSON."""
     requests, answers = os.dup(0), os.fdopen(os.dup(1), "w")
@@ -413,8 +311,9 @@ def main() -> None:
         os.dup2(null.fileno(), 0)
         os.dup2(null.fileno(), 1)  # what tests print is not for the evaluator
     warnings.simplefilter("ignore")
+    linux.die_first(200)
     # Not dumpable: no process of this user can read the tests here.
-    jail.libc.prctl(jail.PR_SET_DUMPABLE, 0, 0, 0, 0)
+    linux.libc.prctl(linux.SET_DUMPABLE, 0, 0, 0, 0)
 
     def answer(value):
         answers.write(json.dumps(value) + "\n")
@@ -424,23 +323,28 @@ def main() -> None:
         judge = None
         for line in os.fdopen(requests):
             if judge is None:
-                config = json.loads(line)
-                judge = Judge(config)
-                run_canary(judge, config)
-                hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-                resource.setrlimit(resource.RLIMIT_AS, (_at_most(4 << 30, hard), hard))
-                answer({"active": judge.active})
+                judge, about = start(json.loads(line))
+                answer(about)
             else:
                 answer(judge.judge(*json.loads(line)))
                 judge.prepare()
         if judge:
             judge.close()
     except Exception as e:  # an edge: the evaluator reports it, or starts another worker
-        answer({"error": str(e) or repr(e)})
+        with contextlib.suppress(BrokenPipeError):  # or is gone itself
+            answer({"error": str(e) or repr(e)})
 
 
-def _at_most(value, limit) -> int:
-    return value if limit == resource.RLIM_INFINITY else min(value, limit)
+def start(config: dict) -> tuple[Judge, dict]:
+    """A Judge that its canary trusts, in a process confined for the tests of others; and of what
+    either cage is made, and which packages candidates can import."""
+    sys.path += [path for path in config["paths"] if path not in sys.path]
+    ours, theirs = linux.spare_ids() or (None, None)
+    config["spare"] = theirs
+    judge = Judge(config)
+    packages = canary.run_canary(judge, config)
+    tests = [] if config["tier"] == "none" else confined.confine_tests(config["folder"], ours)
+    return judge, {"active": judge.active, "tests": tests, "packages": packages}
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ FLOORS = [
     "cli identity",
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
-    "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
-    "costs/time formats formats/stored formats/tensorfiles formats/shards formats/text model",
+    "results sandbox/linux sandbox/namespaces sandbox/jail sandbox/confined sandbox/canary "
+    "sandbox/clock sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory costs/time "
+    "formats formats/stored formats/tensorfiles formats/shards formats/text model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/pt_files",
     "checkpoint backends/sampling backends/kvcache",
@@ -51,7 +52,6 @@ OUR_SHADOWS = {"train"}  # no package of that name is known
 LONG_FILES: dict[str, str] = {
     "dataset": "streams, their windows, and rosetrainer's datasets for code written against them",
     "model": "the whole model, for all that write and read it; a quarter is docstrings and hints",
-    "sandbox/jail": "the cage whole in one file, which runs by itself without the house",
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "gpu_kernels/decode_attention._kernel": "one Triton kernel: it cannot be cut",

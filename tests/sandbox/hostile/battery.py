@@ -6,7 +6,6 @@ FOLDER holds sandbox/. Standard library only, so that any user's interpreter can
 JSON object: tier, uid, ran, seconds and a list of failures.
 """
 
-import contextlib
 import ctypes
 import json
 import os
@@ -30,8 +29,8 @@ WAITING_TEST = """
 import os, time
 def check(candidate):
     assert candidate(1) == 2
-    os.rename({folder!r} + "/wait", {folder!r} + "/here")
-    while os.path.exists({folder!r} + "/here"):
+    open("here", "w").close()
+    while os.path.exists("here"):
         time.sleep(0.01)
 """
 PATIENCE = 600  # seconds that nothing honest takes, on a busy machine either
@@ -159,38 +158,18 @@ class World:
 
 def count_processes(sandbox):
     """How many processes a sandbox of one worker has: seen while its tests wait for us."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "wait").touch()
-        test = WAITING_TEST.format(folder=folder)
-        future = sandbox.submit("", HONEST, test, "solve")
-        assert wait_until((Path(folder) / "here").exists), "the first honest program does not run"
-        count = len(descendants())
-        (Path(folder) / "here").unlink()
-        assert future.result().passed
+    here = Path(sandbox._all[0].config["folder"]) / "here"
+    future = sandbox.submit("", HONEST, WAITING_TEST, "solve")
+    assert wait_until(here.exists), "the first honest program does not run"
+    count = len(descendants())
+    here.unlink()
+    assert future.result().passed
     return count
 
 
-@contextlib.contextmanager
-def in_a_hurry(timeout, **options):
-    """A sandbox with little time. Its canary has no more of it, and on a busy machine that may be
-    too little: then once more."""
-    from sandbox.judge import Sandbox
-
-    with contextlib.ExitStack() as stack:
-        for attempt in range(20):
-            try:
-                sandbox = stack.enter_context(Sandbox(timeout=timeout, **options))
-                break
-            except ValueError as error:
-                if attempt == 19 or "canary: timeout" not in str(error):
-                    raise
-        yield sandbox
-
-
 def is_of_a_busy_machine(verdict):
-    """Whether it may be one of a program, or of the canary of a worker that was started anew, that
-    was not given its time."""
-    lost = ("canary: timeout", "the judge process ended")
+    """Whether it may be one of a program that was not given its time."""
+    lost = "the judge process ended"
     return verdict.kind == "timeout" or (
         verdict.kind == "sandbox" and verdict.detail.startswith(lost)
     )
@@ -236,7 +215,7 @@ def judge_all(world, config):
     options = {"workers": 1, "tier": config["tier"]}
     with Sandbox(timeout=PATIENCE, **options) as patient:
         in_one = count_processes(patient) - 1  # less the bystander
-        with in_a_hurry(config["timeout"], **options) as hostile:
+        with Sandbox(timeout=config["timeout"], **options) as hostile:
             world.processes = 1 + 2 * in_one  # each has its next candidate waiting
             assert judge_honest(hostile, "first").passed
             for name, kinds, source in programs():
