@@ -355,7 +355,7 @@ def test_hub_offline_is_one_quick_line(monkeypatch):
 def test_byte_alphabet_is_gpt2s():
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    assert dict(enumerate(module._byte_alphabet())) == bytes_to_unicode()
+    assert dict(enumerate(module.byte_alphabet())) == bytes_to_unicode()
 
 
 def test_importing_or_using_byte_loads_nothing_heavy():
