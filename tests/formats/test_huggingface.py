@@ -105,6 +105,7 @@ def test_other_architectures_through_transformers(tmp_path, family):
     model = ckpt.load("float32")
     assert (model.dtype, model.device.type) == (torch.float32, "cpu")
     assert not model.supports_cache and model.vocab_size == 97 and model.max_positions == 64
+    theirs.set_attn_implementation("eager")  # its SDPA drops Gemma-2's soft cap
     with torch.no_grad():
         wanted = theirs(IDS).logits
         assert torch.allclose(model.logits(model.hidden(IDS)), wanted, atol=1e-5)
