@@ -86,9 +86,11 @@ def open_data(data: DataOptions) -> tuple[Tokenizer, TokenStream, TokenStream | 
     if not files:
         raise ValueError(f"--data-mode {data.data_mode} needs --train-{kind} FILE …")
     tokenizer = build_tokenizer(data.tokenizer_name)
-    train = open_stream(data.data_mode, files, tokenizer, data.max_tokens)
+    width = data.token_dtype
+    train = open_stream(data.data_mode, files, tokenizer, data.max_tokens, token_dtype=width)
     if val_files:
-        val = open_stream(data.data_mode, val_files, tokenizer, data.val_max_tokens)
+        limit = data.val_max_tokens
+        val = open_stream(data.data_mode, val_files, tokenizer, limit, token_dtype=width)
         return tokenizer, train, val
     if data.val_ratio:
         return tokenizer, *train.split(data.val_ratio)
