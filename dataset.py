@@ -7,8 +7,9 @@
     batch = windows.batch(stream, [0, 1, 2, 3])                      # numpy, see Windows.batch
 
 Data modes:
-- `text`: UTF-8 files, globs or directories (their *.txt and *.jsonl), see formats/text.py. The
-  end-of-text token follows each document, so each file as in rosetrainer.
+- `text`: UTF-8 files, globs or directories (their *.txt, *.jsonl, *.ndjson, *.parquet, gzipped
+  or not), see formats/text.py. The end-of-text token follows each document, so each file as in
+  rosetrainer.
 - `fineweb_npy`: shards of token ids, memory-mapped: `.npy` and `.bin`, see formats/shards.py. The
   files already hold their end-of-text tokens.
 Several files are one stream, in the order given; what a glob or a directory finds is sorted.
@@ -35,6 +36,7 @@ from formats.shards import open_shard
 from formats.text import text_groups
 from gpu_kernels.cross_entropy import IGNORE
 from model import GPTModel
+from packed import require_regular, suffix_of
 from tokenizer import Tokenizer, build_tokenizer
 
 __all__ = [
@@ -226,7 +228,7 @@ def open_stream(
             "set eos_token in its tokenizer_config.json"
         )
     sources, n_bytes, left = [], 0, max_tokens or float("inf")
-    paths = _expand(files, (".txt", ".jsonl"))
+    paths = _expand(files, (".txt", ".jsonl", ".ndjson", ".parquet"))
     total = sum(path.stat().st_size for path in paths)
     with progress(total, "tokenising", "B") as bar:
         bar.unit_scale = True
@@ -245,7 +247,8 @@ def _expand(files: Paths, suffixes: tuple[str, ...]) -> list[Path]:
     for spec in [files] if isinstance(files, str | os.PathLike) else files:
         spec = os.path.expanduser(os.fspath(spec))
         if os.path.isdir(spec):
-            found = sorted(p for p in Path(spec).iterdir() if p.suffix in suffixes and p.is_file())
+            inside = (p for p in Path(spec).iterdir() if p.is_file())
+            found = sorted(p for p in inside if suffix_of(p) in suffixes)
             if not found:
                 raise ValueError(f"{spec}: the directory holds no {' or '.join(suffixes)} files")
         elif os.path.exists(spec):
@@ -267,7 +270,8 @@ def _expand(files: Paths, suffixes: tuple[str, ...]) -> list[Path]:
         seen.add(real)
         if not os.access(path, os.R_OK):
             raise ValueError(f"{path}: no permission to read it")
-        if path.is_file() and path.stat().st_size == 0:
+        require_regular(path)
+        if path.stat().st_size == 0:
             raise ValueError(f"{path}: the file is empty")
     return paths
 
