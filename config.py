@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from cli import note
-from hf_config import checked_rope_scaling, config_to_hf, fields_from_hf, number, size
+from hf_config import (
+    checked_rope_scaling,
+    config_to_hf,
+    fields_from_hf,
+    number,
+    refuse_strange,
+    size,
+)
+from plain_yaml import load_yaml
+
+__all__ = ["CONFIGS_DIR", "GPTConfig", "config_from_hf", "load_config", "load_yaml", "presets"]
 
 VOCAB_MULTIPLE = 64  # matrix products fall off the fast path when a side is odd: GPT-2's 50257
 CONFIGS_DIR = Path(__file__).resolve().parent / "configs"
@@ -202,6 +212,7 @@ def _differing(config: GPTConfig, block: dict) -> str:
 
 def config_from_hf(hf: dict) -> GPTConfig:
     """The GPTConfig of a Hugging Face config.json's values, or UnsupportedArchitecture."""
+    refuse_strange(hf)
     return GPTConfig(**fields_from_hf(hf))
 
 
@@ -235,19 +246,4 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object")
-    return values
-
-
-def load_yaml(path: str | Path) -> dict:
-    """A YAML file's mapping. Raises ValueError naming the file, and the line where known."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `field: value` lines, not {type(values).__name__}")
     return values

@@ -36,7 +36,7 @@ from formats.shards import open_shard
 from formats.text import text_groups
 from gpu_kernels.cross_entropy import IGNORE
 from model import GPTModel
-from packed import require_regular, suffix_of
+from packed import require_file, suffix_of
 from tokenizer import Tokenizer, build_tokenizer
 
 __all__ = [
@@ -270,7 +270,7 @@ def _expand(files: Paths, suffixes: tuple[str, ...]) -> list[Path]:
         seen.add(real)
         if not os.access(path, os.R_OK):
             raise ValueError(f"{path}: no permission to read it")
-        require_regular(path)
+        require_file(path)
         if path.stat().st_size == 0:
             raise ValueError(f"{path}: the file is empty")
     return paths

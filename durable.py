@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from packed import open_packed, require_regular
+from packed import open_packed, require_file
 
 ARRAY_OF_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")
 
@@ -129,7 +129,7 @@ def refuse_impostor(path: str | Path) -> None:
     """ValueError for what a failed download or copy leaves behind: an empty file, a web page, a Git
     LFS pointer; and for a pipe or a device, which may have no end."""
     path = Path(path)
-    require_regular(path)
+    require_file(path)
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:

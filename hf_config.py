@@ -27,6 +27,8 @@ ROPE_SCALING_TYPES = tuple(ROPE_SCALING_NEEDS)
 ROPE_SCALING_POSITIVE = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 ROPE_SCALING_NUMBERS: tuple[str, ...] = ("low_freq_factor", "high_freq_factor")
 ROPE_SCALING_NUMBERS += ("attention_factor", "mscale", "mscale_all_dim")
+# No model has more, and what is built layer by layer must end
+MOST_LAYERS, MOST = 10_000, 2**31 - 1
 
 
 class UnsupportedArchitecture(ValueError):
@@ -44,16 +46,21 @@ def number(name: str, value: Any, kind: type = float) -> int | float:
         return taken
     if kind is float and isinstance(taken, float) and math.isfinite(taken):
         return float(taken)  # numpy's float64 is a float too
-    raise ValueError(f"{name} must be a{'n integer' if kind is int else ' number'}, not {value!r}")
+    what = "an integer" if kind is int else "a number"
+    raise ValueError(f"{name} must be {what}, not {value!r:.100}")
 
 
 def size(name: str, value: Any) -> int:
-    """A positive integer; a number of experts may be 0."""
+    """A positive integer that a model could have; a number of experts may be 0."""
+    taken = -1
     with contextlib.suppress(ValueError):
         taken = int(number(name, value, int))
-        if taken >= (0 if name.startswith("n_experts") else 1):
-            return taken
-    raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    if taken < (0 if name.startswith("n_experts") else 1):
+        raise ValueError(f"{name} must be a positive integer, not {value!r:.100}")
+    most = MOST_LAYERS if name in ("n_layers", "num_hidden_layers") else MOST
+    if taken > most:
+        raise ValueError(f"{name} must be {most:,} at most, not {value!r:.100}")
+    return taken
 
 
 def checked_rope_scaling(scaling: Any) -> dict:
@@ -161,6 +168,13 @@ ALIASES: dict[str, dict[str, str]] = {
 }
 
 
+def refuse_strange(hf: dict) -> None:
+    """UnsupportedArchitecture for fields that change what any family of transformers' computes."""
+    for name, usual in (("is_causal", True), ("per_layer_config", None)):
+        if (given := hf.get(name)) not in (None, usual):
+            raise UnsupportedArchitecture(f"{name} {given!r:.60} has no native form")
+
+
 def fields_from_hf(hf: dict) -> dict:
     """GPTConfig's fields as a Hugging Face config has them, or UnsupportedArchitecture.
 
@@ -170,9 +184,6 @@ def fields_from_hf(hf: dict) -> dict:
     family = hf.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UnsupportedArchitecture(f"model_type {family!r} has no native form")
-    for name, usual in (("is_causal", True), ("per_layer_config", None)):
-        if (given := hf.get(name)) not in (None, usual):
-            raise UnsupportedArchitecture(f"{name} {given!r:.60} has no native form")
     said = {k: v for k, v in hf.items() if k not in NOT_READ.get(family, ())}
     renamed = {name: hf[alias] for alias, name in ALIASES.get(family, {}).items() if alias in hf}
     try:

@@ -35,10 +35,11 @@ def suffix_of(path: str | Path) -> str:
     return Path(path.stem if path.suffix.lower() in SUFFIXES else path.name).suffix.lower()
 
 
-def require_regular(path: str | Path) -> None:
+def require_file(path: str | Path) -> None:
     """ValueError for what may have no end: a pipe, a device, a socket."""
-    if not stat.S_ISREG(Path(path).stat().st_mode):
-        kind = "a directory" if Path(path).is_dir() else "a pipe or a device"
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise ValueError(f"{path} is {kind}, not a file: name one that holds the data")
 
 
@@ -47,7 +48,7 @@ def open_packed(path: str | Path) -> "Iterator[io.BufferedReader[Any]]":
     """The content of a file, unpacked, as a stream of bytes. What is read inside of the block is
     refused in one line where it is damaged or has no measure."""
     path = Path(path)
-    require_regular(path)
+    require_file(path)
     with path.open("rb") as raw:
         head = raw.peek(8)
         for magic, command in OTHERS.items():
@@ -90,7 +91,7 @@ class _Bounded(io.RawIOBase):
 def parquet_rows(path: str | Path, columns: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """(file: row, its values by column) of a parquet file; columns: only these, which must be
     there."""
-    require_regular(path)
+    require_file(path)
     try:
         import pyarrow.parquet as parquet
         from pyarrow import ArrowException

@@ -72,7 +72,7 @@ def test_what_has_no_end_is_not_begun(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", "/dev/zero", "/dev/stdin", tmp_path):
         with pytest.raises(ValueError, match="not a file: name one"):
-            packed.require_regular(path)
+            packed.require_file(path)
         with pytest.raises(ValueError, match="not a file"), packed.open_packed(path):
             pass
 
