@@ -371,6 +371,10 @@ def load_template(name: str | Path) -> Template:
     if values.keys() != fields:
         wrong = sorted(values.keys() ^ fields)
         raise ValueError(f"{path}: field {wrong[0]!r} is unknown or missing; {sorted(fields)}")
+    for name in fields:
+        kind, what = (bool, "true or false") if name == "strip_question" else (str, "text")
+        if type(values[name]) is not kind:
+            raise ValueError(f"{path}: {name} must be {what}, not {values[name]!r:.60}")
     template = Template(path.stem, **values)
     probe = Question("subject", "question", tuple("wxyz"), 0, "")
     try:

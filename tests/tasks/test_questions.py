@@ -344,6 +344,9 @@ def test_template_hashes_differ_and_do_not_depend_on_the_name(tmp_path):
         (("{question}", "{questoin}"), "a field in braces is unknown: 'questoin'"),
         (("answer:", "anwser:"), "field 'answer' is unknown or missing|field 'anwser'"),
         (("{letter}", "the answer"), "answer must have {letter} or {choice}"),
+        (("strip_question: true", "strip_question: 'false'"), "must be true or false"),
+        (('separator: "\\n\\n"', "separator: 3"), "separator must be text, not 3"),
+        (("answer:", "strip_question: true\nanswer:"), "'strip_question' stands there twice"),
     ],
 )
 def test_bad_templates_are_one_line(change, message, tmp_path):
