@@ -38,6 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt
 # all that goes along with a copy
 TOKENIZER_COPIES: tuple[str, ...] = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
 TOKENIZER_COPIES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+KINDS = ("tokenizer_config.json", "config.json")
 # Where a long text can be cut without changing its tokens, for tokenizers that say so with
 # `splits_at_newline`: after a newline between a visible character and a letter, digit or other
 # non-ASCII character. There the patterns of GPT-2, cl100k, o200k, Llama 3, Qwen and DeepSeek all

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import distributed
+import evaluation
 from backends import scoring
 from config import GPTConfig, load_config
 from costs import gpus
@@ -46,7 +47,8 @@ def main(argv=None):
     options = parse(argv, __doc__)
     with distributed.setup(options.device.device, options.device.timeout) as dist:
         dtype = choose_dtype(options.precision, dist.device)
-        tokenizer, stream, val_stream = open_data(options.data)
+        tokenizer = open_tokenizer(options)
+        stream, val_stream = open_data(options.data, tokenizer)
         model = build_model(options, tokenizer).to(dist.device)
         for data in filter(None, (stream, val_stream)):
             data.check_vocab(model.vocab_size)
@@ -79,22 +81,31 @@ class TrainingState:
     step: int = 0
 
 
-def open_data(data: DataOptions) -> tuple[Tokenizer, TokenStream, TokenStream | None]:
-    """(tokenizer, training stream, validation stream or None)."""
+def open_tokenizer(options: Options) -> Tokenizer:
+    """The one named, else the one that --init-from was trained with, else GPT-2's."""
+    name, source = options.data.tokenizer_name, options.model.init_from
+    if name or not source:
+        return build_tokenizer(name or "gpt2")
+    tokenizer = evaluation.pick_tokenizer(None, checkpoint.open(source), needed=True)
+    assert tokenizer is not None, "needed"
+    return tokenizer
+
+
+def open_data(data: DataOptions, tokenizer: Tokenizer) -> tuple[TokenStream, TokenStream | None]:
+    """(training stream, validation stream or None)."""
     kind = "data" if data.data_mode == "text" else "npy"
     files, val_files = getattr(data, f"train_{kind}"), getattr(data, f"val_{kind}")
     if not files:
         raise ValueError(f"--data-mode {data.data_mode} needs --train-{kind} FILE …")
-    tokenizer = build_tokenizer(data.tokenizer_name)
     width = data.token_dtype
     train = open_stream(data.data_mode, files, tokenizer, data.max_tokens, token_dtype=width)
     if val_files:
         limit = data.val_max_tokens
         val = open_stream(data.data_mode, val_files, tokenizer, limit, token_dtype=width)
-        return tokenizer, train, val
+        return train, val
     if data.val_ratio:
-        return tokenizer, *train.split(data.val_ratio)
-    return tokenizer, train, None
+        return train.split(data.val_ratio)
+    return train, None
 
 
 def build_model(options: Options, tokenizer: Tokenizer) -> GPTModel:

@@ -437,6 +437,14 @@ def test_integers_of_any_width_are_the_same_tokens(tmp_path):
         assert np.array_equal(stream.read(0, 1000), x)
         with pytest.raises(ValueError, match="holds token id 249"):
             stream.check_vocab(249)
+    for width in ("<u2", "<u4", "<i8"):  # raw, and nothing said of them
+        x.astype(width).tofile(tmp_path / "raw.bin")
+        stream = open_stream("fineweb_npy", tmp_path / "raw.bin", None)
+        assert (len(stream), stream.fingerprint) == (1000, wanted)
+    x.astype("<u4")[:20].tofile(tmp_path / "few.bin")
+    refused("fineweb_npy", tmp_path / "few.bin", "--token-dtype")
+    told = open_stream("fineweb_npy", tmp_path / "few.bin", None, token_dtype="uint32")
+    assert told.read(0, 20).tolist() == x[:20].tolist()
     for dtype in ("i1", "i2", "i4", "i8"):
         x = np.array([1, 2, -100, 3])
         stream = open_stream("fineweb_npy", shard(tmp_path / "negative.npy", x, dtype), None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import ROOT, tiny_model, token_shard, torchrun
+from builders import ROOT, saved_checkpoint, tiny_model, token_shard, torchrun
 
 import checkpoint
 import results
@@ -178,6 +178,14 @@ def test_init_from_takes_weights_alone(shards, tmp_path):
     assert checkpoint.load_training_state(tmp_path / "second/checkpoint-1")["step"] == 1
 
 
+def test_weights_come_with_the_tokenizer_they_were_trained_with(tmp_path):
+    """GPT-2's would give a trained model other tokens than it knows, and no error."""
+    source = saved_checkpoint(tmp_path)
+    words = ["--data-mode", "text", "--train-data", "a", "--checkpoint-path", tmp_path / "out"]
+    options = parse([*map(str, words), "--init-from", str(source)], "")
+    assert train.open_tokenizer(options).name == "byte"
+
+
 def test_errors_are_plain(shards, tmp_path):
     def error(*more):
         done = torchrun(0, "train.py", *flags_of(shards, tmp_path, *more), code=2)
@@ -193,7 +201,8 @@ def test_errors_are_plain(shards, tmp_path):
 
 def test_toy_data_and_held_out_tail(tmp_path):
     options = parse(["--use-toy-data", "--checkpoint-path", str(tmp_path)], "")
-    tokenizer, head, tail = train.open_data(options.data)
+    tokenizer = train.open_tokenizer(options)
+    head, tail = train.open_data(options.data, tokenizer)
     text = b"".join(path.read_bytes() + b"\xff" for path in results.source_files())
     assert len(head) + len(tail) == len(text)
     assert len(tail) == pytest.approx(0.1 * len(text), abs=1)
@@ -206,8 +215,9 @@ def test_toy_data_and_held_out_tail(tmp_path):
 def test_data_of_the_other_mode_is_no_data(shards):
     data = DataOptions(train_npy=(str(shards / "train.npy"),), tokenizer_name="byte")
     with pytest.raises(ValueError, match="--data-mode text needs --train-data"):
-        train.open_data(data)
-    _, stream, nothing = train.open_data(dataclasses.replace(data, data_mode="fineweb_npy"))
+        train.open_data(data, build_tokenizer("byte"))
+    shards_of = dataclasses.replace(data, data_mode="fineweb_npy")
+    stream, nothing = train.open_data(shards_of, build_tokenizer("byte"))
     assert len(stream) == 20_000 and nothing is None
 
 

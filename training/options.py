@@ -52,7 +52,9 @@ class DataOptions:
         None, "of .bin shards without a header; default: told by the ids", choices=tuple(RAW)
     )
     use_toy_data: bool = option(False, "these scripts, a small model")
-    tokenizer_name: str = option("gpt2", "byte, a tiktoken name or a directory")
+    tokenizer_name: str | None = option(
+        None, "byte, a tiktoken name or a directory; default: that of --init-from, else gpt2"
+    )
     max_tokens: int | None = option(None, "use the first training tokens only", type=positive_int)
     val_max_tokens: int | None = option(None, type=positive_int)
     val_ratio: float = option(0.0, "without validation files: hold out", type=float)

@@ -24,7 +24,7 @@ def test_flags_and_defaults():
     options = parse([*NEEDED, "--n-layers", "3", "--train-npy", "a", "b", "--bf16"], "")
     assert options.model == ModelOptions(n_layers=3)
     assert options.model.config_fields == {"n_layers": 3}
-    assert options.data.train_npy == ("a", "b") and options.data.tokenizer_name == "gpt2"
+    assert options.data.train_npy == ("a", "b") and options.data.tokenizer_name is None
     assert (options.optimization.lr, options.optimization.num_steps) == (6e-4, 1000)
     assert (options.precision.bf16, options.run.seed, options.run.resume) == (True, 42, False)
     with pytest.raises(dataclasses.FrozenInstanceError):
