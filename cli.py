@@ -18,6 +18,7 @@ failure as 1.
 """
 
 import argparse
+import functools
 import os
 import signal
 import sys
@@ -360,6 +361,13 @@ def first_line(error: Exception) -> str:
     text = str(error).strip().rpartition("WeightsUnpickler error:")[2]  # torch's advice is before
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+@functools.cache
+def note(text: str) -> None:
+    """One line of what a user should know and nobody asked, once, from rank 0."""
+    if rank() == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _report(error: Exception) -> None:

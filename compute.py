@@ -16,9 +16,10 @@ Reference: Llama-2-7B has 6,738,415,616 parameters; a forward of 2,048 tokens is
 FLOPs with the full attention mask.
 """
 
+import contextlib
 import json
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from costs.formulas import (
 from costs.gpus import GPU, GPUS, find_gpu, mfu
 from costs.memory import estimate_memory, fewest_gpus, fits_table, largest_fits, usable_memory
 from costs.time import TRAINING_MFU, Ceilings, pass_seconds, roofline, training_time, turning_batch
+from hf_config import number
 
 __all__ = [
     "GPU",
@@ -60,6 +62,11 @@ __all__ = [
     "turning_batch",
     "usable_memory",
 ]
+
+SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+MOST_PARAMETERS = 1e30  # and tokens, and prices: what is beyond is a slip of the keyboard
+MOST_TOKENS = 2**63  # of a step
+
 
 # ---------------------------------------------------------------------------------------------
 # Printing
@@ -283,18 +290,47 @@ def read_config(spec: str) -> GPTConfig:
 def load_gpu(spec: str) -> GPU:
     """A table name, a device name, or a YAML file with the fields of `GPU` (plain units)."""
     if Path(spec).suffix in (".yaml", ".yml"):
-        values = {"name": Path(spec).stem, "words": ""} | load_yaml(spec)
-        try:
-            return GPU(**values)
-        except TypeError:
-            wanted = "bf16_flops, fp32_flops, bandwidth, memory"
-            raise ValueError(
-                f"{spec}: a GPU file has the fields {wanted} (per second, bytes)"
-            ) from None
+        values, wanted = load_yaml(spec), ("bf16_flops", "fp32_flops", "bandwidth", "memory")
+        if {*values} - {"name", "words"} != {*wanted}:
+            fields = ", ".join(wanted)
+            raise ValueError(f"{spec}: a GPU file has the fields {fields} (per second, bytes)")
+        peaks = {name: number(f"{spec}: {name}", values[name]) for name in wanted}
+        for name, peak in peaks.items():
+            if peak <= 0:
+                raise ValueError(f"{spec}: {name} must be positive, not {peak!r}")
+        return GPU(name=str(values.get("name", Path(spec).stem)), words="", **peaks)
     gpu = find_gpu(spec)
     if gpu is None:
         raise ValueError(f"no GPU named {spec!r}; known are {', '.join(GPUS)}, or a YAML file")
     return gpu
+
+
+def positive(text: str) -> float:
+    """A number such as 7e9, 7B or 350M."""
+    digits, scale = text.replace("_", ""), 1.0
+    if digits[-1:].upper() in SCALES:
+        digits, scale = digits[:-1], SCALES[digits[-1].upper()]
+    with contextlib.suppress(ValueError):
+        value = float(digits) * scale
+        if 0 < value < MOST_PARAMETERS:
+            return value
+    raise ArgumentTypeError(f"needs a positive number such as 7e9 or 7B, not {text!r:.60}")
+
+
+def share(text: str) -> float:
+    """More than 0, 1 at most."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise ArgumentTypeError(f"needs a share between 0 and 1, not {text!r:.60}")
+
+
+def rank(text: str) -> int:
+    """A whole number; 0: none."""
+    with contextlib.suppress(ValueError):
+        if int(text) >= 0:
+            return int(text)
+    raise ArgumentTypeError(f"needs a whole number from 0 on, not {text!r:.60}")
 
 
 def make_parser(cli: ModuleType) -> ArgumentParser:
@@ -302,7 +338,7 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     p = cli.parser(__doc__)
     add = p.add_argument
     add("--config", help=f"{', '.join(presets())}, a YAML file, a config.json or its directory")
-    add("--params", type=float, metavar="N", help="rules of thumb for N parameters, such as 7e9")
+    add("--params", type=positive, metavar="N", help="rules of thumb for N parameters: 7e9 or 7B")
     add("--batch-size", type=cli.positive_int, default=1)
     add("--seq-len", type=cli.positive_int, help="default: the model's longest, at most 4096")
     add("--dtype", default="bf16", choices=(*DTYPES, *DTYPE_NAMES))
@@ -312,15 +348,15 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--precision", default="autocast", choices=("autocast", "pure", "master-weights"))
     add("--recompute", default="none", choices=("none", "selective", "full"))
     add("--implementation", default="roseval", choices=tuple(ACTIVATIONS))
-    add("--lora-rank", type=int, default=0)
+    add("--lora-rank", type=rank, default=0)
     add("--dp", type=cli.positive_int, default=1, help="data-parallel GPUs")
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
     add("--fsdp", action="store_true", help="the same as --zero 3")
     add("--tp", type=cli.positive_int, default=1, help="tensor-parallel GPUs")
     add("--gpu", default="h100", help=f"{', '.join(GPUS)}, or a YAML file")
-    add("--mfu", type=float, default=TRAINING_MFU, help="assumed for training time (0.40)")
-    add("--tokens", type=float, help="training budget; default: 20 a parameter (Hoffmann 2022)")
-    add("--price", type=float, help="of a GPU-hour")
+    add("--mfu", type=share, default=TRAINING_MFU, help="assumed for training time (0.40)")
+    add("--tokens", type=positive, help="training budget; default: 20 a parameter (Hoffmann 2022)")
+    add("--price", type=positive, help="of a GPU-hour")
     add("--fits", action="store_true", help="what fits the GPU: batch, length, sharding")
     add("--explain", action="store_true", help="every formula with the numbers put in")
     add("--plot", metavar="FILE", help="draw the training step's memory over time (matplotlib)")
@@ -371,10 +407,14 @@ def main(argv=None) -> None:
     if (args.config is None) == (args.params is None):
         raise ValueError("give either --config (a model) or --params (a number of parameters)")
     gpu = load_gpu(args.gpu)
-    if args.params:
+    if args.params is not None:
         return print_rules(args.params, gpu)
     c, setup, batch_size = read_config(args.config), read_setup(args), args.batch_size
     seq_len = args.seq_len or min(c.max_position_embeddings, 4096)
+    if max(batch_size * seq_len, setup.lora_rank, setup.dp * setup.tp) > MOST_TOKENS:
+        raise ValueError(
+            "--batch-size, --seq-len, --lora-rank, --dp or --tp is beyond all machines"
+        )
     settings = asdict(setup)
     flops = estimate_flops(c, batch_size, seq_len, **settings)
     memory = estimate_memory(c, batch_size, seq_len, **settings)

@@ -15,7 +15,18 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hf_config import checked_rope_scaling, config_to_hf, fields_from_hf, number, size
+from cli import note
+from hf_config import (
+    checked_rope_scaling,
+    config_to_hf,
+    fields_from_hf,
+    number,
+    refuse_strange,
+    size,
+)
+from plain_yaml import load_yaml
+
+__all__ = ["CONFIGS_DIR", "GPTConfig", "config_from_hf", "load_config", "load_yaml", "presets"]
 
 VOCAB_MULTIPLE = 64  # matrix products fall off the fast path when a side is odd: GPT-2's 50257
 CONFIGS_DIR = Path(__file__).resolve().parent / "configs"
@@ -172,21 +183,36 @@ class GPTConfig:
     @classmethod
     def from_json(cls, values: dict, source: str) -> "GPTConfig":
         """From the values of a `config.json`, ours or Hugging Face's. ValueError names `source`;
-        UnsupportedArchitecture is one."""
-        if isinstance(values.get("roseval"), dict):
-            return cls.from_dict(values["roseval"], source)
-        if "model_type" not in values and "n_heads" in values:  # our fields alone
-            return cls.from_dict(values, source)
+        UnsupportedArchitecture is one.
+
+        Where a file has both, Hugging Face's fields say all, and win: transformers keeps our block
+        as it was when it saves a model again whose fields it changed."""
+        block = values.get("roseval")
+        if "model_type" not in values and (isinstance(block, dict) or "n_heads" in values):
+            return cls.from_dict(block if isinstance(block, dict) else values, source)
         try:
-            return config_from_hf(values)
-        except KeyError as error:
-            raise ValueError(f"{source}: field {error} is missing") from None
+            config = config_from_hf(values)
         except ValueError as error:
             raise type(error)(f"{source}: {error}") from None
+        if isinstance(block, dict) and (stale := _differing(config, block)):
+            note(f'{source}: its fields were changed beside the "roseval" block, and win: {stale}')
+        return config
+
+
+def _differing(config: GPTConfig, block: dict) -> str:
+    """The fields in which a "roseval" block says something else, in words; "" where it does not."""
+    try:
+        said = GPTConfig(**block)
+        said = config_from_hf(config_to_hf(said) or {})  # as Hugging Face's fields can say it
+    except (ValueError, TypeError):
+        return "the block cannot be read"
+    mine, theirs = config.to_dict(), said.to_dict()
+    return ", ".join(f"{n} {mine[n]}, not {theirs[n]}" for n in mine if mine[n] != theirs[n])
 
 
 def config_from_hf(hf: dict) -> GPTConfig:
     """The GPTConfig of a Hugging Face config.json's values, or UnsupportedArchitecture."""
+    refuse_strange(hf)
     return GPTConfig(**fields_from_hf(hf))
 
 
@@ -220,19 +246,4 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object")
-    return values
-
-
-def load_yaml(path: str | Path) -> dict:
-    """A YAML file's mapping. Raises ValueError naming the file, and the line where known."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `field: value` lines, not {type(values).__name__}")
     return values

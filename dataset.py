@@ -7,8 +7,9 @@
     batch = windows.batch(stream, [0, 1, 2, 3])                      # numpy, see Windows.batch
 
 Data modes:
-- `text`: UTF-8 files, globs or directories (their *.txt and *.jsonl), see formats/text.py. The
-  end-of-text token follows each document, so each file as in rosetrainer.
+- `text`: UTF-8 files, globs or directories (their *.txt, *.jsonl, *.ndjson, *.parquet, gzipped
+  or not), see formats/text.py. The end-of-text token follows each document, so each file as in
+  rosetrainer.
 - `fineweb_npy`: shards of token ids, memory-mapped: `.npy` and `.bin`, see formats/shards.py. The
   files already hold their end-of-text tokens.
 Several files are one stream, in the order given; what a glob or a directory finds is sorted.
@@ -35,6 +36,7 @@ from formats.shards import open_shard
 from formats.text import text_groups
 from gpu_kernels.cross_entropy import IGNORE
 from model import GPTModel
+from packed import require_file, suffix_of
 from tokenizer import Tokenizer, build_tokenizer
 
 __all__ = [
@@ -146,21 +148,27 @@ class TokenStream:
         return out
 
     @functools.cached_property
-    def _largest_ids(self) -> list[int]:
-        """Each file's largest id, from one scan of the whole stream."""
-        return [int(max(block.max() for block in source.blocks())) for source in self.sources]
+    def _ranges(self) -> list[tuple[int, int]]:
+        """Each file's smallest and largest id, from one scan of the whole stream."""
+        found = []
+        for source in self.sources:
+            ends = [(int(block.min()), int(block.max())) for block in source.blocks()]
+            found.append((min(low for low, _ in ends), max(high for _, high in ends)))
+        return found
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise ValueError, naming the file, if an id does not fit a vocabulary of `vocab_size`.
 
         Costs nothing where the files' dtype cannot hold such an id, else one scan."""
-        if all(np.iinfo(source.tokens.dtype).max < vocab_size for source in self.sources):
+        held = [np.iinfo(source.tokens.dtype) for source in self.sources]
+        if all(0 <= ids.min and ids.max < vocab_size for ids in held):
             return
-        for name, largest in zip(self.file_names, self._largest_ids):
-            if largest >= vocab_size:
+        for name, (smallest, largest) in zip(self.file_names, self._ranges):
+            if smallest < 0 or largest >= vocab_size:
                 raise ValueError(
-                    f"{name}: holds token id {largest}, but the vocabulary has {vocab_size} ids "
-                    f"(0…{vocab_size - 1}); it was made with another tokenizer than the model's"
+                    f"{name}: holds token id {smallest if smallest < 0 else largest}, but the "
+                    f"vocabulary has {vocab_size} ids (0…{vocab_size - 1}); it was made with "
+                    "another tokenizer than the model's"
                 )
 
     @functools.cached_property
@@ -193,12 +201,14 @@ def open_stream(
     tokenizer: Tokenizer | None,
     max_tokens: int | None = None,
     add_eos: bool = True,
+    token_dtype: str | None = None,
 ) -> TokenStream:
     """The TokenStream of `files` (a path, glob or directory, or a list of them).
 
     `max_tokens` keeps only the first so many tokens. `tokenizer` may be None for shards, which
-    then have no `bos_id`; `add_eos` matters to text only. Text is encoded once, in memory, by each
-    process that asks. Raises ValueError for whatever is wrong with the input.
+    then have no `bos_id`; `add_eos` matters to text only, `token_dtype` to shards without a header.
+    Text is encoded once, in memory, by each process that asks. Raises ValueError for whatever is
+    wrong with the input.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
@@ -206,7 +216,7 @@ def open_stream(
     bos_id = getattr(tokenizer, "eos_token_id", None) if bos_id is None else bos_id
     if data_mode == "fineweb_npy":
         paths = _expand(files, (".npy", ".bin"))
-        sources = [Source(str(path), *open_shard(path)) for path in paths]
+        sources = [Source(str(path), *open_shard(path, token_dtype)) for path in paths]
         return TokenStream(sources, max_tokens, bos_id)
     if data_mode != "text":
         raise ValueError(f"data mode must be 'text' or 'fineweb_npy', not {data_mode!r}")
@@ -218,7 +228,7 @@ def open_stream(
             "set eos_token in its tokenizer_config.json"
         )
     sources, n_bytes, left = [], 0, max_tokens or float("inf")
-    paths = _expand(files, (".txt", ".jsonl"))
+    paths = _expand(files, (".txt", ".jsonl", ".ndjson", ".parquet"))
     total = sum(path.stat().st_size for path in paths)
     with progress(total, "tokenising", "B") as bar:
         bar.unit_scale = True
@@ -237,7 +247,8 @@ def _expand(files: Paths, suffixes: tuple[str, ...]) -> list[Path]:
     for spec in [files] if isinstance(files, str | os.PathLike) else files:
         spec = os.path.expanduser(os.fspath(spec))
         if os.path.isdir(spec):
-            found = sorted(p for p in Path(spec).iterdir() if p.suffix in suffixes and p.is_file())
+            inside = (p for p in Path(spec).iterdir() if p.is_file())
+            found = sorted(p for p in inside if suffix_of(p) in suffixes)
             if not found:
                 raise ValueError(f"{spec}: the directory holds no {' or '.join(suffixes)} files")
         elif os.path.exists(spec):
@@ -259,7 +270,8 @@ def _expand(files: Paths, suffixes: tuple[str, ...]) -> list[Path]:
         seen.add(real)
         if not os.access(path, os.R_OK):
             raise ValueError(f"{path}: no permission to read it")
-        if path.is_file() and path.stat().st_size == 0:
+        require_file(path)
+        if path.stat().st_size == 0:
             raise ValueError(f"{path}: the file is empty")
     return paths
 

@@ -14,10 +14,10 @@ import contextlib
 import errno
 import fcntl
 import functools
-import gzip
 import json
 import math
 import os
+import re
 import secrets
 import sys
 import time
@@ -27,6 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from packed import open_packed, require_file
+
+ARRAY_OF_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")
 
 # ---------------------------------------------------------------------------------------------
 # Writing
@@ -145,8 +149,9 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 def refuse_impostor(path: str | Path) -> None:
     """ValueError for what a failed download or copy leaves behind: an empty file, a web page, a Git
-    LFS pointer."""
+    LFS pointer; and for a pipe or a device, which may have no end."""
     path = Path(path)
+    require_file(path)
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:
@@ -170,15 +175,16 @@ def decode_utf8(data: bytes, where: str | Path, offset: int = 0) -> str:
 
 
 def read_jsonl(path: str | Path, what: str = "file") -> Iterator[tuple[str, int, dict]]:
-    """Yield (file:line, bytes of the line, object) of a JSONL file, gzipped or not; blank lines are
-    passed over. what: how the file is called where it is missing. ValueError in one line that names
-    file and line."""
+    """Yield (file:line, bytes of the line, object) of a file of JSON lines, gzipped or not, or of
+    one JSON array of objects (then file: item); blank lines are passed over. what: how the file is
+    called where it is missing. ValueError in one line that names file and line."""
     path, offset = Path(path), 0
     try:
         refuse_impostor(path)
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if zipped else open(path, "rb") as file:
+        with open_packed(path) as file:
+            if ARRAY_OF_OBJECTS.match(file.peek(2**12)):
+                yield from _items_of(decode_utf8(file.read(), path), path)
+                return
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
                 text = decode_utf8(line, where, offset).removeprefix("\ufeff")
@@ -187,8 +193,18 @@ def read_jsonl(path: str | Path, what: str = "file") -> Iterator[tuple[str, int,
                     yield where, len(line), _object_of(text, where)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such {what}") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip data: {error}") from None
+
+
+def _items_of(text: str, path: Path) -> Iterator[tuple[str, int, dict]]:
+    """Those of an array; their bytes are not known."""
+    try:
+        items = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: begins as a JSON array, but is none: {error}") from None
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, dict):
+            raise ValueError(f"{path}: item {number}: an object expected, not {item!r:.40}")
+        yield f"{path}: item {number}", 0, item
 
 
 def _object_of(text: str, where: str) -> dict:

@@ -30,6 +30,7 @@ from backends import Backend, Facts
 from backends.scoring import WindowTotals
 from dataset import RandomWindows, TokenStream, Windows, open_stream
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
+from formats.shards import RAW
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -47,6 +48,9 @@ class Options:
     )
     val_npy: tuple[str, ...] = cli.option(
         (), "shards: .npy or .bin, globs", nargs="+", metavar="FILE"
+    )
+    token_dtype: str | None = cli.option(
+        None, "of .bin shards without a header; default: told by the ids", choices=tuple(RAW)
     )
     max_tokens: int | None = cli.option(None, "use the first tokens only", type=cli.positive_int)
     seq_len: int | None = cli.option(
@@ -75,6 +79,8 @@ class Options:
             raise ValueError(f"{cli.flag_of(other)} does not go with {mode}")
         if not getattr(self, wanted):
             raise ValueError(f"{mode} needs {cli.flag_of(wanted)} FILE …")
+        if text and self.token_dtype:
+            raise ValueError(f"--token-dtype does not go with {mode}")
         if self.windows == "random" and (self.stride or self.bos != "off"):
             raise ValueError("--windows random has no --stride and no --bos")
 
@@ -97,7 +103,13 @@ class Scored:
 def plan(options: Options, facts: Facts) -> Plan:
     """The data as a model sees it, and what decides its numbers."""
     tokenizer, seq_len = facts.tokenizer, pick_window(options.seq_len, facts.context)
-    stream = open_stream(options.data_mode, options.files, tokenizer, options.max_tokens)
+    stream = open_stream(
+        options.data_mode,
+        options.files,
+        tokenizer,
+        options.max_tokens,
+        token_dtype=options.token_dtype,
+    )
     stream.check_vocab(facts.vocab_size)
     random, bos = options.windows == "random", False
     windows: Windows | RandomWindows
@@ -262,7 +274,8 @@ def print_table(records: list[dict]) -> None:
 
 def check(options: Options) -> None:
     """The files are there and readable, whatever the tokenizer."""
-    open_stream(options.data_mode, options.files, evaluation.open_tokenizer("byte"), max_tokens=1)
+    tokenizer, width = evaluation.open_tokenizer("byte"), options.token_dtype
+    open_stream(options.data_mode, options.files, tokenizer, max_tokens=1, token_dtype=width)
 
 
 PERPLEXITY = Evaluation(

@@ -27,6 +27,8 @@ ROPE_SCALING_TYPES = tuple(ROPE_SCALING_NEEDS)
 ROPE_SCALING_POSITIVE = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 ROPE_SCALING_NUMBERS: tuple[str, ...] = ("low_freq_factor", "high_freq_factor")
 ROPE_SCALING_NUMBERS += ("attention_factor", "mscale", "mscale_all_dim")
+# No model has more, and what is built layer by layer must end
+MOST_LAYERS, MOST = 10_000, 2**31 - 1
 
 
 class UnsupportedArchitecture(ValueError):
@@ -44,16 +46,21 @@ def number(name: str, value: Any, kind: type = float) -> int | float:
         return taken
     if kind is float and isinstance(taken, float) and math.isfinite(taken):
         return float(taken)  # numpy's float64 is a float too
-    raise ValueError(f"{name} must be a{'n integer' if kind is int else ' number'}, not {value!r}")
+    what = "an integer" if kind is int else "a number"
+    raise ValueError(f"{name} must be {what}, not {value!r:.100}")
 
 
 def size(name: str, value: Any) -> int:
-    """A positive integer; a number of experts may be 0."""
+    """A positive integer that a model could have; a number of experts may be 0."""
+    taken = -1
     with contextlib.suppress(ValueError):
         taken = int(number(name, value, int))
-        if taken >= (0 if name.startswith("n_experts") else 1):
-            return taken
-    raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    if taken < (0 if name.startswith("n_experts") else 1):
+        raise ValueError(f"{name} must be a positive integer, not {value!r:.100}")
+    most = MOST_LAYERS if name in ("n_layers", "num_hidden_layers") else MOST
+    if taken > most:
+        raise ValueError(f"{name} must be {most:,} at most, not {value!r:.100}")
+    return taken
 
 
 def checked_rope_scaling(scaling: Any) -> dict:
@@ -78,21 +85,112 @@ def checked_rope_scaling(scaling: Any) -> dict:
     return checked
 
 
+# What transformers' config class of each family means by a field that a config.json lacks. A field
+# that a family's class does not have is here as what its model computes, and is not read.
+_GPT2: dict[str, Any] = dict(
+    vocab_size=50257,
+    n_positions=1024,
+    n_embd=768,
+    n_layer=12,
+    n_head=12,
+    n_inner=None,
+    activation_function="gelu_new",
+    resid_pdrop=0.1,
+    layer_norm_epsilon=1e-5,
+    scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+    tie_word_embeddings=True,
+)
+_LLAMA: dict[str, Any] = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=None,
+    head_dim=None,
+    hidden_act="silu",
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+    attention_dropout=0.0,
+    sliding_window=None,
+)
+_MISTRAL = _LLAMA | dict(
+    intermediate_size=14336,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    sliding_window=4096,
+)
+_MIXTRAL = _MISTRAL | dict(
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    sliding_window=None,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+)
+_QWEN2 = _LLAMA | dict(
+    vocab_size=151936,
+    intermediate_size=22016,
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    use_sliding_window=False,
+    sliding_window=4096,
+    max_window_layers=28,
+)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "mixtral": _MIXTRAL,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN2 | dict(head_dim=128),
+}
+NOT_READ: dict[str, tuple[str, ...]] = {
+    "llama": ("sliding_window",),
+    "mistral": ("attention_bias", "mlp_bias"),
+    "mixtral": ("attention_bias", "mlp_bias", "layer_types"),
+    "qwen2": ("attention_bias", "mlp_bias"),
+    "qwen3": ("mlp_bias",),
+}
+# Other names that transformers takes for the same fields, and reads last
+ALIASES: dict[str, dict[str, str]] = {
+    "gpt2": dict(
+        hidden_size="n_embd",
+        max_position_embeddings="n_positions",
+        num_attention_heads="n_head",
+        num_hidden_layers="n_layer",
+    ),
+    "mixtral": dict(num_experts="num_local_experts"),
+}
+
+
+def refuse_strange(hf: dict) -> None:
+    """UnsupportedArchitecture for fields that change what any family of transformers' computes."""
+    for name, usual in (("is_causal", True), ("per_layer_config", None)):
+        if (given := hf.get(name)) not in (None, usual):
+            raise UnsupportedArchitecture(f"{name} {given!r:.60} has no native form")
+
+
 def fields_from_hf(hf: dict) -> dict:
     """GPTConfig's fields as a Hugging Face config has them, or UnsupportedArchitecture.
 
-    Covers gpt2, llama, mistral, qwen2, qwen3 and mixtral. A field that would change the function
-    computed and that GPTConfig has no word for is refused, never ignored.
+    Covers FAMILIES. A field that would change the function computed and that GPTConfig has no word
+    for is refused, never ignored.
     """
-    model_type = hf.get("model_type")
+    family = hf.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UnsupportedArchitecture(f"model_type {family!r} has no native form")
+    said = {k: v for k, v in hf.items() if k not in NOT_READ.get(family, ())}
+    renamed = {name: hf[alias] for alias, name in ALIASES.get(family, {}).items() if alias in hf}
     try:
-        if model_type == "gpt2":
-            return _gpt2_from_hf(hf)
-        if model_type in ("llama", "mistral", "qwen2", "qwen3", "mixtral"):
-            return _llama_from_hf(hf, model_type)
+        values = FAMILIES[family] | said | renamed
+        return _gpt2_from_hf(values) if family == "gpt2" else _llama_from_hf(values, family)
     except (TypeError, AttributeError, IndexError, OverflowError) as error:
-        raise ValueError(f"a field is of another type than {model_type} has: {error}") from None
-    raise UnsupportedArchitecture(f"model_type {model_type!r} has no native form")
+        raise ValueError(f"a field is of another type than {family} has: {error}") from None
 
 
 def _activation(name: str) -> str:
@@ -101,16 +199,16 @@ def _activation(name: str) -> str:
     return ACTIVATIONS[name]
 
 
-def _flag(hf: dict, name: str, default: bool = False) -> bool:
+def _flag(hf: dict, name: str) -> bool:
     """A field that is true or false."""
-    value = hf.get(name, default)
+    value = hf[name]
     if value is not None and type(value) is not bool:
         raise ValueError(f"{name} must be true or false, not {value!r}")
     return bool(value)  # null is false, as transformers has it
 
 
 def _gpt2_from_hf(hf: dict) -> dict:
-    if not hf.get("scale_attn_weights", True) or hf.get("scale_attn_by_inverse_layer_idx", False):
+    if not hf["scale_attn_weights"] or hf["scale_attn_by_inverse_layer_idx"]:
         raise UnsupportedArchitecture("GPT-2's attention scaling variants have no native form")
     return dict(
         vocab_size=hf["vocab_size"],
@@ -118,11 +216,11 @@ def _gpt2_from_hf(hf: dict) -> dict:
         n_layers=hf["n_layer"],
         n_heads=hf["n_head"],
         d_model=hf["n_embd"],
-        d_ff=hf.get("n_inner") or 4 * size("n_embd", hf["n_embd"]),
-        dropout=hf.get("resid_pdrop", 0.1),
-        activation=_activation(hf.get("activation_function", "gelu_new")),
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=_flag(hf, "tie_word_embeddings", True),
+        d_ff=4 * size("n_embd", hf["n_embd"]) if hf["n_inner"] is None else hf["n_inner"],
+        dropout=hf["resid_pdrop"],
+        activation=_activation(hf["activation_function"]),
+        norm_eps=hf["layer_norm_epsilon"],
+        tie_embeddings=_flag(hf, "tie_word_embeddings"),
     )
 
 
@@ -133,20 +231,20 @@ def _llama_from_hf(hf: dict, model_type: str) -> dict:
         raise UnsupportedArchitecture("biases on some of the linear layers only")
     window, full_layers = _window_from_hf(hf, model_type)
     moe = model_type == "mixtral"
+    n_heads, n_kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     return dict(
         vocab_size=hf["vocab_size"],
         max_position_embeddings=hf["max_position_embeddings"],
         n_layers=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"],
+        n_heads=n_heads,
         d_model=hf["hidden_size"],
         d_ff=hf["intermediate_size"],
-        dropout=hf.get("attention_dropout", 0.0),
-        activation=_activation(hf.get("hidden_act", "silu")),
-        n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        # Qwen3's head_dim is 128 whatever the width; the others derive theirs
-        head_dim=hf.get("head_dim") or (128 if model_type == "qwen3" else None),
+        dropout=hf["attention_dropout"],
+        activation=_activation(hf["hidden_act"]),
+        n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
+        head_dim=hf["head_dim"],
         norm="rmsnorm",
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_eps=hf["rms_norm_eps"],
         position="rope",
         rope_theta=theta,
         rope_scaling=scaling,
@@ -163,34 +261,41 @@ def _llama_from_hf(hf: dict, model_type: str) -> dict:
 
 
 def _rope_from_hf(hf: dict) -> tuple[float, dict | None]:
-    """transformers 5 keeps `rope_parameters`; older files have `rope_theta` and `rope_scaling`."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    """transformers 5 keeps `rope_parameters`; older files have `rope_theta` and `rope_scaling`,
+    which win where a file has both."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling must be a mapping with a rope_type, not {rope!r}")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UnsupportedArchitecture("rotary positions of their own for each type of layer")
     rope = dict(rope)
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    theta = float(number("rope_theta", theta))
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if hf.get("partial_rotary_factor", rope.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedArchitecture("partial rotary embeddings have no native form")
+    theta = float(number("rope_theta", rope.pop("rope_theta", hf["rope_theta"])))
+    older = rope.pop("type", None)
+    kind = rope.pop("rope_type", None) or older or "default"
+    for fraction in (rope.pop("partial_rotary_factor", None), hf.get("partial_rotary_factor")):
+        if fraction not in (None, 1):
+            raise UnsupportedArchitecture("partial rotary embeddings have no native form")
     if kind == "default":
         return theta, None
+    trained = hf.get("original_max_position_embeddings")
+    if kind in ("llama3", "yarn") and trained is not None:
+        rope["original_max_position_embeddings"] = trained
     return theta, {"rope_type": kind} | rope
 
 
 def _window_from_hf(hf: dict, model_type: str) -> tuple[int | None, tuple[int, ...]]:
-    window = hf.get("sliding_window")
-    if model_type.startswith("qwen") and not hf.get("use_sliding_window", False):
+    window, qwen = hf["sliding_window"], model_type.startswith("qwen")
+    if window is None or (qwen and not _flag(hf, "use_sliding_window")):
         return None, ()
-    if model_type == "llama" or window is None:
-        return None, ()
-    layers = range(size("num_hidden_layers", hf["num_hidden_layers"]))
-    if hf.get("layer_types"):
-        return window, tuple(i for i in layers if hf["layer_types"][i] == "full_attention")
-    if model_type.startswith("qwen"):  # the first max_window_layers layers attend in full
-        return window, tuple(i for i in layers if i < hf.get("max_window_layers", 28))
-    return window, ()
+    n_layers, types = size("num_hidden_layers", hf["num_hidden_layers"]), hf.get("layer_types")
+    if not types:
+        first = number("max_window_layers", hf["max_window_layers"], int) if qwen else 0
+        return window, tuple(range(min(max(int(first), 0), n_layers)))
+    if len(types) != n_layers or not {*types} <= {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"layer_types must say full_attention or sliding_attention of each of {n_layers} layers"
+        )
+    return window, tuple(i for i, kind in enumerate(types) if kind == "full_attention")
 
 
 def config_to_hf(c: Any) -> dict | None:

@@ -31,13 +31,14 @@ from typing import Any
 
 import numpy as np
 
+from byte_bpe import BYTE_LEVEL, EOT, byte_alphabet, merge_of, save_bpe
 from cli import first_line
 
-EOT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 # all that goes along with a copy
 TOKENIZER_COPIES: tuple[str, ...] = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
 TOKENIZER_COPIES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+KINDS = ("tokenizer_config.json", "config.json")
 # Where a long text can be cut without changing its tokens, for tokenizers that say so with
 # `splits_at_newline`: after a newline between a visible character and a letter, digit or other
 # non-ASCII character. There the patterns of GPT-2, cl100k, o200k, Llama 3, Qwen and DeepSeek all
@@ -50,13 +51,6 @@ SAFE_BREAK = re.compile(
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)\n(?=[A-Za-z0-9\xc3-\xdf\xe4-\xf4]|\xe3[\x81-\xbf])"
 )
 ACROSS_A_BREAK = "\n[A-Za-z0-9\xc3-\xf4]"  # in a token's bytes: it would reach over a cut
-# tokenizer.json's component that maps bytes to printable characters and back, and does no more
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": False,
-}
 
 
 def build_tokenizer(name: str | os.PathLike) -> "Tokenizer":
@@ -110,8 +104,8 @@ class ByteTokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         """A byte-level BPE without merges."""
-        vocab = {letter: i for i, letter in enumerate(_byte_alphabet())} | {EOT: 256}
-        _save_bpe(directory, vocab, [], [BYTE_LEVEL], specials={EOT: 256}, ignore_merges=False)
+        vocab = {letter: i for i, letter in enumerate(byte_alphabet())} | {EOT: 256}
+        save_bpe(directory, vocab, [], [BYTE_LEVEL], specials={EOT: 256}, ignore_merges=False)
 
 
 class TiktokenTokenizer:
@@ -180,7 +174,7 @@ class TiktokenTokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         """A byte-level BPE, its merges found from tiktoken's ranks."""
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         ranks = self.encoding._mergeable_ranks
         spell = {token: "".join(alphabet[b] for b in token) for token in ranks}
         vocab = {spell[token]: rank for token, rank in ranks.items()}
@@ -191,7 +185,7 @@ class TiktokenTokenizer:
         merges = [
             " ".join(spell[part] for part in parts)
             for token in sorted(ranks, key=ranks.get)
-            if len(token) > 1 and len(parts := _merge_of(token, ranks)) == 2
+            if len(token) > 1 and len(parts := merge_of(token, ranks)) == 2
         ]
         # Hugging Face's regex engine reads "{1,3}+" as a repeated group and "$" as end of line
         pattern = self.encoding._pat_str.replace("}+", "}").replace("$", r"\z")
@@ -203,7 +197,7 @@ class TiktokenTokenizer:
         }
         # tiktoken takes a word that is a token whole, before any merge; so does ignore_merges
         splits = [split, BYTE_LEVEL]
-        _save_bpe(directory, vocab | specials, merges, splits, specials, ignore_merges=True)
+        save_bpe(directory, vocab | specials, merges, splits, specials, ignore_merges=True)
 
 
 class HuggingFaceTokenizer:
@@ -267,7 +261,7 @@ class HuggingFaceTokenizer:
 
     def _count_bytes(self, vocab: dict[str, int]) -> np.ndarray:
         counts = np.zeros(self.vocab_size, dtype=np.int32)
-        alphabet = set(_byte_alphabet()) if self._is_byte_level() else None
+        alphabet = set(byte_alphabet()) if self._is_byte_level() else None
         for token, i in vocab.items():
             if alphabet is not None and alphabet.issuperset(token):
                 counts[i] = len(token)
@@ -286,7 +280,7 @@ class HuggingFaceTokenizer:
         plain = normalizer is None or normalizer.get("type") == "NFC"  # NFKC can make spaces
         added = [token.content for token in self.tok.added_tokens_decoder.values()]
         # vocabularies that merge across spaces (SuperBPE) may have tokens that reach over the cut
-        across = re.compile(ACROSS_A_BREAK.replace("\n", _byte_alphabet()[ord("\n")]))
+        across = re.compile(ACROSS_A_BREAK.replace("\n", byte_alphabet()[ord("\n")]))
         reaching = any(map(across.search, vocab))
         local = not prefixed and plain and not reaching and "\n" not in "".join(added)
         return self._is_byte_level() and local
@@ -330,12 +324,26 @@ def _tokenizer_from_directory(path: Path) -> "Tokenizer":
 
     try:
         return HuggingFaceTokenizer(
-            AutoTokenizer.from_pretrained(str(path), local_files_only=True), str(path)
+            AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            ),
+            str(path),
         )
     except Exception as error:  # transformers raises anything, from TypeError to Rust's Exception
-        raise ValueError(
-            f"tokenizer {str(path)!r}: transformers cannot open it: {first_line(error)}"
-        ) from error
+        code = _settings(path).get("auto_map")
+        why = (
+            f"it names code of its own ({code}), which is never run" if code else first_line(error)
+        )
+        raise ValueError(f"tokenizer {str(path)!r}: transformers cannot open it: {why}") from error
+
+
+def _settings(path: Path) -> dict:
+    """tokenizer_config.json, if there is one that can be read."""
+    try:
+        values = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _hub_tokenizer(name: str):
@@ -343,12 +351,12 @@ def _hub_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     try:  # the cache first: it also works offline
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         pass  # not cached: ask the hub
     try:
         HfApi().model_info(name, timeout=10)  # offline it fails at once; from_pretrained retries
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # httpx, hub and transformers errors share no base class
         raise ValueError(
             f"tokenizer {name!r}: not 'byte', not a tiktoken encoding, not a local directory, and "
@@ -363,69 +371,13 @@ def _is_byte_tokenizer(path: Path) -> bool:
         definition = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    vocab = {letter: i for i, letter in enumerate(_byte_alphabet())} | {EOT: 256}
+    vocab = {letter: i for i, letter in enumerate(byte_alphabet())} | {EOT: 256}
     model = definition.get("model", {}) if isinstance(definition, dict) else {}
     if model.get("vocab") != vocab or model.get("merges"):
         return False
     added = {token.get("content") for token in definition.get("added_tokens") or []}
     # a post-processor may put a BOS before every text: then it is transformers' to say
     return added <= {EOT} and definition.get("post_processor") in (None, BYTE_LEVEL)
-
-
-# ---------------------------------------------------------------------------------------------
-# Byte-level BPE in Hugging Face's files
-
-
-def _save_bpe(directory, vocab, merges, pre_tokenizers, specials, ignore_merges) -> None:
-    """tokenizer.json and tokenizer_config.json of a byte-level BPE, for transformers and vLLM."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": i, "content": token, "special": True} | flags
-        for token, i in sorted(specials.items(), key=lambda item: item[1])
-    ]
-    definition = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
-        "post_processor": None,
-        "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": ignore_merges},
-    }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOT if EOT in specials else None,
-        "clean_up_tokenization_spaces": False,
-    }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(definition, ensure_ascii=False, indent=1) + "\n"
-    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
-    (directory / "tokenizer_config.json").write_bytes(json.dumps(config, indent=2).encode() + b"\n")
-
-
-def _merge_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The parts that BPE has just before it makes `token`: two, for a vocabulary BPE trained."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pair_ranks = [ranks.get(a + b, len(ranks) * 2) for a, b in itertools.pairwise(parts)]
-        best = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
-        if pair_ranks[best] >= ranks[token]:
-            break
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts
-
-
-@functools.cache
-def _byte_alphabet() -> tuple[str, ...]:
-    """The printable character that stands for each byte in byte-level BPE files (GPT-2's table):
-    visible Latin-1 characters for themselves, the other bytes for U+0100 onwards, in order."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in visible]
-    table = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
-    return tuple(table[b] for b in range(256))
 
 
 def _mentions(part, kind: str, **settings) -> bool:

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import distributed
+import evaluation
 from backends import scoring
 from config import GPTConfig, load_config
 from costs import gpus
@@ -36,7 +37,6 @@ from costs.flops import estimate_flops
 from dataset import TokenStream, Windows, build_tokenizer, open_stream
 from distributed import Dist, print0
 from durable import check_writable
-from evaluation import GPT2_VOCABULARIES
 from model import GPTModel
 from tokenizer import Tokenizer
 from training.batches import TrainBatches
@@ -93,14 +93,15 @@ class TrainingState:
 
 def choose_tokenizer(options: Options) -> Tokenizer:
     """The one named, else that of --init-from, else GPT-2's where the vocabulary is GPT-2's."""
-    name: str | Path | None = options.data.tokenizer_name
-    given = options.model
+    name, given = options.data.tokenizer_name, options.model
     if name is None and given.init_from:
-        name = checkpoint.open(given.init_from).tokenizer
+        own = evaluation.pick_tokenizer(None, checkpoint.open(given.init_from), needed=True)
+        assert own is not None, "needed"
+        return own
     if name is None:
         config = config_given(given)
         vocab_size = given.vocab_size or (config and config.vocab_size)
-        if vocab_size and vocab_size not in GPT2_VOCABULARIES:
+        if vocab_size and vocab_size not in evaluation.GPT2_VOCABULARIES:
             raise ValueError(
                 f"a vocabulary of {vocab_size:,} is not GPT-2's: name the tokenizer that the data "
                 "has, or shall get (--tokenizer-name)"
@@ -114,9 +115,11 @@ def open_data(data: DataOptions, tokenizer: Tokenizer) -> tuple[TokenStream, Tok
     files, val_files = getattr(data, f"train_{kind}"), getattr(data, f"val_{kind}")
     if not files:
         raise ValueError(f"--data-mode {data.data_mode} needs --train-{kind} FILE …")
-    train = open_stream(data.data_mode, files, tokenizer, data.max_tokens)
+    width = data.token_dtype
+    train = open_stream(data.data_mode, files, tokenizer, data.max_tokens, token_dtype=width)
     if val_files:
-        return train, open_stream(data.data_mode, val_files, tokenizer, data.val_max_tokens)
+        limit = data.val_max_tokens
+        return train, open_stream(data.data_mode, val_files, tokenizer, limit, token_dtype=width)
     return train.split(data.val_ratio) if data.val_ratio else (train, None)
 
 

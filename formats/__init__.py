@@ -11,6 +11,7 @@ A format of checkpoints is a module with two functions, and one place in checkpo
 
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,38 @@ def name_of(path: Path) -> str:
     return (path.name if path.is_dir() else path.stem) or "root"
 
 
+# 1000, 1,431,000, 1_431_000, 1.5e5, 1431k, 2M: a number and not a part of another one
+NUMBER = (
+    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:_[0-9]{3})+|[0-9]{1,18}(?:\.[0-9]{1,6})?)"
+    r"(?P<exponent>e\+?[0-9]{1,2})?(?P<unit>[km])?(?![0-9a-z]|[.,][0-9])"
+)
+COUNTED_STEPS = (
+    r"(?<![0-9.,a-z])(?P<digits>[0-9]{1,18})(?P<exponent>)(?P<unit>[km])?"
+    r"[-_ ]?(?:steps?|iters?)(?![a-z])"
+)
+DATE = r"(?:19|20)[0-9]{2}([-_.])(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01])"
+COMPACT_DATE = r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
+TIME = r"(?:[-_t ]?[0-9]{2}[-_:.]?[0-9]{2}(?:[-_:.]?[0-9]{2})?)?"
+# what a number at the end of a name counts where it is no step
+OTHER_COUNTS = {"epoch", "epochs", "ep", "token", "tokens", "of", "rank", "shard", "part", "seed"}
+OTHER_COUNTS |= {"version", "v", "layer", "fold", "stage"}
+
+
 def step_in_name(name: str) -> int | None:
-    """1000 of checkpoint-1000, iter_1000, model-1000."""
-    word = re.search(r"(?:checkpoint|ckpt|step|iter)[-_=]?(\d+)", name)
-    word = word or re.search(r"(?:^|[-_])(\d+)$", name)
-    return int(word[1]) if word else None
+    """1000 of checkpoint-1000, global_step1000, iter_0001000, epoch=3-step=1000, 1000steps and
+    model-1000; 1431000 of step-1431k-3T, step_1,431,000 and step1.431e6. None where a name says
+    epochs, tokens, dates or nothing."""
+    name = re.sub(rf"(?<![0-9]){DATE}{TIME}(?![0-9])", "", name.lower())
+    said = re.search(rf"(?<![a-z])(?:global[-_]?)?(?:steps?|iter(?:ation)?s?)[-_= ]?{NUMBER}", name)
+    said = said or re.search(COUNTED_STEPS, name)
+    if not said:
+        name = re.sub(rf"(?<![0-9]){COMPACT_DATE}{TIME}(?![0-9])", "", name)
+        said = re.search(rf"(?:checkpoint|chkpn?t|ckpt)[-_= ]?{NUMBER}", name)
+    said = said or re.fullmatch(NUMBER.replace("[km]", "(?!)"), name)  # 410m is a model's size
+    if said:
+        digits = re.sub("[,_]", "", said["digits"])
+        power = {"k": "e3", "m": "e6"}.get(said["unit"], "")
+        step = Fraction(digits + (said["exponent"] or "")) * Fraction("1" + power)
+        return int(step) if step.denominator == 1 and step < 2**63 else None
+    last = re.search(r"(?:^|([a-z]*)[-_=])([0-9]{1,18})$", name)
+    return int(last[2]) if last and last[1] not in OTHER_COUNTS else None

@@ -5,6 +5,7 @@ Digests of large files are remembered under ~/.cache/roseval by inode, size and 
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -16,10 +17,23 @@ def fingerprint(opened: Opened) -> str:
     """sha256 that identifies a checkpoint: of its manifest, else of the names and digests of its
     files."""
     if opened.manifest is not None:
+        _refuse_changed(opened.manifest)
         return sha256(opened.manifest)
     root = opened.path if opened.path.is_dir() else opened.path.parent
     digests = [f"{file.relative_to(root)} {remembered_sha256(file)}" for file in opened.files]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _refuse_changed(manifest: Path) -> None:
+    """A manifest was written last: what is newer than it is a copy, or was changed since."""
+    for name, entry in json.loads(manifest.read_text())["files"].items():
+        file = manifest.parent / name
+        newer = file.stat().st_mtime_ns > manifest.stat().st_mtime_ns
+        if newer and remembered_sha256(file) != entry["sha256"]:
+            raise ValueError(
+                f"{file} was changed after {manifest.name} was written: delete {manifest.name} to "
+                "evaluate the directory as it is now"
+            )
 
 
 def sha256(path: Path) -> str:

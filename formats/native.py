@@ -87,7 +87,10 @@ def check_manifest(path: Path, content: bool = False) -> dict[str, Any] | None:
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != entry["bytes"]:
-            raise ValueError(f"{file} has {size} bytes, its manifest says {entry['bytes']:,}")
+            raise ValueError(
+                f"{file} has {size} bytes, its manifest says {entry['bytes']:,}: it is damaged, or "
+                "was changed on purpose: then delete manifest.json"
+            )
         if content and sha256(file) != entry["sha256"]:
             raise ValueError(f"{file} is damaged: its sha256 is not the manifest's")
     return manifest

@@ -5,23 +5,28 @@
     template = load_template("lm_eval")                   # configs/prompts/lm_eval.yaml
 
 Reads MMLU's original layout (headerless CSV in dev/, val/, test/), CSV with a header, CMMLU's and
-C-Eval's CSV, and JSONL or parquet rows of question, choices, answer, subject. Every field is text
-as it stands ("None" and "NA" too); what is wrong is named with its file and line.
+C-Eval's CSV, and JSON or parquet rows of question, choices, answer, subject. Every field is text
+as it stands ("None" and "NA" too); what is wrong is named with its file and line. Whether numbered
+answers begin at 0 or at 1 is told by all of them: one off, and every score is wrong.
 """
 
+import ast
+import contextlib
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from config import CONFIGS_DIR, load_yaml
 from durable import read_jsonl
+from packed import open_packed, parquet_rows, suffix_of
 
 LETTERS = "ABCD"
 SCORINGS = ("letter", "continuation", "generate")
@@ -31,7 +36,11 @@ SCORINGS = ("letter", "continuation", "generate")
 # Questions
 
 SPLITS = {"dev": ("dev",), "val": ("val", "validation", "valid"), "test": ("test",)}
-FORMATS = (".csv", ".jsonl", ".parquet")
+JSON = (".jsonl", ".ndjson", ".json")
+FORMATS = (".csv", *JSON, ".parquet")
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+ANSWERS = ("answer", "target", "label", "gold", "correct_answer", "answer_index", "answer_idx")
+LONGEST_FIELD = 2**26  # characters of a field of CSV: what a quotation mark too many may swallow
 WHERE_TO_GET = (
     "scripts/fetch_mmlu.sh downloads MMLU; it must lie as {root}/dev/SUBJECT_dev.csv and "
     "{root}/{split}/SUBJECT_{split}.csv (question, A, B, C, D, answer), or as JSONL or parquet "
@@ -75,14 +84,16 @@ def read_data(
     file. limit: so many questions of each subject. Raises ValueError naming file and line.
     """
     root = Path(data_path)
-    asked, files = _read_split(root, split)
+    read, files = _read_split(root, split)
+    read_dev, dev_files = ([], []) if root.is_file() else _read_split(root, "dev")
+    first = _first_number(read + read_dev)
+    asked, dev = _numbered_from(first, read), _numbered_from(first, read_dev)
     if not asked:
         remedy = WHERE_TO_GET.format(root=root, split=split)
         raise ValueError(f"{root}: no {split} questions there; {remedy}")
     by_subject = {}
     for q in asked:
         by_subject.setdefault(q.subject, []).append(q)
-    dev, dev_files = ([], []) if root.is_file() else _read_split(root, "dev")
     missing = sorted({q.subject for q in dev} - by_subject.keys())
     if missing and not subjects:
         raise ValueError(
@@ -118,11 +129,12 @@ def _digest(questions) -> str:
     return hashlib.sha256(json.dumps([q[:4] for q in questions]).encode()).hexdigest()
 
 
-def _read_split(root: Path, split: str) -> tuple[list[Question], list]:
+def _read_split(root: Path, split: str) -> tuple[list["_Read"], list]:
     files = _split_files(root, split)
     questions = []
     for path, subject in files:
-        reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix]
+        kind = suffix_of(path)
+        reader = _csv_rows if kind == ".csv" else _json_rows if kind in JSON else parquet_rows
         found = [_question(values, subject, where) for where, values in reader(path)]
         if not found:
             raise ValueError(f"{path}:1: no question in this file")
@@ -130,28 +142,36 @@ def _read_split(root: Path, split: str) -> tuple[list[Question], list]:
     return questions, files
 
 
+def _stem(path: Path) -> str:
+    """A file's name without what it is and how it is packed."""
+    name = path.name.lower()
+    return path.name[: name.rindex(suffix_of(path))] if suffix_of(path) else path.name
+
+
 def _split_files(root: Path, split: str) -> list[tuple[Path, str | None]]:
     """(file, its subject or None if the rows must name it), in the order of their names."""
     if root.is_file():
-        if root.suffix not in FORMATS:
+        if suffix_of(root) not in FORMATS:
             raise ValueError(f"{root}: not one of {', '.join(FORMATS)}")
-        return [(root, root.stem.removesuffix(f"_{split}") if root.suffix == ".csv" else None)]
+        own = suffix_of(root) == ".csv"
+        return [(root, _stem(root).removesuffix(f"_{split}") if own else None)]
     for base, name in itertools.product((root, root / "data"), SPLITS[split]):
         is_split = re.compile(rf"{name}([-.].*)?").fullmatch  # test, test-00000-of-00001
 
         def found_in(folder):
             paths = sorted(folder.glob("*")) if folder.is_dir() else []
-            return [p for p in paths if p.suffix in FORMATS and not p.name.startswith(".")]
+            paths = [p for p in paths if not p.name.startswith(".") and p.name not in NO_DATA]
+            return [p for p in paths if suffix_of(p) in FORMATS]
 
         inside = found_in(base / name)
         if inside:
-            subjects = [p.stem.removesuffix(f"_{name}") for p in inside]
+            subjects = [_stem(p).removesuffix(f"_{name}") for p in inside]
             return [(p, None if is_split(s) else s) for p, s in zip(inside, subjects)]
-        beside = [p for p in found_in(base) if is_split(p.stem)]
+        beside = [p for p in found_in(base) if is_split(_stem(p))]
         if beside:
             return [(p, None) for p in beside]
         folders = [base / "all"] if (base / "all").is_dir() else sorted(base.glob("*/"))
-        nested = [(p, f.name) for f in folders for p in found_in(f) if is_split(p.stem)]
+        nested = [(p, f.name) for f in folders for p in found_in(f) if is_split(_stem(p))]
         if nested:
             return [(p, None if folder == "all" else folder) for p, folder in nested]
     return []
@@ -160,8 +180,9 @@ def _split_files(root: Path, split: str) -> list[tuple[Path, str | None]]:
 def _csv_rows(path: Path):
     """(file:line, fields by name): with a header, or MMLU's six columns without one."""
     names, line = None, 1
+    csv.field_size_limit(LONGEST_FIELD)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_packed(path) as packed, io.TextIOWrapper(packed, "utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             for row in reader:
                 where, line = f"{path}:{line}", reader.line_num + 1
@@ -169,7 +190,7 @@ def _csv_rows(path: Path):
                     continue
                 if names is None:
                     names = [re.sub(r"^(choice|option)[ _]", "", n.strip().lower()) for n in row]
-                    if "question" in names and {"answer", "a"} & set(names):
+                    if "question" in names and {*ANSWERS, "a"} & set(names):
                         continue
                     names = ["question", "a", "b", "c", "d", "answer"]
                 if len(row) != len(names):
@@ -179,32 +200,21 @@ def _csv_rows(path: Path):
         raise ValueError(f"{path}:{line}: not CSV in UTF-8: {error}") from None
 
 
-def _jsonl_rows(path: Path):
+def _json_rows(path: Path):
     for where, _, values in read_jsonl(path):
         yield where, values
 
 
-def _parquet_rows(path: Path):
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
-    for number, values in enumerate(parquet.read_table(path).to_pylist(), 1):
-        yield f"{path}: row {number}", values
+class _Read(NamedTuple):
+    """A question as its file has it."""
+
+    question: Question
+    numbered: bool  # its answer is a number that counts from 0 or from 1
 
 
-def _question(values, subject, where) -> Question:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: an object with question, choices, answer expected")
+def _question(values, subject, where) -> _Read:
     values = {str(name).lower(): value for name, value in values.items()}
-    choices = values.get("choices", [values.get(letter.lower()) for letter in LETTERS])
-    if isinstance(choices, str):  # a list in a CSV field
-        try:
-            choices = json.loads(choices)
-        except ValueError:
-            raise ValueError(f"{where}: choices {choices!r:.60} is not a JSON list") from None
-    if not isinstance(choices, list) or len(choices) != len(LETTERS):
-        raise ValueError(f"{where}: four choices expected, not {choices!r:.80}")
+    choices = _choices(values, where)
     subject = values.get("subject") or subject
     question = values.get("question")
     for name, text in [("subject", subject), ("question", question), *zip(LETTERS, choices)]:
@@ -212,13 +222,71 @@ def _question(values, subject, where) -> Question:
             raise ValueError(f"{where}: {name} is missing or not text: {text!r:.60}")
     if not question.strip():
         raise ValueError(f"{where}: question is empty")
-    answer = str(values.get("answer")).strip()
-    if answer in ("", "None"):
-        raise ValueError(f"{where}: no answer (C-Eval's test split has none: --split val)")
-    if answer not in (*LETTERS, *"0123"):
-        raise ValueError(f"{where}: answer {answer!r} is none of A to D, nor 0 to 3")
-    index = LETTERS.index(answer) if answer in LETTERS else int(answer)
-    return Question(subject, question, tuple(choices), index, where)
+    answer, numbered = _answer(values, where)
+    return _Read(Question(subject, question, tuple(choices), answer, where), numbered)
+
+
+def _choices(values: dict, where: str) -> list:
+    """The four of a row: a list, one printed in a field by JSON or by Python, or a field each."""
+    choices = values.get("choices", values.get("options"))
+    if choices is None:
+        choices = [values.get(letter.lower()) for letter in LETTERS]
+        beyond = next((x for x in "EFGHIJ" if values.get(x.lower()) not in (None, "")), None)
+        if beyond:
+            raise ValueError(f"{where}: four choices expected, but there is a choice {beyond}")
+    if isinstance(choices, str):
+        choices = _printed_list(choices, where)
+    if not isinstance(choices, list) or len(choices) != len(LETTERS):
+        count = f"{len(choices)} in " if isinstance(choices, list) else ""
+        raise ValueError(f"{where}: four choices expected, not {count}{choices!r:.80}")
+    return choices
+
+
+def _printed_list(text: str, where: str) -> Any:
+    for read in (json.loads, ast.literal_eval):  # the latter reads values, and runs nothing
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            return read(text)
+    raise ValueError(f"{where}: choices {text!r:.60} is not a list as JSON or Python prints it")
+
+
+def _answer(values: dict, where: str) -> tuple[int, bool]:
+    """(index of a letter, False) or (number, True) of a row's answer."""
+    name = next((name for name in ANSWERS if name in values), "answer")
+    answer = str(values.get(name)).strip()
+    if answer in ("", "None", "nan"):
+        columns = ", ".join(map(str, values))
+        raise ValueError(
+            f"{where}: no answer among its fields {columns:.200} (C-Eval's test split has none: "
+            "--split val)"
+        )
+    letter = re.fullmatch(r"\(?([A-Da-d])[).:]?", answer)
+    if letter:
+        return LETTERS.index(letter[1].upper()), False
+    if number := re.fullmatch(r"([0-4])(\.0+)?", answer):  # pandas makes floats of a column
+        return int(number[1]), True
+    raise ValueError(f"{where}: {name} {answer!r:.60} is none of A to D, nor 0 to 3 or 1 to 4")
+
+
+def _first_number(found: list[_Read]) -> int:
+    """What the numbered answers of a data set count from, 0 or 1: all of them decide. ValueError
+    where they fit both or neither."""
+    said: dict[int, str] = {}  # number: where it is first
+    for question, numbered in found:
+        if numbered:
+            said.setdefault(question.answer, question.where)
+    if 0 in said and 4 in said:
+        raise ValueError(f"{said[4]}: answer 4 of four choices that count from 0 ({said[0]})")
+    if said and not {0, 4} & said.keys():
+        where = next(iter(said.values()))
+        raise ValueError(
+            f"{where}: the answers are numbers that may count from 0 or from 1: there is neither a "
+            "0 nor a 4 among them; write A to D"
+        )
+    return 1 if 4 in said else 0
+
+
+def _numbered_from(first: int, found: list[_Read]) -> list[Question]:
+    return [q._replace(answer=q.answer - first) if numbered else q for q, numbered in found]
 
 
 def subject_table(subjects: Iterable[str]) -> dict:
@@ -303,6 +371,10 @@ def load_template(name: str | Path) -> Template:
     if values.keys() != fields:
         wrong = sorted(values.keys() ^ fields)
         raise ValueError(f"{path}: field {wrong[0]!r} is unknown or missing; {sorted(fields)}")
+    for name in fields:
+        kind, what = (bool, "true or false") if name == "strip_question" else (str, "text")
+        if type(values[name]) is not kind:
+            raise ValueError(f"{path}: {name} must be {what}, not {values[name]!r:.60}")
     template = Template(path.stem, **values)
     probe = Question("subject", "question", tuple("wxyz"), 0, "")
     try:

@@ -76,6 +76,53 @@ def test_wrong_input_gets_one_line_and_exit_2(tmp_path):
         assert len(result.stderr.strip().splitlines()) == 1 and not result.stdout
 
 
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--params", ["0", "-1", "nan", "inf", "1e400", "7X", "", "B", "1e31", "9" * 400]),
+        ("--tokens", ["0", "-1", "nan", "many"]),
+        ("--price", ["-2", "nan", "0"]),
+        ("--mfu", ["0", "-0.1", "1.1", "nan", "forty"]),
+        ("--lora-rank", ["-1", "8.5", "nan", "9" * 30]),
+        ("--batch-size", ["0", "nan", "9" * 30]),
+        ("--dp", ["0", "9" * 30]),
+    ],
+)
+def test_numbers_that_mean_nothing(flag, values, capsys):
+    for value in values:
+        model = [] if flag == "--params" else ["--config", "nano"]
+        with pytest.raises((SystemExit, ValueError)) as caught:
+            compute.main([*model, flag, value])
+        said = capsys.readouterr().err + str(caught.value)
+        assert flag in said and said.count("\n") <= 1 and "nan tokens" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("7e9", 7e9), ("7B", 7e9), ("1.5b", 1.5e9), ("350M", 3.5e8), ("7_000", 7000)],
+)
+def test_numbers_of_parameters(text, value, capsys):
+    compute.main(["--params", text])
+    said = capsys.readouterr().out
+    assert f"Rules of thumb for {compute.amount(value)} parameters" in said
+
+
+def test_a_gpu_of_ones_own(tmp_path, capsys):
+    gpu = {"bf16_flops": "989e12", "fp32_flops": 67e12, "bandwidth": "3.35e12", "memory": 8e10}
+
+    def written(**changes):
+        (tmp_path / "mine.yaml").write_text(json.dumps(gpu | changes).replace('"', ""))
+        return ["--config", "nano", "--gpu", str(tmp_path / "mine.yaml"), "--json"]
+
+    compute.main(written())  # PyYAML reads 989e12 as text
+    assert json.loads(capsys.readouterr().out)["gpu"]["bf16_flops"] == 989e12
+    for field, value in (("memory", 0), ("bandwidth", -1), ("memory", "lots"), ("memory", ".nan")):
+        with pytest.raises(ValueError, match=rf"mine\.yaml: {field} must be"):
+            compute.main(written(**{field: value}))
+    with pytest.raises(ValueError, match="a GPU file has the fields"):
+        compute.main(written(cores=3))
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "timeline.png"
@@ -96,7 +143,7 @@ def test_little_is_loaded():
 
 def test_neither_compute_nor_config_imports_torch():
     allowed = set(sys.stdlib_module_names) | {"config", "hf_config", "costs"}
-    allowed |= {"yaml", "matplotlib", "cli"}
+    allowed |= {"plain_yaml", "matplotlib", "cli"}
     for path in (ROOT / "compute.py", ROOT / "config.py", *(ROOT / "costs").glob("*.py")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):

@@ -1,5 +1,6 @@
 """Streams and windows against plain Python loops over lists."""
 
+import gzip
 import json
 import random
 import subprocess
@@ -350,6 +351,110 @@ def test_jsonl_has_one_document_a_line(tmp_path):
     assert stream.n_text_bytes == len("".join(documents).encode())
 
 
+DOCUMENTS = ["ein\nTag", "zwei", "é drei"]
+
+
+def forms_of_documents():
+    """(name, bytes): the same three documents in every form that holds documents."""
+    rows = [{"id": i, "text": d} for i, d in enumerate(DOCUMENTS)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    array, indented = json.dumps(rows).encode(), json.dumps(rows, indent=2).encode()
+    for name in ("x.jsonl", "x.JSONL", "x.ndjson", "x.json", "x.Json"):
+        yield name, lines
+        yield name + ".gz", gzip.compress(lines)
+        yield name, gzip.compress(lines)  # a name that does not say so
+    for name in ("x.json", "x.jsonl", "x.JSON.GZ"):
+        yield name, array
+        yield name, b"\xef\xbb\xbf \n" + indented
+        yield name, gzip.compress(indented)
+
+
+@pytest.mark.parametrize(("name", "data"), forms_of_documents())
+def test_documents_under_every_name(name, data, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    stream = open_stream("text", tmp_path / name, BYTE)
+    assert stream.read(0, len(stream)).tolist() == [
+        t for d in DOCUMENTS for t in [*d.encode(), EOT]
+    ]
+    assert stream.n_text_bytes == len("".join(DOCUMENTS).encode())
+
+
+def test_documents_in_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    for name in ("a.parquet", "b.PARQUET", "c.txt"):  # a wrong name is noticed
+        parquet.write_table(pyarrow.table({"text": DOCUMENTS}), tmp_path / name)
+        stream = open_stream("text", tmp_path / name, BYTE)
+        wanted = [t for d in DOCUMENTS for t in [*d.encode(), EOT]]
+        assert stream.read(0, len(stream)).tolist() == wanted
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    refused("text", tmp_path / "null.parquet", "row 2: needs")
+    parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "other.parquet")
+    refused("text", tmp_path / "other.parquet", "no column 'text', only body")
+
+
+def test_plain_text_under_every_name(tmp_path, capsys):
+    for name, data in (
+        ("x.txt", b"a b"),
+        ("x.TXT", b"a b"),
+        ("x.txt.gz", gzip.compress(b"a b")),
+        ("x.txt", gzip.compress(b"a b")),
+        ("x.md", b"a b"),
+        ("x", b"a b"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        stream = open_stream("text", tmp_path / name, BYTE)
+        assert stream.read(0, len(stream)).tolist() == [*b"a b", EOT], name
+    assert "note:" not in capsys.readouterr().err
+    lines = b'{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n'
+    (tmp_path / "lines.txt").write_bytes(lines)
+    stream = open_stream("text", tmp_path / "lines.txt", BYTE)
+    assert stream.read(0, len(stream)).tolist() == [*lines, EOT]
+    assert "lines.txt: its lines look like JSON" in capsys.readouterr().err
+
+
+def test_a_directory_is_read_whatever_the_case_and_the_packing(tmp_path):
+    (tmp_path / "a.TXT").write_text("a")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}\n'))
+    (tmp_path / "c.ndjson").write_text('{"text": "c"}\n')
+    (tmp_path / "settings.json").write_text('{"not": "data"}')
+    stream = open_stream("text", tmp_path, BYTE)
+    assert stream.read(0, len(stream)).tolist() == [97, EOT, 98, EOT, 99, EOT]
+    shard(tmp_path / "x.npy", [1, 2]).rename(tmp_path / "x.NPY")
+    np.arange(3).astype("<u2").tofile(tmp_path / "y.BIN")
+    ids = open_stream("fineweb_npy", tmp_path, None)
+    assert ids.read(0, len(ids)).tolist() == [1, 2, 0, 1, 2]
+
+
+def test_integers_of_any_width_are_the_same_tokens(tmp_path):
+    x = np.random.default_rng(0).integers(0, 250, 1000)
+    wanted = stream_of(x).fingerprint
+    for dtype in ("u1", "i2", ">u2", "i4", "u4", "i8", ">i8", "u8"):
+        stream = open_stream("fineweb_npy", shard(tmp_path / f"{dtype}.npy", x, dtype), None)
+        stream.check_vocab(250)
+        assert stream.fingerprint == wanted
+        assert np.array_equal(stream.read(0, 1000), x)
+        with pytest.raises(ValueError, match="holds token id 249"):
+            stream.check_vocab(249)
+    for width in ("<u2", "<u4", "<i8"):  # raw, and nothing said of them
+        x.astype(width).tofile(tmp_path / "raw.bin")
+        stream = open_stream("fineweb_npy", tmp_path / "raw.bin", None)
+        assert (len(stream), stream.fingerprint) == (1000, wanted)
+    x.astype("<u4")[:20].tofile(tmp_path / "few.bin")
+    refused("fineweb_npy", tmp_path / "few.bin", "--token-dtype")
+    told = open_stream("fineweb_npy", tmp_path / "few.bin", None, token_dtype="uint32")
+    assert told.read(0, 20).tolist() == x[:20].tolist()
+    for dtype in ("i1", "i2", "i4", "i8"):
+        x = np.array([1, 2, -100, 3])
+        stream = open_stream("fineweb_npy", shard(tmp_path / "negative.npy", x, dtype), None)
+        with pytest.raises(ValueError, match="holds token id -100"):
+            stream.check_vocab(2**40)
+    huge = open_stream("fineweb_npy", shard(tmp_path / "huge.npy", [1, 2**32 + 1], "i8"), None)
+    with pytest.raises(ValueError, match=f"holds token id {2**32 + 1}"):
+        huge.check_vocab(50257)
+
+
 def test_long_text_is_encoded_in_pieces_as_in_one_go(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(data_dir / "tiktoken"))
     gpt2 = build_tokenizer("gpt2")
@@ -403,8 +508,16 @@ def test_text_that_cannot_be_used(tmp_path):
     refused("fineweb_npy", tmp_path, "holds no .npy or .bin")
     refused("text", tmp_path / "none.txt", "no such file")
     refused("text", f"{tmp_path}/*.text", "no file matches")
-    refused("text", tmp_path, "holds no .txt or .jsonl")
+    refused("text", tmp_path, "holds no .txt or .jsonl or .ndjson or .parquet files")
     refused("text", file("empty.txt", b""), "empty")
+    refused("text", file("wide.txt", "words words".encode("utf-16-le")), "zero bytes", "iconv")
+    refused("text", file("a.tar.gz", gzip.compress(b"name" + bytes(600))), "zero bytes")
+    refused("text", file("x.json", b'[{"text": "a"},'), "x.json: begins as a JSON array")
+    refused("text", file("x.json", b'[{"text": "a"}, 3]'), "x.json: item 2: an object expected")
+    refused(
+        "text", file("x.json", b'[{"text": "a"}, {"body": 1}]'), "x.json: item 2: needs", "body"
+    )
+    refused("text", file("x.json", b'{\n"text": "a"\n}'), "x.json:1: not a line of JSON")
     refused("text", file("latin.txt", b"abc\xe9t"), "not UTF-8 at byte 3", "iconv")
     refused("text", file("ids.npy", b"x"), "--data-mode fineweb_npy")
     refused("text", file("x.jsonl", b'{"text": "a"}\n{"text": \n'), "x.jsonl:2: not a line of JSON")

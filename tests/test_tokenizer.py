@@ -327,6 +327,16 @@ def test_damaged_tokenizer_files(tmp_path):
     assert "transformers cannot open it" in one_line(str(tmp_path))
 
 
+def test_a_vocabulary_alone_is_nobodys_bpe(tmp_path, data_dir):
+    """vocab.json and merges.txt do not say how text is split: nobody guesses that as GPT-2."""
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((data_dir / "tokenizers/gpt2" / name).read_bytes())
+    with pytest.raises(ValueError, match=r"no tokenizer\.json, and none of tokenizer_config\.json"):
+        build(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert build(tmp_path).encode("a b")
+
+
 def test_tiktoken_offline_names_the_file_and_the_remedy(monkeypatch, tmp_path):
     import requests
     import tiktoken.registry
@@ -355,7 +365,7 @@ def test_hub_offline_is_one_quick_line(monkeypatch):
 def test_byte_alphabet_is_gpt2s():
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    assert dict(enumerate(module._byte_alphabet())) == bytes_to_unicode()
+    assert dict(enumerate(module.byte_alphabet())) == bytes_to_unicode()
 
 
 def test_importing_or_using_byte_loads_nothing_heavy():

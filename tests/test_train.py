@@ -177,6 +177,14 @@ def test_init_from_takes_weights_alone(shards, tmp_path):
     assert checkpoint.load_training_state(tmp_path / "second/checkpoint-1")["step"] == 1
 
 
+def test_weights_come_with_the_tokenizer_they_were_trained_with(tmp_path):
+    """GPT-2's would give a trained model other tokens than it knows, and no error."""
+    source = saved_checkpoint(tmp_path)
+    words = ["--data-mode", "text", "--train-data", "a", "--checkpoint-path", tmp_path / "out"]
+    options = parse([*map(str, words), "--init-from", str(source)], "")
+    assert train.open_tokenizer(options).name == "byte"
+
+
 def test_errors_are_plain(shards, tmp_path):
     def error(*more):
         done = torchrun(0, "train.py", *flags_of(shards, tmp_path, *more), code=2)

@@ -12,6 +12,7 @@ import cli
 import results
 from cli import option, positive_int
 from config import load_yaml
+from formats.shards import RAW
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class DataOptions:
     val_data: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
     train_npy: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
     val_npy: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
+    token_dtype: str | None = option(
+        None, "of .bin shards without a header; default: told by the ids", choices=tuple(RAW)
+    )
     use_toy_data: bool = option(False, "these scripts, a small model")
     tokenizer_name: str | None = option(
         None,

@@ -105,6 +105,7 @@ def test_other_architectures_through_transformers(tmp_path, family):
     model = ckpt.load("float32")
     assert (model.dtype, model.device.type) == (torch.float32, "cpu")
     assert not model.supports_cache and model.vocab_size == 97 and model.max_positions == 64
+    theirs.set_attn_implementation("eager")  # its SDPA drops Gemma-2's soft cap
     with torch.no_grad():
         wanted = theirs(IDS).logits
         assert torch.allclose(model.logits(model.hidden(IDS)), wanted, atol=1e-5)
@@ -133,10 +134,10 @@ def test_a_name_in_two_shards_is_refused(tmp_path):
 def test_a_bad_config_is_said_when_it_is_asked_for(tmp_path):
     path = save_checkpoint(make_model(), None, None, 0, 1, 1.0, tmp_path)
     (path / "manifest.json").unlink()
-    (path / "config.json").write_text('{"model_type": "gpt2"}')
+    (path / "config.json").write_text('{"model_type": "gpt2", "n_embd": "wide"}')
     ckpt = checkpoint.open(path)
-    assert ckpt.kind == "huggingface" and "is missing" in checkpoint.inspect(path)["note"]
-    with pytest.raises(ValueError, match=r"config\.json: field 'vocab_size' is missing"):
+    assert ckpt.kind == "huggingface" and "not 'wide'" in checkpoint.inspect(path)["note"]
+    with pytest.raises(ValueError, match=r"config\.json: n_embd must be a positive integer"):
         ckpt.load()
     loaded = load_model(path, "float32", config=CONFIGS["gpt2"])
     assert torch.equal(logits(loaded), logits(make_model()))

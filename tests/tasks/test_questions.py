@@ -2,6 +2,7 @@
 line, and templates are compared with literals byte for byte."""
 
 import csv
+import gzip
 import json
 from collections import Counter
 
@@ -113,13 +114,21 @@ def test_ceval_is_read_from_val(tmp_path):
 BAD_ROWS = [
     ("q,a,b,c,d,A\n\nq,a,b,c,A\n", r"x_test.csv:3: 5 fields where 6 are expected"),
     ('q,a,b,c,d,A\n"two\nlines",a,b,c,d,E\n', r"x_test.csv:2: answer 'E' is none of A to D"),
-    ("q,a,b,c,d,4\n", r"x_test.csv:1: answer '4' is none of A to D, nor 0 to 3"),
+    ("q,a,b,c,d,5\n", r"x_test.csv:1: answer '5' is none of A to D, nor 0 to 3 or 1 to 4"),
+    ("q,a,b,c,d,0\nq,a,b,c,d,4\n", r"x_test.csv:2: answer 4 of four .* from 0 \(.*x_test.csv:1\)"),
+    ("q,a,b,c,d,1\nq,a,b,c,d,3\n", r"x_test.csv:1: .* from 0 or from 1: .* write A to D"),
+    ("q,a,b,c,d,2.5\n", r"x_test.csv:1: answer '2.5' is none of"),
+    ("question,A,B,C,D,E,target\nq,a,b,c,d,e,A\n", r"x_test.csv:2: .*there is a choice E"),
+    ("question,A,B,C,D,solution\nq,a,b,c,d,A\n", r"x_test.csv:2: no answer .*solution"),
+    ("question,choices,answer\nq,['a' 'b' 'c' 'd'],A\n", r"four choices expected, not 1 in"),
+    ("question,choices,answer\nq,__import__('os'),A\n", r"is not a list as JSON or Python"),
+    ("question,choices,answer\nq," + "[" * 5000 + ",A\n", r"is not a list as JSON or Python"),
     ("  ,a,b,c,d,A\n", r"x_test.csv:1: question is empty"),
     ('q,a,b,c,d,A\nq,"a"b,c,d,A\n', r"x_test.csv:2: not CSV"),
     ("question,A,B,C,D,answer\nq,a,b,c,d,\n", r"x_test.csv:2: no answer"),
     ("id,question,A,B,C,D\n0,q,a,b,c,d\n", r"x_test.csv:2: no answer .*--split val"),
     ("", r"x_test.csv:1: no question in this file"),
-    ("question,choices,answer\nq,[1],A\n", r"x_test.csv:2: four choices expected, not \[1\]"),
+    ("question,choices,answer\nq,[1],A\n", r"x_test.csv:2: four choices expected, not 1 in \[1\]"),
 ]
 
 
@@ -142,6 +151,10 @@ def test_bad_csv_rows_are_named_by_file_and_line(content, message, tmp_path):
         ),
         ({"question": "q", "choices": list("abc"), "answer": 1, "subject": "s"}, "four choices"),
         ({"question": "q", "choices": list("abcd"), "answer": -1, "subject": "s"}, "answer '-1'"),
+        (
+            {"question": "q", "options": list("abcdefghij"), "answer": "I", "subject": "s"},
+            "four choices expected, not 10 in",
+        ),
         ([1], "an object"),
     ],
 )
@@ -150,6 +163,110 @@ def test_bad_jsonl_rows_are_named_by_file_and_line(row, message, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=rf"test.jsonl:2: {message}"):
         read_data(tmp_path)
+
+
+def answers_of(root):
+    return [q.answer for q in read_data(root).questions]
+
+
+def rows_of(answers, header=None):
+    rows = [f"q{i},one,two,three,four,{answer}\n" for i, answer in enumerate(answers)]
+    return "".join([header or "", *rows])
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ("abcd", [0, 1, 2, 3]),
+        ("AbCd", [0, 1, 2, 3]),
+        (["(A)", "b.", "C)", " D "], [0, 1, 2, 3]),
+        ("0123", [0, 1, 2, 3]),
+        ("1234", [0, 1, 2, 3]),
+        ("32140", None),
+        ("123", None),
+        ("4", [3]),
+        ("0", [0]),
+        (["0.0", "2.0"], [0, 2]),
+        (["4.0", "2.0"], [3, 1]),
+        (["2.0"], None),
+        (["A", "4", "1"], [0, 3, 0]),
+    ],
+    ids=str,
+)
+def test_numbered_answers_are_never_one_off(answers, expected, tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/anatomy_test.csv").write_text(rows_of(answers))
+    if expected is None:
+        with pytest.raises(ValueError, match=r"anatomy_test\.csv:\d.*count from 0"):
+            read_data(tmp_path)
+    else:
+        assert answers_of(tmp_path) == expected
+
+
+def test_all_files_tell_where_numbers_begin(tmp_path):
+    """A small subject, or the dev split, may have neither a 0 nor a 4 of its own."""
+    for split in ("dev", "test"):
+        (tmp_path / split).mkdir()
+    (tmp_path / "test/anatomy_test.csv").write_text(rows_of("123"))
+    (tmp_path / "test/zoology_test.csv").write_text(rows_of("2"))
+    (tmp_path / "dev/anatomy_dev.csv").write_text(rows_of("21"))
+    with pytest.raises(ValueError, match="neither a 0 nor a 4"):
+        read_data(tmp_path)
+    (tmp_path / "test/zoology_test.csv").write_text(rows_of("24"))
+    data = read_data(tmp_path, 1, subjects=["anatomy"])
+    assert [q.answer for q in data.questions] == [0, 1, 2]
+    assert data.examples["anatomy"][0].answer == 1
+    (tmp_path / "test/zoology_test.csv").write_text(rows_of("2"))
+    (tmp_path / "dev/anatomy_dev.csv").write_text(rows_of("20"))
+    assert answers_of(tmp_path) == [1, 2, 3, 2]
+    (tmp_path / "test/zoology_test.csv").write_text(rows_of("4"))
+    with pytest.raises(ValueError, match=r"zoology_test.csv:1: answer 4 .*anatomy_dev.csv:2"):
+        read_data(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["answer", "Target", "label", "correct_answer", "answer_idx"])
+def test_other_names_of_the_answer(name, tmp_path):
+    (tmp_path / "test").mkdir()
+    header = f"question,A,B,C,D,{name}\n"
+    (tmp_path / "test/anatomy_test.csv").write_text(rows_of("DA", header))
+    assert answers_of(tmp_path) == [3, 0]
+
+
+def test_lists_as_python_and_json_print_them(tmp_path):
+    rows = [["question", "choices", "answer"]]
+    lists = ['["it\'s", "b", "c", "d"]', str(["it's", "b", "c", "d"]), "('it\\'s', 'b', 'c', 'd')"]
+    write_csv(tmp_path / "test/anatomy_test.csv", [*rows, *(["q", text, 0] for text in lists[:2])])
+    assert [q.choices for q in read_data(tmp_path).questions] == [("it's", "b", "c", "d")] * 2
+    write_csv(tmp_path / "test/anatomy_test.csv", [*rows, ["q", lists[2], 0]])
+    with pytest.raises(ValueError, match="four choices expected"):
+        read_data(tmp_path)
+
+
+def test_long_fields(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/anatomy_test.csv").write_text("Q" * 200_000 + ",a,b,c,d,A\n")
+    assert len(read_data(tmp_path).questions[0].question) == 200_000
+
+
+def test_other_names_and_packings_of_files(tmp_path):
+    rows = [q._asdict() | {"choices": list(q.choices)} for q in ASKED]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for name, content in (
+        ("test.ndjson", lines),
+        ("test.JSONL", lines),
+        ("test.jsonl.gz", gzip.compress(lines)),
+        ("test.json", json.dumps(rows, indent=1).encode()),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        (folder / "dataset_info.json").write_text('{"features": 1}')
+        assert [q[:4] for q in read_data(folder).questions] == [q[:4] for q in ASKED]
+        assert [q[:4] for q in read_data(folder / name).questions] == [q[:4] for q in ASKED]
+    (tmp_path / "csv/test").mkdir(parents=True)
+    packed = gzip.compress(rows_of("abcd").encode())
+    (tmp_path / "csv/test/anatomy_test.csv.gz").write_bytes(packed)
+    assert read_data(tmp_path / "csv").subjects == ["anatomy"]
 
 
 def test_missing_data_says_where_to_get_it(tmp_path):
@@ -227,6 +344,9 @@ def test_template_hashes_differ_and_do_not_depend_on_the_name(tmp_path):
         (("{question}", "{questoin}"), "a field in braces is unknown: 'questoin'"),
         (("answer:", "anwser:"), "field 'answer' is unknown or missing|field 'anwser'"),
         (("{letter}", "the answer"), "answer must have {letter} or {choice}"),
+        (("strip_question: true", "strip_question: 'false'"), "must be true or false"),
+        (('separator: "\\n\\n"', "separator: 3"), "separator must be text, not 3"),
+        (("answer:", "strip_question: true\nanswer:"), "'strip_question' stands there twice"),
     ],
 )
 def test_bad_templates_are_one_line(change, message, tmp_path):

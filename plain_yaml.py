@@ -1,0 +1,77 @@
+"""YAML files of settings: small ones, in which every name stands once.
+
+    load_yaml("configs/7b.yaml")        # {"vocab_size": 32000, …}
+
+A file may be made to fill memory with a few lines, by aliases of aliases or merges of merges, and a
+name that stands there twice says two things: such files are refused, in one line.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from packed import require_file
+
+LONGEST = 2**18  # bytes; PyYAML reads some 100 kB a second
+MOST_VALUES = 10_000  # each counted as often as an alias repeats it
+MOST_ALIASES, MOST_FIELDS = 1000, 1000  # of a file, and of a mapping with what it merges
+
+
+def load_yaml(path: str | Path) -> dict:
+    """A YAML file's mapping. Raises ValueError naming the file, and the line where known."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    require_file(path)
+    with path.open("rb") as file:
+        data = file.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        raise ValueError(f"{path} has more than {LONGEST:,} bytes: it holds no settings")
+    try:
+        values = _loader(data.decode()).get_single_data()
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a date in month 13
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    except Exception as error:
+        if not type(error).__module__.startswith("yaml."):
+            raise
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `field: value` lines, not {type(values).__name__}")
+    if _written_out(values, {}) > MOST_VALUES:
+        raise ValueError(f"{path} holds more than {MOST_VALUES:,} values, aliases written out")
+    return values
+
+
+def _loader(text: str) -> Any:
+    """PyYAML's safe loader of a text, with a measure."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        aliases = 0
+
+        def compose_node(self, parent, index):
+            self.aliases += self.check_event(yaml.AliasEvent)
+            if self.aliases > MOST_ALIASES:
+                raise yaml.YAMLError(f"more than {MOST_ALIASES:,} aliases")
+            return super().compose_node(parent, index)
+
+        def flatten_mapping(self, node):
+            own = [key.value for key, _ in node.value if key.value != "<<"]
+            twice = [str(name) for i, name in enumerate(own) if name in own[:i]]
+            super().flatten_mapping(node)
+            if twice or len(node.value) > MOST_FIELDS:
+                what = f"{twice[0]!r} stands there twice" if twice else "too many fields"
+                raise yaml.YAMLError(f"{what}, line {node.start_mark.line + 1} onwards")
+
+    return Loader(text)
+
+
+def _written_out(value: Any, known: dict[int, float]) -> float:
+    """How many values a nested one has, written out; infinitely many where it holds itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_written_out(item, known) for item in inner)
+    return known[id(value)]

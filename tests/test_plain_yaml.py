@@ -1,0 +1,72 @@
+"""plain_yaml.py: settings are read, and what is made to fill memory is refused in one line."""
+
+import os
+import tracemalloc
+
+import pytest
+
+from plain_yaml import LONGEST, load_yaml
+
+
+def test_settings_are_read_with_their_aliases(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("base: &b {x: 1, y: [2, 3]}\none: *b\ntwo: {<<: *b, x: 5}\nall: {<<: [*b]}\n")
+    base = {"x": 1, "y": [2, 3]}
+    assert load_yaml(path) == {"base": base, "one": base, "two": base | {"x": 5}, "all": base}
+
+
+def laughs(kind, levels=9, times=9):
+    """Each line repeats the one before it several times."""
+    lines = ["a0: &a0 {x0: 1}" if kind == "merge" else "a0: &a0 [lol]"]
+    for i in range(1, levels + 1):
+        refs = ", ".join([f"*a{i - 1}"] * times)
+        inner = f"{{<<: [{refs}], x{i}: 1}}" if kind == "merge" else f"[{refs}]"
+        lines.append(f"a{i}: &a{i} {inner}")
+    return "\n".join(lines) + "\n"
+
+
+HOSTILE = {
+    "aliases": laughs("alias"),
+    "merges": laughs("merge"),
+    "merges of many": laughs("merge", 2, 5000),
+    "itself": "a: &a [*a]\n",
+    "itself deeper": "a: &a {b: [1, {c: *a}]}\n",
+    "deep": "a: " + "[" * 5000 + "]" * 5000,
+    "deep mapping": "{a: " * 5000,
+    "long": "a: " + "x" * LONGEST,
+    "many": "a: [" + "1," * 20_000 + "]",
+    "many aliases": "a: &a 1\nb: [" + "*a," * 2000 + "]",
+    "long number": "a: " + "9" * 5000,
+    "month 13": "a: 2024-13-45\n",
+    "tag": "a: !!python/object/apply:os.system [touch /tmp/never]\n",
+    "twice": "lr: 1\nother: 2\nlr: 3\n",
+    "twice inside": "a:\n  lr: 1\n  lr: 1\n",
+    "tab": "a:\n\tb: 1\n",
+    "two documents": "a: 1\n---\nb: 2\n",
+    "bytes": "a: \x00",
+    "nothing": "",
+    "list": "- a\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_one_line_and_cost_nothing(name, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(HOSTILE[name])
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"a\.yaml ") as caught:
+        load_yaml(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(str(caught.value)) < 1000 + len(str(path)) and "\n" not in str(caught.value)
+    assert peak < 2**27, "memory"
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", "/dev/zero", tmp_path):
+        with pytest.raises(ValueError, match="not a file"):
+            load_yaml(path)
+    (tmp_path / "b.yaml").write_bytes(b"a: \xff\n")
+    with pytest.raises(ValueError, match=r"b\.yaml is not YAML: .*utf-8"):
+        load_yaml(tmp_path / "b.yaml")
