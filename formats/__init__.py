@@ -9,6 +9,7 @@ A format of checkpoints is a module with two functions, and one place in checkpo
 (kind, step)`, is for formats that can say both without opening the weights: listings ask it.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ class Opened:
 
 def name_of(path: Path) -> str:
     """What a checkpoint is called."""
-    return path.name if path.is_dir() else path.stem
+    return path.name if os.path.isdir(path) else path.stem
 
 
 def step_in_name(name: str) -> int | None:
@@ -47,3 +48,13 @@ def step_in_name(name: str) -> int | None:
     word = re.search(r"(?:checkpoint|ckpt|step|iter)[-_=]?(\d+)", name)
     word = word or re.search(r"(?:^|[-_])(\d+)$", name)
     return int(word[1]) if word else None
+
+
+def shown(names: Any, limit: int = 5) -> str:
+    """Names that others chose, for a message: the first few, none with control characters or of a
+    length that hides the rest."""
+    names = [names] if isinstance(names, str) or not isinstance(names, list) else names
+    texts = [name if isinstance(name, str) else f"{name!r:.100}" for name in names[:limit]]
+    texts = [text if text.isprintable() else ascii(text) for text in texts]
+    texts = [text if len(text) <= 200 else f"{text[:200]}…" for text in texts]
+    return ", ".join(texts) + (", …" if len(names) > limit else "")

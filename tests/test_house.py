@@ -22,7 +22,8 @@ FLOORS = [
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
     "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
-    "costs/time formats formats/stored formats/tensorfiles formats/shards formats/text model",
+    "costs/time formats formats/foreign formats/finding formats/stored formats/pickles "
+    "formats/tensorfiles formats/shards formats/text model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/pt_files",
     "checkpoint backends/sampling backends/kvcache",

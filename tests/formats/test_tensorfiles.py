@@ -152,7 +152,8 @@ def test_flipped_bits(tmp_path):
     flip(path, "data/3")
     refused(path, "is damaged: the checksum of .*data/3 is wrong")
     path = good_file(tmp_path / "b.pt", optimizer={"m": torch.ones(1000)})
-    last = max(int(r.name.rpartition("/")[2]) for r in tensorfiles.open_torch(path).records)
+    records = tensorfiles.open_torch(path).records
+    last = max(int(name.removeprefix("data/")) for name in records if name.startswith("data/"))
     flip(path, f"data/{last}")
     load_model(path, "float32")  # the optimizer's tensors are no business of an evaluation
     with pytest.raises(ValueError, match="checksum"):
@@ -241,8 +242,9 @@ def test_old_torch_is_refused(tmp_path, monkeypatch):
     path = good_file(tmp_path / "a.pt")
     for version, fine in (("2.9.1+cu128", False), ("1.13.0", False), ("2.10.0", True)):
         monkeypatch.setattr(torch, "__version__", version)
+        load_model(path)  # which needs torch.load for nothing
         if fine:
-            load_model(path)
+            load_training_state(path)
         else:
             with pytest.raises(ValueError, match=r"CVE-2025-32434"):
-                load_model(path)
+                load_training_state(path)
