@@ -296,7 +296,9 @@ def load_checkpoint(
 def is_checkpoint(path: str | Path) -> bool:
     """Whether it looks like one, whole or not; those too that are refused by name."""
     path = Path(path)
-    if finding.closed_to_us(path) or any(reader.recognises(path) for reader in READERS):
+    if finding.closed_to_us(path):
+        return formats.step_in_name(path.name) is not None
+    if any(reader.recognises(path) for reader in READERS):
         return True
     return os.path.isdir(path) and ((path / ".metadata").is_file() or bool(foreign.what_is(path)))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
-from formats import shown, step_in_name
+from formats import shown
 from tokenizer import TOKENIZER_FILES
 
 INSIDE = re.compile(r"(checkpoint|ckpt|step|epoch|iter|global_step)[-_=]?\d+")
@@ -44,8 +44,10 @@ def listed(directory: Path, look: Look) -> list[CheckpointInfo]:
         raise ValueError(f"{directory} is not a directory")
     if look.is_checkpoint(directory):
         return _in_order([directory, *_inside(directory, look)], look)
-    _say_of_folders(_entries(directory), look)
-    return _in_order(filter(look.is_checkpoint, _entries(directory)), look)
+    found = _in_order(filter(look.is_checkpoint, _entries(directory)), look)
+    if found:
+        _say_of_folders(_entries(directory), look)
+    return found
 
 
 def expand(paths: Iterable[str | Path], look: Look) -> list[Path]:
@@ -62,7 +64,7 @@ def expand(paths: Iterable[str | Path], look: Look) -> list[Path]:
         elif os.path.isdir(path):
             matches = [info.path for info in listed(path, look)]
         else:
-            globbed = [Path(name) for name in glob.glob(str(given))]
+            globbed = _globbed(given)
             matches = [i.path for i in _in_order(filter(look.is_checkpoint, globbed), look)]
             if matches:
                 _say_of_folders(globbed, look)
@@ -83,9 +85,8 @@ def find_tokenizer(path: str | Path) -> Path | None:
 
 
 def closed_to_us(path: Path) -> bool:
-    """A directory that may not be looked into, of a checkpoint's name."""
-    named = step_in_name(path.name) is not None and os.path.isdir(path)
-    return named and not os.access(path, os.R_OK | os.X_OK)
+    """A directory that may not be looked into."""
+    return os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK)
 
 
 def _in_order(paths: Iterable[Path], look: Look) -> list[CheckpointInfo]:
@@ -105,6 +106,10 @@ def _entries(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names, key=_natural) if not name.startswith(".")]
 
 
+def _globbed(given: str | Path) -> list[Path]:
+    return [Path(name) for name in sorted(glob.glob(str(given)), key=_natural)]
+
+
 def _inside(path: Path, look: Look) -> list[Path]:
     """Checkpoints in the directory of another: a Trainer's steps beside its final model."""
     if not os.path.isdir(path) or closed_to_us(path):
@@ -119,7 +124,7 @@ def _inside(path: Path, look: Look) -> list[Path]:
 
 def _below(folder: Path, look: Look, depth: int = DEPTH) -> Iterator[Path]:
     """Checkpoints somewhere in a folder that is none."""
-    if not os.access(folder, os.R_OK | os.X_OK):
+    if closed_to_us(folder):
         return
     entries = _entries(folder)[:200]
     for path in entries:
@@ -133,6 +138,8 @@ def _say_of_folders(paths: Iterable[Path], look: Look) -> None:
     """That folders beside checkpoints hold some too, which are not taken."""
     for path in paths:
         if os.path.isdir(path) and not look.is_checkpoint(path):
+            if closed_to_us(path):
+                _say(f"{path} may not be looked into, and is left out")
             inner = next(_below(path, look, 1), None)
             if inner is not None:
                 _say(f"{path} holds checkpoints too, such as {inner.name}, which are left out")
@@ -147,7 +154,7 @@ def _say(text: str) -> None:
 def _what_is_there(given: str | Path, look: Look) -> str:
     """Why nothing was found at a path or glob."""
     path = Path(given)
-    folders = [path] if os.path.isdir(path) else [Path(name) for name in glob.glob(str(given))]
+    folders = [path] if os.path.isdir(path) else _globbed(given)
     for folder in filter(os.path.isdir, folders):
         inner = next(_below(folder, look), None)
         if inner is not None:

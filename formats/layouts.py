@@ -148,7 +148,7 @@ def sizes(tensors: dict[str, Stored], layout: str | None) -> dict[str, int]:
         if stored and len(stored.shape) == 2:
             turned = LAYOUTS[layout].conv1d and module.startswith("blocks")
             fields |= dict(zip(of_shape, stored.shape[:: -1 if turned else 1]))
-    block = theirs_of(layout, "blocks.{i}.ln1")[0].partition("0")[0]
+    block = theirs_of(layout, "blocks.{i}.mlp.fc2")[0].partition("0")[0]
     layers = {m[1] for name in tensors if (m := re.match(rf"{re.escape(block)}(\d+)\.", name))}
     return fields | ({"n_layers": len(layers)} if layers else {})
 
@@ -168,6 +168,8 @@ def check_sizes(
         rows = "(n_heads + 2 n_kv_heads) x head_dim"
         found[rows] = sum(stored.shape[side] for stored in fused if stored)
         said[rows] = config.qkv_dim
+    if len(theirs_of(layout, "blocks.{i}.mlp.fc1")) > 1:
+        said["gated_mlp"], found["gated_mlp"] = config.gated_mlp, True
     wrong = [
         f"{name} is {said[name]:,} in the config, {n:,} in the tensors"
         for name, n in found.items()
@@ -230,6 +232,8 @@ def check_fits(
 ) -> None:
     """Every tensor of a GPTModel, of its shape and a float type, and no others; ValueError says
     which, and `hint`. Before anything is allocated on the word of a config."""
+    if layout is not None:
+        check_sizes(model.config, tensors, layout, path, hint)
     wanted = {name: list(view.shape) for name, view in views(model, layout or "native")}
     spare = {"lm_head.weight"} if model.config.tie_embeddings else set()
     found = {name: tensors[name] for name in wanted if name in tensors}

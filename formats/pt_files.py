@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from config import GPTConfig
-from formats import Opened, huggingface, layouts, pickles, shown, tensorfiles
+from formats import Opened, huggingface, inert, layouts, shown, tensorfiles
 from formats.stored import Stored
 from hf_config import size
 
@@ -109,8 +109,8 @@ def _find_weights(contents: dict, file: Path) -> tuple[dict, dict[str, Any], lis
     while key := next((k for k in WEIGHT_KEYS if isinstance(weights.get(k), dict)), None):
         rest |= {k: v for k, v in weights.items() if k != key}
         weights = weights[key]
-    if weights is contents and not any(isinstance(v, pickles.Tensor) for v in weights.values()):
-        whole = [v.name for v in weights.values() if isinstance(v, pickles.Inert)]
+    if weights is contents and not any(isinstance(v, inert.Tensor) for v in weights.values()):
+        whole = [v.name for v in weights.values() if isinstance(v, inert.Inert)]
         others = [str(k) for k, v in weights.items() if isinstance(v, dict) and _all_tensors(v)]
         if others or whole:
             raise ValueError(
@@ -122,7 +122,7 @@ def _find_weights(contents: dict, file: Path) -> tuple[dict, dict[str, Any], lis
 
 
 def _all_tensors(contents: dict) -> bool:
-    return bool(contents) and all(isinstance(v, pickles.Tensor) for v in contents.values())
+    return bool(contents) and all(isinstance(v, inert.Tensor) for v in contents.values())
 
 
 def _kind(path: Path, rest: dict) -> str:

@@ -5,7 +5,7 @@
     table = stored_tensors(source, source.contents["model"])
 
 The tables are stored.py's. Whatever is wrong with a file is a ValueError of one line that names the
-file. Nothing that a pickle names is imported or called (pickles.py), and nothing is allocated by a
+file. Nothing that a pickle names is imported or called (inert.py), and nothing is allocated by a
 size that a file merely claims. torch and safetensors only.
 """
 
@@ -24,7 +24,7 @@ import torch
 
 import cli
 from durable import refuse_impostor
-from formats import pickles, shown
+from formats import inert, shown
 from formats.stored import FLOATS, Stored, read_whole, whole
 
 SAFETENSORS_DTYPES = {"F32": FLOATS[0], "BF16": FLOATS[1], "F16": FLOATS[2], "F64": FLOATS[3]}
@@ -144,7 +144,7 @@ def check_crc(path: Path, names: Iterable[str]) -> None:
 
 class TorchFile(NamedTuple):
     path: Path
-    contents: Any  # with pickles.Tensor for tensors: nothing of them is read
+    contents: Any  # with inert.Tensor for tensors: nothing of them is read
     names: set[str]  # what the pickle names
     records: dict[str, Record]  # by their names within the archive
     checked: bool  # whether the file has checksums: torch can be told to write none
@@ -169,7 +169,7 @@ def open_torch(path: Path) -> TorchFile:
         f.seek(pickled.offset)
         data = f.read(pickled.size)
     try:
-        contents, names = pickles.read_pickle(data)
+        contents, names = inert.read_pickle(data)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {cli.first_line(error)}") from None
     hostile = sorted(name for name in names if RUNS_CODE.match(name))
@@ -184,7 +184,7 @@ def open_torch(path: Path) -> TorchFile:
 def mapping(source: TorchFile) -> dict:
     """A torch file's contents, which must be a dictionary."""
     found = source.contents
-    if isinstance(found, pickles.Inert):
+    if isinstance(found, inert.Inert):
         raise ValueError(
             f"{source.path} holds a whole {shown(found.name)}, which only its own code can load: "
             "save its state_dict() instead, where the file was made"
@@ -200,15 +200,15 @@ def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
     holds: torch itself would read on into whatever follows, and repeat a number 2^40 times."""
     table = {}
     for name, t in state_dict.items():
-        if type(name) is not str or not isinstance(t, pickles.Tensor):
-            kind = t.name if isinstance(t, pickles.Inert) else type(t).__name__
+        if type(name) is not str or not isinstance(t, inert.Tensor):
+            kind = t.name if isinstance(t, inert.Inert) else type(t).__name__
             what = "not plain numbers" if "tensor" in kind else "not a tensor"
             raise ValueError(f"{source.path}: {name!r:.200} is of type {shown(kind)}, {what}")
         table[name] = stored_tensor(source, name, t)
     return table
 
 
-def stored_tensor(source: TorchFile, name: str, t: pickles.Tensor) -> Stored:
+def stored_tensor(source: TorchFile, name: str, t: inert.Tensor) -> Stored:
     """Where a tensor of a torch file lies. ValueError for one that claims more than is there."""
     record, size = source.records.get(f"data/{t.storage.key}"), t.storage.dtype.itemsize
     held = record.size if record else 0
@@ -237,16 +237,15 @@ def stored_tensor(source: TorchFile, name: str, t: pickles.Tensor) -> Stored:
 
 def number(source: TorchFile, value: Any) -> int | float | None:
     """A plain number of what a training file holds, tensors of one element included."""
-    if isinstance(value, pickles.Tensor) and math.prod(value.shape) == 1:
+    if isinstance(value, inert.Tensor) and math.prod(value.shape) == 1:
         value = read_whole(stored_tensor(source, "a number", value)).item()
-    known = isinstance(value, (int, float)) and math.isfinite(value)
-    return value if known and not isinstance(value, bool) else None
+    return value if type(value) in (int, float) and -1e300 < value < 1e300 else None
 
 
 def load_torch(source: TorchFile) -> Any:
     """torch.load of tensors and plain values; anything else in the file is named and refused."""
     require_safe_torch()
-    path, foreign = source.path, sorted(n for n in source.names if not pickles.is_plain(n))
+    path, foreign = source.path, sorted(n for n in source.names if not inert.is_plain(n))
     if foreign:
         raise ValueError(
             f"{path} holds {shown(foreign)}: loading that could run code, so it is refused. Save "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from formats import huggingface, pickles, tensorfiles
+from formats import huggingface, inert, tensorfiles
 
 STATE_NAMES = {  # ours: theirs
     "optimizer": ("optimizer", "optimizer_state_dict"),
@@ -46,7 +46,7 @@ def write(state: dict[str, Any], directory: Path) -> None:
     """trainer_state.pt. ValueError if it could not be loaded again."""
     file = directory / "trainer_state.pt"
     torch.save(state, file)
-    foreign = [n for n in tensorfiles.open_torch(file).names if not pickles.is_plain(n)]
+    foreign = [n for n in tensorfiles.open_torch(file).names if not inert.is_plain(n)]
     if foreign:
         raise ValueError(
             f"the training state holds {', '.join(sorted(foreign))}, which could not be loaded "

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-MAX_READS = 5_000_000  # two for most items of a list; a file of 10,000 tensors takes 500,000
+MAX_READS = 3_000_000  # two for most items of a list; a file of 10,000 tensors takes 500,000
 MAX_NAMES = 1000
 PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocol 2 writes them
 DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}

@@ -1,4 +1,4 @@
-"""formats/pickles.py: nothing that a pickle names is imported or called, wherever one may lie."""
+"""formats/inert.py: nothing that a pickle names is imported or called, wherever one may lie."""
 
 import collections
 import io
@@ -15,8 +15,8 @@ from checkpoint_files import good_file, logits, make_model, rosetrainer_state
 
 import checkpoint
 from checkpoint import load_model, load_training_state, save_checkpoint
-from formats import pickles
-from formats.pickles import read_pickle
+from formats import inert
+from formats.inert import read_pickle
 from tokenizer import build_tokenizer
 
 ACTS = ("import", "exec", "compile", "os.system", "subprocess.Popen", "socket.connect")
@@ -157,7 +157,7 @@ def test_plain_values_come_back():
     for protocol in range(6):
         found, names = read_pickle(pickle.dumps(values, protocol))
         assert found == values and found["again"] is found["n"]
-        assert all(map(pickles.is_plain, names))
+        assert all(map(inert.is_plain, names))
     number, _ = read_pickle(pickle.dumps([np.float64(2.5), np.int64(-3), np.bool_(True)], 2))
     assert number == [2.5, -3, True]
 
@@ -196,7 +196,7 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_cost_little(tmp_path, monkeypatch, name):
     """By themselves and as a file's structure: one line or a harmless value."""
-    monkeypatch.setattr(pickles, "MAX_READS", pickles.MAX_READS // 50)
+    monkeypatch.setattr(inert, "MAX_READS", inert.MAX_READS // 50)
     tracemalloc.start()
     try:
         read_pickle(BOMBS[name])
