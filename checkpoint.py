@@ -11,8 +11,9 @@
     path = save_checkpoint(model, optimizer, scheduler, epoch, step, loss, "checkpoints")
     epoch, step, loss = load_checkpoint(path, model, optimizer, scheduler)
 
-Read: .pt files of rosetrainer and nanoGPT, `checkpoint-{step}/pytorch_model.bin` that holds
-model_state_dict, and Hugging Face directories (safetensors or .bin, sharded or not). Written:
+Read: .pt files of rosetrainer, nanoGPT, Lightning and DeepSpeed (ZeRO 0 to 2),
+`checkpoint-{step}/pytorch_model.bin` that holds model_state_dict, and Hugging Face directories
+(safetensors or .bin, sharded or not, with an index or without). Written:
 `checkpoint-{step}/`, a Hugging Face directory plus trainer_state.pt and manifest.json.
 
 Every format (READERS) is opened as a table, name -> where the bytes lie (formats/stored.py), under

@@ -59,8 +59,11 @@ def expand(paths: Iterable[str | Path], look: Look) -> list[Path]:
         if look.is_checkpoint(path) or os.path.isfile(path):
             matches = [path]
             if inside := _inside(path, look):
-                names = f"{path} is a checkpoint and holds others inside, such as {inside[0].name}"
-                _say(f"{names}, which are left out: give {str(path / '*')!r} for them")
+                pattern = path / re.sub(r"\d+$", "*", inside[0].name)
+                _say(
+                    f"{path} is a checkpoint and holds others inside, such as {inside[0].name}, "
+                    f"which are left out: give {str(pattern)!r} for them"
+                )
         elif os.path.isdir(path):
             matches = [info.path for info in listed(path, look)]
         else:

@@ -202,10 +202,13 @@ def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored
     """`given`, else what the config.json in a directory, or beside a file, says."""
     directory = os.path.isdir(path)
     file = (path if directory else path.parent) / "config.json"
-    config, problem, native, values = given, "", True, {}
+    config, problem, native, values, too_large = given, "", True, {}, ""
     if os.path.lexists(file):
         try:
             values = read_json(file)
+            too_large = _too_large(values, tensors, file)
+            if too_large:
+                raise ValueError(too_large)
             config = given or GPTConfig.from_json(values, str(file))
             native = given is not None or not config.n_experts or not directory
         except UnsupportedArchitecture as error:
@@ -214,8 +217,8 @@ def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored
             problem = str(error)[:1000]
     elif given is None:
         problem = no_config(path, tensors)
-    if not native:
-        _refuse_too_large(values, tensors, file)
+    if too_large and directory:
+        raise ValueError(too_large)
     files = (file,) if directory and os.path.isfile(file) else ()
     ids = {key: _token_id(values.get(key)) for key in TOKEN_IDS}
     return ConfigBeside(config, problem, native, files, ids)
@@ -236,32 +239,26 @@ SIDES: tuple[str, ...] = (
     "d_model",
 )
 SIDES += ("d_ff", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "word_embed_proj_dim")
-COUNTS: tuple[str, ...] = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "num_experts",
-    "n_experts",
-)
-COUNTS += ("num_local_experts", "n_routed_experts")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+EXPERTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts")
 
 
-def _refuse_too_large(values: dict, tensors: dict[str, Stored], file: Path) -> None:
-    """ValueError for a size that no tensor has, and for more layers than there are tensors: before
-    transformers makes a model of them."""
+def _too_large(values: dict, tensors: dict[str, Stored], file: Path) -> str:
+    """What is wrong with a size that no tensor has, or with more layers than there are tensors:
+    said before anybody makes a model, or a list, of them."""
     longest = max((n for t in tensors.values() for n in t.shape), default=0)
-    limits = dict.fromkeys(SIDES, longest) | dict.fromkeys(COUNTS, max(longest, len(tensors)))
-    limits |= dict.fromkeys(COUNTS[:4], len(tensors))
+    sides = f"no tensor of the checkpoint has a side of more than {longest:,}"
+    counts = f"the checkpoint has {len(tensors):,} tensors in all"
+    limits = {name: (longest, sides) for name in SIDES}
+    limits |= {name: (len(tensors), counts) for name in LAYERS}
+    limits |= {name: (max(longest, len(tensors)), sides) for name in EXPERTS}
     inner = values.get("text_config")
     for part in (values, inner if isinstance(inner, dict) else {}):
-        for name, limit in limits.items():
+        for name, (limit, why) in limits.items():
             value = part.get(name)
             if isinstance(value, (int, float)) and value > limit:
-                raise ValueError(
-                    f"{file}: {name} is {value!r:.30}, but the {len(tensors)} tensors of the "
-                    f"checkpoint have no side of more than {longest:,}"
-                )
+                return f"{file}: {name} is {value!r:.30}, but {why}"
+    return ""
 
 
 def no_config(path: Path, tensors: dict[str, Stored]) -> str:

@@ -27,7 +27,7 @@ from checkpoint_files import CONFIGS, make_model, nanogpt_file, rosetrainer_conf
 from checkpoint_files import rosetrainer_state as state_of
 
 import checkpoint
-from formats import tensorfiles
+from formats import stored, tensorfiles
 
 MEMORY = 1 << 30  # bytes of address space beyond what is there at the start
 SECONDS = 300  # for any one checkpoint, which takes some ms
@@ -124,7 +124,7 @@ def cut(source: Path, target: Path, index: bool) -> Path:
     where = {}
     for i in range(2):
         file = f"model-{i + 1:05d}-of-00002.safetensors"
-        part = {name: tensorfiles.read_whole(table[name]) for name in sorted(table)[i::2]}
+        part = {name: stored.read_whole(table[name]) for name in sorted(table)[i::2]}
         tensorfiles.write_safetensors(target / file, part, torch.float32)
         where |= dict.fromkeys(part, file)
     if index:

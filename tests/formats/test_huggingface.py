@@ -228,3 +228,43 @@ def test_quantised_safetensors_are_refused(tmp_path):
         offset = end
     safetensors_file(path / "model.safetensors", header, bytes(offset))
     refused(path, r"28 of a type that is not float32, .*transformer.wte.weight \(I8\)")
+
+
+SIZES_OF_OTHERS = {  # of a model that transformers alone runs, and of one that we do
+    "num_hidden_layers": (10**6, r"num_hidden_layers is 1000000, but the checkpoint has \d+ tens"),
+    "vocab_size": (10**12, r"vocab_size is 1000000000000, but no tensor .* more than 97"),
+    "hidden_size": (2**31, "hidden_size is 2147483648, but no tensor"),
+    "intermediate_size": (10**400, r"intermediate_size is 10{29}, but no tensor"),
+    "num_local_experts": (10**9, "num_local_experts is 1000000000, but no tensor"),
+}
+
+
+@pytest.mark.parametrize("field", SIZES_OF_OTHERS)
+@pytest.mark.parametrize("family", ["gemma2", "qwen2", "llava"])
+def test_sizes_that_no_tensor_has(tmp_path, field, family):
+    """Refused before transformers, or a list of the layers' windows, is made of them."""
+    value, said = SIZES_OF_OTHERS[field]
+    path = save_checkpoint(make_model(CONFIGS["qwen2"]), None, None, 0, 1, 1.0, tmp_path)
+    (path / "manifest.json").unlink()
+    values = json.loads((path / "config.json").read_text()) | {"model_type": family}
+    values |= {"use_sliding_window": True, "sliding_window": 4, "layer_types": None}
+    del values["roseval"]
+    sizes = {field: value, "max_window_layers": 10**12}
+    values = {"text_config": values | sizes} if family == "llava" else values | sizes
+    (path / "config.json").write_text(json.dumps(values))
+    for ask in (checkpoint.open, load_model, checkpoint.inspect, checkpoint.fingerprint):
+        with pytest.raises(ValueError, match=said) as error:
+            ask(path)
+        assert "config.json" in str(error.value) and len(str(error.value)) < 400
+
+
+def test_huge_index_and_config(tmp_path):
+    path, where = shards_of(tmp_path)
+    index = write_index(path, where)
+    with index.open("ab") as f:
+        f.truncate(65 << 20)
+    refused(path, r"index\.json has more than 67,108,864 bytes")
+    write_index(path, where)
+    with (path / "config.json").open("ab") as f:
+        f.truncate(9 << 20)
+    refused(path, r"config\.json has more than 8,388,608 bytes")
