@@ -130,7 +130,9 @@ class Checkpoint:
         if not self.native:
             return opened.config
         if self.layout is None:
-            raise ValueError(f"{self.path}: {layouts.unknown_names(self.tensors)}")
+            raise ValueError(
+                opened.problem or f"{self.path}: {layouts.unknown_names(self.tensors)}"
+            )
         if opened.config is None:
             raise ValueError(opened.problem)
         layouts.check_sizes(opened.config, self.tensors, self.layout, self.path, opened.hint)

@@ -202,26 +202,22 @@ def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored
     """`given`, else what the config.json in a directory, or beside a file, says."""
     directory = os.path.isdir(path)
     file = (path if directory else path.parent) / "config.json"
-    config, problem, native, values, too_large = given, "", True, {}, ""
-    if os.path.lexists(file):
-        try:
-            values = read_json(file)
-            too_large = _too_large(values, tensors, file)
-            if too_large:
-                raise ValueError(too_large)
-            config = given or GPTConfig.from_json(values, str(file))
-            native = given is not None or not config.n_experts or not directory
-        except UnsupportedArchitecture as error:
-            problem, native = str(error)[:1000], not directory
-        except ValueError as error:
-            problem = str(error)[:1000]
-    elif given is None:
+    config, problem, native, values = given, "", True, {}
+    try:
+        values = read_json(file) if os.path.lexists(file) else {}
+        if given is None and values:
+            _refuse_too_large(values, tensors, file)
+            config = GPTConfig.from_json(values, str(file))
+            native = not config.n_experts or not directory
+    except UnsupportedArchitecture as error:
+        problem, native = str(error)[:1000], not directory
+    except ValueError as error:
+        problem = str(error)[:1000]
+    if not (config or problem):
         problem = no_config(path, tensors)
-    if too_large and directory:
-        raise ValueError(too_large)
     files = (file,) if directory and os.path.isfile(file) else ()
     ids = {key: _token_id(values.get(key)) for key in TOKEN_IDS}
-    return ConfigBeside(config, problem, native, files, ids)
+    return ConfigBeside(config, "" if config else problem, native, files, ids)
 
 
 def _token_id(value: Any) -> Any:
@@ -243,9 +239,9 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 EXPERTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts")
 
 
-def _too_large(values: dict, tensors: dict[str, Stored], file: Path) -> str:
-    """What is wrong with a size that no tensor has, or with more layers than there are tensors:
-    said before anybody makes a model, or a list, of them."""
+def _refuse_too_large(values: dict, tensors: dict[str, Stored], file: Path) -> None:
+    """ValueError for a size that no tensor has, and for more layers than there are tensors: before
+    anybody makes a model, or a list, of them."""
     longest = max((n for t in tensors.values() for n in t.shape), default=0)
     sides = f"no tensor of the checkpoint has a side of more than {longest:,}"
     counts = f"the checkpoint has {len(tensors):,} tensors in all"
@@ -257,8 +253,7 @@ def _too_large(values: dict, tensors: dict[str, Stored], file: Path) -> str:
         for name, (limit, why) in limits.items():
             value = part.get(name)
             if isinstance(value, (int, float)) and value > limit:
-                return f"{file}: {name} is {value!r:.30}, but {why}"
-    return ""
+                raise ValueError(f"{file}: {name} is {value!r:.30}, but {why}")
 
 
 def no_config(path: Path, tensors: dict[str, Stored]) -> str:

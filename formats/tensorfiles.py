@@ -31,6 +31,7 @@ SAFETENSORS_DTYPES = {"F32": FLOATS[0], "BF16": FLOATS[1], "F16": FLOATS[2], "F6
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 MAX_HEADER = 10 << 20  # of a safetensors file; 20 MB take seconds to parse, honest ones have < 1 MB
 MAX_PICKLE = 64 << 20  # of a torch file's structure, without its tensors
+MAX_DIRECTORY = 32 << 20  # of a torch file's table of contents, which has 80 bytes a tensor
 # Not what protects: nothing that a file names is ever called. No honest file holds them.
 RUNS_CODE = re.compile(
     r"(os|posix|nt|sys|subprocess|importlib|runpy|shutil|socket|ctypes|pty|webbrowser)\."
@@ -99,6 +100,8 @@ def zip_records(path: Path) -> list[Record]:
                 f"{path} is not a torch file. If it is one from before torch 1.6, save it anew: "
                 "torch.save(torch.load(path, weights_only=True), path)"
             )
+        if _directory_size(f, size) > MAX_DIRECTORY:
+            raise ValueError(f"{path} is no file of torch.save: it has too many entries")
         try:
             entries = zipfile.ZipFile(f).infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error):
@@ -111,6 +114,16 @@ def zip_records(path: Path) -> list[Record]:
     if len(names) < len(records):
         raise ValueError(f"{path} is no file of torch.save: it has two entries of one name")
     return records
+
+
+def _directory_size(f, size: int) -> int:
+    """Bytes of the table of contents, each of which costs ten of memory; 0 where there is none."""
+    f.seek(max(0, size - (1 << 16) - 100))
+    tail = f.read()
+    large, small = tail.rfind(b"PK\x06\x06"), tail.rfind(b"PK\x05\x06")
+    if 0 <= large <= len(tail) - 48:
+        return struct.unpack_from("<Q", tail, large + 40)[0]
+    return struct.unpack_from("<I", tail, small + 12)[0] if 0 <= small <= len(tail) - 16 else 0
 
 
 def _record(f, entry: zipfile.ZipInfo, size: int, path: Path) -> Record:

@@ -139,6 +139,27 @@ def test_strided_tensors_are_read_right(tmp_path):
     assert torch.equal(logits(loaded), logits(model)) and loaded.config.tie_embeddings
 
 
+def test_a_table_of_contents_without_end(tmp_path, monkeypatch):
+    """Half a million entries of no bytes: refused before any is made; in zip64's form as well."""
+    for n in (200, 70_000):
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+            for i in range(n):
+                archive.writestr(f"a/{i}", b"")
+        refused(tmp_path / "a.pt", "it has no data.pkl")
+        monkeypatch.setattr(tensorfiles, "MAX_DIRECTORY", 48 * n)
+        refused(tmp_path / "a.pt", "too many entries")
+        monkeypatch.undo()
+
+
+def test_a_name_twice_in_a_header(tmp_path):
+    """Which the library and Python's reader could take for different tensors."""
+    entry = b'"w": {"dtype": "F32", "shape": [2], "data_offsets": [%d, %d]}'
+    header = b"{" + entry % (0, 8) + b"," + entry % (8, 16) + b"}"
+    make_model().config.save_pretrained(tmp_path)
+    safetensors_file(tmp_path / "model.safetensors", header, bytes(16))
+    refused(tmp_path, r"model\.safetensors .*no safetensors file")
+
+
 def flip(path, needle_name):
     """Flip one bit in the middle of a record's bytes."""
     record = next(r for r in tensorfiles.zip_records(path) if r.name.endswith(needle_name))
