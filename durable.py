@@ -160,7 +160,9 @@ def read_object(path: str | Path, limit: int = SMALL_FILE) -> dict[str, Any]:
     programs."""
     data = read_small(path, limit)
     if not data.strip():
-        raise ValueError(f"{path} is empty: it is still to be written, or the copy failed")
+        raise ValueError(
+            f"{path} is empty, which is not JSON: it is still to be written, or the copy failed"
+        )
     if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
         raise ValueError(f"{path} has more than {MAX_BRACKETS:,} lists and objects")
     text = decode_utf8(data, path)
