@@ -319,7 +319,7 @@ def is_complete(path: str | Path) -> bool:
 def info_of(path: Path) -> CheckpointInfo:
     """What a checkpoint is called, its step and kind, as cheaply as its format can say it; an
     unreadable one has them too."""
-    name = formats.name_of(path)
+    name, problem = formats.name_of(path), ""
     try:
         reader = reader_of(path)
         if hasattr(reader, "glance"):
@@ -327,9 +327,10 @@ def info_of(path: Path) -> CheckpointInfo:
         else:
             opened = reader.open(path)
             kind, step = opened.kind, opened.step
-    except (ValueError, OSError):
-        kind, step = "unreadable", None
-    return CheckpointInfo(path, formats.step_in_name(name) if step is None else step, name, kind)
+    except (ValueError, OSError) as error:
+        kind, step, problem = "unreadable", None, cli.first_line(error)
+    step = formats.step_in_name(name) if step is None else step
+    return CheckpointInfo(path, step, name, kind, problem)
 
 
 def list_checkpoints(directory: str | Path) -> list[CheckpointInfo]:
@@ -433,8 +434,9 @@ def print_list(directory: str | Path) -> None:
         raise ValueError(f"{directory} holds no checkpoint")
     print(f"{'step':>10}  {'kind':<12} path")
     for info in found:
-        path = str(info.path) if str(info.path).isprintable() else ascii(str(info.path))
-        print(f"{'-' if info.step is None else info.step:>10}  {info.kind:<12} {path}")
+        said = f"{info.path}  ({info.problem})" if info.problem else str(info.path)
+        said = said if said.isprintable() else ascii(said)
+        print(f"{'-' if info.step is None else info.step:>10}  {info.kind:<12} {said}")
 
 
 if __name__ == "__main__":

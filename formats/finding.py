@@ -28,6 +28,7 @@ class CheckpointInfo(NamedTuple):
     step: int | None
     name: str
     kind: str  # as Checkpoint.kind, or "unreadable"
+    problem: str = ""  # why
 
 
 class Look(NamedTuple):

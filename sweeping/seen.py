@@ -26,8 +26,6 @@ def signature(path: Path) -> tuple | None:
     try:
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
         stats = [(p.name, p.stat()) for p in files]
-    except PermissionError:  # it is there, and fails when its turn comes
-        return ((path.name, 0, 0, 0),)
     except OSError:
         return None
     return tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats) or None

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,15 +131,18 @@ for name in ("checkpoint-200", "checkpoint-300", "checkpoint-400", "other", "e-7
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="sets another user")
-def test_what_may_not_be_read_is_listed_and_named(tmp_path, saved):
+def test_what_may_not_be_read_is_listed_and_named(saved):
     """As another user: a directory, files in a directory, a file."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are for their user alone
+        as_another_user(Path(folder), saved)
+
+
+def as_another_user(tmp_path, saved):
+    tmp_path.chmod(0o755)
     for step in (100, 200, 300, 400):
         shutil.copytree(saved, tmp_path / f"checkpoint-{step}")
     shutil.copytree(saved, tmp_path / "other")
     good_file(tmp_path / "e-7.pt")
-    for path in (tmp_path, *tmp_path.parents):
-        if path.stat().st_uid == 0 and "pytest" in str(path):
-            path.chmod(0o755)
     (tmp_path / "checkpoint-200").chmod(0)
     (tmp_path / "checkpoint-300/model.safetensors").chmod(0)
     (tmp_path / "checkpoint-400").chmod(0o444)
@@ -168,7 +173,7 @@ def test_strange_files_in_a_directory(tmp_path, saved, name):
     refused(path, f"{name} is a device, not a file")
 
 
-def test_an_unreadable_one_ends_no_listing(tmp_path, saved):
+def test_an_unreadable_one_ends_no_listing(tmp_path, saved, capsys):
     os.mkfifo(tmp_path / "checkpoint-1.pt")
     (tmp_path / "checkpoint-2").mkdir()
     os.mkfifo(tmp_path / "checkpoint-2/manifest.json")
@@ -179,3 +184,8 @@ def test_an_unreadable_one_ends_no_listing(tmp_path, saved):
     assert set(kinds.values()) == {"unreadable"} and len(kinds) == 2
     with pytest.raises(ValueError, match="is a FIFO, not a file"):
         checkpoint.open(tmp_path / "checkpoint-1.pt")
+    (tmp_path / "x\x1b[2J\n-5.pt").write_bytes(b"x")
+    checkpoint.main(["list", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(line.isprintable() for line in lines)
+    assert "manifest.json is a FIFO, not a file)" in "".join(lines)
