@@ -35,6 +35,7 @@ WEIGHT_KEYS: tuple[str, ...] = (
     "weights",
 )
 WEIGHT_KEYS += ("params", "net", "network", "ema_model", "ema", "ema_state_dict")
+MAX_DEPTH = 4
 STEPS = ("step", "iter_num", "global_step", "global_steps", "iteration")
 
 
@@ -106,7 +107,10 @@ def _find_weights(contents: dict, file: Path) -> tuple[dict, dict[str, Any], lis
     which of the dictionaries in a file are its weights."""
     rest: dict[str, Any] = {}
     weights = contents
-    while key := next((k for k in WEIGHT_KEYS if isinstance(weights.get(k), dict)), None):
+    for _ in range(MAX_DEPTH):  # a dictionary can hold itself
+        key = next((k for k in WEIGHT_KEYS if isinstance(weights.get(k), dict)), None)
+        if key is None:
+            break
         rest |= {k: v for k, v in weights.items() if k != key}
         weights = weights[key]
     if weights is contents and not any(isinstance(v, inert.Tensor) for v in weights.values()):
@@ -147,10 +151,21 @@ def _config_inside(
     rest: dict, tensors: dict[str, Stored], layout: str | None, path: Path
 ) -> GPTConfig | None:
     if isinstance(rest.get("model_args"), dict):
+        _refuse_nested(rest["model_args"], path)
         return _nanogpt_config(rest["model_args"], path)
     if isinstance(rest.get("config"), dict):
+        _refuse_nested(rest["config"], path)
         return _rosetrainer_config(rest["config"], layouts.sizes(tensors, layout), path)
     return None
+
+
+def _refuse_nested(values: dict, path: Path) -> None:
+    """A list that holds one list twice, and so on, has no end when it is shown."""
+    for name, value in values.items():
+        items = value.values() if isinstance(value, dict) else value
+        inside = items if isinstance(value, (dict, list, tuple)) else ()
+        if any(isinstance(item, (dict, list, tuple)) for item in inside):
+            raise ValueError(f"{path}: {name!r:.60} of its config is more than a list of values")
 
 
 def _rosetrainer_config(values: dict, known: dict[str, int], path: Path) -> GPTConfig:
