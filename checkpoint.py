@@ -303,7 +303,7 @@ def is_checkpoint(path: str | Path) -> bool:
         return formats.step_in_name(path.name) is not None
     if any(reader.recognises(path) for reader in READERS):
         return True
-    return os.path.isdir(path) and ((path / ".metadata").is_file() or bool(foreign.what_is(path)))
+    return bool(foreign.what_is(path)) or os.path.isfile(path / ".metadata")
 
 
 def is_complete(path: str | Path) -> bool:

@@ -39,12 +39,15 @@ NAMES: tuple[tuple[str, str, str], ...] = (
 ADAPTER = "a PEFT adapter: merge it into its model first, with merge_and_unload() and "
 ADAPTER += "save_pretrained()"
 DEEPSPEED = "a ZeRO checkpoint of DeepSpeed: its zero_to_fp32.py makes a state dict of it"
-FILES = {  # the name of a file that tells what its directory is
+DIRECTORIES = {  # the name of a file that tells what its directory is
     r"adapter_(model\.(safetensors|bin)|config\.json)": ADAPTER,
     r"(.*_)?mp_rank_\d+_model_states\.pt|zero_to_fp32\.py": DEEPSPEED,
     r"latest_checkpointed_iteration\.txt": "a directory of Megatron's, which is not read",
     r"flax_model\.msgpack|tf_model\.h5": "weights of Flax or TensorFlow, which are not read",
-    r".*\.gguf": "a GGUF file, which is not read",
+}
+FILES = {
+    ".gguf": "a GGUF file, which is not read",
+    ".nemo": "an archive of NeMo 1, which is not read",
 }
 
 
@@ -59,12 +62,14 @@ def whose(names: Iterable[str]) -> str | None:
 
 def what_is(path: Path) -> str | None:
     """What a directory or file is, by names of files, where it is nothing that is read."""
+    if not os.path.isdir(path):
+        return FILES.get(path.suffix) if os.path.isfile(path) else None
     try:
-        names = sorted(os.listdir(path)) if os.path.isdir(path) else [path.name]
+        names = sorted(os.listdir(path))
     except OSError:
         return None
-    for pattern, what in FILES.items():
+    for pattern, what in DIRECTORIES.items():
         for name in names:
             if re.fullmatch(pattern, name):
-                return f"{what} ({name})" if len(names) > 1 else what
+                return f"{what} ({name})"
     return None

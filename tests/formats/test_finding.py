@@ -89,7 +89,6 @@ FOREIGN = {
     "bf16_zero_pp_rank_0_mp_rank_00_model_states.pt": "a ZeRO checkpoint of DeepSpeed",
     "latest_checkpointed_iteration.txt": "a directory of Megatron's",
     "tf_model.h5": "weights of Flax or TensorFlow",
-    "model-q4.gguf": "a GGUF file",
 }
 
 
@@ -102,8 +101,15 @@ def test_what_is_not_read_is_named(tmp_path, name):
     assert (found.name, found.step, found.kind) == ("it-5", 5, "unreadable")
     assert expand_paths([tmp_path / "it-5"]) == [tmp_path / "it-5"]
     refused(tmp_path / "it-5", FOREIGN[name])
-    if not name.endswith((".safetensors", ".pt", ".json", ".txt", ".py")):
-        refused(tmp_path / "it-5" / name, FOREIGN[name])
+
+
+def test_files_that_are_not_read_hide_none_beside_them(tmp_path):
+    good_file(tmp_path / "step-1.pt")
+    (tmp_path / "step-2.gguf").write_bytes(b"GGUF")
+    found = {info.name: info for info in list_checkpoints(tmp_path)}
+    assert (found["step-1"].kind, found["step-2"].kind) == ("rosetrainer", "unreadable")
+    assert found["step-2"].problem.endswith("is a GGUF file, which is not read")
+    refused(tmp_path / "step-2.gguf", "is a GGUF file, which is not read")
 
 
 def test_an_adapter_beside_a_model_is_not_passed_over(tmp_path, saved):
