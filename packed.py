@@ -12,6 +12,7 @@ it could have been made from.
 import contextlib
 import gzip
 import io
+import os
 import stat
 import zlib
 from collections.abc import Iterator
@@ -36,11 +37,17 @@ def suffix_of(path: str | Path) -> str:
 
 
 def require_file(path: str | Path) -> None:
-    """ValueError for what may have no end: a pipe, a device, a socket."""
-    mode = Path(path).stat().st_mode
+    """ValueError for what is no file: reading a FIFO waits for ever, a device never ends."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        what = "is a link to nothing" if os.path.islink(path) else "does not exist"
+        raise ValueError(f"{path} {what}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
-        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise ValueError(f"{path} is {kind}, not a file: name one that holds the data")
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise ValueError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ A format of checkpoints is a module with two functions, and one place in checkpo
 (kind, step)`, is for formats that can say both without opening the weights: listings ask it.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -46,7 +47,7 @@ def named(path: str | Path) -> Path:
 
 def name_of(path: Path) -> str:
     """What a checkpoint is called."""
-    return (path.name if path.is_dir() else path.stem) or "root"
+    return (path.name if os.path.isdir(path) else path.stem) or "root"
 
 
 # 1000, 1,431,000, 1_431_000, 1.5e5, 1431k, 2M: a number and not a part of another one
@@ -84,3 +85,13 @@ def step_in_name(name: str) -> int | None:
         return int(step) if step.denominator == 1 and step < 2**63 else None
     last = re.search(r"(?:^|([a-z]*)[-_=])([0-9]{1,18})$", name)
     return int(last[2]) if last and last[1] not in OTHER_COUNTS else None
+
+
+def shown(names: Any, limit: int = 5) -> str:
+    """Names that others chose, for a message: the first few, none with control characters or of a
+    length that hides the rest."""
+    names = [names] if isinstance(names, str) or not isinstance(names, list) else names
+    texts = [name if isinstance(name, str) else f"{name!r:.100}" for name in names[:limit]]
+    texts = [text if text.isprintable() else ascii(text) for text in texts]
+    texts = [text if len(text) <= 200 else f"{text[:200]}…" for text in texts]
+    return ", ".join(texts) + (", …" if len(names) > limit else "")

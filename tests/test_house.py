@@ -23,9 +23,11 @@ FLOORS = [
     "cli identity",
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
+    "formats",
     "results sandbox/linux sandbox/namespaces sandbox/jail sandbox/confined sandbox/canary "
     "sandbox/clock sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory costs/time "
-    "formats formats/stored formats/tensorfiles formats/shards formats/text model",
+    "formats/foreign formats/finding formats/stored formats/inert formats/tensorfiles "
+    "formats/shards formats/text model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/pt_files",
     "checkpoint backends/sampling backends/kvcache",

@@ -71,7 +71,7 @@ def test_a_bomb_is_given_up_early(filler, tmp_path, monkeypatch):
 def test_what_has_no_end_is_not_begun(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", "/dev/zero", "/dev/stdin", tmp_path):
-        with pytest.raises(ValueError, match="not a file: name one"):
+        with pytest.raises(ValueError, match="not a file"):
             packed.require_file(path)
         with pytest.raises(ValueError, match="not a file"), packed.open_packed(path):
             pass
