@@ -6,13 +6,15 @@ A file may be made to fill memory with a few lines, by aliases of aliases or mer
 name that stands there twice says two things: such files are refused, in one line.
 """
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 from packed import require_file
 
-LONGEST = 2**18  # bytes; PyYAML reads some 100 kB a second
+LONGEST = 2**16  # bytes; PyYAML reads some 100 kB a second
+DEEPEST = 64  # brackets in brackets, which PyYAML reads in the square of the time
 MOST_VALUES = 10_000  # each counted as often as an alias repeats it
 MOST_ALIASES, MOST_FIELDS = 1000, 1000  # of a file, and of a mapping with what it merges
 
@@ -27,6 +29,9 @@ def load_yaml(path: str | Path) -> dict:
         data = file.read(LONGEST + 1)
     if len(data) > LONGEST:
         raise ValueError(f"{path} has more than {LONGEST:,} bytes: it holds no settings")
+    depths = itertools.accumulate((c in b"[{") - (c in b"]}") for c in data)
+    if max(depths, default=0) > DEEPEST:
+        raise ValueError(f"{path} is nested more than {DEEPEST} deep")
     try:
         values = _loader(data.decode()).get_single_data()
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a date in month 13
