@@ -51,6 +51,7 @@ LLAMA_MODULES = {
 OLD_MASKS = r"\.attn\.(masked_)?bias$"
 EMA_COUNT = r"(^|\.)n_averaged$"  # of torch.optim.swa_utils.AveragedModel
 # What torch.compile, FSDP, activation checkpointing and Lightning put into names, anywhere
+DEEPEST = 8  # modules around a model
 WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
 
 
@@ -103,7 +104,10 @@ def identify(tensors: dict[str, Stored]) -> tuple[dict[str, Stored], str | None]
     names as they are, where no layout has them."""
     tensors = table = strip_wrappers(tensors)
     layout = recognise({name: stored.shape for name, stored in table.items()})
-    while layout is None and (shared := _shared_prefix(table)):  # a Lightning module's `model.`
+    for _ in range(DEEPEST):  # a Lightning module's `model.`
+        shared = next(iter(table), "").partition(".")[0] + "."
+        if layout is not None or not all(name.startswith(shared) for name in table):
+            break
         table = {name.removeprefix(shared): stored for name, stored in table.items()}
         layout = recognise({name: stored.shape for name, stored in table.items()})
     return (tensors if layout is None else canonical(table, layout)), layout
@@ -199,17 +203,12 @@ def strip_wrappers(tensors: dict[str, Stored]) -> dict[str, Stored]:
             file = stored.pieces[0].file
             raise ValueError(f"{file} holds {shown(bare)} twice, wrapped and not")
         table[bare] = stored
-    wrapped = [name for name in table if not re.search(EMA_COUNT, name)]
-    while wrapped and all(name.startswith("module.") for name in wrapped):
-        wrapped = [name.removeprefix("module.") for name in wrapped]
+    for _ in range(DEEPEST):
+        wrapped = [name for name in table if not re.search(EMA_COUNT, name)]
+        if not (wrapped and all(name.startswith("module.") for name in wrapped)):
+            break
         table = {name.removeprefix("module."): stored for name, stored in table.items()}
     return table
-
-
-def _shared_prefix(table: dict) -> str:
-    """The first word of all names, with its dot, where they have one and more words after it."""
-    first = next(iter(table), "").partition(".")[0] + "."
-    return first if first != "." and all(n.startswith(first) for n in table) else ""
 
 
 # ---------------------------------------------------------------------------------------------

@@ -239,6 +239,13 @@ def test_wrappers_that_make_two_names_one(tmp_path):
     refused(good_file(tmp_path / "a.pt", state), "holds ln_f.weight twice, wrapped and not")
 
 
+def test_names_of_many_words(tmp_path):
+    """A million words before a name: each costs nothing."""
+    for word in ("module.", "a.", "_orig_mod."):
+        torch.save({"model": {word * 10**6 + "w": torch.ones(2)}}, tmp_path / "a.pt")
+        refused(tmp_path / "a.pt", "has no config, and its weights have names that are not known")
+
+
 def test_averaged_weights_count_their_updates(tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(make_model())
     path = good_file(tmp_path / "a.pt", averaged.state_dict())
