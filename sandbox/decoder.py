@@ -108,10 +108,13 @@ class Decoder:
         """A count and as many values."""
         mode, n = self.take(1), self.count()
         self.charge(56 * n, n)
-        if mode == b"i":
-            return list(struct.unpack(f"<{n}q", self.take(8 * n)))
-        if mode == b"f":
-            return list(struct.unpack(f"<{n}d", self.take(8 * n)))
+        if mode == b"=":
+            codes, block = self.raw(), self.raw()
+            if set(codes) - {*b"qd?"} or len(codes) not in (1, n):
+                raise FrameError("numbers of a malformed kind")
+            self.charge(32 * len(codes))
+            form = f"<{n}{codes.decode()}" if len(codes) == 1 else f"<{codes.decode()}"
+            return list(struct.Struct(form).unpack(block))
         if mode == b"s":
             self.charge(80 * n)
             lengths, text = struct.unpack(f"<{n}I", self.take(4 * n)), self.text()

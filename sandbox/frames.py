@@ -42,6 +42,7 @@ BASES: tuple[tuple[type, Any], ...] = (
     (bytearray, lambda raw: bytearray.__getitem__(raw, slice(None))),
     *((kind, None) for kind in (*SEQUENCES, OrderedDict, Counter, defaultdict, dict)),
 )
+_CODES = {int: "q", float: "d", bool: "?"}  # of struct
 _VIEWS = {type({}.keys()): b"k", type({}.values()): b"v"}
 _DICT_ITEMS = type({}.items())
 
@@ -155,21 +156,31 @@ class Encoder:
             self.put(part, depth + 1)
 
     def put_items(self, items, depth):
-        """A count and as many values. Numbers alone, or texts, as one block, at the speed of C."""
-        n = len(items)
-        self.count(n)
-        if n >= 8:
-            items = tuple(items)
-            kinds = set(map(type, items))
-            if kinds == {int} and -(1 << 63) <= min(items) and max(items) < 1 << 63:
-                return self.out.append(b"i" + COUNT.pack(n) + struct.pack(f"<{n}q", *items))
-            if kinds == {float}:
-                return self.out.append(b"f" + COUNT.pack(n) + struct.pack(f"<{n}d", *items))
-            if kinds == {str} and sum(map(len, items)) <= MAX_FRAME:
-                lengths = struct.pack(f"<{n}I", *map(len, items))
-                self.out.append(b"s" + COUNT.pack(n) + lengths)
-                return self.put_bytes(b"", "".join(items).encode("utf-8", "surrogatepass"))
-        self.put_all(b"*" + COUNT.pack(n), items, depth)
+        """A count and as many values."""
+        self.count(len(items))
+        if len(items) < 8 or not self.put_block(tuple(items)):
+            self.put_all(b"*" + COUNT.pack(len(items)), items, depth)
+
+    def put_block(self, items) -> bool:
+        """Texts alone, or numbers that 8 bytes hold, in one piece and at the speed of C."""
+        n, types = len(items), set(map(type, items))
+        if types == {str} and sum(map(len, items)) <= MAX_FRAME:
+            lengths = struct.pack(f"<{n}I", *map(len, items))
+            self.out.append(b"s" + COUNT.pack(n) + lengths)
+            self.put_bytes(b"", "".join(items).encode("utf-8", "surrogatepass"))
+            return True
+        if not types <= _CODES.keys():
+            return False
+        alike = len(types) == 1
+        codes = _CODES[types.pop()] if alike else "".join([_CODES[type(x)] for x in items])
+        try:  # not struct.pack, which remembers its formats
+            block = struct.Struct(f"<{n}{codes}" if alike else f"<{codes}").pack(*items)
+        except struct.error:  # an int of more than 8 bytes
+            return False
+        self.out.append(b"=" + COUNT.pack(n))
+        self.put_bytes(b"", codes.encode())
+        self.put_bytes(b"", block)
+        return True
 
     def put_mapping(self, tag, obj, pairs, depth):
         self.count(2 * len(pairs))

@@ -70,13 +70,13 @@ def candidate(requests: int, replies: int) -> None:
     except BaseException as e:
         return pipe.send(_failure("load", e))
     pipe.send(frames.encode(("ready",)))
-    _Candidate(pipe, scope).answer_calls(function)
+    _Candidate(pipe, {}).answer_calls(function, scope)
 
 
 class _Candidate(Peer):
     """This end of the conversation: what cannot be sent or read here is a failure."""
 
-    def answer_calls(self, function):
+    def answer_calls(self, function, scope):
         self.number_of(function)
         while True:
             frame = self.receive()
@@ -89,8 +89,10 @@ class _Candidate(Peer):
             if word == "call":
                 number, args, pairs = rest
                 self.serve(number, args, dict(pairs), frame, read.linked)
-            else:  # globals of these names
-                found = {name: self.classes[name] for name in rest[0] if name in self.classes}
+            else:  # globals of these names; and which of them are classes that the tests have too
+                names, classes = rest
+                self.classes = {name: scope.get(name) for name in classes}
+                found = {name: scope[name] for name in names if name in scope}
                 self.send(self.reply("result", found, False, (), frame, []))
 
     def reply(self, *about):

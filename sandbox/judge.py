@@ -268,7 +268,8 @@ class _Worker:
         if process := getattr(self, "process", None):
             process.kill()
             process.wait()
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # a line that it was no longer there to read
+                process.stdin.close()
             process.stdout.close()
 
 

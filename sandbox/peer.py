@@ -25,13 +25,14 @@ import sys
 from typing import Any
 
 from sandbox import kinds
-from sandbox.decoder import MAX_MEMORY, Decoder, refill
+from sandbox.decoder import MAX_MEMORY, Decoder, Opaque, refill
 from sandbox.frames import BASES, MAPPINGS, MUTABLE, Encoder, FrameError, Pipe
 
 KEPT = 1 << 31  # numbers from here on are of results that their end still holds
 _TYPES = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
 _TYPES += (range, object, type(None))
 _HEAP_TYPE = 1 << 9
+_TEXT = "__text__"  # where an exception of a class that is not here keeps its words
 
 
 class Proxy:
@@ -62,6 +63,7 @@ class Peer:
         self.kept: dict[int, Any] = {}  # containers that were results and that one end still holds
         self.kept_ids: dict[int, int] = {}
         self.held = 0
+        self.stand_ins: dict[tuple, type] = {}  # for classes of exceptions that are not here
         self.lock = _thread.RLock()
 
     # -- the conversation
@@ -157,7 +159,9 @@ class Peer:
         if isinstance(obj, type):
             if name := self.name_of(obj):
                 encoder.put_all(b"K", (name,), depth)
-            return bool(name)
+            elif issubclass(obj, BaseException) and not self.strict:
+                encoder.put_all(b"Y", (self.names_of(obj),), depth)
+            return bool(name) or (issubclass(obj, BaseException) and not self.strict)
         if kind is Proxy and obj.peer is self:
             encoder.put_all(b"G", (obj.number,), depth)
         elif BaseException in kind.__mro__:
@@ -183,11 +187,8 @@ class Peer:
         return number
 
     def is_shared(self, kind: type) -> bool:
-        """Whether both ends have a class, by its name: one of the prompt's, no module's."""
-        if walk(self.classes, kind.__qualname__) is not kind:
-            return False
-        module = sys.modules.get(kind.__module__)
-        return module is None or walk(vars(module), kind.__qualname__) is not kind
+        """Whether both ends have a class, by its name."""
+        return bool(self.classes) and walk(self.classes, kind.__qualname__) is kind
 
     def name_of(self, kind: type) -> str:
         """The name by which the other end knows a class, or ""."""
@@ -195,6 +196,13 @@ class Peer:
             return f":{kind.__qualname__}"
         name = f"{kind.__module__}:{kind.__qualname__}"
         return name if self.find(name) is kind else ""
+
+    def names_of(self, kind: type) -> tuple[str, ...]:
+        """What a class of exceptions and its bases are called."""
+        names = [
+            (self.name_of(base), f"{base.__module__}:{base.__qualname__}") for base in kind.__mro__
+        ]
+        return tuple(name or other for name, other in names[:-1])
 
     def put_instance(self, encoder, obj, kind, depth):
         enum = sys.modules.get("enum")
@@ -213,9 +221,6 @@ class Peer:
         encoder.put_all(b"p", (self.name_of(kind), content, tuple(state.items())), depth)
 
     def put_exception(self, encoder, error, depth):
-        names = []
-        for kind in type(error).__mro__[:-1]:
-            names.append(self.name_of(kind) or f"{kind.__module__}:{kind.__qualname__}")
         args, state = BaseException.args.__get__(error), dict(error.__dict__)
         if isinstance(error, OSError):  # its file names are in neither
             args = OSError.__reduce__(error)[1]
@@ -230,7 +235,7 @@ class Peer:
             text = ""
         cause = error.__cause__
         strict, encoder.strict = encoder.strict, False
-        parts = tuple(names), args, tuple(state.items()), text, cause
+        parts = self.names_of(type(error)), args, tuple(state.items()), text, cause
         encoder.put_all(b"X", parts, depth)
         encoder.strict = strict
 
@@ -249,9 +254,7 @@ class Peer:
         return getattr(self, _GETTERS[tag])(decoder, *parts)
 
     def get_type(self, _, name):
-        if (kind := self.find(name)) is None:
-            raise FrameError(f"a class that is not known: {name}")
-        return kind
+        return Opaque("type", True) if (kind := self.find(name)) is None else kind
 
     def get_own(self, _, number):
         if not 0 <= number < len(self.functions):
@@ -262,7 +265,7 @@ class Peer:
         return Proxy(self, number, name[:80])
 
     def get_member(self, _, name, member):
-        kind = self.get_type(_, name)
+        kind = self.find(name)
         if not hasattr(kind, "__members__"):
             raise FrameError("a member of no enumeration")
         return kind[member] if type(member) is str and member in kind.__members__ else kind(member)
@@ -303,21 +306,30 @@ class Peer:
             refill(old, base(new) if base is not collections.defaultdict else dict(new))
 
     def get_exception(self, decoder, names, args, state, text, cause):
-        decoder.charge(5000)
-        known = []
-        for name in names:
-            kind = self.find_exception(name) if type(name) is str else None
-            if kind and not any(issubclass(other, kind) for other in known):
-                known.append(kind)
-        if not known or not (cause is None or isinstance(cause, BaseException)):
+        kind = self.get_exception_type(decoder, names)
+        if not (cause is None or isinstance(cause, BaseException)):
             raise FrameError("an exception out of form")
-        kind = known[0]
-        if self.find_exception(names[0]) is None:
-            kind = _stand_in(names[0], tuple(known), text)
         error = _new_exception(kind, args)
         set_state(error, state)
         error.__cause__ = cause
+        if kind in self.stand_ins.values():
+            error.__dict__[_TEXT] = text
         return error
+
+    def get_exception_type(self, decoder, names):
+        """The class of these names if it is here, else one that is called and caught alike."""
+        decoder.charge(5000)
+        if not names or not all(type(name) is str for name in names):
+            raise FrameError("an exception out of form")
+        if kind := self.find_exception(names[0]):
+            return kind
+        if names not in self.stand_ins:
+            found = [kind for name in names if (kind := self.find_exception(name))]
+            bases = [k for k in found if not any(k is not o and issubclass(o, k) for o in found)]
+            if not bases:
+                raise FrameError("an exception out of form")
+            self.stand_ins[names] = _stand_in(names[0], tuple(dict.fromkeys(bases)))
+        return self.stand_ins[names]
 
     def find(self, name: str) -> type | None:
         """The class of a name, if it is one that may cross."""
@@ -348,6 +360,7 @@ _PARTS: dict[bytes, tuple] = {
     b"e": (str, object),
     b"P": (str, tuple, tuple),
     b"X": (tuple, tuple, tuple, str, object),
+    b"Y": (tuple,),
 }
 _GETTERS = {
     b"K": "get_type",
@@ -356,6 +369,7 @@ _GETTERS = {
     b"e": "get_member",
     b"P": "get_named_tuple",
     b"X": "get_exception",
+    b"Y": "get_exception_type",
 }
 _FROZEN = (tuple, frozenset)
 _FILL: dict = {
@@ -378,6 +392,12 @@ def walk(names: Any, qualname: str) -> type | None:
             return None
         names = vars(kind)
     return kind
+
+
+def in_a_module(kind: type) -> bool:
+    """Whether a class is some module's own, not of a program that was run from its text."""
+    module = sys.modules.get(kind.__module__)
+    return module is not None and walk(vars(module), kind.__qualname__) is kind
 
 
 def _fields(kind):
@@ -404,14 +424,8 @@ def set_state(obj: Any, state: tuple) -> None:
     for name, value in state:
         if type(name) is not str:
             raise FrameError("an attribute that has no name")
-        if (
-            name in slots
-            or not hasattr(obj, "__dict__")
-            or (
-                name in ("name", "path")
-                and isinstance(obj, (NameError, AttributeError, ImportError))
-            )
-        ):
+        named = isinstance(obj, (NameError, AttributeError, ImportError))
+        if name in slots or not hasattr(obj, "__dict__") or (named and name in ("name", "path")):
             object.__setattr__(obj, name, value)
         else:
             obj.__dict__[name] = value
@@ -422,14 +436,13 @@ def _named_tuple(name, fields):
     return collections.namedtuple(name, fields)
 
 
-def _stand_in(name, known, text):
-    """A class for an exception's that is not here: named and shown alike, caught as its bases."""
+def _stand_in(name, bases):
     module, _, qualname = name.partition(":")
-    about = {"__module__": module or "builtins", "__str__": lambda self: text}
+    about = {"__module__": module or "builtins", "__str__": lambda self: vars(self).get(_TEXT, "")}
     try:
-        return type(qualname.rpartition(".")[2], known, about)
+        return type(qualname.rpartition(".")[2], bases, about)
     except TypeError:  # bases that do not go together
-        return type(qualname.rpartition(".")[2], known[:1], about)
+        return type(qualname.rpartition(".")[2], bases[:1], about)
 
 
 def _new_exception(kind, args):

@@ -6,7 +6,7 @@
     conversation.stopped            # None, or the only verdict there is
 
 Once a candidate is gone, late, out of memory or out of form, nothing that the tests do can make a
-pass of it. A stop is raised where the tests stand, but it may be swallowed there (a bare `except`, a
+pass of it. A stop is raised where the tests stand, but may be swallowed there (a bare `except`, a
 `finally: return`, another thread), so it is recorded first: every further call fails at once, and
 whoever asks for the verdict looks here, not at how the tests ended.
 """
@@ -16,9 +16,9 @@ import contextlib
 from types import CodeType
 from typing import Any, NoReturn
 
-from sandbox.decoder import Decoder
+from sandbox.decoder import Decoder, Opaque
 from sandbox.frames import FrameError, Pipe
-from sandbox.peer import Peer, Proxy, walk
+from sandbox.peer import Peer, Proxy, in_a_module, walk
 
 
 class Stop(BaseException):
@@ -60,17 +60,21 @@ class Conversation(Peer):
     def share(self, scope: dict) -> None:
         """Take the classes that the prompt defines: the candidate has them too."""
         self.scope = scope
-        self.classes = {name: kind for name, kind in scope.items() if isinstance(kind, type)}
+        kinds = {name: kind for name, kind in scope.items() if isinstance(kind, type)}
+        self.classes = {name: kind for name, kind in kinds.items() if not in_a_module(kind)}
 
     def lend(self, names: frozenset) -> None:
-        """Give the tests the candidate's globals that they name and nobody else has: a second
-        function, say. names: all that the code of the tests names."""
+        """Say which classes both have, and give the tests the candidate's globals that they name
+        and nobody else has: a second function, say. names: all that the code of the tests names."""
         self.named = names
         missing = tuple(name for name in names if name not in self.scope and name not in _BUILTINS)
-        found = self.ask("names", missing) if missing else {}
+        if not (missing or self.classes):
+            return
+        found = self.ask("names", missing, tuple(self.classes))
         if not isinstance(found, dict):
             raise self.stop("sandbox", "the reply is out of form")
-        self.scope.update((name, found[name]) for name in missing if name in found)
+        there = {name: found[name] for name in missing if name in found}
+        self.scope |= {name: x for name, x in there.items() if not isinstance(x, Opaque)}
 
     def find_exception(self, name: str) -> type | None:
         """Tests may define the exceptions that they wait for."""

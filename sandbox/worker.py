@@ -89,7 +89,7 @@ class Judge:
             self._next_candidate()
 
     def _on_alarm(self, *_):
-        """Time is up. Tests that hold the stop, however often it is raised, end with this process."""
+        """Time is up. Tests that swallow the stop, again and again, end with this process."""
         if not self.armed:
             return
         self.alarms += 1
