@@ -9,17 +9,20 @@ standard library's and numpy's (kinds.py); what else can be carried is peer.py's
 """
 
 import collections
+import contextlib
 import itertools
 import os
 import struct
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator
 from typing import Any
 
 from sandbox import kinds
 
 MAX_FRAME = 64 << 20  # bytes
 MAX_ITEMS = 8_000_000  # that the tests walk over: what is met twice counts twice
-MAX_DEPTH = 200
+MAX_DEPTH = 1000
 
 
 class FrameError(ValueError):
@@ -45,6 +48,18 @@ BASES: tuple[tuple[type, Any], ...] = (
 _CODES = {int: "q", float: "d", bool: "?"}  # of struct
 _VIEWS = {type({}.keys()): b"k", type({}.values()): b"v"}
 _DICT_ITEMS = type({}.items())
+
+
+@contextlib.contextmanager
+def deeper() -> Iterator[None]:
+    """Room on the stack for MAX_DEPTH, in tests that are deep in it themselves: 3.11 and later
+    spend no C stack on it."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 20 * MAX_DEPTH)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def encode(value: object, strict: bool = False) -> bytes:
@@ -74,13 +89,14 @@ class Encoder:
 
     def frame(self, value: object) -> bytes:
         """The bytes of a value."""
-        self.put(value, 0)
+        with deeper():
+            self.put(value, 0)
         frame = b"".join(self.out)
         if len(frame) > MAX_FRAME:
             raise FrameError(TOO_LARGE)
         return frame
 
-    def put(self, obj: object, depth: int) -> None:
+    def put(self, obj: Any, depth: int) -> None:
         """Append a value's bytes."""
         kind = type(obj)
         if kind is int and -(1 << 63) <= obj < 1 << 63:
@@ -96,11 +112,11 @@ class Encoder:
         elif depth > MAX_DEPTH:
             raise FrameError(f"a value nested deeper than {MAX_DEPTH}")
         elif kind in SEQUENCES or kind in MAPPINGS or kind is bytearray:
-            self.put_container(obj, kind, depth)
+            self._put_container(obj, kind, depth)
         else:
-            self.put_scalar(obj, kind, depth)
+            self._put_scalar(obj, kind, depth)
 
-    def put_scalar(self, obj, kind, depth):
+    def _put_scalar(self, obj, kind, depth):
         if kind is int:
             raw = obj.to_bytes(obj.bit_length() // 8 + 1, "little", signed=True)
             self.put_bytes(b"I", raw)
@@ -112,17 +128,19 @@ class Encoder:
             self.put_all(b"r", (obj.start, obj.stop, obj.step), depth)
         elif obj is Ellipsis:
             self.out.append(b"E")
+        elif kind is Own:
+            self.out.append(b"A" + COUNT.pack(obj.number))
         elif not (self.links and self.links.put(self, obj, depth)):
-            self.put_other(obj, kind, depth)
+            self._put_other(obj, kind, depth)
 
-    def put_container(self, obj, base, depth):
+    def _put_container(self, obj, base, depth):
         """An object of a container's type, or of a subclass: by its base's methods alone."""
         if base in MUTABLE and self.is_known(obj):
             return
         if base is bytearray:
             return self.put_bytes(b"B", bytearray.__getitem__(obj, slice(None)))
         if base in MAPPINGS:
-            return self.put_mapping(MAPPINGS[base], obj, list(base.items(obj)), depth)
+            return self._put_mapping(MAPPINGS[base], obj, list(base.items(obj)), depth)
         self.out.append(SEQUENCES[base])
         if base is deque:
             self.put(deque.maxlen.__get__(obj), depth)
@@ -144,7 +162,7 @@ class Encoder:
         self.linked.append(obj)
         return False
 
-    def put_bytes(self, tag, raw):
+    def put_bytes(self, tag: bytes, raw: bytes) -> None:
         if len(raw) > MAX_FRAME:
             raise FrameError(TOO_LARGE)
         self.out.append(tag + COUNT.pack(len(raw)) + raw)
@@ -155,13 +173,13 @@ class Encoder:
         for part in parts:
             self.put(part, depth + 1)
 
-    def put_items(self, items, depth):
+    def put_items(self, items: Any, depth: int) -> None:
         """A count and as many values."""
-        self.count(len(items))
-        if len(items) < 8 or not self.put_block(tuple(items)):
+        self._count(len(items))
+        if len(items) < 8 or not self._put_block(tuple(items)):
             self.put_all(b"*" + COUNT.pack(len(items)), items, depth)
 
-    def put_block(self, items) -> bool:
+    def _put_block(self, items):
         """Texts alone, or numbers that 8 bytes hold, in one piece and at the speed of C."""
         n, types = len(items), set(map(type, items))
         if types == {str} and sum(map(len, items)) <= MAX_FRAME:
@@ -182,32 +200,32 @@ class Encoder:
         self.put_bytes(b"", block)
         return True
 
-    def put_mapping(self, tag, obj, pairs, depth):
-        self.count(2 * len(pairs))
+    def _put_mapping(self, tag, obj, pairs, depth):
+        self._count(2 * len(pairs))
         self.out.append(tag)
         if tag == b"w":
             names = [name for name, kind in FACTORIES.items() if kind is obj.default_factory]
             self.put(names[0] if names else "", depth)
         self.put_all(COUNT.pack(len(pairs)), itertools.chain.from_iterable(pairs), depth)
 
-    def count(self, n):
+    def _count(self, n):
         self.items += n
         if self.items > MAX_ITEMS:
             raise FrameError(f"a value of more than {MAX_ITEMS} items")
 
-    def put_other(self, obj, kind, depth):
+    def _put_other(self, obj, kind, depth):
         # numpy.float64 is a float, numpy.str_ a str: those are cast down like any subclass. What
         # an object says of its class (isinstance believes it) does not count.
         for base, plain in BASES:
             if base in kind.__mro__:
                 if plain is None or base is bytearray:
-                    return self.put_container(obj, base, depth)
+                    return self._put_container(obj, base, depth)
                 return self.put(plain(obj), depth)
         if kind in _VIEWS:
             self.out.append(_VIEWS[kind])
             return self.put_items(obj, depth)
         if kind is _DICT_ITEMS:
-            return self.put_mapping(b"m", obj, list(obj), depth)
+            return self._put_mapping(b"m", obj, list(obj), depth)
         if kinds.put(self, obj, kind, depth):
             return
         if isinstance(obj, collections.abc.Iterator):
@@ -217,7 +235,14 @@ class Encoder:
         if self.strict:
             raise FrameError(f"an argument of type {kind.__name__}, which is not plain data")
         self.put_bytes(b"o", kind.__name__.encode("utf-8", "replace"))
-        self.put(bool(obj), depth + 1)
+        self.put_all(b"", (bool(obj), kind.__eq__ is not object.__eq__), depth)
+
+
+class Own:
+    """Stands for something that the other side has under a number, whatever it is."""
+
+    def __init__(self, number):
+        self.number = number
 
 
 # ---------------------------------------------------------------------------------------------

@@ -87,13 +87,13 @@ class _Candidate(Peer):
                 continue
             word, *rest = read.result
             if word == "call":
-                number, args, pairs = rest
+                number, args, pairs, _ = rest
                 self.serve(number, args, dict(pairs), frame, read.linked)
             else:  # globals of these names; and which of them are classes that the tests have too
                 names, classes = rest
                 self.classes = {name: scope.get(name) for name in classes}
                 found = {name: scope[name] for name in names if name in scope}
-                self.send(self.reply("result", found, False, (), frame, []))
+                self.send(self.reply("result", found, (), (), frame, []))
 
     def reply(self, *about):
         try:
@@ -587,7 +587,7 @@ def rehearse() -> None:
         pipe = frames.Pipe(theirs, ours)
         pipe.send(frames.encode((program, "f")))
         for arguments in (([1, 2.5],), ("text",), (None,)):
-            pipe.send(frames.encode(("call", 0, arguments, ())))
+            pipe.send(frames.encode(("call", 0, arguments, (), ())))
         os.close(ours)
         with contextlib.suppress(EOFError):
             candidate(requests, replies)

@@ -1,83 +1,54 @@
-"""The two ends of the conversation between the tests and a candidate: calls, and what they carry.
+"""The two ends of the conversation between the tests and a candidate: calls and their results.
 
     peer = Peer(pipe, classes)
     peer.call(0, ([3, 1, 2],), {})     # the other end's first function, from here
 
-Both ends are this one class; the tests' (worker.py) trusts nothing that it hears. While one waits
+Both ends are this one class; the tests' (proxy.py) trusts nothing that it hears. While one waits
 for its call's result it serves the other's calls, so a function may be an argument or a result.
 
-Beyond plain data, these cross the pipe:
-- a mutable container keeps its identity: an argument that comes back is the caller's own object,
-  with the changes that the call made, and so is a result that the other end still holds;
-- a function goes as a number, and is a Proxy at the other end;
-- an object of a class that both ends have by name (the prompt's) goes as its attributes, a named
-  tuple of any other class as its names and values, builtin types by name;
-- an exception goes as its classes' names, arguments, attributes, text and cause, and is made of
-  the nearest classes that are known here.
+Beyond what things are worth (frames.py, carrier.py) it keeps which are one and the same: an
+argument that comes back is the caller's own object, a mutable one with the changes that the call
+made. What the function still holds after its call (a memo, a default argument) is brought to its
+present state with every later call, on both ends.
 """
 
 import _thread
-import builtins
-import collections
-import contextlib
-import functools
 import sys
 from typing import Any
 
-from sandbox import kinds
-from sandbox.decoder import MAX_MEMORY, Decoder, Opaque, refill
-from sandbox.frames import BASES, MAPPINGS, MUTABLE, Encoder, FrameError, Pipe
+from sandbox.carrier import Carrier
+from sandbox.decoder import MAX_MEMORY, Decoder
+from sandbox.frames import MUTABLE, Encoder, FrameError, Own, Pipe
 
-KEPT = 1 << 31  # numbers from here on are of results that their end still holds
-_TYPES = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
-_TYPES += (range, object, type(None))
-_HEAP_TYPE = 1 << 9
-_TEXT = "__text__"  # where an exception of a class that is not here keeps its words
-
-
-class Proxy:
-    """A function of the other end."""
-
-    __slots__ = ("__name__", "number", "peer")
-
-    def __init__(self, peer, number, name):
-        self.peer, self.number, self.__name__ = peer, number, name
-
-    def __call__(self, /, *args, **kwargs):
-        return self.peer.call(self.number, args, kwargs)
-
-    def __repr__(self):
-        return f"<function {self.__name__}>"
+ARGUMENT = 1 << 30  # numbers from here on are of arguments by their place, whatever they are
+KEPT = 1 << 31  # and from here on of containers that a call left in both ends' hands
+MOST_SHARED = 64
+_CONTAINERS = tuple(MUTABLE)
 
 
-class Peer:
-    """One end. classes: {name: class} of those that the other end has too. strict: whether what
-    cannot be carried is an error (the tests') or goes as Opaque (a candidate's)."""
+class Peer(Carrier):
+    """One end."""
 
     final: tuple = ()  # exceptions that end the conversation and do not cross
 
     def __init__(self, pipe: Pipe, classes: dict, strict: bool = False):
-        self.pipe, self.classes, self.strict = pipe, classes, strict
-        self.functions: list = []  # ours, that the other end may call by their place
-        self.numbers: dict[int, int] = {}
-        self.kept: dict[int, Any] = {}  # containers that were results and that one end still holds
+        super().__init__(classes, strict)
+        self.pipe, self.lock = pipe, _thread.RLock()
+        self.kept: dict[int, Any] = {}  # containers that both ends hold, between calls
         self.kept_ids: dict[int, int] = {}
         self.held = 0
-        self.stand_ins: dict[tuple, type] = {}  # for classes of exceptions that are not here
-        self.lock = _thread.RLock()
-
-    # -- the conversation
 
     def call(self, number: int, args: tuple, kwargs: dict) -> Any:
         """Call the other end's function, return its result or raise its exception."""
-        return self.ask("call", number, args, tuple(kwargs.items()))
+        own = {ARGUMENT + i: arg for i, arg in enumerate((*args, *kwargs.values()))}
+        return self.ask(own, "call", number, args, tuple(kwargs.items()), self.shared())
 
-    def ask(self, *message: Any) -> Any:
-        """Send a message; what the other end answers."""
+    def ask(self, own: dict[int, Any], *message: Any) -> Any:
+        """Send a message; what the other end answers. own: what the answer may refer to."""
         with self.lock:
             encoder = Encoder(self.strict, self, self.kept_ids)
             self.send(encoder.frame(message))
-            return self.answer(dict(enumerate(encoder.linked)) | self.kept)
+            return self.answer(own | dict(enumerate(encoder.linked)) | self.kept)
 
     def answer(self, ours: dict[int, Any]) -> Any:
         """The result of our call; meanwhile we serve the other end's."""
@@ -85,13 +56,13 @@ class Peer:
             frame = self.receive()
             decoder = self.read(frame, ours)
             match decoder.result:
-                case ("result", value, _, bool(kept)):
-                    if kept:
-                        self.keep(value, decoder.memory)
+                case ("result", value, _, _, tuple(kept)):
+                    for container in kept:
+                        self.keep(container, decoder.memory)
                     return value
-                case ("raised", BaseException() as error, _, _):
+                case ("raised", BaseException() as error, _, _, ()):
                     self.raise_(error)
-                case ("call", int(number), tuple(args), tuple(pairs)):
+                case ("call", int(number), tuple(args), tuple(pairs), _):
                     self.serve(number, args, dict(pairs), frame, decoder.linked)
                 case other:
                     self.refuse(other)
@@ -105,7 +76,7 @@ class Peer:
     def read(self, frame: bytes, ours: dict[int, Any]) -> Decoder:
         """A decoder that has read all of a frame."""
         decoder = Decoder(frame, self, ours)
-        decoder.result = decoder.value()
+        decoder.read()
         return decoder
 
     def raise_(self, error: BaseException) -> None:
@@ -119,336 +90,55 @@ class Peer:
         """Call a function of ours for the other end and send what came of it."""
         if not 0 <= number < len(self.functions):
             return self.refuse("a function that is not known")
+        kept: tuple = ()
         try:
             value, word = self.functions[number](*args, **kwargs), "result"
         except BaseException as error:
             if isinstance(error, self.final):
                 raise
             value, word = error, "raised"
-        kept = word == "result" and type(value) in MUTABLE and sys.getrefcount(value) > 2
-        call = number, args, tuple(kwargs.items())
+        else:
+            # Referred to from elsewhere than here, the function still holds them.
+            kept = tuple(arg for arg in args if sys.getrefcount(arg) > 4 + (arg is value))
+            if sys.getrefcount(value) > 2 and not any(value is arg for arg in args):
+                kept += (value,)
+            kept = tuple(x for x in kept if self.is_container(x) and id(x) not in self.kept_ids)
+        call = number, args, tuple(kwargs.items()), self.shared()
         self.send(self.reply(word, value, kept, call, frame, linked))
 
-    def reply(self, word, value, kept, call, frame, linked) -> bytes:
-        """Arguments that the function changed go back, as the caller may look at them."""
+    def reply(
+        self, word: str, value: Any, kept: tuple, call: tuple, frame: bytes, linked: list
+    ) -> bytes:
+        """What came of a call. What it changed of its arguments goes back, as the caller may look
+        at them, and what it changed of containers that both ends hold from before."""
         changed = bool(linked or self.kept)
         if changed:
             again = Encoder(False, self, self.kept_ids, drain=False)
             changed = again.frame(("call", *call)) != frame
         known = {id(container): i for i, container in enumerate(linked)} | self.kept_ids
         encoder = Encoder(self.strict, self, known, fresh=0 if changed else KEPT)
-        kept = kept and id(value) not in known
-        reply = encoder.frame((word, value, call[1:] if changed else None, kept))
-        if kept:
-            self.keep(value, 0)
+        if call and not (self.is_container(value) or hasattr(value, "__next__")):
+            args = *call[1], *(arg for _, arg in call[2])
+            places = [ARGUMENT + i for i, arg in enumerate(args) if arg is value]
+            value = Own(places[0]) if places else value
+        message = word, value, call[1:3] if changed else None, self.shared(), kept
+        reply = encoder.frame(message)
+        for container in kept:
+            self.keep(container, 0)
         return reply
 
+    def shared(self) -> tuple:
+        """Containers that both ends hold, to be brought to what they are here; not for ever more,
+        or a function that keeps all that it sees would cost the square of its calls."""
+        return tuple(self.kept.values())[:MOST_SHARED] if self.kept else ()
+
     def keep(self, value: Any, memory: int) -> None:
-        """Remember a result that its end still holds: it may come by again, changed."""
+        """Remember a container that both ends hold: it may come by again, changed."""
         self.held += memory
-        if self.held > MAX_MEMORY or type(value) not in MUTABLE:
+        if self.held > MAX_MEMORY or not self.is_container(value):
             return self.refuse("too much that is kept")
         number = KEPT + len(self.kept)
         self.kept[number], self.kept_ids[id(value)] = value, number
 
-    # -- what is no plain data, on its way out
-
-    def put(self, encoder: Encoder, obj: Any, depth: int) -> bool:
-        """Write an object, if it is one of those above."""
-        kind = type(obj)
-        if isinstance(obj, type):
-            if name := self.name_of(obj):
-                encoder.put_all(b"K", (name,), depth)
-            elif issubclass(obj, BaseException) and not self.strict:
-                encoder.put_all(b"Y", (self.names_of(obj),), depth)
-            return bool(name) or (issubclass(obj, BaseException) and not self.strict)
-        if kind is Proxy and obj.peer is self:
-            encoder.put_all(b"G", (obj.number,), depth)
-        elif BaseException in kind.__mro__:
-            self.put_exception(encoder, obj, depth)
-        elif self.is_shared(kind):
-            self.put_instance(encoder, obj, kind, depth)
-        elif tuple in kind.__mro__ and kind is not tuple and _fields(kind):
-            values = tuple(tuple.__iter__(obj))
-            encoder.put_all(b"P", (kind.__name__, _fields(kind), values), depth)
-        elif callable(obj) and not any(base in kind.__mro__ for base, _ in BASES):
-            number = self.number_of(obj)
-            encoder.put_all(b"L", (number, str(getattr(obj, "__name__", "function"))), depth)
-        else:
-            return False
-        return True
-
-    def number_of(self, function: Any) -> int:
-        """A function's place among ours."""
-        number = self.numbers.get(id(function))
-        if number is None:
-            number = self.numbers[id(function)] = len(self.functions)
-            self.functions.append(function)
-        return number
-
-    def is_shared(self, kind: type) -> bool:
-        """Whether both ends have a class, by its name."""
-        return bool(self.classes) and walk(self.classes, kind.__qualname__) is kind
-
-    def name_of(self, kind: type) -> str:
-        """The name by which the other end knows a class, or ""."""
-        if self.is_shared(kind):
-            return f":{kind.__qualname__}"
-        name = f"{kind.__module__}:{kind.__qualname__}"
-        return name if self.find(name) is kind else ""
-
-    def names_of(self, kind: type) -> tuple[str, ...]:
-        """What a class of exceptions and its bases are called."""
-        names = [
-            (self.name_of(base), f"{base.__module__}:{base.__qualname__}") for base in kind.__mro__
-        ]
-        return tuple(name or other for name, other in names[:-1])
-
-    def put_instance(self, encoder, obj, kind, depth):
-        enum = sys.modules.get("enum")
-        if enum and enum.Enum in kind.__mro__:
-            return encoder.put_all(b"e", (self.name_of(kind), obj._name_ or obj._value_), depth)
-        if encoder.is_known(obj):
-            return
-        content = None
-        for base, plain in BASES:
-            if base in kind.__mro__:
-                items = base.items if base in MAPPINGS else getattr(base, "__iter__", None)
-                content = plain(obj) if plain else tuple(items(obj))
-                break
-        state = dict(getattr(obj, "__dict__", {}))
-        state |= {name: getattr(obj, name) for name in _slots(kind) if hasattr(obj, name)}
-        encoder.put_all(b"p", (self.name_of(kind), content, tuple(state.items())), depth)
-
-    def put_exception(self, encoder, error, depth):
-        args, state = BaseException.args.__get__(error), dict(error.__dict__)
-        if isinstance(error, OSError):  # its file names are in neither
-            args = OSError.__reduce__(error)[1]
-        for name in ("name", "path"):
-            if isinstance(error, (NameError, AttributeError, ImportError)) and hasattr(error, name):
-                state.setdefault(name, getattr(error, name))
-        try:
-            text = str(error)[:500]
-        except (
-            BaseException
-        ):  # a hostile or broken __str__ is still to be reported as its exception
-            text = ""
-        cause = error.__cause__
-        strict, encoder.strict = encoder.strict, False
-        parts = self.names_of(type(error)), args, tuple(state.items()), text, cause
-        encoder.put_all(b"X", parts, depth)
-        encoder.strict = strict
-
-    # -- and on its way in
-
-    def get(self, decoder: Decoder, tag: bytes, depth: int) -> Any:
-        """Read an object of a tag that is no plain data's."""
-        if tag == b"p":
-            return decoder.link(self.get_instance, depth)
-        if tag not in _PARTS:
-            raise FrameError(f"an unknown tag {tag}" if tag else "a truncated value")
-        decoder.charge(400)
-        parts = decoder.get_all(len(_PARTS[tag]), depth)
-        if not all(isinstance(part, kind) for part, kind in zip(parts, _PARTS[tag], strict=True)):
-            raise FrameError("an object out of form")
-        return getattr(self, _GETTERS[tag])(decoder, *parts)
-
-    def get_type(self, _, name):
-        return Opaque("type", True) if (kind := self.find(name)) is None else kind
-
-    def get_own(self, _, number):
-        if not 0 <= number < len(self.functions):
-            raise FrameError("a function that is not known")
-        return self.functions[number]
-
-    def get_function(self, _, number, name):
-        return Proxy(self, number, name[:80])
-
-    def get_member(self, _, name, member):
-        kind = self.find(name)
-        if not hasattr(kind, "__members__"):
-            raise FrameError("a member of no enumeration")
-        return kind[member] if type(member) is str and member in kind.__members__ else kind(member)
-
-    def get_named_tuple(self, decoder, name, fields, values):
-        decoder.charge(10_000)
-        if len(fields) != len(values) or len(fields) > 1000:
-            raise FrameError("a named tuple out of form")
-        return _named_tuple(name[:80], fields)(*values)
-
-    def get_instance(self, decoder, depth):
-        decoder.charge(400)
-        name, content, state = decoder.get_all(3, depth)
-        kind = self.find(name) if type(name) is str and name.startswith(":") else None
-        if kind is None or type(state) is not tuple:
-            raise FrameError(f"an object of a class that is not known: {name}")
-        for base, plain in BASES:
-            if base in kind.__mro__:
-                obj = base.__new__(kind, *([content] if plain or base in _FROZEN else []))
-                if base in _FILL and not plain:
-                    _FILL[base](obj, content)
-                break
-        else:
-            obj = object.__new__(kind)
-        set_state(obj, state)
-        return obj
-
-    def renew(self, decoder: Decoder, tag: bytes, old: Any, depth: int) -> None:
-        """Bring an object of ours to the state that follows."""
-        new = self.get_instance(decoder, depth) if tag == b"p" else None
-        if type(new) is not type(old):
-            raise FrameError(f"a {type(old).__name__} that came back as another kind of value")
-        if hasattr(old, "__dict__"):
-            old.__dict__.clear()
-        set_state(old, _state(new))
-        if isinstance(old, tuple(MUTABLE)):
-            base = next(base for base, _ in BASES if isinstance(old, base))
-            refill(old, base(new) if base is not collections.defaultdict else dict(new))
-
-    def get_exception(self, decoder, names, args, state, text, cause):
-        kind = self.get_exception_type(decoder, names)
-        if not (cause is None or isinstance(cause, BaseException)):
-            raise FrameError("an exception out of form")
-        error = _new_exception(kind, args)
-        set_state(error, state)
-        error.__cause__ = cause
-        if kind in self.stand_ins.values():
-            error.__dict__[_TEXT] = text
-        return error
-
-    def get_exception_type(self, decoder, names):
-        """The class of these names if it is here, else one that is called and caught alike."""
-        decoder.charge(5000)
-        if not names or not all(type(name) is str for name in names):
-            raise FrameError("an exception out of form")
-        if kind := self.find_exception(names[0]):
-            return kind
-        if names not in self.stand_ins:
-            found = [kind for name in names if (kind := self.find_exception(name))]
-            bases = [k for k in found if not any(k is not o and issubclass(o, k) for o in found)]
-            if not bases:
-                raise FrameError("an exception out of form")
-            self.stand_ins[names] = _stand_in(names[0], tuple(dict.fromkeys(bases)))
-        return self.stand_ins[names]
-
-    def find(self, name: str) -> type | None:
-        """The class of a name, if it is one that may cross."""
-        module, _, qualname = name.partition(":")
-        if not module:
-            kind = walk(self.classes, qualname)
-            return kind if kind and kind.__flags__ & _HEAP_TYPE else None
-        if module == "builtins":
-            kind = vars(builtins).get(qualname, type(None) if qualname == "NoneType" else None)
-            known = isinstance(kind, type) and (kind in _TYPES or issubclass(kind, BaseException))
-            return kind if known else None
-        if module.partition(".")[0] not in sys.stdlib_module_names or module not in sys.modules:
-            return None
-        kind = walk(vars(sys.modules[module]), qualname)
-        known = kind and (issubclass(kind, BaseException) or kinds.is_one(module, qualname))
-        return kind if known else None
-
-    def find_exception(self, name: str) -> type | None:
-        kind = self.find(name)
-        return kind if kind and issubclass(kind, BaseException) else None
-
-
-# tag: the types of its parts
-_PARTS: dict[bytes, tuple] = {
-    b"K": (str,),
-    b"G": (int,),
-    b"L": (int, str),
-    b"e": (str, object),
-    b"P": (str, tuple, tuple),
-    b"X": (tuple, tuple, tuple, str, object),
-    b"Y": (tuple,),
-}
-_GETTERS = {
-    b"K": "get_type",
-    b"G": "get_own",
-    b"L": "get_function",
-    b"e": "get_member",
-    b"P": "get_named_tuple",
-    b"X": "get_exception",
-    b"Y": "get_exception_type",
-}
-_FROZEN = (tuple, frozenset)
-_FILL: dict = {
-    list: list.extend,
-    set: set.update,
-    collections.deque: collections.deque.extend,
-    collections.OrderedDict: collections.OrderedDict.update,
-    collections.Counter: dict.update,
-    collections.defaultdict: dict.update,
-    dict: dict.update,
-}
-
-
-def walk(names: Any, qualname: str) -> type | None:
-    """The class of a dotted name, or None."""
-    kind = None
-    for part in qualname.split("."):
-        kind = names.get(part)
-        if not isinstance(kind, type):
-            return None
-        names = vars(kind)
-    return kind
-
-
-def in_a_module(kind: type) -> bool:
-    """Whether a class is some module's own, not of a program that was run from its text."""
-    module = sys.modules.get(kind.__module__)
-    return module is not None and walk(vars(module), kind.__qualname__) is kind
-
-
-def _fields(kind):
-    fields = getattr(kind, "_fields", None)
-    return fields if type(fields) is tuple and all(type(name) is str for name in fields) else ()
-
-
-def _slots(kind):
-    for base in kind.__mro__:
-        slots = vars(base).get("__slots__", ())
-        names = (slots,) if isinstance(slots, str) else tuple(slots)
-        yield from (name for name in names if name not in ("__dict__", "__weakref__"))
-
-
-def _state(obj):
-    state = dict(getattr(obj, "__dict__", {}))
-    state |= {name: getattr(obj, name) for name in _slots(type(obj)) if hasattr(obj, name)}
-    return tuple(state.items())
-
-
-def set_state(obj: Any, state: tuple) -> None:
-    """Give an object its attributes, past what its class makes of that."""
-    slots = set(_slots(type(obj)))
-    for name, value in state:
-        if type(name) is not str:
-            raise FrameError("an attribute that has no name")
-        named = isinstance(obj, (NameError, AttributeError, ImportError))
-        if name in slots or not hasattr(obj, "__dict__") or (named and name in ("name", "path")):
-            object.__setattr__(obj, name, value)
-        else:
-            obj.__dict__[name] = value
-
-
-@functools.lru_cache(256)
-def _named_tuple(name, fields):
-    return collections.namedtuple(name, fields)
-
-
-def _stand_in(name, bases):
-    module, _, qualname = name.partition(":")
-    about = {"__module__": module or "builtins", "__str__": lambda self: vars(self).get(_TEXT, "")}
-    try:
-        return type(qualname.rpartition(".")[2], bases, about)
-    except TypeError:  # bases that do not go together
-        return type(qualname.rpartition(".")[2], bases[:1], about)
-
-
-def _new_exception(kind, args):
-    if kind.__flags__ & _HEAP_TYPE == 0:
-        with contextlib.suppress(Exception):  # some cannot be made of what they say they were
-            return kind(*args)
-    error = kind.__new__(kind, *args)
-    error.args = args
-    return error
+    def is_container(self, value: Any) -> bool:
+        return isinstance(value, _CONTAINERS) or self.is_shared(type(value))

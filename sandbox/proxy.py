@@ -16,9 +16,10 @@ import contextlib
 from types import CodeType
 from typing import Any, NoReturn
 
+from sandbox.carrier import Proxy, in_a_module, walk
 from sandbox.decoder import Decoder, Opaque
 from sandbox.frames import FrameError, Pipe
-from sandbox.peer import Peer, Proxy, in_a_module, walk
+from sandbox.peer import Peer
 
 
 class Stop(BaseException):
@@ -70,7 +71,7 @@ class Conversation(Peer):
         missing = tuple(name for name in names if name not in self.scope and name not in _BUILTINS)
         if not (missing or self.classes):
             return
-        found = self.ask("names", missing, tuple(self.classes))
+        found = self.ask({}, "names", missing, tuple(self.classes))
         if not isinstance(found, dict):
             raise self.stop("sandbox", "the reply is out of form")
         there = {name: found[name] for name in missing if name in found}
@@ -85,12 +86,12 @@ class Conversation(Peer):
 
     # -- calls
 
-    def ask(self, *message: Any) -> Any:
+    def ask(self, own: dict[int, Any], *message: Any) -> Any:
         with self.lock:
             if self.stopped:
                 raise self.stop("")
             try:
-                return super().ask(*message)
+                return super().ask(own, *message)
             except Stop:
                 raise
             except FrameError as error:

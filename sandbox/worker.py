@@ -104,10 +104,10 @@ class Judge:
         def check(candidate):
             scope = {}
             exec(_beginning(prompt), scope)  # the tests may use the prompt's helpers
-            candidate.peer.share(scope)
+            candidate.end.share(scope)
             scope[entry_point] = candidate
             code, names = _compiled(test)
-            candidate.peer.lend(names)
+            candidate.end.lend(names)
             exec(code, scope)
             scope["check"](candidate)
 

@@ -20,8 +20,9 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 FLOORS = [
     "cli stats durable sources hf_config",
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
-    "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
+    "gpu_kernels/decode_attention sandbox/kinds sandbox/frames costs/gpus backends",
+    "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/jail sandbox/proxy "
+    "sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
     "costs/time formats formats/stored formats/tensorfiles formats/shards formats/text model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/pt_files",
