@@ -20,9 +20,10 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 FLOORS = [
     "cli stats durable sources hf_config",
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
-    "results sandbox/linux sandbox/namespaces sandbox/jail sandbox/confined sandbox/canary "
-    "sandbox/clock sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory costs/time "
+    "gpu_kernels/decode_attention sandbox/kinds sandbox/frames costs/gpus backends",
+    "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
+    "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
+    "sandbox/judge costs/formulas costs/flops costs/memory costs/time "
     "formats formats/stored formats/tensorfiles formats/shards formats/text model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/pt_files",
