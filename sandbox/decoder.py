@@ -8,6 +8,7 @@ against the bytes that are there, and its cost charged, before anything is made 
 
 import itertools
 import struct
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any
 
@@ -20,8 +21,8 @@ from sandbox.frames import (
     INT,
     MAX_DEPTH,
     MAX_ITEMS,
+    STACK,
     FrameError,
-    deeper,
 )
 
 MAX_MEMORY = 256 << 20  # bytes that a frame's value may take, by the estimates below
@@ -70,8 +71,12 @@ class Decoder:
 
     def read(self) -> Any:
         """The value that all of the bytes are, `result` from then on."""
-        with deeper():
-            self.result = self.get(0)
+        tag = self.frame[:1]
+        if tag in _SHORT:
+            number = COUNT.unpack(self.take(5)[1:])[0]
+            self.result = _SHORT[tag](self, number)
+        else:
+            self.result = self._get_deep()
         if self.at != len(self.frame):
             raise FrameError(f"{len(self.frame) - self.at} bytes too many")
         return self.result
@@ -95,10 +100,12 @@ class Decoder:
 
     def get(self, depth: int) -> Any:
         """The next value. Its own 56 bytes (a number and where it stands) are charged already."""
-        tag = self.frame[self.at : self.at + 1]
-        self.at += 1
-        if tag == b"i":
-            return INT.unpack(self.take(8))[0]
+        at = self.at
+        tag = self.frame[at : at + 1]
+        self.at = at + 1
+        if tag == b"i" and at + 9 <= len(self.frame):
+            self.at = at + 9
+            return INT.unpack_from(self.frame, at + 1)[0]
         if depth > MAX_DEPTH:
             raise FrameError(f"a value nested deeper than {MAX_DEPTH}")
         if tag in _READERS:
@@ -108,6 +115,32 @@ class Decoder:
         if self.links:
             return self.links.get(self, tag, depth)
         raise FrameError(f"an unknown tag {tag}" if tag else "a truncated value")
+
+    def _get_deep(self):
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + STACK)
+        try:
+            return self.get(0)
+        finally:
+            sys.setrecursionlimit(limit)
+
+    def get_scalars(self) -> tuple:
+        """Numbers and texts up to the end."""
+        frame, at, values = self.frame, self.at, []
+        while at < len(frame):
+            tag = frame[at : at + 1]
+            if tag == b"i" and at + 9 <= len(frame):
+                values.append(INT.unpack_from(frame, at + 1)[0])
+                at += 9
+            else:
+                self.at = at
+                if tag not in (b"s", b"f", b"T", b"F", b"N"):
+                    raise FrameError("a value that is no number and no text")
+                values.append(self.get(0))
+                at = self.at
+            self.charge(56, 1)
+        self.at = at
+        return tuple(values)
 
     def get_all(self, n: int, depth: int) -> list:
         """n values that always follow a tag."""
@@ -135,7 +168,8 @@ class Decoder:
             return [text[end - length : end] for length, end in zip(lengths, ends, strict=True)]
         if mode != b"*" or n > len(self.frame) - self.at:
             raise FrameError("a truncated value")
-        return [self.get(depth + 1) for _ in range(n)]
+        get, depth = self.get, depth + 1
+        return [get(depth) for _ in range(n)]
 
     def text(self) -> str:
         size = self.count()
@@ -283,6 +317,14 @@ _READERS: dict = {
     b"A": Decoder._own,
     b"U": Decoder._renew,
     **kinds.READERS,
+}
+# Messages of peer.py in few bytes. A number follows: the function's, nothing, the argument's.
+_SHORT: dict = {
+    b"!": lambda d, number: ("call", number, d.get_scalars(), (), ()),
+    b"=": lambda d, _: ("result", *d.get_scalars(), None, (), ()),
+    b"(": lambda d, number: ("call", number, d._get_deep(), (), ()),
+    b")": lambda d, _: ("result", d._get_deep(), None, (), ()),
+    b"@": lambda d, number: ("result", d.ours[number], None, (), ()),
 }
 _BUILDERS: dict = {
     b"l": lambda d, depth: d.get_items(depth),

@@ -9,13 +9,12 @@ standard library's and numpy's (kinds.py); what else can be carried is peer.py's
 """
 
 import collections
-import contextlib
 import itertools
 import os
 import struct
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from sandbox import kinds
@@ -23,6 +22,7 @@ from sandbox import kinds
 MAX_FRAME = 64 << 20  # bytes
 MAX_ITEMS = 8_000_000  # that the tests walk over: what is met twice counts twice
 MAX_DEPTH = 1000
+STACK = 20 * MAX_DEPTH  # of Python's frames, which 3.11 and later keep off the stack of C
 
 
 class FrameError(ValueError):
@@ -50,18 +50,6 @@ _VIEWS = {type({}.keys()): b"k", type({}.values()): b"v"}
 _DICT_ITEMS = type({}.items())
 
 
-@contextlib.contextmanager
-def deeper() -> Iterator[None]:
-    """Room on the stack for MAX_DEPTH, in tests that are deep in it themselves: 3.11 and later
-    spend no C stack on it."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit + 20 * MAX_DEPTH)
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(limit)
-
-
 def encode(value: object, strict: bool = False) -> bytes:
     """Plain data -> bytes. Subclasses of builtin types are cast down, past what they override;
     iterators are drained.
@@ -71,6 +59,25 @@ def encode(value: object, strict: bool = False) -> bytes:
     over the limits.
     """
     return Encoder(strict).frame(value)
+
+
+def encode_scalars(values: Iterable) -> bytes | None:
+    """Numbers that 8 bytes hold, texts, True, False and None, quickly; None if there are others."""
+    out = []
+    for value in values:
+        kind = type(value)
+        if kind is int and -(1 << 63) <= value < 1 << 63:
+            out.append(b"i" + INT.pack(value))
+        elif kind is str and len(value) < 1 << 16:
+            raw = value.encode("utf-8", "surrogatepass")
+            out.append(b"s" + COUNT.pack(len(raw)) + raw)
+        elif kind is float:
+            out.append(b"f" + FLOAT.pack(value))
+        elif kind is bool or value is None:
+            out.append(b"N" if value is None else b"T" if value else b"F")
+        else:
+            return None
+    return b"".join(out)
 
 
 class Encoder:
@@ -87,10 +94,15 @@ class Encoder:
         self.fresh, self.drain = fresh, drain
         self.out, self.met, self.linked, self.items, self.sent = [], {}, [], 0, set()
 
-    def frame(self, value: object) -> bytes:
-        """The bytes of a value."""
-        with deeper():
+    def frame(self, value: object, head: bytes = b"") -> bytes:
+        """The bytes of a value, after others."""
+        self.out.append(head)
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + STACK)
+        try:
             self.put(value, 0)
+        finally:
+            sys.setrecursionlimit(limit)
         frame = b"".join(self.out)
         if len(frame) > MAX_FRAME:
             raise FrameError(TOO_LARGE)
@@ -177,7 +189,10 @@ class Encoder:
         """A count and as many values."""
         self._count(len(items))
         if len(items) < 8 or not self._put_block(tuple(items)):
-            self.put_all(b"*" + COUNT.pack(len(items)), items, depth)
+            self.out.append(b"*" + COUNT.pack(len(items)))
+            depth += 1
+            for item in items:
+                self.put(item, depth)
 
     def _put_block(self, items):
         """Texts alone, or numbers that 8 bytes hold, in one piece and at the speed of C."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from sandbox.carrier import Carrier
 from sandbox.decoder import MAX_MEMORY, Decoder
-from sandbox.frames import MUTABLE, Encoder, FrameError, Own, Pipe
+from sandbox.frames import COUNT, MUTABLE, Encoder, FrameError, Own, Pipe, encode_scalars
 
 ARGUMENT = 1 << 30  # numbers from here on are of arguments by their place, whatever they are
 KEPT = 1 << 31  # and from here on of containers that a call left in both ends' hands
@@ -47,8 +47,20 @@ class Peer(Carrier):
         """Send a message; what the other end answers. own: what the answer may refer to."""
         with self.lock:
             encoder = Encoder(self.strict, self, self.kept_ids)
-            self.send(encoder.frame(message))
+            self.send(self._frame(encoder, message))
             return self.answer(own | dict(enumerate(encoder.linked)) | self.kept)
+
+    def _frame(self, encoder, message):
+        """A message's bytes: most calls and results need little beside what they carry."""
+        match message:
+            case ("call", number, args, (), ()):
+                scalars, head = encode_scalars(args), COUNT.pack(number)
+                if scalars is not None:
+                    return b"!" + head + scalars
+                return encoder.frame(args, b"(" + head)
+            case ("result", value, None, (), ()):
+                return encoder.frame(value, b")" + bytes(4))
+        return encoder.frame(message)
 
     def answer(self, ours: dict[int, Any]) -> Any:
         """The result of our call; meanwhile we serve the other end's."""
@@ -98,11 +110,16 @@ class Peer(Carrier):
                 raise
             value, word = error, "raised"
         else:
+            if frame[:1] == b"!" and not self.kept and (short := _short_reply(value, args)):
+                return self.send(short)
             # Referred to from elsewhere than here, the function still holds them.
-            kept = tuple(arg for arg in args if sys.getrefcount(arg) > 4 + (arg is value))
-            if sys.getrefcount(value) > 2 and not any(value is arg for arg in args):
+            for arg in args:
+                if sys.getrefcount(arg) > 4 + (arg is value):
+                    kept += (arg,)
+            if sys.getrefcount(value) > 2 and not any(value is known for known in linked):
                 kept += (value,)
-            kept = tuple(x for x in kept if self.is_container(x) and id(x) not in self.kept_ids)
+            if kept:
+                kept = tuple(x for x in kept if self.is_container(x) and id(x) not in self.kept_ids)
         call = number, args, tuple(kwargs.items()), self.shared()
         self.send(self.reply(word, value, kept, call, frame, linked))
 
@@ -111,10 +128,10 @@ class Peer(Carrier):
     ) -> bytes:
         """What came of a call. What it changed of its arguments goes back, as the caller may look
         at them, and what it changed of containers that both ends hold from before."""
-        changed = bool(linked or self.kept)
+        changed = bool(linked or self.kept) and frame[:1] != b"!"
         if changed:
             again = Encoder(False, self, self.kept_ids, drain=False)
-            changed = again.frame(("call", *call)) != frame
+            changed = self._frame(again, ("call", *call)) != frame
         known = {id(container): i for i, container in enumerate(linked)} | self.kept_ids
         encoder = Encoder(self.strict, self, known, fresh=0 if changed else KEPT)
         if call and not (self.is_container(value) or hasattr(value, "__next__")):
@@ -122,7 +139,7 @@ class Peer(Carrier):
             places = [ARGUMENT + i for i, arg in enumerate(args) if arg is value]
             value = Own(places[0]) if places else value
         message = word, value, call[1:3] if changed else None, self.shared(), kept
-        reply = encoder.frame(message)
+        reply = self._frame(encoder, message)
         for container in kept:
             self.keep(container, 0)
         return reply
@@ -142,3 +159,12 @@ class Peer(Carrier):
 
     def is_container(self, value: Any) -> bool:
         return isinstance(value, _CONTAINERS) or self.is_shared(type(value))
+
+
+def _short_reply(value, args):
+    """The reply of a call of numbers and texts whose result is one, perhaps the very same."""
+    for i, arg in enumerate(args):
+        if arg is value:
+            return b"@" + COUNT.pack(ARGUMENT + i)
+    scalar = encode_scalars((value,))
+    return None if scalar is None else b"=" + bytes(4) + scalar

@@ -45,6 +45,7 @@ class Conversation(Peer):
         self.raised: BaseException | None = None
         self.blamed, self.loaded, self.named = "", False, frozenset()
         self.scope: dict = {}
+        self.calls = 0  # that the tests made
 
     def candidate(self, name: str) -> Proxy:
         """The candidate's function, for the tests."""
@@ -90,6 +91,7 @@ class Conversation(Peer):
         with self.lock:
             if self.stopped:
                 raise self.stop("")
+            self.calls += 1
             try:
                 return super().ask(own, *message)
             except Stop:

@@ -33,6 +33,7 @@ from sandbox import canary, confined, frames, linux
 from sandbox.clock import TICK, Clock
 from sandbox.proxy import Conversation, names_of
 
+CALL = 60e-6  # seconds
 LAST_ALARM = 5  # of those that follow the timeout, 0.2 s apart; then the worker ends with its tests
 
 
@@ -61,7 +62,7 @@ class Judge:
         self.requests: int | None = None
         self.replies: int | None = None
         self.last_word: Callable[[dict], None] = lambda verdict: None
-        self.spoiled = False
+        self.threads_left = False
         self._next_candidate()
 
     def close(self) -> None:
@@ -96,7 +97,7 @@ class Judge:
         """Is time up? Tests that swallow the stop, again and again, end with this process."""
         if not self.armed:
             return
-        if not self.alarms and (wait := self.clock.tick(self.timeout)):
+        if not self.alarms and (wait := self.clock.tick(self._seconds())):
             signal.setitimer(signal.ITIMER_REAL, wait, TICK)
             return
         self.alarms += 1
@@ -111,6 +112,10 @@ class Judge:
             return json.loads(self.control.recv(1 << 10))
         except (OSError, ValueError):  # the zygote died: nobody knows
             return None, None
+
+    def _seconds(self):
+        """What the program has, and what its calls cost here that in one process cost nothing."""
+        return self.timeout + min(self.conversation.calls * CALL, self.grace - 1)
 
     def judge(self, prompt: str, completion: str, test: str, entry_point: str) -> dict:
         """Run one program against its tests; a dict of Verdict's fields."""
@@ -158,7 +163,7 @@ class Judge:
         if conversation.stopped:
             kind, detail = conversation.stopped.kind, conversation.stopped.detail
         conversation.stop("sandbox", "the tests are over")  # for a thread that they left behind
-        self.spoiled = _thread._count() > threads
+        self.threads_left = _thread._count() > threads
         if kind == "crash":
             kind, detail = _death(self._next_candidate())
         return self._verdict(kind, detail)
@@ -245,7 +250,7 @@ def main() -> None:
                 answer(about)
             else:
                 answer(judge.judge(*json.loads(line)))
-                if judge.spoiled:  # a thread of the tests goes on: let it end with this process
+                if judge.threads_left:  # a thread of the tests goes on: let it end with this process
                     os._exit(0)
                 judge.prepare()
         if judge:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from sandbox import decoder, frames
 from sandbox.decoder import Decoder, Opaque, decode
 from sandbox.frames import FrameError, encode
+from sandbox.peer import Peer
 
 scalars = (
     st.none()
@@ -214,9 +215,9 @@ def test_a_frame_crosses_a_pipe_whole_or_not_at_all():
 # Memory: nothing is made before its cost is charged
 
 
-def memory_of(frame):
+def memory_of(frame, links=None):
     """(what decoding a frame takes at most, what was charged for it, the error if it is one)"""
-    reader, error = Decoder(frame), None
+    reader, error = Decoder(frame, links), None
     tracemalloc.start()
     try:
         reader.read()
@@ -321,14 +322,40 @@ def test_a_value_too_large_for_the_judge_is_refused_before_it_is_made(monkeypatc
         assert isinstance(error, FrameError) and peak < (3 << 20) + len(frame)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(values.map(encode) | st.binary(max_size=80), st.randoms())
 def test_damaged_frames_take_no_more_than_is_charged(frame, rng):
     frame = bytearray(frame)
     for _ in range(rng.randint(0, 4)):
         if frame:
-            frame[rng.randrange(len(frame))] = rng.choice(
-                [0, 255, *b"*=lSdqaOt", rng.randrange(256)]
-            )
-    peak, charged, _ = memory_of(bytes(frame))
+            odd = rng.choice([0, 255, *b"*=lSdqaOtpXPLGKYeAU!()@", rng.randrange(256)])
+            frame[rng.randrange(len(frame))] = odd
+    for links in (None, Peer(frames.Pipe(-1, -1), {"Shared": Shared})):
+        peak, charged, _ = memory_of(bytes(frame), links)
+        assert peak <= charged + 200_000
+
+
+class Shared:
+    """A class that both ends have."""
+
+
+Point = collections.namedtuple("Point", "x y")
+
+
+def carried():
+    """Frames of what is no plain data."""
+    error = ValueError("text", [1])
+    error.__cause__, error.more = KeyError("k"), Shared()
+    group = ExceptionGroup("several", [error, OSError(2, "no", "file")])
+    things = [Shared(), [Shared(), len], Point(1, 2), error, group, int, ValueError, Shared]
+    peer = Peer(frames.Pipe(-1, -1), {"Shared": Shared})
+    return [frames.Encoder(False, peer).frame([thing, "x"]) for thing in things]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(carried()), st.integers(0, 400), st.integers(0, 255))
+def test_damaged_objects_are_objects_or_a_known_error(frame, at, byte):
+    frame = bytearray(frame)
+    frame[at % len(frame)] = byte
+    peak, charged, _ = memory_of(bytes(frame), Peer(frames.Pipe(-1, -1), {"Shared": Shared}))
     assert peak <= charged + 200_000
