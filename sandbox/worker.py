@@ -250,7 +250,7 @@ def main() -> None:
                 answer(about)
             else:
                 answer(judge.judge(*json.loads(line)))
-                if judge.threads_left:  # a thread of the tests goes on: let it end with this process
+                if judge.threads_left:  # they end with this process
                     os._exit(0)
                 judge.prepare()
         if judge:
