@@ -61,7 +61,7 @@ class Carrier:
     def put(self, encoder: Encoder, obj: Any, depth: int) -> bool:
         """Write an object, if it is one of those above."""
         kind = type(obj)
-        if isinstance(obj, type):
+        if type in kind.__mro__:
             if name := self.name_of(obj):
                 encoder.put_all(b"K", (name,), depth)
             elif issubclass(obj, BaseException) and not self.strict:

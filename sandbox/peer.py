@@ -47,10 +47,10 @@ class Peer(Carrier):
         """Send a message; what the other end answers. own: what the answer may refer to."""
         with self.lock:
             encoder = Encoder(self.strict, self, self.kept_ids)
-            self.send(self._frame(encoder, message))
+            self.send(self.frame_of(encoder, message))
             return self.answer(own | dict(enumerate(encoder.linked)) | self.kept)
 
-    def _frame(self, encoder, message):
+    def frame_of(self, encoder: Encoder, message: tuple) -> bytes:
         """A message's bytes: most calls and results need little beside what they carry."""
         match message:
             case ("call", number, args, (), ()):
@@ -131,7 +131,7 @@ class Peer(Carrier):
         changed = bool(linked or self.kept) and frame[:1] != b"!"
         if changed:
             again = Encoder(False, self, self.kept_ids, drain=False)
-            changed = self._frame(again, ("call", *call)) != frame
+            changed = self.frame_of(again, ("call", *call)) != frame
         known = {id(container): i for i, container in enumerate(linked)} | self.kept_ids
         encoder = Encoder(self.strict, self, known, fresh=0 if changed else KEPT)
         if call and not (self.is_container(value) or hasattr(value, "__next__")):
@@ -139,7 +139,7 @@ class Peer(Carrier):
             places = [ARGUMENT + i for i, arg in enumerate(args) if arg is value]
             value = Own(places[0]) if places else value
         message = word, value, call[1:3] if changed else None, self.shared(), kept
-        reply = self._frame(encoder, message)
+        reply = self.frame_of(encoder, message)
         for container in kept:
             self.keep(container, 0)
         return reply

@@ -13,6 +13,7 @@ whoever asks for the verdict looks here, not at how the tests ended.
 
 import builtins
 import contextlib
+import opcode
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -180,9 +181,20 @@ class Conversation(Peer):
 
 
 def names_of(code: CodeType) -> frozenset:
-    """All that some code names: globals, attributes and modules."""
-    inner = [names_of(part) for part in code.co_consts if isinstance(part, CodeType)]
+    """What a module's code names and does not itself define: globals, attributes and modules."""
+    raw, defined = code.co_code, set()
+    if len(code.co_names) < 256:  # else their places take more than one byte
+        ops = zip(raw[::2], raw[1::2], strict=True)
+        defined = {code.co_names[place] for op, place in ops if op == _STORE_NAME}
+    return _all_names(code) - defined
+
+
+def _all_names(code):
+    inner = [_all_names(part) for part in code.co_consts if isinstance(part, CodeType)]
     return frozenset(code.co_names).union(*inner)
+
+
+_STORE_NAME = opcode.opmap["STORE_NAME"]
 
 
 _BUILTINS = frozenset(dir(builtins))
