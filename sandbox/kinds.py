@@ -7,11 +7,9 @@ module is only looked up where objects are written, and imported where they are 
 import importlib
 import math
 import re
-import struct
 import sys
 from typing import Any
 
-_COUNT = struct.Struct("<I")
 _DTYPE = re.compile(r"[<>|=]([biufcSU][0-9]{1,6}|[mM]8(\[[0-9]{0,9}[A-Za-z]{1,2}\])?)")
 MAX_ARRAY = 64 << 20  # bytes
 

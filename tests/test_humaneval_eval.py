@@ -120,8 +120,8 @@ def test_planted_programs_give_the_known_pass_at_k(five, tmp_path, monkeypatch):
     failures = record["breakdown"]["failure"]
     assert failures.pop("NameError") == n - right
     assert sum(failures.values()) == 2 * n and failures["wrong answer"] >= n
-    # Three of the texts are among the five solutions of the problems themselves.
-    assert Counting.judged == 5 + 3, "equal programs are judged once"
+    # Two of the six texts are among the five problems' own solutions, which are judged first.
+    assert Counting.judged == 5 + 4, "equal programs are judged once"
     assert record["breakdown"]["finish"].keys() == {"stop", "eos"}
 
     # OpenAI's own tool, on the very file
