@@ -44,9 +44,11 @@ from tasks.programs import (
     data_hash,
     find_task,
     judge_file,
+    known_samples,
     print_example,
     print_scores,
     read_problems,
+    split_off,
     summarise,
 )
 
@@ -138,6 +140,11 @@ class Drawn:
     options: Options
     problems: dict[str, dict]
     prompts: list[list[int]]
+
+    def only(self, problems: dict[str, dict]) -> "Drawn":
+        """Of some of the problems."""
+        of = dict(zip(self.problems, self.prompts, strict=True))
+        return Drawn(self.options, problems, [of[task] for task in problems])
 
     @property
     def tasks(self) -> list[str]:
@@ -235,7 +242,9 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     """Draw what no journal holds, judge it meanwhile, count it."""
     work, dist = plan.work, backend.dist
     with Sandbox(work.options.workers or count_workers(), **work.options.sandbox) as sandbox:
-        known = known_samples(folder.known())
+        kept, left_out = split_off(work.problems, sandbox, dist)
+        work = work.only(kept)
+        known = known_samples(folder.known(), kept)
         mine = [known[at] for at in sorted(known)[dist.rank :: dist.world_size]]
         resumed = len(known)
         with cli.progress(work.options.num_samples * len(work.tasks), "humaneval", "sample") as bar:
@@ -268,6 +277,8 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
             "labels": {"task_id": "{}"},
         },
         protocol={"sandbox_tier": "; ".join(tiers)},
+        data={"left_out": left_out},
+        words=(f"{len(left_out)} tasks left out",) if left_out else (),
         cost={
             "seconds": drawn["seconds"] + max(judge_seconds),
             "draw_seconds": drawn["seconds"],
@@ -278,15 +289,6 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
         samples=lambda: map(with_verdict, judged),
         shown=(work, judged, tally, folder.path),
     )
-
-
-def known_samples(entries: list[dict]) -> dict[tuple, dict]:
-    """{(task_id, sample): all that journals know of it}"""
-    known = {}
-    for entry in entries:
-        known.setdefault((entry["task_id"], entry["sample"]), {}).update(entry)
-    # a verdict whose sample was on a damaged line
-    return {at: entry for at, entry in known.items() if "completion" in entry}
 
 
 def draw(backend: Backend, work: Drawn, known: set) -> Iterator[dict]:
@@ -349,7 +351,7 @@ def print_record(record: Result) -> None:
     print(f"{len(work.problems)} tasks, samples of each: {drawn}")
     if protocol["limit"]:
         print("A PART OF THE TASKS (--limit): not a score of the set")
-    print_scores(record["metrics"], tally)
+    print_scores(record["metrics"], tally, record["data"]["left_out"])
     cut = record["breakdown"]["finish"].get("length", 0)
     if cut:
         print(f"{cut:,} samples were cut off at {protocol['max_new_tokens']} tokens or the context")
@@ -388,7 +390,7 @@ HUMANEVAL = Evaluation(
     table=print_table,
     check=check,
     samples="always",
-    programs=("sandbox/worker.py", "sandbox/jail.py", "sandbox/frames.py"),
+    programs=("sandbox/worker.py", "sandbox/jail.py"),
 )
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from typing import Any
 
-from sandbox import frames, jail, linux, namespaces
+from sandbox import jail, linux, namespaces
 
 TESTS_MEMORY = 4 << 30  # bytes of address space; a hostile frame takes less (frames.py)
 TESTS_FILE = 64 << 20  # bytes of a file that tests write
@@ -61,7 +61,7 @@ def _bubblewrap(packages, python) -> tuple[list[str], bool]:
         raise OSError("bwrap: not installed")
     tree = namespaces.interpreter_tree(packages)
     arguments = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    programs = [python, *(_file_of(m) for m in (jail, frames, linux, namespaces))]
+    programs = [python, os.path.dirname(_file_of(jail))]
     for path in sorted({*tree.bound, *programs}):
         arguments += ["--ro-bind", path, path]
     for path in tree.hidden:
@@ -108,7 +108,7 @@ def confine_tests(folder: str, spare: int | None, newest_landlock: int = NEWEST)
             seccomp = linux.SeccompFilter(linux.PASS_DESCRIPTORS, truncate)
     if spare is not None:
         os.chown(folder, spare, spare)
-        jail.keep_reachable(200)
+        namespaces.keep_reachable(200)
         linux.become(spare)
         active.append("a uid of their own")
     linux.give_up_privileges()

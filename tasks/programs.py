@@ -95,6 +95,42 @@ def find_task(problems: Problems, name: str) -> str:
     raise ValueError(f"--show {name}: no such task; there are {tasks[0]} to {tasks[-1]}")
 
 
+def split_off(problems: Problems, sandbox: Sandbox, dist: Any = None) -> tuple[Problems, dict]:
+    """(the problems that can be judged here, {task_id: why not} of the others).
+
+    Where a problem has a `canonical_solution`, it is judged: a problem whose own solution does not
+    pass would count against every model. It may be broken, or hold what cannot cross to another
+    process. A solution that is only late is no reason, lest a busy machine changed the score, and
+    one that fails is looked at twice. dist: the ranks that share the work.
+    """
+    own = [task for task in problems if isinstance(problems[task].get("canonical_solution"), str)]
+    if dist:
+        own = own[dist.rank :: dist.world_size]
+    failing = {task: "" for task in own}
+    for look in ("", "\n# once more\n"):
+        tasks = list(failing)
+        programs = (own_program(problems[task], look) for task in tasks)
+        verdicts = dict(sandbox.judge_many(programs))
+        failing = {
+            task: verdicts[i].result
+            for i, task in enumerate(tasks)
+            if not verdicts[i].passed and verdicts[i].kind != "timeout"
+        }
+    for part in dist.gather(failing) if dist else []:
+        failing |= part
+    left_out = {task: failing[task] for task in problems if task in failing}
+    kept = {task: problem for task, problem in problems.items() if task not in left_out}
+    if not kept:
+        task, why = next(iter(left_out.items()))
+        raise ValueError(f"no task can be judged: their own solutions fail; {task}: {why}")
+    return kept, left_out
+
+
+def own_program(problem: dict, tail: str = "") -> tuple[str, str, str, str]:
+    """The canonical solution as what Sandbox.judge takes."""
+    return program_of(problem, {"completion": problem["canonical_solution"] + tail})
+
+
 # ---------------------------------------------------------------------------------------------
 # Samples
 
@@ -149,21 +185,26 @@ def judge_file(
     samples = read_samples(path, problems)
     counts = Counter(s["task_id"] for s in samples)
     ks = check_counts(path, counts, problems, ks, ignore_incomplete)
-    start = time.perf_counter()
     verdicts = {}
     with (
         Sandbox(workers or count_cores(), **(sandbox or {})) as cage,
         cli.progress(len(samples), "judging", "sample") as bar,
     ):
-        programs = (program_of(problems[s["task_id"]], s) for s in samples)
-        for i, verdict in cage.judge_many(programs):
-            verdicts[i] = verdict
+        sampled = {task: problem for task, problem in problems.items() if counts[task]}
+        judgeable, left_out = split_off(sampled, cage)
+        start = time.perf_counter()
+        scored = [i for i, s in enumerate(samples) if s["task_id"] in judgeable]
+        programs = [program_of(problems[samples[i]["task_id"]], samples[i]) for i in scored]
+        for at, verdict in cage.judge_many(programs):
+            verdicts[scored[at]] = verdict
             bar.update(1)
         tier = cage.tier
     seconds = time.perf_counter() - start
     judged_by = {"sandbox_tier": tier.partition(" ")[0]}  # beside OpenAI's own fields
-    judged = [(s["task_id"], s, verdicts[i]) for i, s in enumerate(samples)]
-    lines = (s | {"result": v.result, "passed": v.passed} | judged_by for _, s, v in judged)
+    judged = [(samples[i]["task_id"], samples[i], verdicts[i]) for i in scored]
+    words = {i: {"result": v.result, "passed": v.passed} for i, v in verdicts.items()}
+    nothing = {"result": "not judged: the task's own solution fails", "passed": None}
+    lines = (s | words.get(i, nothing) | judged_by for i, s in enumerate(samples))
     problem = None
     try:
         durable.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
@@ -172,10 +213,13 @@ def judge_file(
     tally = count_kinds(problems, judged)
     metrics, _, _ = summarise(tally, ks)
     print(f"{path}: {len(samples):,} samples of {len(tally)} tasks")
-    if len(tally) < len(problems):
+    if len(sampled) < len(problems):
         print("A PART OF THE TASKS (--ignore-incomplete): not a score of the set")
-    print_scores(metrics, tally)
-    different = len({program_of(problems[s["task_id"]], s) for s in samples})
+    print_scores(metrics, tally, left_out)
+    fenced = sum("```" in s.get("completion", s.get("solution", "")) for s in samples)
+    if 2 * fenced > len(samples):
+        print(f"{fenced:,} samples hold ```: Markdown fences are no Python, cut them away")
+    different = len(set(programs))
     print(f"{different:,} different programs judged in {seconds:.1f} s; sandbox {tier}")
     if show:
         print_example(problems[show], judged)
@@ -241,6 +285,16 @@ def count_cores() -> int:
 def count_workers() -> int:
     """Judges beside a model: this rank's share of the host's cores, less one for itself."""
     return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+
+
+def known_samples(entries: list[dict], problems: Problems) -> dict[tuple, dict]:
+    """{(task_id, sample): all that journals know of it} of the samples of these problems."""
+    known = {}
+    for entry in entries:
+        if entry["task_id"] in problems:
+            known.setdefault((entry["task_id"], entry["sample"]), {}).update(entry)
+    # a verdict whose sample was on a damaged line
+    return {at: entry for at, entry in known.items() if "completion" in entry}
 
 
 class Judging:
@@ -327,8 +381,10 @@ def all_ks(ks: Sequence[int], num_samples: int) -> list[int]:
 # Output
 
 
-def print_scores(metrics: dict[str, dict], tally: dict[str, Counter]) -> None:
-    """The table by task, then failures by kind, then pass@k."""
+def print_scores(
+    metrics: dict[str, dict], tally: dict[str, Counter], left_out: dict[str, str] | None = None
+) -> None:
+    """The table by task, then failures by kind, then pass@k, and what is not counted in it."""
     width = max(4, *map(len, tally))
     print(f"{'task':{width}}  passed  samples  failures")
     for task, kinds in tally.items():
@@ -341,6 +397,11 @@ def print_scores(metrics: dict[str, dict], tally: dict[str, Counter]) -> None:
         print(f"  {kind:24} {count:>9,}  {count / total.total():7.2%}")
     for name, metric in metrics.items():
         print(f"{name:9} {stats.show_share(metric, 7)}  ({metric['n']} tasks)")
+    if left_out:
+        print(f"LEFT OUT, NOT COUNTED: {len(left_out)} tasks that cannot be judged here: their own")
+        print("canonical_solution fails (README: what a problem file may use)")
+    for task, why in (left_out or {}).items():
+        print(f"  {task}: {printable(why)}")
 
 
 def print_example(problem: dict, judged: Judged) -> None:
@@ -348,7 +409,8 @@ def print_example(problem: dict, judged: Judged) -> None:
     own = [(sample, verdict) for task, sample, verdict in judged if task == problem["task_id"]]
     failed = [(sample, verdict) for sample, verdict in own if not verdict.passed]
     if not failed:
-        print(f"--show {problem['task_id']}: all of its {len(own)} samples passed")
+        what = f"all of its {len(own)} samples passed" if own else "none of its samples was judged"
+        print(f"--show {problem['task_id']}: {what}")
         return
     sample, verdict = failed[0]
     prompt, completion, *_ = program_of(problem, sample)

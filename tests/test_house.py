@@ -22,10 +22,11 @@ FLOORS = [
     "streams stats durable sources hf_config byte_bpe plain_yaml",
     "cli identity",
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
+    "gpu_kernels/decode_attention sandbox/kinds sandbox/frames costs/gpus backends",
     "formats",
-    "results sandbox/linux sandbox/namespaces sandbox/jail sandbox/confined sandbox/canary "
-    "sandbox/clock sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory costs/time "
+    "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
+    "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
+    "sandbox/judge costs/formulas costs/flops costs/memory costs/time "
     "formats/foreign formats/finding formats/stored formats/inert formats/tensorfiles "
     "formats/shards formats/text model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "

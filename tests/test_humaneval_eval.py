@@ -122,7 +122,8 @@ def test_planted_programs_give_the_known_pass_at_k(five, tmp_path, monkeypatch):
     failures = record["breakdown"]["failure"]
     assert failures.pop("NameError") == n - right
     assert sum(failures.values()) == 2 * n and failures["wrong answer"] >= n
-    assert Counting.judged == 6, "equal programs are judged once"
+    # Two of the six texts are among the five problems' own solutions, which are judged first.
+    assert Counting.judged == 5 + 4, "equal programs are judged once"
     assert record["breakdown"]["finish"].keys() == {"stop", "eos"}
 
     # OpenAI's own tool, on the very file
@@ -135,7 +136,7 @@ def test_planted_programs_give_the_known_pass_at_k(five, tmp_path, monkeypatch):
     # again: everything is in the journal, the model is only asked whether it computes NaN
     calls, Counting.judged = model.calls, 0
     again = evaluate_humaneval(model, tokenizer, path, n, **options)
-    assert model.calls == calls + 1 and Counting.judged == 0
+    assert model.calls == calls + 1 and Counting.judged == 5
     assert list(again.samples()) == samples and again["cost"]["samples_resumed"] == 5 * n
     where = again.save(tmp_path)
     loaded = results.load_record(where)
@@ -162,6 +163,43 @@ def test_both_ways_of_prompting_judge_the_program_that_was_drawn(
     humaneval_eval.show([record])
     out = capsys.readouterr().out
     assert "A PART OF THE TASKS" in out and "all of its 1 samples passed" in out
+
+
+def test_a_task_whose_own_solution_fails_is_neither_drawn_nor_counted(tmp_path, capsys):
+    """For its tests, which look at what does not cross to them."""
+    prompt = "def f{}(x):\n    # returns x\n"
+    test = "def check(candidate):\n    assert {}\n"
+    wants = ["hasattr(candidate(1), 'real_' + 'part')", "candidate(1) == 1", "candidate(2) == 2"]
+    solutions = [
+        "    return type('Own', (), {'real_part': 1})()\n",
+        "    return x\n",
+        "    return x\n",
+    ]
+    rows = [
+        PROBLEM
+        | {"task_id": f"T/{i}", "prompt": prompt.format(i), "test": test.format(want)}
+        | {"entry_point": f"f{i}", "canonical_solution": solution}
+        for i, (want, solution) in enumerate(zip(wants, solutions))
+    ]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    texts = [row["prompt"] + row["canonical_solution"] for row in rows]
+    record = evaluate_humaneval(
+        Planted(texts), build_tokenizer("byte"), path, results_dir=tmp_path, **JUDGED
+    )
+    assert record["metrics"]["pass@1"] == results.metric(1.0, 0.0, 2, unit="share")
+    assert list(record["data"]["left_out"]) == ["T/0"]
+    assert (
+        "wrong answer" not in record["breakdown"]["failure"]
+        and "1 tasks left out" in record["words"]
+    )
+    assert [line["task_id"] for line in record.samples()] == ["T/1", "T/2"]
+    record.save(tmp_path)
+    humaneval_eval.show([record])
+    out = capsys.readouterr().out
+    assert "LEFT OUT, NOT COUNTED: 1 tasks" in out and "  T/0: failed: AssertionError" in out
+    with pytest.raises(ValueError, match=r"no task can be judged: .*; T/0: failed"):
+        alone = write_jsonl(tmp_path / "one.jsonl", rows[:1])
+        evaluate_humaneval(Planted(texts), build_tokenizer("byte"), alone, **JUDGED)
 
 
 def test_one_task_has_no_standard_error(five, tmp_path, capsys):

@@ -200,7 +200,7 @@ def test_mutants_agree_with_human_evals_checker(in_order):
         ("    return bytes(1 << 40)\n", "memory", "MemoryError", "failed: MemoryError"),
         ("    import os; os._exit(3)\n", "crash", "exited with status 3", None),
         ("    import ctypes; ctypes.string_at(0)\n", "crash", "ended by SIGSEGV", None),
-        ("    return 'x' * (17 << 20)\n", "sandbox", "the reply is a value of more than", None),
+        ("    return 'x' * (65 << 20)\n", "sandbox", "the reply is a value of more than", None),
     ],
 )
 def test_kinds_and_words(sandbox, body, kind, detail, result):

@@ -8,7 +8,6 @@ import pytest
 from builders import PATIENCE, ROOT
 from small_programs import HONEST, TEST, TIERS
 
-from sandbox import worker
 from sandbox.judge import Sandbox
 
 CONFIG = {
@@ -36,15 +35,6 @@ def test_a_worker_answers_line_by_line_and_ends_with_its_input(tmp_path):
     assert "rlimits" in active["active"]
     assert (passed["passed"], passed["kind"]) == (True, "passed")
     assert (failed["passed"], failed["kind"]) == (False, "wrong answer")
-
-
-def test_merge_keeps_the_objects_that_the_tests_hold():
-    inner, seen = [3, 1], {"a": [1], "b": 2}
-    outer = [inner, seen, {5}, bytearray(b"ab")]
-    assert worker.merge(outer, [[1, 3], {"a": [1, 9]}, set(), bytearray(b"c")]) is outer
-    assert outer == [[1, 3], {"a": [1, 9]}, set(), b"c"] and outer[0] is inner
-    assert worker.merge((inner,), ([7],)) == ([7],) and inner == [7]
-    assert worker.merge(1, 2.5) == 2.5 and worker.merge("a", "b") == "b"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -84,7 +74,7 @@ def check(candidate):
             continue
         assert False, kind
     assert list(map(candidate, ["fine"])) == ["fine"]
-    assert all(map(candidate, ["fine", "StopIteration", "fine"]))
+    candidate("OSError")
 """
     program = """
 class Special(ValueError):
@@ -101,7 +91,7 @@ def solve(name):
     raise eval(name)("text")
 """
     verdict = sandbox.judge("", program, test, "solve")
-    assert verdict.kind == "exception" and verdict.detail == "StopIteration: text"
+    assert verdict.kind == "exception" and verdict.detail == "OSError: text"
 
 
 def test_the_tests_use_the_prompts_helpers_not_the_completions(sandbox):
@@ -128,9 +118,9 @@ def test_random_draws_are_the_same_for_every_judgement(sandbox):
 
 
 def test_arguments_that_are_no_plain_data_are_refused_by_name(sandbox):
-    test = "def check(candidate):\n    candidate(lambda: 1)\n"
+    test = "import re\ndef check(candidate):\n    candidate(re.compile('a'))\n"
     verdict = sandbox.judge("", HONEST, test, "solve")
-    assert verdict.kind == "sandbox" and "type function" in verdict.detail
+    assert verdict.kind == "sandbox" and "type Pattern" in verdict.detail
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -196,7 +186,7 @@ def test_a_candidate_finds_nothing_of_ours_to_import_or_read(tier):
 import __main__, importlib
 def solve(x):
     seen = []
-    for name in ("frames", "jail", "worker", "judge", "sandbox", "results"):
+    for name in ("frames", "jail", "peer", "worker", "sandbox", "sandbox.frames", "results"):
         try:
             seen.append(importlib.import_module(name).__name__)
         except ImportError:

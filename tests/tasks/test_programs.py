@@ -23,6 +23,7 @@ from tasks.programs import (
     kind_of,
     printable,
     read_problems,
+    split_off,
     summarise,
 )
 
@@ -156,6 +157,62 @@ def test_bad_files_are_named_with_their_line(problems, samples, message, tmp_pat
     with pytest.raises(ValueError) as caught:
         judge_file(tmp_path / "S.jsonl", read_problems(tmp_path / "P.jsonl"))
     assert message in str(caught.value)
+
+
+def test_tasks_whose_own_solution_fails_are_named_and_not_counted(tmp_path, capsys):
+    def problem(name, solution, test="assert candidate(1) == 1"):
+        return PROBLEM | {
+            "task_id": name,
+            "prompt": "def f(x):\n",
+            "canonical_solution": solution,
+            "test": f"def check(candidate):\n    {test}\n",
+        }
+
+    rows = [
+        problem("good", "    return x\n"),
+        problem("broken", "    return x + 1\n"),
+        problem("of a form", "    print(x)\n", "import re; candidate(re.compile('a'))"),
+        {name: text for name, text in problem("unknown", "").items() if "canonical" not in name},
+    ]
+    problems = read_problems(write_jsonl(tmp_path / "P.jsonl", rows))
+    samples = [{"task_id": name, "completion": "    return x\n"} for name in problems]
+    file = write_jsonl(tmp_path / "S.jsonl", samples)
+    judge_file(file, problems, PATIENT, show="broken")
+    out = capsys.readouterr().out
+    assert "LEFT OUT, NOT COUNTED: 2 tasks" in out and "(2 tasks)" in out
+    assert "  of a form: failed: the tests pass an argument of type Pattern" in out
+    assert "--show broken: none of its samples was judged" in out
+    found = {line["task_id"]: line["passed"] for line in read_lines(f"{file}_results.jsonl")}
+    assert found == {"good": True, "broken": None, "of a form": None, "unknown": True}
+
+
+def test_a_late_solution_leaves_no_task_out_and_a_failing_one_is_looked_at_twice():
+    class Judge:
+        """Answers with what is known of each task: the verdict of each look at it."""
+
+        looks = {  # noqa: RUF012
+            "late": ["timeout", "timeout"],
+            "wrong": ["wrong answer", "wrong answer"],
+            "once": ["sandbox", "passed"],
+            "right": ["passed"],
+        }
+
+        def judge_many(self, programs):
+            for i, (_, completion, _, _) in enumerate(programs):
+                kind = self.looks[completion.split()[0]].pop(0)
+                yield i, Verdict(kind == "passed", kind, kind, 0.1)
+
+    names = list(Judge.looks)
+    problems = {name: PROBLEM | {"canonical_solution": f"{name} "} for name in names}
+    kept, left_out = split_off(problems, Judge())
+    assert (list(kept), left_out) == (["late", "once", "right"], {"wrong": "failed: wrong answer"})
+
+
+def test_samples_in_markdown_fences_are_remarked_on(tmp_path, capsys):
+    problems = read_problems(write_jsonl(tmp_path / "P.jsonl", [PROBLEM]))
+    row = {"task_id": PROBLEM["task_id"], "solution": "```python\ndef f(x):\n    return x\n```\n"}
+    judge_file(write_jsonl(tmp_path / "S.jsonl", [row]), problems, PATIENT)
+    assert "1 samples hold ```" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------
