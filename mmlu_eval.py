@@ -29,6 +29,7 @@ import cli
 import evaluation
 import stats
 from backends import Backend, Facts, Sampling
+from cli import printable
 from durable import dumps, write_atomic
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks.choices import (
@@ -277,7 +278,7 @@ def show(records: list[Result]) -> None:
     for record in records:
         print_details(record)
     for record in records:
-        print(f"record: {record.path}")
+        print(f"record: {printable(record.path)}")
     if len(records) > 1:
         path = Path(str(records[-1].path))
         print_differences(records, path.with_name(f"mmlu-differences-{path.stem[-8:]}.jsonl"))
@@ -288,7 +289,7 @@ def print_accuracies(records: list[Result]) -> None:
     first = records[0]
     data, protocol = first.shown, first["protocol"]
     print(
-        f"\n{first['checkpoint']['name']}: {len(data.questions):,} questions of "
+        f"\n{printable(first['checkpoint']['name'])}: {len(data.questions):,} questions of "
         f"{len(data.subjects)} subjects, {protocol['shots']}-shot"
     )
     if protocol["limit"] or protocol["subjects"]:
@@ -315,7 +316,8 @@ def print_accuracies(records: list[Result]) -> None:
     share_line("macro (mean of subjects)", macro)
     for dimension in ("category", "subject"):
         for group in first["breakdown"][dimension]:
-            share_line(f"  {group}", [r["breakdown"][dimension][group][n] for r, n, _ in columns])
+            shares = [r["breakdown"][dimension][group][n] for r, n, _ in columns]
+            share_line(f"  {printable(group)}", shares)
 
 
 def print_details(record: Result) -> None:
@@ -363,7 +365,7 @@ def print_differences(records: list[Result], path: Path) -> None:
             line |= {column_of(a): letter_or_none(ours[i]), column_of(b): letter_or_none(theirs[i])}
             lines.append(dumps(line) + "\n")
     write_atomic(path, "".join(lines))
-    print(f"differences: {path}")
+    print(f"differences: {printable(path)}")
 
 
 # ---------------------------------------------------------------------------------------------
