@@ -19,7 +19,7 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
     "cli stats durable sources hf_config",
-    "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
+    "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
     "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
     "costs/time formats formats/stored formats/tensorfiles formats/shards formats/text model",
