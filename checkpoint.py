@@ -72,8 +72,7 @@ def reader_of(path: Path) -> ModuleType:
             f"{path} is a distributed checkpoint, whose .metadata can run code: convert it "
             "where it was made with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
-    wanted = ", ".join(huggingface.WEIGHT_FILES)
-    raise ValueError(f"{path} holds no weights: none of {wanted}")
+    raise ValueError(f"{path} holds no weights: none of {', '.join(huggingface.WEIGHT_FILES)}")
 
 
 class Checkpoint:
@@ -153,11 +152,8 @@ class Checkpoint:
     def load(
         self, dtype: str | torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
     ) -> GPTModel | TransformersModel:
-        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32.
-
-        A GPTModel wherever GPTModel can express the config, otherwise transformers' own model
-        behind the same interface.
-        """
+        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. A GPTModel
+        wherever GPTModel can express the config, else transformers' behind the same interface."""
         dtype = layouts.as_dtype(dtype)
         if not self.native:
             self._check_unchanged()
@@ -270,13 +266,16 @@ class CheckpointInfo(NamedTuple):
     step: int | None
     name: str
     kind: str  # as Checkpoint.kind, or "unreadable"
+    problem: str = ""  # why
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether it looks like one, whole or not; distributed ones too, so that they are refused by
-    name."""
+    """Whether it looks like one, whole or not; distributed ones too, to be refused by name."""
     path = Path(path)
-    return any(reader.recognises(path) for reader in READERS) or (path / ".metadata").is_file()
+    try:
+        return any(reader.recognises(path) for reader in READERS) or (path / ".metadata").is_file()
+    except Exception:  # an edge: one of a directory, which says what is wrong when it is opened
+        return True
 
 
 def is_complete(path: str | Path) -> bool:
@@ -284,7 +283,7 @@ def is_complete(path: str | Path) -> bool:
     tell. For a watcher: ours are whole when they appear, others grow under their final name."""
     try:
         open(path)
-    except (ValueError, OSError):
+    except Exception:  # an edge: one of those that a watcher sees
         return False
     return True
 
@@ -305,21 +304,22 @@ def _in_order(paths) -> list[CheckpointInfo]:
 def info_of(path: Path) -> CheckpointInfo:
     """What a checkpoint is called, its step and kind, as cheaply as its format can say it; an
     unreadable one has them too."""
-    name = formats.name_of(path)
+    name, problem = path.name, ""
     try:
-        reader = reader_of(path)
+        name, reader = formats.name_of(path), reader_of(path)
         if hasattr(reader, "glance"):
             kind, step = reader.glance(path)
         else:
             opened = reader.open(path)
             kind, step = opened.kind, opened.step
-    except (ValueError, OSError):
-        kind, step = "unreadable", None
-    return CheckpointInfo(path, formats.step_in_name(name) if step is None else step, name, kind)
+    except Exception as error:  # an edge: one checkpoint of a directory
+        kind, step, problem = "unreadable", None, cli.reason_of(error)
+    step = step if type(step) is int else formats.step_in_name(name)
+    return CheckpointInfo(path, step, name, kind, problem)
 
 
 def _natural(name: str) -> list:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
@@ -348,10 +348,8 @@ def find_tokenizer(path: str | Path) -> Path | None:
     """The directory with tokenizer files that goes with a checkpoint: itself, or the run's."""
     path = Path(path)
     here = path if path.is_dir() else path.parent
-    for directory in [here, here.parent] if path.is_dir() else [here]:
-        if any((directory / name).is_file() for name in TOKENIZER_FILES):
-            return directory
-    return None
+    places = [here, here.parent] if path.is_dir() else [here]
+    return next((p for p in places if any((p / name).is_file() for name in TOKENIZER_FILES)), None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,7 +425,7 @@ def main(argv=None):
         return
     config = load_config(args.config) if args.config else None
     if args.job == "convert":
-        print(convert(args.source, args.destination, config))
+        print(cli.printable(convert(args.source, args.destination, config)))
         return
     for key, value in inspect(args.path, config).items():
         print(f"{key}: {json.dumps(value)}")
@@ -443,7 +441,8 @@ def print_list(directory: str | Path) -> None:
         raise ValueError(f"{directory} holds no checkpoint")
     print(f"{'step':>10}  {'kind':<12} path")
     for info in found:
-        print(f"{'-' if info.step is None else info.step:>10}  {info.kind:<12} {info.path}")
+        step, why = "-" if info.step is None else info.step, info.problem and f"  ({info.problem})"
+        print(f"{step:>10}  {info.kind:<12} {cli.printable(f'{info.path}{why}')}")
 
 
 if __name__ == "__main__":
