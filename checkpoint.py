@@ -97,8 +97,7 @@ def reader_of(path: Path) -> ModuleType:
             f"{path} is a distributed checkpoint, whose .metadata can run code: convert it "
             "where it was made with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
-    wanted = ", ".join(huggingface.WEIGHT_FILES)
-    raise ValueError(f"{path} holds no weights: none of {wanted}")
+    raise ValueError(f"{path} holds no weights: none of {', '.join(huggingface.WEIGHT_FILES)}")
 
 
 class Checkpoint:
@@ -180,11 +179,8 @@ class Checkpoint:
     def load(
         self, dtype: str | torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
     ) -> GPTModel | TransformersModel:
-        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32.
-
-        A GPTModel wherever GPTModel can express the config, otherwise transformers' own model
-        behind the same interface.
-        """
+        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. A GPTModel
+        wherever GPTModel can express the config, else transformers' behind the same interface."""
         dtype = layouts.as_dtype(dtype)
         if not self.native:
             self._check_unchanged()
@@ -301,9 +297,12 @@ def is_checkpoint(path: str | Path) -> bool:
     path = Path(path)
     if finding.closed_to_us(path):
         return formats.step_in_name(path.name) is not None
-    if any(reader.recognises(path) for reader in READERS):
+    try:
+        if any(reader.recognises(path) for reader in READERS):
+            return True
+        return bool(foreign.what_is(path)) or os.path.isfile(path / ".metadata")
+    except Exception:  # an edge: one of a directory, which says what is wrong when it is opened
         return True
-    return bool(foreign.what_is(path)) or os.path.isfile(path / ".metadata")
 
 
 def is_complete(path: str | Path) -> bool:
@@ -311,7 +310,7 @@ def is_complete(path: str | Path) -> bool:
     tell. For a watcher: ours are whole when they appear, others grow under their final name."""
     try:
         open(path)
-    except (ValueError, OSError):
+    except Exception:  # an edge: one of those that a watcher sees
         return False
     return True
 
@@ -319,17 +318,17 @@ def is_complete(path: str | Path) -> bool:
 def info_of(path: Path) -> CheckpointInfo:
     """What a checkpoint is called, its step and kind, as cheaply as its format can say it; an
     unreadable one has them too."""
-    name, problem = formats.name_of(path), ""
+    name, problem = path.name, ""
     try:
-        reader = reader_of(path)
+        name, reader = formats.name_of(path), reader_of(path)
         if hasattr(reader, "glance"):
             kind, step = reader.glance(path)
         else:
             opened = reader.open(path)
             kind, step = opened.kind, opened.step
-    except (ValueError, OSError) as error:
-        kind, step, problem = "unreadable", None, cli.first_line(error)
-    step = formats.step_in_name(name) if step is None else step
+    except Exception as error:  # an edge: one checkpoint of a directory
+        kind, step, problem = "unreadable", None, cli.reason_of(error)
+    step = step if type(step) is int else formats.step_in_name(name)
     return CheckpointInfo(path, step, name, kind, problem)
 
 
@@ -418,7 +417,7 @@ def main(argv=None):
         return
     config = load_config(args.config) if args.config else None
     if args.job == "convert":
-        print(convert(args.source, args.destination, config))
+        print(cli.printable(convert(args.source, args.destination, config)))
         return
     for key, value in inspect(args.path, config).items():
         print(f"{key}: {json.dumps(value)}")
@@ -434,9 +433,8 @@ def print_list(directory: str | Path) -> None:
         raise ValueError(f"{directory} holds no checkpoint")
     print(f"{'step':>10}  {'kind':<12} path")
     for info in found:
-        said = f"{info.path}  ({info.problem})" if info.problem else str(info.path)
-        said = said if said.isprintable() else ascii(said)
-        print(f"{'-' if info.step is None else info.step:>10}  {info.kind:<12} {said}")
+        step, why = "-" if info.step is None else info.step, info.problem and f"  ({info.problem})"
+        print(f"{step:>10}  {info.kind:<12} {cli.printable(f'{info.path}{why}')}")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if rank() == 0:
-            print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+            print(f"error: {printable(message)} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -367,19 +367,26 @@ def first_line(error: Exception) -> str:
 def note(text: str) -> None:
     """One line of what a user should know and nobody asked, once, from rank 0."""
     if rank() == 0:
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(f"note: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def reason_of(error: Exception) -> str:
+    """Why one of many (a checkpoint of a sweep, say) was not done, in one line, while the others go
+    on; what nobody foresaw with its type. --debug shows where it came from."""
+    _show_traceback(error)
+    expected = isinstance(error, USER_ERRORS)
+    return first_line(error) if expected else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _report(error: Exception) -> None:
     """One line. Bad input fails every rank alike, so the others leave the word to rank 0, whose
     exit makes torchrun end them; a rank that failed alone is still there to speak."""
-    if "--debug" in sys.argv:
-        traceback.print_exc()
+    _show_traceback(error)
     prefix = "error"
     if rank():
         time.sleep(2.0)
         prefix = f"error on rank {rank()}"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     print(f"{prefix}: {text}", file=sys.stderr, flush=True)
 
 
@@ -388,8 +395,16 @@ def _print_traceback(error: Exception) -> None:
     that one: torchrun ends it within a moment."""
     if rank() and any(text in str(error) for text in LOST_CONNECTION):
         time.sleep(ENDED_BY_OTHERS)
-    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+    text = "".join(traceback.format_exception(error)).rstrip()
+    lines = printable(text, lines=True).split("\n")
     print("\n".join(f"rank {rank()}: {line}" for line in lines), file=sys.stderr)
+
+
+def _show_traceback(error: Exception) -> None:
+    """With --debug."""
+    if "--debug" in sys.argv:
+        text = "".join(traceback.format_exception(error))
+        print(printable(text, lines=True), end="", file=sys.stderr)
 
 
 def _exit_on_signals() -> None:
@@ -414,9 +429,26 @@ def _exit_on_signals() -> None:
     threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
+# ---------------------------------------------------------------------------------------------
+# What a terminal sees
+
+
+def printable(text: Any, lines: bool = False) -> str:
+    """Text of others for a terminal: names, reasons, what a model wrote. In one line, or with
+    `lines` in as many as it has; what would steer a terminal, reorder what is read or cannot be
+    encoded stands as Python's escape."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    kept = "\n\t" if lines else ""
+    text = text if lines else "".join(" " if c.isspace() else c for c in text)
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
 def progress(total: int, desc: str, unit: str = "it") -> "tqdm":
     """A tqdm bar on rank 0, with the time left; silent on other ranks and without a terminal."""
     from tqdm import tqdm
 
     quiet = rank() != 0 or not sys.stderr.isatty()
+    desc = printable(desc)
     return tqdm(total=total, desc=desc, unit=unit, disable=quiet, leave=False, dynamic_ncols=True)

@@ -428,7 +428,7 @@ def main(argv=None) -> None:
         return print(json.dumps(report, indent=2))
     if args.explain:
         return explain(c, batch_size, seq_len, setup)
-    print(f"{args.config}: {c.n_layers} layers, width {c.d_model}, {c.n_heads} heads"
+    print(f"{cli.printable(args.config)}: {c.n_layers} layers, width {c.d_model}, {c.n_heads} heads"
           f" ({c.n_kv_heads} of keys and values) of {c.head_dim}, MLP {c.d_ff}")  # fmt: skip
     if args.fits:
         return print_fits(c, gpu, batch_size, seq_len, setup)

@@ -28,9 +28,11 @@ import results
 import stats
 from backends import Backend, Facts
 from backends.scoring import WindowTotals
+from cli import printable
 from dataset import RandomWindows, TokenStream, Windows, open_stream
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from formats.shards import RAW
+from runs import called
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -235,7 +237,8 @@ def show(records: list[Result]) -> None:
 
 def print_record(record: Result) -> None:
     metrics, cost, data = record["metrics"], record["cost"], record["data"]
-    print(f"\n{record['checkpoint']['name']}  ({record['checkpoint']['path']})")
+    info = record["checkpoint"]
+    print(f"\n{printable(info['name'])}  ({printable(info['path'])})")
     print(f"avg_loss: {metrics['loss']['value']:.6f}")
     print(f"ppl: {metrics['perplexity']['value']:.4f}")
     print(f"stderr: {metrics['loss']['stderr']:.6f} (of avg_loss)")
@@ -249,21 +252,23 @@ def print_record(record: Result) -> None:
         print(f"peak_memory: {cost['peak_memory_bytes'] / 2**30:.2f} GiB")
     files = record["breakdown"]["file"]
     if len(files) > 1:
-        width = max(len(name) for name in files)
-        for name, part in files.items():
+        rows = [(printable(name), part) for name, part in files.items()]
+        width = max(len(name) for name, _ in rows)
+        for name, part in rows:
             print(f"  {name:<{width}}  loss {part['loss']:.6f}  ppl {part['perplexity']:.4f}")
     print(f"record: {record.place}", flush=True)
 
 
 def print_table(records: list[dict]) -> None:
-    width = max(len(record["checkpoint"]["name"]) for record in records)
+    names = called(records)
+    width = max(map(len, names))
     print(f"\n{'checkpoint':<{width}}  {'step':>8}  {'loss':>9}  {'ppl':>11}  {'bits/byte':>9}")
-    for record in records:
+    for name, record in zip(names, records, strict=True):
         metrics, info = record["metrics"], record["checkpoint"]
         step = "" if info["step"] is None else info["step"]
         bits = metrics.get("bits_per_byte", {}).get("value")
         print(
-            f"{info['name']:<{width}}  {step:>8}  {metrics['loss']['value']:>9.5f}  "
+            f"{name:<{width}}  {step:>8}  {metrics['loss']['value']:>9.5f}  "
             f"{metrics['perplexity']['value']:>11.4f}  {'' if bits is None else f'{bits:>9.5f}'}"
         )
 

@@ -97,7 +97,8 @@ class Evaluation:
     options of each record where one command makes several. table: prints all checkpoints' records.
     needs_tokenizer: whether these options need one. samples: whether one line an example is
     kept "always", with --log-samples ("asked"), or "never". programs: files that are started
-    instead of imported, whose code counts too.
+    instead of imported, whose code counts too. recount: {metrics, examples, arrays} that options
+    ask of a loaded record beyond its key, from what it keeps; ValueError if that is lost.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Evaluation:
     table: Callable[[list[dict]], None] = lambda records: None
     needs_tokenizer: Callable[[Any], bool] = lambda options: True
     samples: str = "asked"
+    recount: Callable[[Any, dict], dict | None] = lambda options, record: None
     programs: tuple[str, ...] = ()
 
     def code_version(self, *rooms: str) -> str:
@@ -154,7 +156,7 @@ class Result(dict):
     @property
     def place(self) -> str:
         """Where it lies, for people."""
-        return str(self.path or "not saved")
+        return cli.printable(self.path or "not saved")
 
     def save(self, results_dir: str | Path, with_samples: bool = True) -> Path:
         """Into the results directory; the record's path."""
@@ -325,11 +327,8 @@ def bos_option(default: str = "auto") -> str:
 
 
 def compile_option() -> str:
-    return cli.option(
-        "auto",
-        "torch.compile; auto: on CUDA, if the job is long enough to repay it",
-        choices=("auto", "on", "off"),
-    )
+    help = "torch.compile; auto: on CUDA, if the job is long enough to repay it"
+    return cli.option("auto", help, choices=("auto", "on", "off"))
 
 
 @dataclass(frozen=True)

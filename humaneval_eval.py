@@ -35,6 +35,7 @@ import evaluation
 import stats
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
+from runs import called
 from sandbox.judge import TIERS, Sandbox, Verdict
 from tasks.programs import (
     Judging,
@@ -45,6 +46,7 @@ from tasks.programs import (
     find_task,
     judge_file,
     known_samples,
+    pass_at_more,
     print_example,
     print_scores,
     read_problems,
@@ -344,9 +346,9 @@ def show(records: list[Result]) -> None:
 
 
 def print_record(record: Result) -> None:
-    protocol, cost = record["protocol"], record["cost"]
+    protocol, cost, info = record["protocol"], record["cost"], record["checkpoint"]
     work, judged, tally, folder = record.shown
-    print(f"\n{record['checkpoint']['name']}  ({record['checkpoint']['path']})")
+    print(f"\n{cli.printable(info['name'])}  ({cli.printable(info['path'])})")
     drawn = ", ".join([str(protocol["num_samples"]), *how_drawn(protocol)])
     print(f"{len(work.problems)} tasks, samples of each: {drawn}")
     if protocol["limit"]:
@@ -364,17 +366,17 @@ def print_record(record: Result) -> None:
     if work.options.show:
         print_example(work.problems[find_task(work.problems, work.options.show)], judged)
     if folder and (folder / "samples.jsonl").exists():
-        print(f"samples: {folder / 'samples.jsonl'}")
+        print(f"samples: {cli.printable(folder / 'samples.jsonl')}")
     print(f"record: {record.place}", flush=True)
 
 
 def print_table(records: list[dict]) -> None:
     """A line for each checkpoint."""
-    width = max(10, *(len(record["checkpoint"]["name"]) for record in records))
+    width = max(10, *map(len, called(records)))
     print(f"\n{'checkpoint':{width}}" + "".join(f"{k:>20}" for k in records[0]["metrics"]))
-    for record in records:
+    for name, record in zip(called(records), records, strict=True):
         cells = map(stats.show_share, record["metrics"].values())
-        print(f"{record['checkpoint']['name']:{width}}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{name:{width}}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -390,6 +392,7 @@ HUMANEVAL = Evaluation(
     table=print_table,
     check=check,
     samples="always",
+    recount=lambda options, record: pass_at_more(record, options.ks),
     programs=("sandbox/worker.py", "sandbox/jail.py"),
 )
 
@@ -399,9 +402,8 @@ def evaluate_humaneval(
 ) -> Result:
     """Draw `num_samples` programs for each problem, judge them, and return results.py's record.
 
-    options: Options' and Sampling's fields. Also dist, info, run and results_dir (then an
-    interrupted evaluation goes on where it stopped): see Evaluation. ValueError for k >
-    num_samples, bad values, prompts beyond the context, and where no sandbox works.
+    options: Options' and Sampling's fields, and dist, info, run and results_dir: see Evaluation.
+    ValueError for k > num_samples, bad values, long prompts, and where no sandbox works.
     """
     return HUMANEVAL(model, tokenizer, data_path=data_path, num_samples=num_samples, **options)
 

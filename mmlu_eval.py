@@ -31,6 +31,7 @@ import command
 import evaluation
 import stats
 from backends import Backend, Facts, Sampling
+from cli import printable
 from durable import dumps, write_atomic
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks.choices import (
@@ -292,7 +293,7 @@ def print_accuracies(records: list[Result]) -> None:
     first = records[0]
     data, protocol = first.shown, first["protocol"]
     print(
-        f"\n{first['checkpoint']['name']}: {len(data.questions):,} questions of "
+        f"\n{printable(first['checkpoint']['name'])}: {len(data.questions):,} questions of "
         f"{len(data.subjects)} subjects, {protocol['shots']}-shot"
     )
     if protocol["limit"] or protocol["subjects"]:
@@ -319,7 +320,8 @@ def print_accuracies(records: list[Result]) -> None:
     share_line("macro (mean of subjects)", macro)
     for dimension in ("category", "subject"):
         for group in first["breakdown"][dimension]:
-            share_line(f"  {group}", [r["breakdown"][dimension][group][n] for r, n, _ in columns])
+            shares = [r["breakdown"][dimension][group][n] for r, n, _ in columns]
+            share_line(f"  {printable(group)}", shares)
 
 
 def print_details(record: Result) -> None:
@@ -367,7 +369,7 @@ def print_differences(records: list[Result]) -> None:
         place = str(file)
     for (a, b), lines in zip(pairs, found):
         print(f"{column_of(a)} and {column_of(b)} differ on {len(lines):,} questions")
-    print(f"differences: {place}")
+    print(f"differences: {printable(place)}")
 
 
 def differences(a: Result, b: Result) -> list[dict]:

@@ -20,10 +20,11 @@ from pathlib import Path
 import cli
 from durable import write_atomic
 from reporting.compare import compare, compare_text, pairs_of
-from reporting.groups import groups_of, metric_names, plain, read
+from reporting.groups import groups_of, metric_names, read
 from reporting.page import page, page_data
 from reporting.tables import csv_text, markdown, table_of, terminal
 from results import utc_now
+from runs import walk
 
 # ---------------------------------------------------------------------------------------------
 # Files
@@ -45,25 +46,50 @@ def write_report(
     known = metric_names(found["ok"])
     if sort and known and sort not in ("step", *known):
         raise ValueError(f"--sort {sort}: no such metric; there are step, {', '.join(known)}")
+    title = Path(results_dir).resolve().name
+    try:
+        tables, data, files = drawn(found, title, sort, rows, refresh)
+    except Exception:  # an edge: one record of a directory
+        leave_out_the_odd(found)
+        tables, data, files = drawn(found, title, sort, rows, refresh)
+    try:
+        for name, text in files.items():
+            write_atomic(Path(out_dir, name), text)
+        if html:
+            write_atomic(Path(out_dir, "report.html"), page(data))
+    except OSError as error:  # a full disk, a directory of somebody else's
+        raise ValueError(f"{error}; --out FOLDER writes the report elsewhere") from None
+    parts = [terminal(table, sys.stdout.isatty()) for table in tables]
+    parts = parts or [f"{cli.printable(results_dir)}: no results yet"]
+    parts += beside_tables(found)
+    names = ["report.html"] * html + list(files)
+    parts.append("written: " + ", ".join(cli.printable(Path(out_dir, name)) for name in names))
+    return "\n\n".join(parts)
+
+
+def drawn(
+    found: dict, title: str, sort: str | None = None, rows: int = 0, refresh: float | None = None
+) -> tuple[list[dict], dict, dict[str, str]]:
+    """(tables, the page's data, {file: text}) of what `groups.read` found."""
     tables = [table_of(group, sort, rows) for group in groups_of(found["ok"])]
     files = {
         "report.csv": csv_text(found["ok"] + found["failed"]),
         "report.md": markdown(tables, found),
     }
-    title = Path(results_dir).resolve().name
-    try:
-        for name, text in files.items():
-            write_atomic(Path(out_dir, name), text)
-        if html:
-            write_atomic(Path(out_dir, "report.html"), page(page_data(found, title, refresh)))
-    except OSError as error:  # a full disk, a directory of somebody else's
-        raise ValueError(f"{error}; --out FOLDER writes the report elsewhere") from None
-    parts = [terminal(table, sys.stdout.isatty()) for table in tables]
-    parts = parts or [f"{results_dir}: no results yet"]
-    parts += beside_tables(found)
-    names = ["report.html"] * html + list(files)
-    parts.append("written: " + ", ".join(str(Path(out_dir, name)) for name in names))
-    return "\n\n".join(parts)
+    return tables, page_data(found, title, refresh), files
+
+
+def leave_out_the_odd(found: dict) -> None:
+    """Move the records that cannot be shown even alone to those that are not readable."""
+    nothing = {name: [] for name in found}
+    for kind in ("ok", "failed"):
+        for record in list(found[kind]):
+            try:
+                drawn(nothing | {kind: [record]}, "")
+            except Exception as error:  # the same edge
+                found[kind].remove(record)
+                path = record["_path"]
+                found["skipped"].append((path, f"{path}: {cli.reason_of(error)}"))
 
 
 def beside_tables(found: dict) -> list[str]:
@@ -71,20 +97,20 @@ def beside_tables(found: dict) -> list[str]:
     lines = []
     for r in found["failed"]:
         name = f"{r['run']}/{r['checkpoint'].get('name')}"
-        lines.append(plain(f"failed: {name} {r['evaluation']}: {r.get('reason')}"))
+        lines.append(cli.printable(f"failed: {name} {r['evaluation']}: {r.get('reason')}"))
     if found["replaced"]:
         lines.append(f"left out, as later ones replace them: {len(found['replaced'])} records")
     for d in found["differences"]:
         answers = ", ".join(d["columns"][-d["answers"] :]) if d["answers"] else "its records"
         what = f"{len(d['rows']):,} examples of {d['evaluation']}"
-        lines.append(plain(f"{d['place']}: {what} answered differently by {answers}"))
-    return lines + [plain(f"not readable: {reason}") for _, reason in found["skipped"]]
+        lines.append(cli.printable(f"{d['place']}: {what} answered differently by {answers}"))
+    return lines + [cli.printable(f"not readable: {reason}") for _, reason in found["skipped"]]
 
 
 def signature(results_dir: str | Path) -> set:
     """What changes when a record is added or rewritten."""
     found = set()
-    for directory, _, names in os.walk(results_dir):
+    for directory, names in walk(results_dir):
         for name in names:
             if name.endswith((".json", ".jsonl")):
                 try:

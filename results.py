@@ -29,9 +29,11 @@ from typing import Any
 
 import numpy as np
 
+import cli
 from durable import dumps, encode, write_atomic, write_json
 from identity import config_hash, record_path, resume_key
 from results_v1 import arrays_from_version_1, from_version_1
+from runs import walk
 from sources import ROOT, code_commit, code_files, code_version, running_code, source_files
 from stats import proportion_stderr
 
@@ -247,15 +249,8 @@ def _save_beside(path: Path, suffix: str, data: bytes) -> dict:
 
 REQUIRED = {"schema_version", "evaluation", "run", "status"}
 OBJECTS = ("checkpoint", "metrics", "protocol", "data", "cost", "breakdown", "environment", "files")
-TEXTS: tuple[str, ...] = (
-    "evaluation",
-    "run",
-    "status",
-    "config_hash",
-    "code_version",
-    "resume_key",
-)
-TEXTS += ("checkpoint.name", "checkpoint.path", "data.hash")
+TEXTS: tuple[str, ...] = ("evaluation", "run", "status", "config_hash", "code_version")
+TEXTS += ("resume_key", "checkpoint.name", "checkpoint.path", "data.hash")
 LABEL = re.compile(r"[^{}]*\{(:,)?\}[^{}]*")  # a format that can do nothing else
 
 
@@ -275,6 +270,10 @@ def _wrong_field(record: dict) -> str | None:
         fields = value if isinstance(value, dict) else {}
         if "value" not in fields or fields.get("better") not in BETTER:
             return f"metric {name!r} must be an object with value and better, not {value!r:.60}"
+    for kind, entry in record["files"].items():
+        named = [entry.get(key) for key in ("name", "sha256")] if isinstance(entry, dict) else None
+        if not _is_list_of_texts(named):
+            return f"file of {kind} must be an object with name and sha256, not {entry!r:.60}"
     if not _is_list_of_texts(record["words"]):
         return f"field 'words' must be a list of texts, not {record['words']!r:.60}"
     examples = record["examples"]
@@ -331,20 +330,19 @@ def load_record(path: str | Path) -> dict:
 def load_records(results_dir: str | Path, skipped: list | None = None) -> list[dict]:
     """All records under a directory, in the order of their paths. A file that is no record is left
     out, and (path, reason) appended to `skipped`. Hidden files and folders are not looked at."""
-    results_dir = Path(results_dir)
-    if not results_dir.is_dir():
+    if not Path(results_dir).is_dir():
         raise ValueError(f"{results_dir}: no such directory of results")
     records = []
-    for directory, folders, names in os.walk(results_dir):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "lm_eval")
-        for name in sorted(names):
-            if name.endswith(".json") and not name.startswith("."):
+    for directory, names in walk(results_dir, skipped):
+        exports = "results_" if "lm_eval" in directory.split(os.sep) else "."
+        for name in names:
+            if name.endswith(".json") and not name.startswith((".", exports)):
                 path = os.path.join(directory, name)
                 try:
                     records.append(load_record(path))
-                except (OSError, ValueError) as error:
+                except Exception as error:  # an edge: one file of many
                     if skipped is not None:
-                        skipped.append((path, str(error)))
+                        skipped.append((path, cli.reason_of(error)))
     return records
 
 
@@ -368,15 +366,19 @@ def load_arrays(record: dict) -> dict[str, np.ndarray]:
     data = _beside(record, "arrays")
     if data is None:
         return {}
-    with np.load(io.BytesIO(data), allow_pickle=False) as npz:
-        arrays = dict(npz)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as npz:
+            arrays = dict(npz)
+    except Exception as error:  # zip, zlib and numpy have many kinds of it
+        raise ValueError(f"{record['_path']}: its arrays cannot be read: {error}") from None
     return arrays if record["_version"] > 1 else arrays | arrays_from_version_1(record, arrays)
 
 
 def load_samples(record: dict) -> list[dict]:
     """The samples of a loaded record, [] if it has none; errors as `load_arrays`."""
     data = _beside(record, "samples")
-    return [json.loads(line) for line in data.split(b"\n") if line] if data else []
+    samples = [json.loads(line) for line in data.split(b"\n") if line] if data else []
+    return [sample for sample in samples if isinstance(sample, dict)]
 
 
 def scalars(record: dict) -> dict[str, float]:

@@ -24,7 +24,6 @@ import re
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ from evaluation import Evaluation, ModelOptions, Result
 from formats import pt_files
 from humaneval_eval import HUMANEVAL
 from mmlu_eval import MMLU
-from sweeping.planner import Entry, Planner, Work, reason_of
+from sweeping.planner import Entry, Planner, Work
 
 EVALUATIONS = (PERPLEXITY, MMLU, HUMANEVAL)
 SHARE_OF_MEMORY = 0.5  # of what is available, that reading ahead may fill
@@ -205,7 +204,7 @@ def do(planner: Planner, work: Work, dist: Dist) -> None:
     try:
         opened = load(planner, work, dist)
     except Exception as error:  # an edge: one checkpoint of a sweep
-        problem = explain(error)
+        problem = cli.reason_of(error)
     problem = next(filter(None, dist.gather(problem)), None)
     load_seconds = time.perf_counter() - start
     for label in work.pending:
@@ -253,14 +252,7 @@ def evaluate(
         )
     except Exception as error:  # an edge: one checkpoint of a sweep
         dist.agree_on_error(error)
-        return explain(error)
-
-
-def explain(error: Exception) -> str:
-    """One line; --debug shows where it came from."""
-    if "--debug" in sys.argv:
-        traceback.print_exception(error)
-    return reason_of(error)
+        return cli.reason_of(error)
 
 
 class ReadAhead:
@@ -277,7 +269,7 @@ class ReadAhead:
     def _read(self, path: Path) -> None:
         files = [path] if path.is_file() else path.glob("*")
         with contextlib.suppress(OSError):  # gone meanwhile
-            files = [f for f in files if not pt_files.NOT_WEIGHTS.fullmatch(f.name)]
+            files = [f for f in files if f.is_file() and not pt_files.NOT_WEIGHTS.fullmatch(f.name)]
             if sum(f.stat().st_size for f in files) < available_memory() * SHARE_OF_MEMORY:
                 for file in files:
                     with open(file, "rb", buffering=0) as f:

@@ -198,7 +198,7 @@ def resume(state: TrainingState, run: RunOptions) -> None:
     _, state.step, _ = checkpoint.load_checkpoint(
         found[-1].path, state.model, state.optimizer, state.scheduler
     )
-    print0(f"resuming from {found[-1].path}, step {state.step}")
+    print0(f"resuming from {cli.printable(found[-1].path)}, step {state.step}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def save(
             extra={"tokens": state.step * batches.batch_size * batches.seq_len},
             keep=run.keep,
         )
-        print0(f"step {state.step}: saved {path}")
+        print0(f"step {state.step}: saved {cli.printable(path)}")
     dist.barrier()
 
 

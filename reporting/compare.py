@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reporting.groups import Record, lower_is_better, number, plain, title_of, triple
+from cli import printable
+from reporting.groups import Record, lower_is_better, number, title_of, triple
 from results import load_arrays, load_record, load_records, load_samples
+from runs import told_apart
 from stats import bootstrap_ci, examples_to_resolve, mcnemar_exact, paired_difference, ratio
 
 # ---------------------------------------------------------------------------------------------
@@ -142,9 +144,9 @@ def pairs_of(a: str | Path, b: str | Path) -> list[tuple[Record, Record]]:
 def _by_work(folder: Path) -> dict[tuple, Record]:
     """{(evaluation, configuration, data): record} of one checkpoint's folder."""
     records = [r for r in load_records(folder) if r["status"] == "ok"]
-    names = {r["checkpoint"].get("name") for r in records}
-    if len(names) > 1:
-        raise ValueError(f"{folder}: holds {len(names)} checkpoints; name one's folder")
+    contents = {r["checkpoint"].get("fingerprint") for r in records}
+    if len(contents) > 1:
+        raise ValueError(f"{folder}: holds {len(contents)} checkpoints; name one's folder")
     return {(r["evaluation"], r.get("config_hash"), r["data"].get("hash")): r for r in records}
 
 
@@ -201,7 +203,7 @@ def changed_most(record: Record, x: Examples, y: Examples, name: str, limit: int
     order = np.lexsort((-moved, -np.abs(change)))[:limit]
     samples = {}
     for sample in load_samples(record):
-        samples.setdefault(sample.get("id"), sample)
+        samples.setdefault(str(sample.get("id")), sample)
     return [
         {
             "example": int(i),
@@ -217,13 +219,13 @@ def changed_most(record: Record, x: Examples, y: Examples, name: str, limit: int
 
 def label_of(record: Record, arrays: Mapping[str, Any], samples: dict, i: int) -> str:
     """What example i is, from arrays and samples that the record names, as far as it has them."""
-    said, sample = [], samples.get(i, {})
+    said, sample = [], samples.get(str(i), {})
     for name, text in (record["examples"].get("labels") or {}).items():
         value = arrays[name][i] if name in arrays and i < len(arrays[name]) else sample.get(name)
         if value is not None:
             value = value.item() if isinstance(value, np.generic) else value
             said.append(text.format(value) if isinstance(value, (int, float)) else f"{value}")
-    text = plain(": ".join(said))
+    text = printable(" ".join(": ".join(said).split()))
     return text if len(text) <= 70 else text[:69] + "…"
 
 
@@ -233,7 +235,7 @@ def label_of(record: Record, arrays: Mapping[str, Any], samples: dict, i: int) -
 
 def compare_text(a: Record, b: Record, out: dict) -> str:
     """What `compare` found, for a terminal."""
-    unit, (low, high) = out["unit"], out["bootstrap"]
+    unit, (low, high) = printable(out["unit"]), out["bootstrap"]
     same = out["n"] - out["better"] - out["worse"]
     lines = _head(a, b, out["metric"])
     lines += [
@@ -248,7 +250,9 @@ def compare_text(a: Record, b: Record, out: dict) -> str:
         lines.append(f"                   both right {out['both']:,}, both wrong {neither:,}")
         lines.append(f"  McNemar, exact   p = {out['p']:.4g}")
     for name, d in out["others"].items():
-        lines.append(f"  {name:<16} {d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]")
+        lines.append(
+            f"  {printable(name):<16} {d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
+        )
     if math.isfinite(out["needed"]):
         lines.append(
             f"  to resolve       {max(out['needed'], 2):,.0f} {unit} for a difference of this size "
@@ -266,14 +270,14 @@ def compare_text(a: Record, b: Record, out: dict) -> str:
 def _head(a: Record, b: Record, name: str) -> list[str]:
     """Which records, their values, and where their protocols differ."""
     lines = [title_of([a])]
-    for side, record in (("A", a), ("B", b)):
+    for side, record in zip("AB", told_apart([a, b]), strict=True):
         value, stderr, _ = triple(record["metrics"].get(name))
-        where = plain(f"{record['run']}/{record['checkpoint'].get('name')}")
+        where = printable(f"{record['run']}/{record['checkpoint'].get('name')}: {name}")
         spread = "" if stderr is None else f" ±{number(stderr)}"
-        lines.append(f"  {side}  {where}: {name} {number(value)}{spread}")
+        lines.append(f"  {side}  {where} {number(value)}{spread}")
     before, after = a["protocol"], b["protocol"]
     differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     if differ:
-        said = (plain(f"{k} {before.get(k)} / {after.get(k)}") for k in differ)
+        said = (printable(f"{k} {before.get(k)} / {after.get(k)}") for k in differ)
         lines.append("  the protocols differ: " + ", ".join(said))
     return lines

@@ -9,14 +9,20 @@ Everything is read from the records, which say themselves what their numbers are
 
 import math
 import os
+import sys
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import cli
+from cli import printable
 from durable import read_jsonl
 from results import load_records
+from runs import told_apart, walk
 
 Record = dict[str, Any]
+LARGEST = sys.float_info.max  # whole numbers have no end
 Group = list[Record]  # of the same evaluation, configuration and data: their numbers are comparable
 
 
@@ -27,7 +33,7 @@ Group = list[Record]  # of the same evaluation, configuration and data: their nu
 def real(value: Any) -> float | int | None:
     """A finite number, or None."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if known and math.isfinite(value) else None
+    return value if known and -LARGEST <= value <= LARGEST else None
 
 
 def triple(metric: Any) -> tuple:
@@ -35,11 +41,6 @@ def triple(metric: Any) -> tuple:
     if isinstance(metric, dict):
         return tuple(real(metric.get(key)) for key in ("value", "stderr", "n"))
     return real(metric), None, None
-
-
-def plain(text: Any) -> str:
-    """Text for one line of a terminal: no control characters, whatever a name or reason holds."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def number(value: float | int | None) -> str:
@@ -89,14 +90,16 @@ def units_of(records: Iterable[Record]) -> dict[str, str]:
 
 
 def read(results_dir: str | Path) -> dict:
-    """{ok, failed, replaced, skipped, differences}: good records, failed ones, those that a later
-    record of the same run, checkpoint name and configuration replaces, (path, reason) of unreadable
-    files, and the examples that several records of one checkpoint answer differently."""
+    """{ok, failed, replaced, skipped, differences}: good records, failed ones, copies of which a
+    later one shows the same work, (path, reason) of unreadable files, and the examples that several
+    records of one checkpoint answer differently. Runs and checkpoints have names that tell them
+    apart (runs.py)."""
     skipped, newest, replaced = [], {}, []
-    records = load_records(results_dir, skipped)
+    records = told_apart(load_records(results_dir, skipped))
     for record in sorted(records, key=lambda r: str(r["environment"].get("time"))):
-        name = record["checkpoint"].get("name")
-        key = (record["run"], name, record["evaluation"], record.get("config_hash"))
+        checkpoint, data = record["checkpoint"], record["data"].get("hash")
+        which = record["run"], checkpoint.get("name"), str(checkpoint.get("fingerprint"))
+        key = which, record["status"], record["evaluation"], record.get("config_hash"), data
         if key in newest:
             replaced.append(newest[key])
         newest[key] = record
@@ -115,7 +118,7 @@ def read_differences(results_dir: str | Path, skipped: list) -> list[dict]:
     a row for each example on which not all agree. answers: how many of the last columns are
     answers, those whose name holds a slash."""
     found = []
-    for path in sorted(Path(results_dir).glob("*/*/*-differences-*.jsonl")):
+    for path in _differences_below(results_dir):
         examples = {}  # an example has a line for each pair of records that differ on it
         try:
             for _, _, entry in read_jsonl(path) if path.stat().st_size else ():
@@ -123,8 +126,9 @@ def read_differences(results_dir: str | Path, skipped: list) -> list[dict]:
                     entry["where"] = os.path.basename(entry["where"])  # the page may travel
                 examples.setdefault(entry["id"], {}).update(entry)
             rows = [example for _, example in sorted(examples.items())]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            skipped.append((str(path), f"{path}: no list of differences: {error}"))
+        except Exception as error:  # an edge: one file of many
+            why = cli.reason_of(error)
+            skipped.append((str(path), f"{path}: no list of differences: {why}"))
             continue
         names = list(dict.fromkeys(name for row in rows for name in row if name != "id"))
         answers = [name for name in names if "/" in name]
@@ -141,6 +145,11 @@ def read_differences(results_dir: str | Path, skipped: list) -> list[dict]:
                 }
             )
     return found
+
+
+def _differences_below(results_dir: str | Path) -> list[Path]:
+    files = (Path(folder, name) for folder, names in walk(results_dir) for name in names)
+    return [file for file in files if fnmatch(file.name, "*-differences-*.jsonl")]
 
 
 def by_step(record: Record) -> tuple:
@@ -165,11 +174,11 @@ def groups_of(records: Iterable[Record]) -> list[Group]:
 
 def words_of(group: Group) -> list[str]:
     """What the numbers of a group are, in a few words each."""
-    return list(dict.fromkeys(plain(words) for words in group[0]["words"]))
+    return list(dict.fromkeys(printable(words) for words in group[0]["words"]))
 
 
 def title_of(group: Group) -> str:
-    return " · ".join([plain(group[0]["evaluation"]), *words_of(group)])
+    return " · ".join([printable(group[0]["evaluation"]), *words_of(group)])
 
 
 def difference_of(group: Group, groups: list[Group]) -> str:

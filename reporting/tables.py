@@ -3,8 +3,11 @@
 import csv
 import io
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from cli import printable
 from reporting.compare import difference_to, examples_of
 from reporting.groups import (
     Group,
@@ -13,7 +16,6 @@ from reporting.groups import (
     lower_is_better,
     metric_names,
     number,
-    plain,
     real,
     title_of,
     triple,
@@ -22,6 +24,8 @@ from reporting.groups import (
 from results import scalars
 
 SHOWN_DIFFERENCES = 100  # examples of a checkpoint
+TO_BEST = "Δ to best [95%]"
+FORMULA = tuple("=+-@＝＋－＠\t\r")  # how a spreadsheet knows one
 
 
 def sort_key(group: Group, sort: str) -> Callable[[Record], tuple]:
@@ -61,12 +65,13 @@ def table_of(group: Group, sort: str | None = None, rows: int = 0) -> dict:
         examples = examples_of(winner)
     except ValueError:
         examples = None
-    header = ["run", "checkpoint", "step", primary, "Δ to best [95%]", *names[1:]]
+    first, *more = map(printable, names)
+    header = ["run", "checkpoint", "step", first, TO_BEST, *more]
     cells, best, unpaired = [], set(), False
     for i, record in enumerate(shown):
         found = None if record is winner else difference_to(winner, record, primary, examples)
         unpaired |= found is not None and not found[3]
-        row = [plain(record["run"]), plain(record["checkpoint"].get("name"))]
+        row = [printable(record["run"]), printable(record["checkpoint"].get("name"))]
         row.append(number(real(record["checkpoint"].get("step"))))
         for name in names:
             value, stderr, _ = triple(record["metrics"].get(name))
@@ -116,40 +121,68 @@ def terminal(table: dict, colour: bool = False) -> str:
     return "\n".join(lines + [f"  {note}" for note in table["notes"]])
 
 
+# ---------------------------------------------------------------------------------------------
+# Files, in which text of others stays text
+
+
+def marked_down(text: Any) -> str:
+    """Text of others for Markdown: no tag, link, image, code, emphasis or column comes of it."""
+    text = re.sub(r"[\\`*\[\]<>|~$&#]", r"\\\g<0>", printable(text))
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # within a word it is only itself
+    text = re.sub(r":(?=//)|(?<=www)\.", r"\\\g<0>", text)  # GitHub makes links of bare addresses
+    return text.replace("@", "@<!-- -->")  # and of these, which it tells whom they name
+
+
 def markdown(tables: list[dict], found: dict) -> str:
     """report.md: the tables, and what `groups.read` found beside good records."""
 
-    def line(cells) -> str:
-        texts = [plain(cell).replace("|", "\\|") for cell in cells]
-        return f"| {' | '.join(texts)} |"
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def others(cells: Iterable[Any]) -> str:
+        return line(map(marked_down, cells))
 
     out = ["# Results", ""]
     for table in tables:
-        out += [f"## {table['title']}", ""]
+        out += [f"## {marked_down(table['title'])}", ""]
         if table["header"]:
             ruler = ["---"] * 2 + ["---:"] * (len(table["header"]) - 2)
-            out += [line(table["header"]), line(ruler)]
+            header = (name if name == TO_BEST else marked_down(name) for name in table["header"])
+            out += [line(header), line(ruler)]
             for i, row in enumerate(table["rows"]):
-                best = (f"**{c}**" if (i, j) in table["best"] else c for j, c in enumerate(row))
-                out.append(line(best))
+                row = [*map(marked_down, row[:2]), *row[2:]]  # the others are numbers
+                out.append(
+                    line(f"**{c}**" if (i, j) in table["best"] else c for j, c in enumerate(row))
+                )
             out += ["", *(f"{note}." for note in table["notes"]), ""]
     for d in found["differences"]:
         title = f"{d['evaluation']} of {d['place']}, {len(d['rows']):,} examples"
-        out += [f"## Answered differently: {plain(title)}", ""]
-        out += [line(d["columns"]), line(["---"] * len(d["columns"]))]
-        out += [line(row) for row in d["rows"][:SHOWN_DIFFERENCES]]
+        out += [f"## Answered differently: {marked_down(title)}", ""]
+        out += [others(d["columns"]), line(["---"] * len(d["columns"]))]
+        out += [others(row) for row in d["rows"][:SHOWN_DIFFERENCES]]
         if len(d["rows"]) > SHOWN_DIFFERENCES:
-            out += ["", f"The first {SHOWN_DIFFERENCES}; {plain(d['file'])} has them all."]
+            out += ["", f"The first {SHOWN_DIFFERENCES}; {marked_down(d['file'])} has them all."]
         out.append("")
     if found["failed"]:
-        columns = ["run", "checkpoint", "evaluation", "reason"]
-        out += ["## Failed", "", line(columns), line(["---"] * 4)]
+        out += ["## Failed", "", line(["run", "checkpoint", "evaluation", "reason"])]
+        out.append(line(["---"] * 4))
         for r in found["failed"]:
             name = r["checkpoint"].get("name")
-            out.append(line([r["run"], name, r["evaluation"], r.get("reason")]))
+            out.append(others([r["run"], name, r["evaluation"], r.get("reason")]))
         out.append("")
-    out += [f"Not readable: {plain(reason)}" for _, reason in found["skipped"]]
+    if found["replaced"]:
+        out += [f"Left out, as later ones replace them: {len(found['replaced'])} records.", ""]
+    for _, reason in found["skipped"]:
+        out += [f"Not readable: {marked_down(reason)}", ""]
     return "\n".join(out).rstrip() + "\n"
+
+
+def csv_cell(value: Any) -> Any:
+    """What is no number, for a spreadsheet: one that begins like a formula begins with a quote."""
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = printable(value, lines=True)
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def csv_text(records: list[Record]) -> str:
@@ -159,13 +192,14 @@ def csv_text(records: list[Record]) -> str:
         checkpoint = r["checkpoint"]
         row = {"run": r["run"], "checkpoint": checkpoint.get("name")}
         row |= {"step": checkpoint.get("step"), "tokens": checkpoint.get("tokens")}
-        row |= {"fingerprint": checkpoint.get("fingerprint"), "evaluation": r["evaluation"]}
+        row |= {"fingerprint": checkpoint.get("fingerprint"), "path": checkpoint.get("path")}
+        row |= {"evaluation": r["evaluation"]}
         row |= {"config": str(r.get("config_hash"))[:8], "status": r["status"]}
         row |= {"reason": r.get("reason")} | scalars(r | {"breakdown": {}})
         rows.append(row)
     columns = dict.fromkeys(key for row in rows for key in row)
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(csv_cell, columns))
+    writer.writerows([csv_cell(row.get(name)) for name in columns] for row in rows)
     return out.getvalue()

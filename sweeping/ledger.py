@@ -2,22 +2,26 @@
 
     ledger = Ledger("results", entries, dtype, options)
     ledger.is_done(resume_key), ledger.has_failed(path, files, label)
+    ledger.fill(entry, resume_key, run, about)              # what else was asked of a record there
     ledger.save(result, with_samples, path, label)          # and out to TensorBoard, W&B
 
-Records are the only memory: nothing else is written down.
+Records are the only memory of work.
 """
 
 import contextlib
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import checkpoint
+import cli
 import durable
 import results
+from distributed import print0
 from evaluation import Result
 from sweeping.export import to_lm_eval
-from sweeping.trackers import open_trackers
+from sweeping.trackers import Trackers, open_trackers
 
 
 class Ledger:
@@ -28,14 +32,16 @@ class Ledger:
         # a failure is filed under what holds for all entries, too: --config, where it is given
         self.shared = {"dtype": dtype} | ({"config": config.to_dict()} if config else {})
         self.entries = {entry.label: entry for entry in entries}
-        self.done, self.made, self.failures = set(), set(), {}
-        self.trackers = open_trackers(options.tensorboard, options.wandb)
+        self.done: dict[str, dict[str, Path]] = {}  # resume_key: {run: its record}
+        self.made, self.failures = set(), {}
+        logs = open_trackers(options.tensorboard, options.wandb)
+        self.trackers = Trackers(Path(results_dir) / ".sent.jsonl", logs)
         for record in results.load_records(results_dir):
             self._note(record)
 
     def _note(self, record: dict) -> None:
         if record["status"] == "ok":
-            self.done.add(record.get("resume_key"))
+            self.done.setdefault(str(record.get("resume_key")), {})[record["run"]] = record["_path"]
             self._export(record)
         else:
             path = os.path.abspath(record["checkpoint"].get("path") or "")
@@ -53,12 +59,39 @@ class Ledger:
         where = result.save(self.results_dir, with_samples)
         self.forget_failure(path, label)
         self._forget_older_failures(path, result["evaluation"])
-        self.done.add(result["resume_key"])
         self.made.add(result["resume_key"])
-        self._export(result | {"_path": str(where)})
-        name = label.replace(" ", "_")  # two of a kind: two curves
-        for log in self.trackers:
-            log(result | {"evaluation": name})
+        self._note(result | {"_path": str(where)})
+        self.trackers.send(result, label, again=True)
+
+    # -- more of what is there ----------------------------------------------------------------
+
+    def fill(self, entry: Any, key: str, run: str, about: dict) -> list[str]:
+        """What is asked for beyond the key of a record that is done, from what is there: the record
+        under this run's name too, metrics that its arrays give, its numbers to the trackers. In
+        words, what was done. ValueError where that takes the model: samples that were not kept,
+        arrays that are lost."""
+        there, told = self.done[key], []
+        record = results.load_record(there.get(run) or next(iter(there.values())))
+        with_samples = self.options.log_samples and entry.evaluation.samples == "asked"
+        if with_samples and "samples" not in record["files"]:
+            raise ValueError("every example's scores were not kept")
+        more = entry.evaluation.recount(entry.options, record)
+        if run not in there or more:
+            if run not in there:
+                told.append(f"copied from run {record['run']}")
+            if more:
+                new = [name for name in more["metrics"] if name not in record["metrics"]]
+                told.append(f"{', '.join(new)} added")
+            arrays = results.load_arrays(record) | (more["arrays"] if more else {})
+            samples = results.load_samples(record) or None
+            record |= {"run": run, "checkpoint": about}
+            record |= {"metrics": more["metrics"], "examples": more["examples"]} if more else {}
+            path = results.save_record(self.results_dir, record, arrays, samples)
+            record = results.load_record(path)
+            self._note(record)
+        if self.trackers.send(record, entry.label):
+            told.append("sent to the trackers")
+        return told
 
     # -- failures -----------------------------------------------------------------------------
 
@@ -128,7 +161,12 @@ class Ledger:
         if self.options.lm_eval_json:
             root, path = Path(self.results_dir), Path(record["_path"])
             place = root / "lm_eval" / path.parent.relative_to(root)
-            durable.write_json(place / f"results_{path.name}", to_lm_eval(record))
+            try:
+                shaped = to_lm_eval(record)
+            except Exception as error:  # an edge: one record of those that are there
+                print0(cli.printable(f"{path}: not exported: {cli.reason_of(error)}"))
+                return
+            durable.write_json(place / f"results_{path.name}", shaped)
 
 
 def digest(files: tuple) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import checkpoint
 import cli
 import evaluation
+import formats
 from backends import Facts
 from backends.local import facts_of
 from checkpoint import Checkpoint
@@ -79,12 +80,6 @@ class Work(NamedTuple):
     ahead: Path | None  # likely to be next
 
 
-def reason_of(error: Exception) -> str:
-    """Why a checkpoint has no record, in one line."""
-    expected = isinstance(error, (ValueError, OSError))
-    return cli.first_line(error) if expected else f"{type(error).__name__}: {cli.first_line(error)}"
-
-
 # ---------------------------------------------------------------------------------------------
 # Choosing
 
@@ -99,7 +94,7 @@ class Planner:
         self.entries = {entry.label: entry for entry in entries}
         self.plans = {entry.label: Plans(entry.evaluation, entry.options) for entry in entries}
         self.shelf = Shelf(models.checkpoint_path, options.watch, options.poll_seconds)
-        self.before, self.failed, self.n_gone = set(), set(), 0
+        self.before, self.failed, self.n_gone, self.n_filled = set(), set(), 0, 0
         self.lease: Lease | None = None
 
     def open(self) -> None:
@@ -115,13 +110,13 @@ class Planner:
         entries, config = list(self.entries.values()), self.models.model_config()
         self.ledger = Ledger(place, entries, self.dtype, self.options, config)
         self.look()
-        if not (self.shelf.seen or self.options.watch):
-            checkpoint.expand_paths(self.models.checkpoint_path)  # says what is wrong
+        if not self.options.watch:
+            checkpoint.expand_paths(self.models.checkpoint_path)  # says of each what is wrong
 
     def look(self) -> None:
         for gone in self.shelf.look():
             self.n_gone += 1
-            say(gone.info.name, "gone before it was evaluated")
+            self.say(gone.path, "gone before it was evaluated")
 
     def plan_of(self, entry: Entry, ckpt: Checkpoint) -> tuple[Plan, Facts]:
         """What does not depend on the weights, the same on every rank."""
@@ -137,7 +132,7 @@ class Planner:
             if self.shelf.is_due():
                 self.look()
             if self.options.watch and (file := self._stop_file()):
-                print0(f"{file} is there: the sweep ends")
+                print0(f"{cli.printable(file)} is there: the sweep ends")
                 return None
             work, left = self._choose()
             if work or not (left or self._is_watching()):
@@ -180,7 +175,7 @@ class Planner:
             ckpt = checkpoint.open(path, self.models.model_config())
             about = ckpt.describe()
         except Exception as error:  # an edge: one checkpoint of a sweep
-            problems = dict.fromkeys(self.entries, reason_of(error))
+            problems = dict.fromkeys(self.entries, cli.reason_of(error))
         for label, entry in self.entries.items():
             if label in problems:
                 continue
@@ -190,13 +185,32 @@ class Planner:
                 key = evaluation.resume_key(entry.evaluation, plan, about, *rooms)
                 keys[label] = self._record_path(entry, plan, about, path), key
             except Exception as error:  # the same edge
-                problems[label] = reason_of(error)
+                problems[label] = cli.reason_of(error)
         if signature(path) != seen.files:
             return False
         seen.about, seen.keys = about, keys
         for label, reason in problems.items():
             self._fail(path, seen.files, about, label, reason)
+        for label in seen.keys:
+            self._fill(seen, label)
         return True
+
+    def _fill(self, seen: Seen, label: str) -> None:
+        """Whatever is asked of a record that is done, and its key does not say: from what is there,
+        or by doing it again."""
+        key = seen.keys[label][1]
+        if not self.ledger.is_done(key) or self.options.force:
+            return
+        try:
+            run = self.models.run_of(seen.path)
+            told = self.ledger.fill(self.entries[label], key, run, seen.about)
+        except ValueError as error:
+            seen.again.add(label)
+            self.say(seen.path, f"{label}: done again: {cli.first_line(error)}")
+            return
+        if told:
+            self.n_filled += 1
+            self.say(seen.path, f"{label}: {', '.join(told)}")
 
     def _record_path(self, entry: Entry, plan: Plan, about: dict, path: Path) -> Path:
         run, place = self.models.run_of(path), self.models.results_dir
@@ -208,12 +222,12 @@ class Planner:
         for label, (record, key) in seen.keys.items():
             if on_disk:
                 self.ledger.read(record)
-            if self.ledger.is_done(key):
+            if self.ledger.is_done(key) and (label not in seen.again or key in self.ledger.made):
                 self.ledger.forget_failure(seen.path, label)
                 if key not in self.ledger.made:
                     self.before.add(key)
             elif self.ledger.has_failed(seen.path, seen.files, label):
-                self._say_known(seen.path, seen.about, label)
+                self._say_known(seen.path, label)
             else:
                 pending[label] = key
         return pending
@@ -252,7 +266,7 @@ class Planner:
         try:
             self.ledger.save(result, kept == "always" or self.options.log_samples, work.path, label)
         finally:  # a full disk does not cost the numbers
-            say(work.info["name"], f"{label}: {headline(result)}")
+            self.say(work.path, f"{label}: {headline(result)}")
         self.failed.discard((work.path, label))
 
     def fail(self, work: Work, label: str, reason: str) -> None:
@@ -263,18 +277,21 @@ class Planner:
         if signature(path) != files:
             return
         if self.ledger.has_failed(path, files, label):
-            self._say_known(path, info, label)
+            self._say_known(path, label)
             return
-        self.ledger.fail(path, files, info, self.models.run_of(path), label, reason)
         self.failed.add((path, label))
-        say(info["name"], f"{label}: failed: {reason}")
+        try:
+            self.ledger.fail(path, files, info, self.models.run_of(path), label, reason)
+        except ValueError as error:  # of a name that no folder can have, say
+            reason = f"{reason} (not recorded: {cli.first_line(error)})"
+        self.say(path, f"{label}: failed: {reason}")
 
-    def _say_known(self, path, info, label) -> None:
+    def _say_known(self, path, label) -> None:
         """Of a failure that an earlier sweep recorded, once."""
         if (path, label) not in self.failed:
             self.failed.add((path, label))
             reason = (self.ledger.known_failure(path, label) or {}).get("reason")
-            say(info["name"], f"{label}: failed before: {reason} (--retry-failed tries again)")
+            self.say(path, f"{label}: failed before: {reason} (--retry-failed tries again)")
 
     def close(self, work: Work) -> None:
         self.release()
@@ -296,18 +313,18 @@ class Planner:
         print0(f"evaluations: {n_made} made, {n_before} done before, {n_failed} failed")
         if self.n_gone:
             print0(f"{self.n_gone} checkpoints gone before their turn")
-        if not n_made:
+        if self.n_filled:
+            print0(f"{self.n_filled} of those done before were given what they lacked")
+        elif not n_made:
             print0("nothing was left to do (--force does it again)")
-        print0(f"table: python report.py {self.models.results_dir}")
+        print0(f"table: python report.py {cli.printable(self.models.results_dir)}")
         return n_failed
 
-
-# ---------------------------------------------------------------------------------------------
-# Output
-
-
-def say(checkpoint_name: str, text: str) -> None:
-    print0(f"{checkpoint_name:<20}  {text}")
+    def say(self, path: Path, text: str) -> None:
+        """A line about a checkpoint: its name, or its path where others have that name too."""
+        name = formats.name_of(path)
+        called = path if self.shelf.names[name] > 1 else name
+        print0(f"{cli.printable(called):<20}  {cli.printable(text)}")
 
 
 def headline(record: dict) -> str:

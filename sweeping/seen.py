@@ -1,7 +1,7 @@
 """The checkpoints of a sweep as they lie there: which have come, changed, gone, and are whole."""
 
-import contextlib
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,19 +20,23 @@ class Seen:
     settled: bool = False  # nothing is left to do
     about: dict = field(default_factory=dict, repr=False)  # what records say of it, once planned
     keys: dict[str, tuple] = field(default_factory=dict, repr=False)  # label: (record, resume_key)
+    again: set[str] = field(default_factory=set, repr=False)  # labels: done, but more is asked for
 
 
 def signature(path: Path) -> tuple | None:
     """(name, size, mtime, inode) of a checkpoint's files, and of those beside it that are read with
-    it (the run's tokenizer, a file's config); None once it is gone."""
+    it (the run's tokenizer, a file's config), or why they cannot be looked at; None once it is
+    gone."""
     beside = TOKENIZER_COPIES if path.is_dir() else ("config.json", *TOKENIZER_COPIES)
     try:
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
         if files:
             files += [p for name in beside if (p := path.parent / name).is_file() and p != path]
         stats = [(p.name, p.stat()) for p in files]
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        return ((error.strerror, 0, 0, 0),)
     return tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats) or None
 
 
@@ -42,18 +46,22 @@ class Shelf:
     def __init__(self, paths, watch: bool, poll_seconds: float):
         self.paths, self.watch, self.poll_seconds = paths, watch, poll_seconds
         self.seen: dict[Path, Seen] = {}
+        self.names: Counter[str] = Counter()  # how many are called so
         self.looked = self.news = time.monotonic()  # when something last happened
 
     def look(self) -> list[Seen]:
         """Look anew; returns those that are gone without having been settled."""
-        before, self.seen, self.looked = self.seen, {}, time.monotonic()
-        for path in self._expand():
+        before, self.looked = self.seen, time.monotonic()
+        paths = self._expand()
+        self.seen = {}
+        for path in paths:
             files, known = signature(path), before.get(path)
             if known and known.files == files:
                 self.seen[path] = known
             elif files:
                 self.seen[path] = Seen(path, files, checkpoint.info_of(path), time.monotonic())
                 self.news = time.monotonic()
+        self.names = Counter(seen.info.name for seen in self.seen.values())
         return [
             before[path] for path in before.keys() - self.seen.keys() if not before[path].settled
         ]
@@ -61,9 +69,13 @@ class Shelf:
     def _expand(self) -> list[Path]:
         paths = []
         for given in self.paths:
-            with contextlib.suppress(ValueError):  # --watch: there may be nothing yet
+            try:
                 paths += checkpoint.expand_paths([given])
-        return paths
+            except ValueError:  # --watch: there may be nothing yet
+                continue
+            except OSError:  # a file system that is away for a moment: as it was
+                paths += [path for path in self.seen if path.is_relative_to(given)]
+        return list(dict.fromkeys(paths))
 
     def is_due(self) -> bool:
         return time.monotonic() - self.looked >= self.poll_seconds

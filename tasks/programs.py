@@ -33,6 +33,7 @@ import cli
 import durable
 import results
 import stats
+from cli import printable
 from durable import read_jsonl
 from sandbox.judge import Sandbox, Verdict
 
@@ -212,7 +213,7 @@ def judge_file(
         problem = error
     tally = count_kinds(problems, judged)
     metrics, _, _ = summarise(tally, ks)
-    print(f"{path}: {len(samples):,} samples of {len(tally)} tasks")
+    print(f"{printable(path)}: {len(samples):,} samples of {len(tally)} tasks")
     if len(sampled) < len(problems):
         print("A PART OF THE TASKS (--ignore-incomplete): not a score of the set")
     print_scores(metrics, tally, left_out)
@@ -225,7 +226,7 @@ def judge_file(
         print_example(problems[show], judged)
     if problem:
         raise problem
-    print(f"results: {out}")
+    print(f"results: {printable(out)}")
 
 
 def results_beside(path: str | Path) -> str:
@@ -260,7 +261,7 @@ def check_counts(
         if k > fewest:
             raise ValueError(f"--k {k}: fewer samples of {short(k)}; ask for a smaller k")
     if fewest < most:
-        print(f"tasks with fewer samples than the {most} of others: {short(most)}")
+        print(f"tasks with fewer samples than the {most} of others: {printable(short(most))}")
     return all_ks(ks, fewest)
 
 
@@ -355,11 +356,7 @@ def summarise(tally: dict[str, Counter], ks: Sequence[int]) -> tuple[dict, dict,
     """(metrics, breakdown, arrays) of a record."""
     n = np.array([kinds.total() for kinds in tally.values()])
     c = np.array([kinds["passed"] for kinds in tally.values()])
-    metrics = {}
-    for k in ks:
-        found = stats.pass_at_k_summary(n, c, k)
-        metrics[f"pass@{k}"] = results.metric(found["value"], found["stderr"], len(n), unit="share")
-    estimates = {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
+    metrics, estimates = pass_at(n, c, ks)
     total = sum(tally.values(), Counter())
     breakdown = {
         "task": {
@@ -370,6 +367,29 @@ def summarise(tally: dict[str, Counter], ks: Sequence[int]) -> tuple[dict, dict,
     }
     arrays = {"n": n, "c": c, "task_id": np.array(list(tally))}
     return metrics, breakdown, arrays | estimates
+
+
+def pass_at(n: np.ndarray, c: np.ndarray, ks: Sequence[int]) -> tuple[dict, dict]:
+    """(metrics, estimates by task) of each pass@k; n: samples of a task, c: those that passed."""
+    metrics = {}
+    for k in ks:
+        found = stats.pass_at_k_summary(n, c, k)
+        metrics[f"pass@{k}"] = results.metric(found["value"], found["stderr"], len(n), unit="share")
+    return metrics, {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
+
+
+def pass_at_more(record: dict, ks: Sequence[int]) -> dict | None:
+    """{metrics, arrays, examples} with the pass@k of these k too, from the counts that a loaded
+    record keeps; None if it has them all."""
+    known = {int(name.removeprefix("pass@")) for name in record["metrics"]}
+    if known.issuperset(ks):
+        return None
+    arrays = results.load_arrays(record)
+    if not {"n", "c"} <= arrays.keys():
+        raise ValueError(f"{record['_path']}: its counts of samples were not kept")
+    metrics, estimates = pass_at(arrays["n"], arrays["c"], sorted(known.union(ks)))
+    examples = record["examples"] | {"scores": {name: name for name in metrics}}
+    return {"metrics": metrics, "arrays": estimates, "examples": examples}
 
 
 def all_ks(ks: Sequence[int], num_samples: int) -> list[int]:
@@ -385,9 +405,10 @@ def print_scores(
     metrics: dict[str, dict], tally: dict[str, Counter], left_out: dict[str, str] | None = None
 ) -> None:
     """The table by task, then failures by kind, then pass@k, and what is not counted in it."""
-    width = max(4, *map(len, tally))
+    rows = [(printable(task), kinds) for task, kinds in tally.items()]
+    width = max(4, *(len(task) for task, _ in rows))
     print(f"{'task':{width}}  passed  samples  failures")
-    for task, kinds in tally.items():
+    for task, kinds in rows:
         failures = ", ".join(f"{k} {c:,}" for k, c in kinds.most_common() if k != "passed")
         print(f"{task:{width}}  {kinds['passed']:>6,}  {kinds.total():>7,}  {failures}".rstrip())
     total = sum(tally.values(), Counter())
@@ -408,18 +429,13 @@ def print_example(problem: dict, judged: Judged) -> None:
     """The first failing sample of a task, as a program, and what became of it."""
     own = [(sample, verdict) for task, sample, verdict in judged if task == problem["task_id"]]
     failed = [(sample, verdict) for sample, verdict in own if not verdict.passed]
+    task = printable(problem["task_id"])
     if not failed:
         what = f"all of its {len(own)} samples passed" if own else "none of its samples was judged"
-        print(f"--show {problem['task_id']}: {what}")
+        print(f"--show {task}: {what}")
         return
     sample, verdict = failed[0]
     prompt, completion, *_ = program_of(problem, sample)
-    print(f"--- {problem['task_id']}, failing sample 1 of {len(failed)}\n{printable(prompt)}")
-    print(f">>> drawn from here\n{printable(completion)}")
+    print(f"--- {task}, failing sample 1 of {len(failed)}\n{printable(prompt, lines=True)}")
+    print(f">>> drawn from here\n{printable(completion, lines=True)}")
     print(f"--- {verdict.kind}: {printable(verdict.detail)}")
-
-
-def printable(text: str) -> str:
-    """A model's text for a terminal: what would steer it, or cannot be encoded, as escapes."""
-    plain = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-    return "".join(plain)

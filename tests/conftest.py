@@ -56,6 +56,22 @@ def gpt2(data_dir):
     return build_tokenizer(data_dir / "tokenizers" / "gpt2")
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """What a small sweep evaluates on (small_sweeps.py)."""
+    import small_sweeps
+
+    return small_sweeps.small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """The checkpoints of a small sweep, to spoil at will."""
+    import small_sweeps
+
+    return small_sweeps.small_run(tmp_path / "run")
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data. Unset: the test is skipped; set but not there: it fails."""

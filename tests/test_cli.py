@@ -3,7 +3,9 @@ are in tests/test_distributed.py."""
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -280,3 +282,55 @@ def test_seconds_to_wait_for(seconds, right, capsys):
     with pytest.raises(SystemExit):
         cli.check_seconds(cli.parser(""), args, "poll_seconds")
     assert "--poll-seconds must be a positive number of seconds" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# Text of others
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("plain é 中文 😀", "plain é 中文 😀"),
+        ("\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"),  # CSI, OSC
+        ("\x9b2J\x9d0;x\x9c", "\\x9b2J\\x9d0;x\\x9c"),  # the same in one character each
+        ("a\nerror: b\r\x0b\x85\u2028c\td", "a error: b    c d"),  # no line of ours
+        ("\0\x08\x7f", "\\x00\\x08\\x7f"),
+        ("\u202eevil\u2066\u200f", "\\u202eevil\\u2066\\u200f"),  # bidirectional
+        ("\ud800\udcff", "\\ud800\\udcff"),
+        (Path("a\x1bb"), "a\\x1bb"),
+        (ValueError("no"), "no"),
+        (None, "None"),
+    ],
+)
+def test_text_of_others_cannot_steer_a_terminal(text, shown):
+    assert cli.printable(text) == shown
+    assert shown.isprintable() and shown.encode()
+
+
+def test_text_of_several_lines_keeps_them():
+    assert cli.printable("a\x1b[2J\té\ud800\n\r", lines=True) == "a\\x1b[2J\té\\ud800\n\\r"
+
+
+def test_errors_are_printed_so(parse, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        parse("--data-path", "x", "--n-shots", "\x1b[2J")
+    monkeypatch.setattr(sys, "argv", ["x", "--debug"])
+    cli._report(ValueError("a\x1b]0;x\x07\nb"))
+    err = capsys.readouterr().err
+    assert err.isascii() and "\x1b" not in err and err.count("error: ") == 2
+    assert err.endswith("error: a\\x1b]0;x\\x07 b\n") and "Error: a\\x1b]0;x" in err
+
+
+def test_why_one_of_many_was_not_done(capsys, monkeypatch):
+    assert cli.reason_of(ValueError("a.pt is torn\nand more")) == "a.pt is torn"
+    assert cli.reason_of(OSError(2, "No such file", "a")) == "[Errno 2] No such file: 'a'"
+    assert cli.reason_of(RuntimeError("shapes")) == "RuntimeError: shapes"
+    assert cli.reason_of(KeyError()) == "KeyError: KeyError"
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "argv", ["x", "--debug"])
+    try:
+        _ = [][0]
+    except IndexError as error:
+        assert cli.reason_of(error).startswith("IndexError: ")
+    assert "Traceback" in capsys.readouterr().err

@@ -21,7 +21,7 @@ FLOORS = [
     "packed",
     "streams stats durable sources hf_config byte_bpe plain_yaml",
     "cli identity",
-    "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
+    "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/kinds sandbox/frames costs/gpus backends",
     "formats",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "

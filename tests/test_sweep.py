@@ -31,8 +31,6 @@ from small_sweeps import (
     flags,
     numbers,
     run_sweep,
-    small_data,
-    small_run,
     start_words,
 )
 
@@ -43,16 +41,6 @@ import results
 import sweep
 from dataset import build_tokenizer
 from sweeping import ledger
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    return small_run(tmp_path / "run")
 
 
 def on_loading(monkeypatch, before=lambda path: None, after=lambda path: None):
@@ -300,7 +288,7 @@ def test_two_evaluations_of_a_kind_are_told_apart(run_dir, data, tmp_path, capsy
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(flags))
     logged = []
     log = lambda record: logged.extend(results.scalars(record))  # noqa: E731
-    monkeypatch.setattr(ledger, "open_trackers", lambda *asked: [log])
+    monkeypatch.setattr(ledger, "open_trackers", lambda *asked: {"log": log})
     run_sweep(run_dir, data, "--evaluations", str(tmp_path / "two.yaml"), "--until-step", "10")
     labels = [line[22:].partition(":")[0] for line in capsys.readouterr().out.splitlines()[:3]]
     assert labels == [

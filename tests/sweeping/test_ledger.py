@@ -113,10 +113,21 @@ def test_a_success_and_a_newer_failure_replace_an_old_failure(tmp_path):
     assert record["status"] == "ok" and ledger.known_failure(path, label) is None
 
 
+def test_a_record_that_cannot_be_exported_is_said(tmp_path, capsys):
+    ledger = open_ledger(tmp_path)
+    for shots in (0, 5):
+        ledger.save(result(shots), False, "run/checkpoint-1", f"mmlu shots={shots}")
+    path = next(tmp_path.glob("run/*/*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"environment": {"packages": [1]}}))
+    again = open_ledger(tmp_path, lm_eval_json=True)
+    assert len(again.done) == 2 and len(list((tmp_path / "lm_eval").rglob("*.json"))) == 1
+    assert f"{path}: not exported: AttributeError" in capsys.readouterr().out
+
+
 def test_other_tools_get_what_is_there_and_what_comes(tmp_path, monkeypatch):
     open_ledger(tmp_path).save(result(0), False, "run/checkpoint-1", "mmlu shots=0")
     logged = []
-    monkeypatch.setattr("sweeping.ledger.open_trackers", lambda *asked: [logged.append])
+    monkeypatch.setattr("sweeping.ledger.open_trackers", lambda *asked: {"log": logged.append})
     ledger = open_ledger(tmp_path, lm_eval_json=True)
     ledger.save(result(5), False, "run/checkpoint-1", "mmlu shots=5")
     exported = sorted((tmp_path / "lm_eval/run").rglob("results_mmlu-*.json"))

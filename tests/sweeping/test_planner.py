@@ -11,7 +11,7 @@ from evaluation import ModelOptions
 from humaneval_eval import HUMANEVAL
 from mmlu_eval import MMLU
 from sweep import SharedOptions, entries_of
-from sweeping.planner import headline, reason_of
+from sweeping.planner import headline
 
 
 def entries(kind, *values, **shared):
@@ -59,12 +59,6 @@ def test_shared_options_are_for_evaluations_that_have_them_and_do_not_say():
     assert (drawn.options.batch_size, drawn.options.sampling.seed) == (3, 7)
     (asked,) = entries(MMLU, {"data-path": "p"}, **shared)
     assert asked.options.batch_size == 3
-
-
-def test_reasons_are_one_line():
-    assert reason_of(ValueError("a.pt is torn\nand more")) == "a.pt is torn"
-    assert reason_of(RuntimeError("shapes")) == "RuntimeError: shapes"
-    assert reason_of(KeyError()) == "KeyError: KeyError"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import results
-from sweeping.trackers import open_trackers
+from sweeping.trackers import Trackers, open_trackers
 
 
 def record(run, step):
@@ -41,7 +41,7 @@ def test_tensorboard_gets_the_numbers_by_run_and_step(monkeypatch, tmp_path):
 
     module = types.SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    [log] = open_trackers(str(tmp_path), None)
+    [log] = open_trackers(str(tmp_path), None).values()
     for each in RECORDS:
         log(each)
     assert opened == [str(tmp_path / "a"), str(tmp_path / "b")] and flushed == ["a", "b", "a"]
@@ -69,7 +69,7 @@ def test_wandb_gets_the_step_as_a_number_among_the_others(monkeypatch):
             logged.append((self.name, values))
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
-    [log] = open_trackers(None, "project")
+    [log] = open_trackers(None, "project").values()
     for each in RECORDS:
         log(each)
     assert opened == [("project", "eval-a", "allow"), ("project", "eval-b", "allow")]
@@ -84,7 +84,7 @@ def test_wandb_gets_the_step_as_a_number_among_the_others(monkeypatch):
 
 
 def test_none_is_asked_for():
-    assert open_trackers(None, None) == []
+    assert open_trackers(None, None) == {}
 
 
 @pytest.mark.parametrize("flag", ["tensorboard", "wandb"])
@@ -94,3 +94,33 @@ def test_a_tracker_that_is_not_installed(monkeypatch, flag):
     board, project = ("x", None) if flag == "tensorboard" else (None, "x")
     with pytest.raises(ValueError, match=f"--{flag} needs the package: pip install {flag}"):
         open_trackers(board, project)
+
+
+def of(path, step, key):
+    """A record of a checkpoint at `path`, whose run is called like its directory."""
+    info = {"path": path, "name": "c", "fingerprint": key * 64, "step": step}
+    run = Path(path).parent.name
+    made = results.new_record("mmlu", {}, {}, run=run, checkpoint=info, data={"hash": key})
+    return made
+
+
+def test_what_was_sent_is_remembered_and_experiments_of_one_name_are_two_runs(tmp_path):
+    """And no run changes its name when another one comes."""
+    sent = []
+
+    def trackers():
+        log = lambda record: sent.append((record["run"], record["checkpoint"]["step"]))  # noqa: E731
+        return Trackers(tmp_path / "sent.jsonl", {"here": log})
+
+    one, two = (of(f"{d}/run/c", 1, d[-1]) for d in ("expA", "expB"))
+    first = trackers()
+    assert [first.send(r, "mmlu") for r in (one, two, one)] == [1, 1, 0]
+    assert sent == [("run", 1), ("expB/run", 1)]
+    with open(tmp_path / "sent.jsonl", "ab") as memory:
+        memory.write(b'\n["here", "torn')
+    later = trackers()
+    more = [of(f"/x/{d}/run/c", 2, d[-1].lower()) for d in ("expB", "expA", "expC")]
+    assert [later.send(r, "mmlu") for r in (one, two, *more)] == [0, 0, 1, 1, 1]
+    assert sent[2:] == [("expB/run", 2), ("run", 2), ("expC/run", 2)]
+    assert later.send(one, "mmlu shots=5") == later.send(one, "mmlu", again=True) == 1
+    assert trackers().send(more[0], "mmlu") == 0

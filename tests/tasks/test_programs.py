@@ -21,7 +21,6 @@ from tasks.programs import (
     count_workers,
     judge_file,
     kind_of,
-    printable,
     read_problems,
     split_off,
     summarise,
@@ -281,10 +280,6 @@ def test_kinds_of_failures():
     assert kind("exception", "NameError: name 'x: y' is not defined") == "NameError"
     assert kind("exception", "KeyError") == "KeyError"
     assert kind("exception", "passed: forged") == kind("exception", "print") == "other exception"
-
-
-def test_a_programs_text_cannot_steer_the_terminal():
-    assert printable("a\x1b[2J\té\ud800\n\r") == "a\\x1b[2J\té\\ud800\n\\r"
 
 
 def test_judges_share_the_cores_among_the_ranks_of_a_host(monkeypatch):
