@@ -134,18 +134,18 @@ def _without_dots(m: re.Match) -> str:
 def _numbers(text: str) -> list[Fraction]:
     """Every number of a text, in order; `1 1/2` is one."""
     values: list[Fraction] = []
-    end_of_whole = -1  # of a whole number, which a fraction after one space belongs to
+    end_of_whole = None  # of a whole number, which a fraction after one space belongs to
     for m in _NUMBER.finditer(text):
         value = _value(m)
         if value is None:
             continue
-        joins = m["slash"] and end_of_whole == m.start() - 1 and text[m.start() - 1] == " "
+        joins = m["slash"] and m.start() - 1 == end_of_whole and text[end_of_whole] == " "
         if joins and 0 <= value < 1:
             values[-1] += value if values[-1] >= 0 else -value
             continue
         values.append(value)
         bare = not (m["rest"] or m["slash"] or m["scale"])
-        end_of_whole = m.end() if bare else -1
+        end_of_whole = m.end() if bare else None
     return values
 
 
