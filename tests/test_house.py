@@ -27,7 +27,8 @@ FLOORS = [
     "formats/training_state formats/native formats/pt_files",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
-    "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs tasks/word_problems tasks/drawing",
+    "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "
+    "tasks/word_problems tasks/drawing",
     "evaluation training/batches training/log training/options",
     "reporting/groups reporting/compare reporting/tables reporting/page",
     "eval mmlu_eval humaneval_eval gsm8k_eval compute train report",
