@@ -24,7 +24,6 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from runs import called
 from sandbox.judge import TIERS, Sandbox, Verdict
+from tasks import drawing
 from tasks.programs import (
     Judging,
     all_ks,
@@ -45,7 +45,6 @@ from tasks.programs import (
     data_hash,
     find_task,
     judge_file,
-    known_samples,
     pass_at_more,
     print_example,
     print_scores,
@@ -149,8 +148,15 @@ class Drawn:
         return Drawn(self.options, problems, [of[task] for task in problems])
 
     @property
-    def tasks(self) -> list[str]:
-        return list(self.problems)
+    def asked(self) -> drawing.Asked:
+        tasks, o = list(self.problems), self.options
+        return drawing.Asked(tasks, self.prompts, o.sampling, o.num_samples, o.batch_size)
+
+    def complete(self, entry: dict) -> None:
+        """Make of what was drawn what follows the published prompt."""
+        prompt = self.problems[entry["task_id"]]["prompt"]
+        text, stripped = entry["completion"], self.options.strip_prompt
+        entry["completion"] = continuation_of(prompt, text, stripped)
 
 
 def plan(options: Options, facts: Facts) -> Plan:
@@ -213,25 +219,13 @@ def make_prompts(
 ) -> list[list[int]]:
     """Token ids of each problem's prompt."""
     texts = [p["prompt"].rstrip("\n") if strip_prompt else p["prompt"] for p in problems.values()]
-    bos = [tokenizer.bos_token_id] if add_bos else []
-    prompts = [bos + ids.tolist() for ids in tokenizer.encode_batch(texts)]
-    if not all(prompts):
-        task = list(problems)[prompts.index([])]
-        raise ValueError(f"task {task}: its prompt is empty; --bos on would start it")
-    return prompts
+    return drawing.encode_prompts(tokenizer, list(problems), texts, add_bos)
 
 
 def continuation_of(prompt: str, text: str, strip_prompt: bool) -> str:
     """What to append to the published prompt so that the program is the one that was drawn: after a
     stripped prompt the model itself writes the newlines that were taken away."""
     return text.removeprefix(prompt[len(prompt.rstrip("\n")) :]) if strip_prompt else text
-
-
-def end_tokens(facts: Facts) -> set[int]:
-    """End of text, and whatever else has no text: special tokens, and a padded head's extra ids."""
-    tokenizer = facts.tokenizer
-    ends = {*tokenizer.special_ids, *range(tokenizer.vocab_size, facts.vocab_size)}
-    return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -246,14 +240,17 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     with Sandbox(work.options.workers or count_workers(), **work.options.sandbox) as sandbox:
         kept, left_out = split_off(work.problems, sandbox, dist)
         work = work.only(kept)
-        known = known_samples(folder.known(), kept)
+        known = drawing.known_samples(folder.known(), kept)
         mine = [known[at] for at in sorted(known)[dist.rank :: dist.world_size]]
         resumed = len(known)
-        with cli.progress(work.options.num_samples * len(work.tasks), "humaneval", "sample") as bar:
+        with cli.progress(
+            work.options.num_samples * len(work.problems), "humaneval", "sample"
+        ) as bar:
             judging = Judging(sandbox, work.problems, folder, bar)
             for entry in mine:
                 judging.take(entry)
-            for entry in draw(backend, work, set(known)):
+            for entry in drawing.draw(backend, work.asked, known):
+                work.complete(entry)
                 folder.append(entry)
                 mine.append(entry)
                 judging.take(entry)
@@ -263,7 +260,8 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
         judge_seconds = dist.gather(time.perf_counter() - start)
         tiers = sorted(set(dist.gather(sandbox.tier)))
         judges = sum(dist.gather(sandbox.workers))
-    entries = in_order([entry for part in dist.gather(mine) for entry in part], work)
+    everyone = [entry for part in dist.gather(mine) for entry in part]
+    entries = drawing.in_order(everyone, work.asked)
     folder.write("samples.jsonl", "".join(map(sample_line, entries)))
     judged = [(entry["task_id"], entry, Verdict(**entry["verdict"])) for entry in entries]
     tally = count_kinds(work.problems, judged)
@@ -291,37 +289,6 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
         samples=lambda: map(with_verdict, judged),
         shown=(work, judged, tally, folder.path),
     )
-
-
-def draw(backend: Backend, work: Drawn, known: set) -> Iterator[dict]:
-    """Yield entries of the samples that are not known, as they are finished."""
-    at = {task: i for i, task in enumerate(work.tasks)}
-    for sample in backend.generate(
-        work.prompts,
-        work.options.sampling,
-        work.options.num_samples,
-        keys=work.tasks,
-        end_ids=end_tokens(backend.facts),
-        done={(at[task], s) for task, s in known},
-        batch_size=work.options.batch_size,
-    ):
-        task = work.tasks[sample.prompt_index]
-        prompt = work.problems[task]["prompt"]
-        yield {
-            "task_id": task,
-            "sample": sample.sample_index,
-            "completion": continuation_of(prompt, sample.text or "", work.options.strip_prompt),
-            "finish": sample.finish_reason,
-            "tokens": len(sample.token_ids),
-        }
-
-
-def in_order(entries: list[dict], work: Drawn) -> list[dict]:
-    place = {task: i for i, task in enumerate(work.tasks)}
-    entries = sorted(entries, key=lambda entry: (place[entry["task_id"]], entry["sample"]))
-    total = len(work.tasks) * work.options.num_samples
-    assert len(entries) == total, f"{len(entries)} samples where {total} were asked for"
-    return entries
 
 
 def sample_line(entry: dict) -> str:

@@ -3,12 +3,14 @@
     ratio_stderr(nll, count)            # of a loss per token, windows being clusters
     paired_difference(a, b)             # of two checkpoints on the same examples
     pass_at_k(n, c, k)                  # unbiased, of n samples of which c passed
+    majority_at_k(right, wrong, 0, k)   # self-consistency, unbiased, of n samples' answers
 
 Standard library and numpy only. Every function names its source.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -42,6 +44,13 @@ def proportion_stderr(p: float, n: int) -> float:
     """Standard error of a share p of n right answers: sqrt(p(1-p)/(n-1)), the sample standard
     deviation over sqrt(n) as lm-eval reports it. NaN for n < 2."""
     return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+
+
+def mean_stderr(scores: np.ndarray) -> float:
+    """Standard error of the mean of scores [n], the examples being a sample of all there could be:
+    the sample standard deviation over sqrt(n). NaN for n < 2. Source: Miller (2024), section 2.1.
+    """
+    return float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
@@ -161,8 +170,7 @@ def pass_at_k_summary(n: ArrayLike, c: ArrayLike, k: int) -> dict[str, float]:
     scores = np.atleast_1d(pass_at_k(n, c, k))
     if not len(scores):
         raise ValueError(f"pass@{k}: there are no tasks")
-    stderr = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
-    return {"value": float(scores.mean()), "stderr": stderr, "n": len(scores)}
+    return {"value": float(scores.mean()), "stderr": mean_stderr(scores), "n": len(scores)}
 
 
 def examples_to_resolve(diff: float, sd: float, power: float = 0.8, alpha: float = 0.05) -> float:
@@ -215,3 +223,50 @@ def calibration(probabilities: ArrayLike, correct: ArrayLike, bins: int = 10) ->
             for i in np.flatnonzero(n).tolist()
         ],
     }
+
+
+MOST_SAMPLES = 1000  # of a task: more subsets than float64 can count
+
+
+def majority_at_k(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
+    """The chance that the answer given most often by k samples is the right one, the k being any
+    of the n = right + sum(wrong) + silent drawn, all subsets alike: the unbiased estimate, where
+    "the first k" would be one subset. right: samples with the right answer; wrong: samples with
+    each wrong one; silent: those without an answer, which have no vote. Among answers given equally
+    often one is taken at random; without any, nothing is right. ValueError for k > n, and for
+    n > MOST_SAMPLES.
+
+    Exact up to rounding: subsets are counted by generating functions, x to the power of their size;
+    a tie with t others counts 1 / (t + 1), which is the integral of y^t over 0..1, taken by Gauss's
+    rule. Self-consistency: Wang et al., arXiv:2203.11171 (2022).
+    """
+    n = right + sum(wrong) + silent
+    if not 1 <= k <= n:
+        raise ValueError(f"maj@{k} needs at least {k} samples of every task, not {n}")
+    if n > MOST_SAMPLES:
+        raise ValueError(f"maj@{k}: at most {MOST_SAMPLES:,} samples of a task, not {n:,}")
+    return _majority(right, tuple(sorted(wrong)), silent, k)
+
+
+@functools.lru_cache(maxsize=65536)
+def _majority(right: int, wrong: tuple[int, ...], silent: int, k: int) -> float:
+    won = 0.0
+    for votes in range(1, min(right, k) + 1):
+        others = k - votes
+        ties = min(len(wrong), others // votes)  # at most: the degree of the integrand in y
+        points, weights = np.polynomial.legendre.leggauss(ties // 2 + 1)
+        for y, weight in zip((points + 1) / 2, weights / 2):
+            ways = _choices(silent, others)  # [size]: subsets of everybody else, of each size
+            for group in wrong:
+                fewer = _choices(group, min(votes, others)).copy()
+                fewer[votes:] *= y
+                ways = np.convolve(ways, fewer)[: others + 1]
+            if len(ways) > others:
+                won += weight * math.comb(right, votes) * ways[others]
+    return won / math.comb(right + sum(wrong) + silent, k)
+
+
+@functools.cache
+def _choices(group: int, most: int) -> np.ndarray:
+    """Subsets of a group by their size, 0 to at most `most`."""
+    return np.array([math.comb(group, i) for i in range(min(group, most) + 1)], np.float64)

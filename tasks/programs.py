@@ -288,16 +288,6 @@ def count_workers() -> int:
     return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
-def known_samples(entries: list[dict], problems: Problems) -> dict[tuple, dict]:
-    """{(task_id, sample): all that journals know of it} of the samples of these problems."""
-    known = {}
-    for entry in entries:
-        if entry["task_id"] in problems:
-            known.setdefault((entry["task_id"], entry["sample"]), {}).update(entry)
-    # a verdict whose sample was on a damaged line
-    return {at: entry for at, entry in known.items() if "completion" in entry}
-
-
 class Judging:
     """Samples on their way through this rank's sandbox; verdicts go into entries and journal."""
 

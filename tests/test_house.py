@@ -19,7 +19,7 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
     "packed",
-    "streams stats durable sources hf_config byte_bpe plain_yaml",
+    "streams stats durable sources hf_config byte_bpe plain_yaml tasks/answers",
     "cli identity",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/kinds sandbox/frames costs/gpus backends",
@@ -33,18 +33,20 @@ FLOORS = [
     "formats/training_state formats/native formats/pt_files",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
-    "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs",
+    "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "
+    "tasks/word_problems tasks/drawing",
     "evaluation training/batches training/log training/options",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page",
-    "eval mmlu_eval humaneval_eval compute train report",
+    "eval mmlu_eval humaneval_eval gsm8k_eval compute train report",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner",
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
-NO_TORCH += " tasks/questions humaneval_eval"
+NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
+NO_TORCH += " gsm8k_eval"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

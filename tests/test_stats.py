@@ -186,3 +186,31 @@ def test_a_share_as_text():
     assert stats.show_share({"value": 1.0, "stderr": 0.0}, 7) == "100.00% ± 0.00%"
     assert stats.show_share({"value": 0.5, "stderr": math.nan}, 7) == " 50.00%"  # of one example
     assert stats.show_share({"value": 0.5}) == "50.00%"
+
+
+def test_majority_at_k_is_the_mean_over_all_subsets():
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        n = int(rng.integers(1, 10))
+        drawn = rng.choice(["right", "a", "b", "c", None], n).tolist()
+        k = int(rng.integers(1, n + 1))
+        expected = []
+        for subset in itertools.combinations(drawn, k):
+            votes = [sum(x == y for y in subset) if x else 0 for x in ("right", "a", "b", "c")]
+            tied = votes.count(max(votes))
+            expected.append(Fraction(int(votes[0] == max(votes) > 0), tied))
+        count = [drawn.count(name) for name in ("right", "a", "b", "c", None)]
+        found = stats.majority_at_k(count[0], [c for c in count[1:4] if c], count[4], k)
+        assert found == pytest.approx(float(sum(expected) / len(expected)), abs=1e-12)
+
+
+def test_majority_at_1_is_the_share_of_right_answers_and_many_samples_are_no_trouble():
+    assert stats.majority_at_k(3, [2, 1], 4, 1) == pytest.approx(0.3)
+    assert stats.majority_at_k(0, [5], 0, 3) == 0
+    assert stats.majority_at_k(5, [], 5, 10) == 1
+    assert stats.majority_at_k(400, [300], 300, 500) == pytest.approx(1, abs=1e-3)
+    assert 0.4 < stats.majority_at_k(500, [500], 0, 499) < 0.6
+    with pytest.raises(ValueError, match="maj@3 needs at least 3"):
+        stats.majority_at_k(1, [1], 0, 3)
+    with pytest.raises(ValueError, match="at most 1,000"):
+        stats.majority_at_k(900, [200], 0, 3)

@@ -1,0 +1,213 @@
+"""Word problems with a number for an answer (GSM8K, MGSM), and the prompts that ask them.
+
+    from tasks.word_problems import load_prompt, read_problems
+    problems = read_problems("data/gsm8k")              # test.jsonl there; or a file; or mgsm_*.tsv
+    prompt = load_prompt("gsm8k")                       # configs/word_problems/gsm8k.yaml
+    text = prompt.render(problems[0], prompt.shots_of("data/gsm8k"))
+
+GSM8K's JSON lines hold `question` and `answer`, the worked solution ending in `#### 72`; MGSM's
+mgsm_LANG.tsv a question and its number in a line. What is wrong is named with file and line.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from config import CONFIGS_DIR, load_yaml
+from durable import decode_utf8, read_jsonl
+from tasks.answers import number
+
+PROMPTS_DIR = CONFIGS_DIR / "word_problems"
+WHERE_TO_GET = (
+    "scripts/fetch_gsm8k.sh downloads GSM8K (train.jsonl, test.jsonl, cot_shots.jsonl) and MGSM "
+    "(mgsm_LANG.tsv)"
+)
+
+# ---------------------------------------------------------------------------------------------
+# Problems
+
+
+class Problem(NamedTuple):
+    name: str  # keys its random numbers: the file's stem and line
+    question: str
+    solution: str  # what an example shows; the bare number where nobody worked it out
+    gold: Fraction
+    language: str
+    where: str  # file:line
+
+
+def read_problems(
+    path: str | Path, languages: Sequence[str] = (), limit: int | None = None
+) -> list[Problem]:
+    """The problems of a directory or file, the first `limit` of each file; `languages`: of MGSM's
+    files only these. ValueError names file and line, or what is not there."""
+    root = Path(path)
+    files = [root] if root.is_file() else _files_of(root)
+    if not files:
+        raise ValueError(f"{root}: no test.jsonl and no mgsm_LANG.tsv there; {WHERE_TO_GET}")
+    known = {_language(file): file for file in files}
+    for language in languages:
+        if language not in known:
+            there = ", ".join(sorted(known))
+            raise ValueError(f"--languages {language}: {root} has {there}")
+    problems = []
+    for file in files:
+        if not languages or _language(file) in languages:
+            problems += _read_file(file)[:limit]
+    if not problems:
+        raise ValueError(f"{root}: no problem in it")
+    return problems
+
+
+def _files_of(root: Path) -> list[Path]:
+    if (root / "test.jsonl").is_file():
+        return [root / "test.jsonl"]
+    return sorted(root.glob("mgsm_*.tsv"))
+
+
+def _language(path: Path) -> str:
+    """Of mgsm_de.tsv: de; of anything else English, GSM8K's."""
+    found = re.fullmatch(r"mgsm_([a-z]{2})\.tsv", path.name)
+    return found[1] if found else "en"
+
+
+def _read_file(path: Path) -> list[Problem]:
+    rows = _read_tsv(path) if path.suffix == ".tsv" else _read_json(path)
+    language, problems = _language(path), []
+    for line, where, question, solution in rows:
+        gold = number(solution, "en")  # the sets write numbers as English does
+        if not question.strip() or gold is None:
+            raise ValueError(f"{where}: a question and an answer with a number in it are needed")
+        problems.append(Problem(f"{path.stem}/{line}", question, solution, gold, language, where))
+    return problems
+
+
+def _read_json(path: Path):
+    for where, _, row in read_jsonl(path, "file of problems"):
+        texts = row.get("question"), row.get("answer")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: fields question and answer must be text")
+        yield where.rpartition(":")[2], where, *texts
+
+
+def _read_tsv(path: Path):
+    text = decode_utf8(path.read_bytes(), path).removeprefix("\ufeff")
+    for line, row in enumerate(csv.reader(text.splitlines(), "excel-tab", quoting=3), 1):
+        where = f"{path}:{line}"
+        if len(row) != 2:
+            raise ValueError(f"{where}: a question, a tab and a number expected")
+        yield str(line), where, *row
+
+
+def data_hash(problems: Sequence[Problem]) -> str:
+    """sha256 of what is asked and of what is right."""
+    rows = [[p.question, p.solution, p.language] for p in problems]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as its YAML says.
+
+    question, answer: with {question}, {solution}; languages: {language: {field: text}} where they
+    differ. shots: "train" (train.jsonl beside the data), a file's name there, or "none". strict:
+    the regular expression of the form in which an answer ends. punctuation: see answers.same_text.
+    """
+
+    name: str
+    question: str
+    answer: str
+    separator: str
+    shots: str
+    num_few_shot: int
+    stop: tuple[str, ...]
+    strict: str
+    punctuation: bool = True
+    languages: dict | None = None
+
+    def shots_of(self, data_path: str | Path, wanted: int | None = None) -> list[Problem]:
+        """The examples, the same for every question: the first `wanted`, by default the prompt's
+        own number. ValueError where there are fewer."""
+        wanted = self.num_few_shot if wanted is None else wanted
+        if not wanted:
+            return []
+        if self.shots == "none":
+            raise ValueError(f"--num-few-shot {wanted}: prompt {self.name} has no examples")
+        root = Path(data_path)
+        root = root if root.is_dir() else root.parent
+        file = root / ("train.jsonl" if self.shots == "train" else self.shots)
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file of examples; {WHERE_TO_GET}")
+        shots = _read_file(file)[:wanted]
+        if len(shots) < wanted:
+            raise ValueError(f"{file}: {len(shots)} examples, --num-few-shot {wanted} asked for")
+        return shots
+
+    def of_language(self, language: str) -> "Prompt":
+        """The same in that language's words."""
+        if self.languages is None:
+            return self
+        if language not in self.languages:
+            raise ValueError(f"prompt {self.name} has no words in language {language!r}")
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own |= self.languages[language]
+        return Prompt(**own | {"languages": None, "stop": tuple(own["stop"])})
+
+    def render(self, problem: Problem, shots: Sequence[Problem]) -> str:
+        own = self.of_language(problem.language)
+        before = [
+            own.question.replace("{question}", shot.question)
+            + own.answer.replace("{solution}", shot.solution)
+            for shot in shots
+        ]
+        return own.separator.join([*before, own.question.replace("{question}", problem.question)])
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+def load_prompt(name: str) -> Prompt:
+    """A prompt of configs/word_problems by its name, or a YAML file of one's own."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PROMPTS_DIR / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in PROMPTS_DIR.glob("*.yaml")))
+            raise ValueError(f"--prompt {name!r} is none of {known}, nor a YAML file")
+    values = load_yaml(path)
+    allowed = {f.name for f in fields(Prompt)} - {"name"}
+    missing = allowed - {"punctuation", "languages"} - values.keys()
+    wrong = sorted((values.keys() - allowed) | missing)
+    if wrong:
+        raise ValueError(f"{path}: field {wrong[0]!r} is unknown or missing; {sorted(allowed)}")
+    _check_types(path, values)
+    return Prompt(path.stem, **values | {"stop": tuple(values["stop"])})
+
+
+def _check_types(path: Path, values: dict) -> None:
+    kinds = {"num_few_shot": int, "stop": list, "punctuation": bool, "languages": dict}
+    for field, value in values.items():
+        kind = kinds.get(field, str)
+        if type(value) is not kind:
+            raise ValueError(f"{path}: {field} must be {kind.__name__}, not {value!r:.40}")
+    if not all(isinstance(text, str) and text for text in values["stop"]):
+        raise ValueError(f"{path}: stop must be a list of texts")
+    own = (values.get("languages") or {}).values()
+    for words in [values, *(values | words for words in own)]:
+        if "{question}" not in words["question"] or "{solution}" not in words["answer"]:
+            raise ValueError(f"{path}: question needs {{question}}, answer {{solution}}")
+        try:
+            re.compile(words["strict"])
+        except re.error as error:
+            raise ValueError(f"{path}: strict is no regular expression: {error}") from None
