@@ -39,7 +39,6 @@ from torch import nn
 import cli
 import formats
 from config import GPTConfig, load_config
-from durable import require_file
 from formats import (
     finding,
     fingerprints,
@@ -53,6 +52,7 @@ from formats import (
 )
 from formats.finding import CheckpointInfo, find_tokenizer
 from model import GPTModel
+from packed import require_file
 from tokenizer import TOKENIZER_COPIES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from cli import note
-from durable import read_object
 from hf_config import (
     checked_rope_scaling,
     config_to_hf,
@@ -26,6 +25,7 @@ from hf_config import (
     refuse_strange,
     size,
 )
+from inputs import read_object
 from plain_yaml import load_yaml
 
 __all__ = ["CONFIGS_DIR", "GPTConfig", "config_from_hf", "load_config", "load_yaml", "presets"]

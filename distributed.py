@@ -29,6 +29,7 @@ import torch
 import torch.distributed as torch_dist
 
 import cli
+import launcher
 
 # A collective waits for the slowest rank as long as that takes; the watch threads end the wait
 # when a rank is dead, which a collective's own timeout could not tell from being slow.
@@ -128,9 +129,9 @@ def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
 
     device: "cpu", "cuda", or None for CUDA where there is one. timeout: seconds without progress
     after which a rank counts as dead. Raises ValueError for a device that is not there, and for
-    ranks that cannot find each other (cli.check_launch).
+    ranks that cannot find each other (launcher.check_launch).
     """
-    rank, world_size, local_rank, launched = cli.check_launch()
+    rank, world_size, local_rank, launched = launcher.check_launch()
     chosen = _pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

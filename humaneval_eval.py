@@ -31,6 +31,7 @@ from typing import Any
 import cli
 import command
 import evaluation
+import launcher
 import stats
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
@@ -400,7 +401,7 @@ def main(argv=None):
 
 def judge_samples(path: str, ignore_incomplete: bool, options: Options) -> None:
     """By rank 0 alone."""
-    cli.check_launch()
+    launcher.check_launch()
     problems = read_problems(options.data_path)
     task = find_task(problems, options.show) if options.show else None
     if cli.rank() == 0:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import GPTConfig, read_json
-from durable import read_object, require_file
 from formats import Opened, layouts, shown, tensorfiles
 from formats.stored import Stored
 from hf_config import UnsupportedArchitecture
+from inputs import read_object
+from packed import require_file
 
 FORMAT = "formats/huggingface.py"
 WEIGHT_FILES: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")

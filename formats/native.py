@@ -24,11 +24,12 @@ import torch
 from torch import nn
 
 from config import GPTConfig
-from durable import dumps, fsync, read_object
+from durable import dumps, fsync
 from formats import Opened, huggingface, layouts, tensorfiles, training_state
 from formats.fingerprints import sha256
 from formats.huggingface import TOKEN_IDS
 from hf_config import config_to_hf
+from inputs import read_object
 from model import GPTModel
 
 FORMAT = "formats/native.py"

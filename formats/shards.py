@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from durable import refuse_impostor
+from inputs import refuse_impostor
 
 # llm.c's headers: magic number -> (version, dtype)
 LLMC_HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 import cli
-from durable import refuse_impostor
 from formats import inert, shown
 from formats.stored import FLOATS, Stored, read_whole, whole
+from inputs import refuse_impostor
 
 SAFETENSORS_DTYPES = {"F32": FLOATS[0], "BF16": FLOATS[1], "F16": FLOATS[2], "F64": FLOATS[3]}
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")

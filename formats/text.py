@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cli import note
-from durable import decode_utf8, read_jsonl
+from inputs import decode_utf8, read_jsonl
 from packed import open_packed, parquet_rows, suffix_of
 from tokenizer import SAFE_BREAK, utf8_bytes
 

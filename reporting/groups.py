@@ -17,7 +17,7 @@ from typing import Any
 
 import cli
 from cli import printable
-from durable import read_jsonl
+from inputs import read_jsonl
 from results import load_records
 from runs import told_apart, walk
 

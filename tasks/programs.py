@@ -34,7 +34,7 @@ import durable
 import results
 import stats
 from cli import printable
-from durable import read_jsonl
+from inputs import read_jsonl
 from sandbox.judge import Sandbox, Verdict
 
 Problems = dict[str, dict]  # by task_id

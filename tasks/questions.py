@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import CONFIGS_DIR, load_yaml
-from durable import read_jsonl
+from inputs import read_jsonl
 from packed import open_packed, parquet_rows, suffix_of
 
 LETTERS = "ABCD"

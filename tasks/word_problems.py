@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import CONFIGS_DIR, load_yaml
-from durable import decode_utf8, read_jsonl
+from inputs import decode_utf8, read_jsonl
 from tasks.answers import number
 
 PROMPTS_DIR = CONFIGS_DIR / "word_problems"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cli
+import launcher
 
 
 @dataclass(frozen=True)
@@ -197,13 +198,13 @@ def test_a_timeout_that_no_thread_can_wait_for(seconds):
 # ---------------------------------------------------------------------------------------------
 # Who started this process
 
-ALONE = cli.Launch()
+ALONE = launcher.Launch()
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """Set nothing of a launcher's variables but these."""
-    for name in (*TORCHRUN, *cli.COPIES):
+    for name in (*TORCHRUN, *launcher.COPIES):
         monkeypatch.delenv(name, raising=False)
 
     def fill(values):
@@ -218,9 +219,9 @@ def without(*names):
 
 
 def test_ranks_are_those_that_can_meet(environment):
-    assert cli.check_launch() == ALONE and cli.rank() == 0
+    assert launcher.check_launch() == ALONE and cli.rank() == 0
     environment(TORCHRUN)
-    assert cli.check_launch() == cli.Launch(1, 2, 1, True) and cli.rank() == 1
+    assert launcher.check_launch() == launcher.Launch(1, 2, 1, True) and cli.rank() == 1
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_ranks_are_those_that_can_meet(environment):
 )
 def test_what_is_true_of_a_process_alone_is_no_fault(values, environment):
     environment(values)
-    assert cli.check_launch() == ALONE
+    assert launcher.check_launch() == ALONE
 
 
 @pytest.mark.parametrize(
@@ -266,12 +267,12 @@ def test_what_is_true_of_a_process_alone_is_no_fault(values, environment):
 def test_half_a_launcher_is_refused_and_heard(values, said, environment):
     """By every process, as rank 0 of one: whoever stays silent leaves nobody to speak."""
     environment(values)
-    assert cli.launch() == ALONE and cli.rank() == 0
+    assert launcher.launch() == ALONE and cli.rank() == 0
     with pytest.raises(ValueError) as error:
-        cli.check_launch()
+        launcher.check_launch()
     assert said in str(error.value) and "torchrun" in str(error.value)
     environment(TORCHRUN)
-    assert cli.check_launch().world_size == 2
+    assert launcher.check_launch().world_size == 2
 
 
 @pytest.mark.parametrize("seconds, right", [(None, 1), (0.5, 1), (0, 0), (-1, 0), (math.nan, 0)])

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import durable
+import inputs
 from durable import Journal, read_journal
 
 ROOT = Path(durable.__file__).parent
@@ -248,7 +249,7 @@ def test_jsonl_plain_and_gzipped(tmp_path):
     for name, content in (("x.jsonl", data), ("x.jsonl.gz", gzip.compress(data))):
         path = tmp_path / name
         path.write_bytes(content)
-        found = list(durable.read_jsonl(path))
+        found = list(inputs.read_jsonl(path))
         assert [where for where, *_ in found] == [f"{path}:{i}" for i in (1, 3, 4)]
         assert [value for *_, value in found] == [{"a": "é"}, {"a": 2}, {"a": [3]}]
         assert sum(size for _, size, _ in found) == len(data) - 2  # all but the blank line
@@ -272,10 +273,10 @@ def test_jsonl_that_cannot_be_used(content, message, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        list(durable.read_jsonl(path))
+        list(inputs.read_jsonl(path))
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="nowhere: no such file of samples"):
-        list(durable.read_jsonl(tmp_path / "nowhere", "file of samples"))
+        list(inputs.read_jsonl(tmp_path / "nowhere", "file of samples"))
 
 
 @pytest.mark.parametrize(
@@ -297,21 +298,21 @@ def test_objects_that_cannot_be_used(content, message, tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        durable.read_object(path)
+        inputs.read_object(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_object_is_read_as_it_stands(tmp_path):
     path, values = tmp_path / "x.json", {"é": [1, 2.5, None, {"a": {"b": [[]]}}], "n": 2**60}
     path.write_text(json.dumps(values))
-    assert durable.read_object(path) == values
+    assert inputs.read_object(path) == values
 
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "link").symlink_to("nowhere")
-    readers = (durable.read_object, durable.refuse_impostor, lambda p: list(durable.read_jsonl(p)))
+    readers = (inputs.read_object, inputs.refuse_impostor, lambda p: list(inputs.read_jsonl(p)))
     for read in readers:
         for name, what in (
             ("fifo", "is a FIFO, not a file"),

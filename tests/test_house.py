@@ -19,7 +19,7 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
     "packed",
-    "streams stats durable sources hf_config byte_bpe plain_yaml tasks/answers",
+    "inputs launcher streams stats durable sources hf_config byte_bpe plain_yaml tasks/answers",
     "cli identity",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/kinds sandbox/frames costs/gpus backends",

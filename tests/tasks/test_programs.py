@@ -284,11 +284,11 @@ def test_kinds_of_failures():
 
 def test_judges_share_the_cores_among_the_ranks_of_a_host(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr(Path, "read_text", lambda path: "max 100000\n")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "max 100000\n")
     assert (count_cores(), count_workers()) == (16, 15)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert (count_cores(), count_workers()) == (16, 3)
-    monkeypatch.setattr(Path, "read_text", lambda path: "200000 100000\n")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "200000 100000\n")
     assert (count_cores(), count_workers()) == (2, 1)
-    monkeypatch.setattr(Path, "read_text", lambda path: "50000 100000\n")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "50000 100000\n")
     assert (count_cores(), count_workers()) == (1, 1)
