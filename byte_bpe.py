@@ -55,7 +55,8 @@ def save_bpe(
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(definition, ensure_ascii=False, indent=1) + "\n"
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    text = json.dumps(config, indent=2) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def merge_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

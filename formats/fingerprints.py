@@ -26,7 +26,7 @@ def fingerprint(opened: Opened) -> str:
 
 def _refuse_changed(manifest: Path) -> None:
     """A manifest was written last: what is newer than it is a copy, or was changed since."""
-    for name, entry in json.loads(manifest.read_text())["files"].items():
+    for name, entry in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
         file = manifest.parent / name
         newer = file.stat().st_mtime_ns > manifest.stat().st_mtime_ns
         if newer and remembered_sha256(file) != entry["sha256"]:

@@ -186,12 +186,11 @@ def judge_file(
     samples = read_samples(path, problems)
     counts = Counter(s["task_id"] for s in samples)
     ks = check_counts(path, counts, problems, ks, ignore_incomplete)
-    verdicts = {}
+    verdicts, sampled = {}, {task: problems[task] for task in problems if counts[task]}
     with (
         Sandbox(workers or count_cores(), **(sandbox or {})) as cage,
         cli.progress(len(samples), "judging", "sample") as bar,
     ):
-        sampled = {task: problem for task, problem in problems.items() if counts[task]}
         judgeable, left_out = split_off(sampled, cage)
         start = time.perf_counter()
         scored = [i for i, s in enumerate(samples) if s["task_id"] in judgeable]
@@ -201,11 +200,11 @@ def judge_file(
             bar.update(1)
         tier = cage.tier
     seconds = time.perf_counter() - start
-    judged_by = {"sandbox_tier": tier.partition(" ")[0]}  # beside OpenAI's own fields
+    by = {"sandbox_tier": tier.partition(" ")[0]}  # beside OpenAI's own fields
     judged = [(samples[i]["task_id"], samples[i], verdicts[i]) for i in scored]
     words = {i: {"result": v.result, "passed": v.passed} for i, v in verdicts.items()}
     nothing = {"result": "not judged: the task's own solution fails", "passed": None}
-    lines = (s | words.get(i, nothing) | judged_by for i, s in enumerate(samples))
+    lines = (s | words.get(i, nothing) | by for i, s in enumerate(samples))
     problem = None
     try:
         durable.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
@@ -220,8 +219,7 @@ def judge_file(
     fenced = sum("```" in s.get("completion", s.get("solution", "")) for s in samples)
     if 2 * fenced > len(samples):
         print(f"{fenced:,} samples hold ```: Markdown fences are no Python, cut them away")
-    different = len(set(programs))
-    print(f"{different:,} different programs judged in {seconds:.1f} s; sandbox {tier}")
+    print(f"{len(set(programs)):,} different programs judged in {seconds:.1f} s; sandbox {tier}")
     if show:
         print_example(problems[show], judged)
     if problem:
