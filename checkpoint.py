@@ -38,12 +38,22 @@ from torch import nn
 import cli
 import formats
 from config import GPTConfig, load_config
-from formats import fingerprints, huggingface, layouts, native, pt_files, stored, training_state
+from formats import (
+    dcp,
+    dcp_safetensors,
+    fingerprints,
+    huggingface,
+    layouts,
+    native,
+    pt_files,
+    stored,
+    training_state,
+)
 from model import GPTModel
 from tokenizer import TOKENIZER_COPIES, TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
 
-READERS = (native, huggingface, pt_files)  # the first that recognises a path opens it
+READERS = (native, dcp_safetensors, huggingface, dcp, pt_files)  # the first that recognises a path opens it
 
 
 # ---------------------------------------------------------------------------------------------
@@ -67,11 +77,6 @@ def reader_of(path: Path) -> ModuleType:
         return pt_files
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if (path / ".metadata").is_file():
-        raise ValueError(
-            f"{path} is a distributed checkpoint, whose .metadata can run code: convert it "
-            "where it was made with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
-        )
     wanted = ", ".join(huggingface.WEIGHT_FILES)
     raise ValueError(f"{path} holds no weights: none of {wanted}")
 
@@ -172,6 +177,8 @@ class Checkpoint:
     def load_weights(self, model: nn.Module) -> None:
         """The weights into a GPTModel that exists, in its dtypes and on its device."""
         gpt = layouts.bare(model)
+        if self._opened.rearranged and self._opened.config is None:
+            raise ValueError(self._opened.problem)
         if self.layout and self._tied_as_stored(gpt.config, self.layout) != gpt.config:
             raise ValueError(
                 f"{self.path} has a head of its own, but the model ties its head to the "
@@ -224,8 +231,8 @@ def load_model(
 
 
 def load_weights(path: str | Path, model: nn.Module) -> None:
-    """`open(path).load_weights(model)`."""
-    open(path).load_weights(model)
+    """`open(path, config).load_weights(model)`, with the model's config."""
+    open(path, layouts.bare(model).config).load_weights(model)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -273,10 +280,9 @@ class CheckpointInfo(NamedTuple):
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether it looks like one, whole or not; distributed ones too, so that they are refused by
-    name."""
+    """Whether it looks like one, whole or not."""
     path = Path(path)
-    return any(reader.recognises(path) for reader in READERS) or (path / ".metadata").is_file()
+    return any(reader.recognises(path) for reader in READERS)
 
 
 def is_complete(path: str | Path) -> bool:

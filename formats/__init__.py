@@ -5,8 +5,9 @@ A format of checkpoints is a module with two functions, and one place in checkpo
     recognises(path) -> bool                 # by names and a first look; True for a damaged one too
     open(path, config=None) -> Opened        # headers only; ValueError in one line
 
-`config` is the GPTConfig that the caller gives, and is believed. A third function, `glance(path) ->
-(kind, step)`, is for formats that can say both without opening the weights: listings ask it.
+`config` is the GPTConfig that the caller gives, and is believed. Two more are for formats that can
+answer: `glance(path) -> (kind, step)` without opening the weights, for listings; `finished(path) ->
+bool`, whether the sign is there with which a save ends, for those who watch a run.
 """
 
 import re
@@ -35,6 +36,7 @@ class Opened:
     facts: dict[str, Any] = field(default_factory=dict)  # epoch, loss, tokens, token ids, …
     manifest: Path | None = None  # states the sha256 of all files, so that its own stands for them
     hint: str = ""  # said if the tensors do not fit the config
+    rearranged: bool = False  # by the heads of `config`: without one, the rows are not in our order
 
 
 def name_of(path: Path) -> str:

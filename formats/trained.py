@@ -1,0 +1,73 @@
+"""What the formats of trainers share: a config from beside the weights, names put under ours.
+
+    return trained.opened(path, "dcp", FORMAT, tensors, config, files)
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from config import GPTConfig
+from formats import Opened, dialects, huggingface, layouts
+from formats.stored import Stored
+
+
+def opened(
+    path: Path,
+    kind: str,
+    format: str,
+    tensors: dict[str, Stored],
+    config: GPTConfig | None,
+    files: Iterable[Path] = (),
+    step: int | None = None,
+    **facts: Any,
+) -> Opened:
+    """What a format answers of a model's tensors under its trainer's names. config: as given, or as
+    the checkpoint itself has it; else a config.json in the directory or the one above it."""
+    pieces = {piece.file for stored in tensors.values() for piece in stored.pieces}
+    beside = path.parent if _only_above(path) else path
+    said = huggingface.config_beside(beside, config, tensors)
+    config, problem = said.config, said.problem
+    dialect, rearranged = dialects.dialect_of(tensors), False
+    if dialect is None:
+        tensors, layout = layouts.identify(tensors)
+    else:
+        known, layout = dialects.facts(tensors, dialect), "native"
+        if config is None and not (beside / "config.json").is_file():
+            problem = dialects.no_config(path, known)
+        spec = dialects.DIALECTS[dialect]
+        rearranged = spec.paired or spec.grouped
+        tensors = dialects.translated(tensors, dialect, config)
+    inside = said.files if beside == path else ()
+    return Opened(
+        path=path,
+        kind=kind,
+        format=format,
+        tensors=tensors,
+        layout=layout,
+        files=tuple(sorted({*files, *pieces, *inside})),
+        config=config,
+        problem=problem,
+        step=step_beside(path) if step is None else step,
+        facts={**said.token_ids, **facts},
+        rearranged=rearranged,
+    )
+
+
+def _only_above(path: Path) -> bool:
+    here, above = (folder / "config.json" for folder in (path, path.parent))
+    return path.is_dir() and not here.is_file() and above.is_file()
+
+
+def step_beside(path: Path) -> int | None:
+    """The step that transformers' Trainer notes in trainer_state.json, in a checkpoint's directory
+    or the one above."""
+    for folder in (path, path.parent) if path.is_dir() else (path.parent,):
+        try:
+            step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if type(step) is int:
+            return step
+    return None
