@@ -45,6 +45,7 @@ from formats import (
     huggingface,
     layouts,
     native,
+    olmo_core,
     pt_files,
     stored,
     training_state,
@@ -53,7 +54,7 @@ from model import GPTModel
 from tokenizer import TOKENIZER_COPIES, TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
 
-READERS = (native, dcp_safetensors, huggingface, dcp, pt_files)  # the first that recognises a path opens it
+READERS = (native, dcp_safetensors, huggingface, dcp, olmo_core, pt_files)  # the first that recognises a path opens it
 
 
 # ---------------------------------------------------------------------------------------------
@@ -293,6 +294,14 @@ def is_complete(path: str | Path) -> bool:
     except (ValueError, OSError):
         return False
     return True
+
+
+def is_finished(path: str | Path) -> bool | None:
+    """Whether the sign is there with which a checkpoint's format ends a save; None where it has no
+    such sign."""
+    path = Path(path)
+    reader = next((reader for reader in READERS if reader.recognises(path)), None)
+    return reader.finished(path) if hasattr(reader, "finished") else None
 
 
 def list_checkpoints(directory: str | Path) -> list[CheckpointInfo]:

@@ -271,7 +271,7 @@ class ReadAhead:
             self.thread.start()
 
     def _read(self, path: Path) -> None:
-        files = [path] if path.is_file() else path.glob("*")
+        files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
         with contextlib.suppress(OSError):  # gone meanwhile
             files = [f for f in files if not pt_files.NOT_WEIGHTS.fullmatch(f.name)]
             if sum(f.stat().st_size for f in files) < available_memory() * SHARE_OF_MEMORY:

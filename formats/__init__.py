@@ -7,7 +7,7 @@ A format of checkpoints is a module with two functions, and one place in checkpo
 
 `config` is the GPTConfig that the caller gives, and is believed. Two more are for formats that can
 answer: `glance(path) -> (kind, step)` without opening the weights, for listings; `finished(path) ->
-bool`, whether the sign is there with which a save ends, for those who watch a run.
+bool | None`, whether the sign is there with which a save ends, for those who watch a run.
 """
 
 import re

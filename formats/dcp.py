@@ -1,8 +1,7 @@
 """torch.distributed.checkpoint (DCP): a directory of .distcp files, one or more a rank.
 
-    step-1000/.metadata  __0_0.distcp  __1_0.distcp …         torchtitan, Lightning, own scripts
-    checkpoint-300/config.json  pytorch_model_fsdp_0/.metadata …     accelerate, transformers' Trainer
-    step1000/config.json  model_and_optim/.metadata …                OLMo-core
+    step-1000/.metadata  __0_0.distcp  __1_0.distcp …     torchtitan, Lightning, scripts of one's own
+    checkpoint-300/config.json  pytorch_model_fsdp_0/…     accelerate and transformers' Trainer
 
 .metadata, which is renamed into place when all else is written, is a pickle that says which box of
 which tensor lies where. It is read by pickles.py, from a list of names that is closed. A box is a
@@ -21,8 +20,8 @@ from formats.stored import FLOATS, Piece, Stored, joined
 
 FORMAT = "formats/dcp.py"
 MAX_METADATA = 1 << 30
-# where trainers put the directory of the weights, below that of a step
-INSIDE = ("pytorch_model_fsdp_0", "model_and_optim")
+# where accelerate puts the weights, below the directory of a step
+INSIDE = ("pytorch_model_fsdp_0",)
 
 _TORCH = "torch.distributed.checkpoint"
 _RECORDS = (
@@ -73,10 +72,11 @@ def recognises(path: Path) -> bool:
     return path.is_dir() and place(path) is not None
 
 
-def finished(path: Path) -> bool:
-    """Whether the save is complete: its .metadata comes last."""
+def finished(path: Path) -> bool | None:
+    """Whether the save is complete: .metadata comes last. None where each rank writes its own."""
     folder = place(path)
-    return folder is not None and bool(metadata_files(folder))
+    sources = [] if folder is None else metadata_files(folder)
+    return None if sources and sources[0].name != ".metadata" else bool(sources)
 
 
 def glance(path: Path) -> tuple[str, int | None]:
@@ -86,17 +86,23 @@ def glance(path: Path) -> tuple[str, int | None]:
 
 def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """Where every box of every tensor of the model lies; config.json from beside it."""
-    folder = place(path)
-    assert folder is not None, f"{path} was recognised"
+    folder = place(path) or path
+    tensors = tensors_in(folder)
+    return trained.opened(path, "dcp", FORMAT, tensors, config, files=metadata_files(folder))
+
+
+def tensors_in(folder: Path) -> dict[str, Stored]:
+    """The model's tensors, under its module's names. Optimizers, and objects such as the state of
+    a dataloader, are passed over: they are not opened."""
     sources = metadata_files(folder)
     if not sources:
         raise ValueError(
             f"{folder} has .distcp files but no .metadata: the save is going on or was broken off"
         )
-    tensors = tensors_of(folder, sources)
+    tensors = _tensors(folder, sources)
     if not tensors:
         raise ValueError(f"{folder} holds no tensors of a model")
-    return trained.opened(path, "dcp", FORMAT, tensors, config, files=sources)
+    return tensors
 
 
 # ---------------------------------------------------------------------------------------------
@@ -111,9 +117,7 @@ class _Stated(NamedTuple):
     boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]  # (start, shape)
 
 
-def tensors_of(folder: Path, sources: list[Path]) -> dict[str, Stored]:
-    """The model's tensors, under its module's names. Optimizers, and objects such as the state of
-    a dataloader, are passed over: they are not opened."""
+def _tensors(folder: Path, sources: list[Path]) -> dict[str, Stored]:
     stated: dict[str, _Stated] = {}
     places: dict[tuple, dict] = {}
     for source in sources:
@@ -180,6 +184,8 @@ def _tensor(name: str, said: _Stated, places: dict[tuple, dict], folder: Path) -
         if where is None:
             raise ValueError(f"{folder}/.metadata does not say where {name} {list(start)} lies")
         pieces.append(_piece(name, start, shape, dtype, where, folder))
+    if not pieces:
+        raise ValueError(f"{folder}/.metadata knows of no part of {name} {list(said.shape)}")
     return joined(name, dtype, said.shape, pieces)
 
 

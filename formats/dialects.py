@@ -90,16 +90,22 @@ def model_part(tensors: dict[str, Stored]) -> dict[str, Stored]:
     tensors = {WRAPPERS.sub("", name): stored for name, stored in tensors.items()}
     for _ in range(4):  # {"app": {"model": {"module": …}}}
         tensors = {name: t for name, t in tensors.items() if not NOT_THE_MODEL.match(name)}
-        if dialect_of(tensors) or layouts.identify(tensors)[1]:
-            break
         first = {name.partition(".")[0] for name in tensors}
         prefix = first.pop() if len(first) == 1 else "model" if "model" in first else None
-        inside = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items()
-                  if n.startswith(f"{prefix}.")}  # fmt: skip
-        if not inside:
+        inside = {
+            name.removeprefix(f"{prefix}."): t
+            for name, t in tensors.items()
+            if name.startswith(f"{prefix}.")
+        }
+        stays_known = len(inside) == len(tensors) and _is_known(inside)
+        if not inside or (_is_known(tensors) and not stays_known):
             break
         tensors = inside
     return _of_one_generation(tensors)
+
+
+def _is_known(tensors: dict[str, Stored]) -> bool:
+    return bool(dialect_of(tensors) or layouts.identify(tensors)[1])
 
 
 def _of_one_generation(tensors: dict[str, Stored]) -> dict[str, Stored]:

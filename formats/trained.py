@@ -12,6 +12,12 @@ from config import GPTConfig
 from formats import Opened, dialects, huggingface, layouts
 from formats.stored import Stored
 
+# what all of Llama's kind have in common
+LLAMA = {
+    "norm": "rmsnorm", "position": "rope", "gated_mlp": True, "activation": "silu", "bias": False,
+    "dropout": 0.0,
+}  # fmt: skip
+
 
 def opened(
     path: Path,
@@ -20,23 +26,26 @@ def opened(
     tensors: dict[str, Stored],
     config: GPTConfig | None,
     files: Iterable[Path] = (),
+    problem: str = "",
     step: int | None = None,
     **facts: Any,
 ) -> Opened:
     """What a format answers of a model's tensors under its trainer's names. config: as given, or as
-    the checkpoint itself has it; else a config.json in the directory or the one above it."""
+    the checkpoint itself has it; without one, `problem` says why, else a Hugging Face config.json
+    in the directory or the one above it is looked for."""
     pieces = {piece.file for stored in tensors.values() for piece in stored.pieces}
-    beside = path.parent if _only_above(path) else path
-    said = huggingface.config_beside(beside, config, tensors)
+    said, beside = huggingface.ConfigBeside(config, problem, True, (), {}), path
+    if config is None and not problem:
+        beside = path.parent if _only_above(path) else path
+        said = huggingface.config_beside(beside, None, tensors)
     config, problem = said.config, said.problem
     dialect, rearranged = dialects.dialect_of(tensors), False
     if dialect is None:
         tensors, layout = layouts.identify(tensors)
     else:
-        known, layout = dialects.facts(tensors, dialect), "native"
-        if config is None and not (beside / "config.json").is_file():
-            problem = dialects.no_config(path, known)
-        spec = dialects.DIALECTS[dialect]
+        if config is None and problem.startswith(f"{path} has no config"):
+            problem = dialects.no_config(path, dialects.facts(tensors, dialect))
+        spec, layout = dialects.DIALECTS[dialect], "native"
         rearranged = spec.paired or spec.grouped
         tensors = dialects.translated(tensors, dialect, config)
     inside = said.files if beside == path else ()

@@ -22,10 +22,10 @@ class Seen:
 
 
 def signature(path: Path) -> tuple | None:
-    """(name, size, mtime, inode) of a checkpoint's files; None once it is gone."""
+    """(name, size, mtime, inode) of a checkpoint's files, in folders too; None once it is gone."""
     try:
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        stats = [(p.name, p.stat()) for p in files]
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        stats = [(str(p.relative_to(path.parent)), p.stat()) for p in files]
     except OSError:
         return None
     return tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats) or None
@@ -76,12 +76,14 @@ class Shelf:
 
     def is_ready(self, seen: Seen) -> bool:
         """Whole, or unchanged for so long that it will not become so: then it is tried, and fails.
-        What other programs save grows under its final name, so a watcher lets it rest first."""
+        What other programs save grows under its final name, so a watcher waits for the sign with
+        which its format ends a save, or, where there is none, lets it rest first."""
+        finished = checkpoint.is_finished(seen.path) if self.watch else True
+        if finished is False:
+            return False
         if self.looked - seen.since >= self.poll_seconds:
             return True
-        if self.watch and seen.info.kind != "roseval":
-            return False
-        return checkpoint.is_complete(seen.path)
+        return finished is True and checkpoint.is_complete(seen.path)
 
     @property
     def last_step(self) -> int:
