@@ -44,6 +44,10 @@ from formats import (
     fingerprints,
     huggingface,
     layouts,
+    litgpt,
+    llama2c,
+    llmc,
+    meta,
     native,
     olmo_core,
     pt_files,
@@ -54,7 +58,9 @@ from model import GPTModel
 from tokenizer import TOKENIZER_COPIES, TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
 
-READERS = (native, dcp_safetensors, huggingface, dcp, olmo_core, pt_files)  # the first that recognises a path opens it
+# the first that recognises a path opens it
+READERS = (native, dcp_safetensors, huggingface, litgpt, olmo_core, dcp, meta)
+READERS += (llama2c, llmc, pt_files)
 
 
 # ---------------------------------------------------------------------------------------------

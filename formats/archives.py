@@ -11,6 +11,7 @@ open without those trainers, and without running a byte of them.
 import io
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +120,21 @@ def open_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
         f.seek(pickled.offset)
         data = f.read(pickled.size)
     return pickles.read(data, where, _Names(_Tensors(path, where, found)), _Storage)
+
+
+def mentions(path: Path, words: Iterable[bytes]) -> bool:
+    """Whether the pickle of a file of torch.save holds all of these; it is not interpreted. False
+    for what is no such file."""
+    with open(path, "rb") as f:
+        try:
+            entry = entries(f, str(path), 0, path.stat().st_size).get("data.pkl")
+        except ValueError:
+            return False
+        if entry is None or entry.size > MAX_PICKLE:
+            return False
+        f.seek(entry.offset)
+        data = f.read(entry.size)
+    return all(word in data for word in words)
 
 
 class _Storage(NamedTuple):

@@ -71,8 +71,35 @@ OLMO_CORE = Dialect(
         "lm_head": ["lm_head.w_out"],
     }
 )
+
+
+def _litgpt(gated: bool, old: bool) -> Dialect:
+    """old: `attn.attn`, whose rows lie by groups, before `attn.qkv`."""
+    at, mlp = "transformer.h.{i}.", ["mlp.fc_1", "mlp.fc_2"] if gated else ["mlp.fc"]
+    return Dialect(
+        {
+            "token_embedding": ["transformer.wte"],
+            "blocks.{i}.ln1": [at + "norm_1"],
+            "blocks.{i}.ln2": [at + "norm_2"],
+            "blocks.{i}.attn.qkv_proj": [at + ("attn.attn" if old else "attn.qkv")],
+            "blocks.{i}.attn.out_proj": [at + "attn.proj"],
+            "blocks.{i}.attn.q_norm": [at + "attn.norm_q"],
+            "blocks.{i}.attn.k_norm": [at + "attn.norm_k"],
+            "blocks.{i}.mlp.fc1": [at + name for name in mlp],
+            "blocks.{i}.mlp.fc2": [at + "mlp.proj"],
+            "ln_f": ["transformer.ln_f"],
+            "lm_head": ["lm_head"],
+        },
+        grouped=old,
+    )
+
+
 SPLIT = ["wq", "wk", "wv"]
 DIALECTS = {
+    "litgpt": _litgpt(gated=False, old=False),
+    "litgpt, gated": _litgpt(gated=True, old=False),
+    "litgpt, old": _litgpt(gated=False, old=True),
+    "litgpt, old, gated": _litgpt(gated=True, old=True),
     "meta": _meta(SPLIT, paired=True),
     "meta, fused": _meta(["qkv_linear.wqkv"], paired=True, grouped=True),
     "torchtitan qwen3": _meta(SPLIT, paired=False),
@@ -131,6 +158,10 @@ def dialect_of(tensors: dict[str, Stored]) -> str | None:
         return ("torchtitan qwen3" if qwen3 else "meta") + (", fused" if fused else "")
     if {"embeddings.weight", "blocks.0.attention.w_q.weight"} <= names:
         return "olmo-core"
+    for old, qkv in (("", "attn.qkv"), (", old", "attn.attn")):
+        if {"transformer.wte.weight", f"transformer.h.0.{qkv}.weight"} <= names:
+            gated = "transformer.h.0.mlp.fc_1.weight" in names
+            return "litgpt" + old + (", gated" if gated else "")
     return None
 
 
@@ -197,7 +228,8 @@ def translated(
     """The table under our own names (layout "native"). Without a config rows stay where they are;
     such a table is for looking at. What no module of ours has keeps its name."""
     spec, left, ours = DIALECTS[dialect], dict(tensors), {}
-    layers = sorted({int(m[1]) for name in tensors if (m := re.match(r"\w+\.(\d+)\.", name))})
+    number = re.compile(r"(?:\w+\.){1,2}?(\d+)\.")
+    layers = sorted({int(m[1]) for name in tensors if (m := number.match(name))})
     for module, theirs in spec.modules.items():
         for i in layers if "{i}" in module else [0]:
             for leaf in ("weight", "bias"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from config import GPTConfig
-from formats import Opened, huggingface, layouts, tensorfiles
+from formats import Opened, huggingface, layouts, llmc, tensorfiles
 from formats.stored import Stored
 
 FORMAT = "formats/pt_files.py"
@@ -31,12 +31,15 @@ def recognises(path: Path) -> bool:
         file = huggingface.weight_file(path)
         return file is not None and file.name == "pytorch_model.bin"
     suffixes = (*tensorfiles.TORCH_SUFFIXES, ".safetensors")
-    return path.suffix in suffixes and path.is_file() and not NOT_WEIGHTS.fullmatch(path.name)
+    other = NOT_WEIGHTS.fullmatch(path.name) or llmc.magic(path) in llmc.OTHERS
+    return path.suffix in suffixes and path.is_file() and not other
 
 
 def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """The structure of the file. Its own config comes before a config.json beside it."""
     file = path / "pytorch_model.bin" if path.is_dir() else path
+    if other := llmc.OTHERS.get(llmc.magic(path) or 0):
+        raise ValueError(f"{path} is a file of llm.c, but no model that is read: {other}")
     table, rest = _open_file(file)
     if not table:
         raise ValueError(f"{path} holds no tensors")

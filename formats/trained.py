@@ -4,13 +4,16 @@
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from config import GPTConfig
 from formats import Opened, dialects, huggingface, layouts
-from formats.stored import Stored
+from formats.stored import Stored, whole
 
 # what all of Llama's kind have in common
 LLAMA = {
@@ -62,6 +65,28 @@ def opened(
         facts={**said.token_ids, **facts},
         rearranged=rearranged,
     )
+
+
+def weights(values: Any, where: Path) -> dict[str, Stored]:
+    """A state dict of archives.py as a table."""
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"{where} holds no dictionary of weights")
+    for name, value in values.items():
+        if type(name) is not str or not isinstance(value, Stored):
+            kind = getattr(value, "name", type(value).__name__)
+            raise ValueError(f"{where}: {name!r} is of type {kind}, not a tensor")
+    return values
+
+
+def laid_out(
+    file: Path, offset: int, dtype: torch.dtype, shapes: Iterable[tuple[str, tuple[int, ...]]]
+) -> tuple[dict[str, Stored], int]:
+    """({name: tensor}, end) of tensors that lie one after the other."""
+    tensors = {}
+    for name, shape in shapes:
+        tensors[name] = whole(file, offset, dtype, shape)
+        offset += math.prod(shape) * dtype.itemsize
+    return tensors, offset
 
 
 def _only_above(path: Path) -> bool:
