@@ -12,8 +12,9 @@
     epoch, step, loss = load_checkpoint(path, model, optimizer, scheduler)
 
 Read: .pt files of rosetrainer and nanoGPT, `checkpoint-{step}/pytorch_model.bin` that holds
-model_state_dict, and Hugging Face directories (safetensors or .bin, sharded or not). Written:
-`checkpoint-{step}/`, a Hugging Face directory plus trainer_state.pt and manifest.json.
+model_state_dict, Hugging Face directories (safetensors or .bin, sharded or not), and what other
+trainers leave (formats/readers.py). Written: `checkpoint-{step}/`, a Hugging Face directory plus
+trainer_state.pt and manifest.json.
 
 Every format (READERS) is opened as a table, name -> where the bytes lie (formats/stored.py), under
 the names of one of four layouts (formats/layouts.py). The model is built without memory, the table
@@ -38,30 +39,11 @@ from torch import nn
 import cli
 import formats
 from config import GPTConfig, load_config
-from formats import (
-    dcp,
-    dcp_safetensors,
-    fingerprints,
-    huggingface,
-    layouts,
-    litgpt,
-    llama2c,
-    llmc,
-    meta,
-    native,
-    olmo_core,
-    pt_files,
-    stored,
-    training_state,
-)
+from formats import fingerprints, huggingface, layouts, native, stored, training_state
+from formats.readers import READERS
 from model import GPTModel
 from tokenizer import TOKENIZER_COPIES, TOKENIZER_FILES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
-
-# the first that recognises a path opens it
-READERS = (native, dcp_safetensors, huggingface, litgpt, olmo_core, dcp, meta)
-READERS += (llama2c, llmc, pt_files)
-
 
 # ---------------------------------------------------------------------------------------------
 # The handle
@@ -77,11 +59,10 @@ def open(path: str | Path, config: GPTConfig | None = None) -> "Checkpoint":
 def reader_of(path: Path) -> ModuleType:
     """The format of a path. A file that none recognises by its name is tried, and refused by what
     is in it."""
-    for reader in READERS:
-        if reader.recognises(path):
-            return reader
-    if path.is_file():
-        return pt_files
+    for question in ("recognises", "tries"):
+        for reader in READERS:
+            if getattr(reader, question, lambda path: False)(path):
+                return reader
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     wanted = ", ".join(huggingface.WEIGHT_FILES)
@@ -288,8 +269,7 @@ class CheckpointInfo(NamedTuple):
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether it looks like one, whole or not."""
-    path = Path(path)
-    return any(reader.recognises(path) for reader in READERS)
+    return any(reader.recognises(Path(path)) for reader in READERS)
 
 
 def is_complete(path: str | Path) -> bool:
@@ -303,11 +283,9 @@ def is_complete(path: str | Path) -> bool:
 
 
 def is_finished(path: str | Path) -> bool | None:
-    """Whether the sign is there with which a checkpoint's format ends a save; None where it has no
-    such sign."""
-    path = Path(path)
-    reader = next((reader for reader in READERS if reader.recognises(path)), None)
-    return reader.finished(path) if hasattr(reader, "finished") else None
+    """Whether the sign is there with which its format ends a save; None where there is no such."""
+    reader = next((reader for reader in READERS if reader.recognises(Path(path))), None)
+    return getattr(reader, "finished", lambda path: None)(Path(path))
 
 
 def list_checkpoints(directory: str | Path) -> list[CheckpointInfo]:

@@ -9,16 +9,17 @@ open without those trainers, and without running a byte of them.
 """
 
 import io
+import math
 import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from durable import refuse_impostor
-from formats import pickles
+from formats.pickles import Anything, Record, read
 from formats.stored import Checksum, Piece, Stored
 
 STORAGES = {
@@ -71,7 +72,7 @@ class Entry(NamedTuple):
     crc: int
 
 
-def entries(f, where: str, start: int, length: int) -> dict[str, Entry]:
+def entries(f: BinaryIO, where: str, start: int, length: int) -> dict[str, Entry]:
     """name: where it lies. Names lack the folder that torch.save gives them all."""
     window = _Window(f, start, length)
     if window.read(4) != b"PK\x03\x04":
@@ -119,7 +120,7 @@ def open_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
             raise ValueError(f"{where} was written on a big-endian machine")
         f.seek(pickled.offset)
         data = f.read(pickled.size)
-    return pickles.read(data, where, _Names(_Tensors(path, where, found)), _Storage)
+    return read(data, where, _Names(_Tensors(path, where, found)), _Storage)
 
 
 def mentions(path: Path, words: Iterable[bytes]) -> bool:
@@ -167,17 +168,16 @@ class _Tensors:
     def checked(self, entry, dtype, offset, shape, strides) -> Stored:
         numbers = (offset, *shape, *strides)
         plain = all(type(n) is int and n >= 0 for n in numbers) and len(shape) == len(strides)
-        numel, packed, span = 1, [], offset + 1
-        for n in reversed(shape):
-            packed.insert(0, numel)
-            numel *= n
-        if plain and numel:
-            span += sum((n - 1) * stride for n, stride in zip(shape, strides))
-        if not plain or max(span, numel) * dtype.itemsize > entry.size + (not numel):
+        numel = math.prod(shape) if plain else 0
+        span = (
+            offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if numel else 0
+        )
+        if not plain or max(span, numel) * dtype.itemsize > entry.size:
             raise ValueError(
                 f"{self.where} is damaged: a tensor {list(shape)} claims more than the "
                 f"{entry.size:,} bytes of its storage"
             )
+        packed = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
         in_order = all(s == p for n, s, p in zip(shape, strides, packed) if n > 1)
         check = Checksum(*entry) if entry.crc else None
         at = entry.offset + offset * dtype.itemsize
@@ -188,14 +188,26 @@ class _Tensors:
     def parameter(self, data, *_):
         return data
 
+    def with_attributes(self, function, kind, args, state) -> Any:
+        """A tensor that attributes were put on; inert if it is of a class of its own."""
+        plain = ("torch.Tensor", "torch.nn.parameter.Parameter")
+        makers = {
+            "torch._utils._rebuild_tensor_v2": self.rebuilt,
+            "torch._utils._rebuild_parameter": self.parameter,
+        }
+        if function.name in makers and kind.name in plain:
+            return makers[function.name](*args)
+        return Record(f"{kind.name} (a subclass of torch.Tensor)", args)
 
-class _Names(pickles.Anything):
+
+class _Names(Anything):
     def __init__(self, tensors: _Tensors):
         super().__init__()
         self["torch._utils._rebuild_tensor"] = tensors.rebuilt
         self["torch._utils._rebuild_tensor_v2"] = tensors.rebuilt
         self["torch._utils._rebuild_parameter"] = tensors.parameter
         self["torch._utils._rebuild_parameter_with_state"] = tensors.parameter
+        self["torch._tensor._rebuild_from_type_v2"] = tensors.with_attributes
         self["collections.OrderedDict"] = lambda *items: {}
         self["collections.defaultdict"] = lambda *factory: {}
         self["torch.Size"] = lambda sizes=(): tuple(sizes)

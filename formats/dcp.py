@@ -1,6 +1,6 @@
 """torch.distributed.checkpoint (DCP): a directory of .distcp files, one or more a rank.
 
-    step-1000/.metadata  __0_0.distcp  __1_0.distcp …     torchtitan, Lightning, scripts of one's own
+    step-1000/.metadata  __0_0.distcp  __1_0.distcp …     torchtitan, Lightning, own scripts
     checkpoint-300/config.json  pytorch_model_fsdp_0/…     accelerate and transformers' Trainer
 
 .metadata, which is renamed into place when all else is written, is a pickle that says which box of

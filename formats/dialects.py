@@ -3,7 +3,7 @@
     tensors = model_part(tensors)                     # without optimizer, wrappers, common prefix
     if (found := dialect_of(tensors)) is not None:
         known = facts(tensors, found)                 # fields of GPTConfig that the shapes tell
-        tensors = translated(tensors, found, config)  # our names, [q; k; v], rotary as `rotate` has it
+        tensors = translated(tensors, found, config)  # our names and order of rows
 
 layouts.py has the names of files that are written again, as views of our parameters. These are only
 read: a table under their names becomes one under ours, and no byte is moved. Meta's code turns the
@@ -12,7 +12,8 @@ are taken in another order, for which the config must say how many heads there a
 """
 
 import re
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from config import GPTConfig
 from formats import layouts
@@ -197,7 +198,7 @@ def facts(tensors: dict[str, Stored], dialect: str) -> dict:
     queries, keys = (size_of("blocks.0.attn.qkv_proj", 0, part) for part in (0, 1))
     if D and queries and keys:
         found |= {"n_heads": queries // D, "n_kv_heads": keys // D}
-    known = {field: value for field, value in found.items() if value}
+    known: dict[str, Any] = {field: value for field, value in found.items() if value}
     known |= {"norm": "rmsnorm", "position": "rope", "gated_mlp": True, "activation": "silu"}
     known |= {"bias": False, "qk_norm": bool(D)}
     untied = head in tensors and tensors[head] != tensors.get(embedding)
@@ -207,14 +208,14 @@ def facts(tensors: dict[str, Stored], dialect: str) -> dict:
 CANNOT_BE_TOLD = ("n_heads", "n_kv_heads", "rope_theta", "norm_eps", "max_position_embeddings")
 
 
-def no_config(path, known: dict) -> str:
+def no_config(path: Path, known: dict) -> str:
     """What to say of weights whose config lies nowhere."""
     sizes = {k: v for k, v in known.items() if type(v) is int}
     said = ", ".join(f"{k}={v}" for k, v in sizes.items())
     missing = ", ".join(name for name in CANNOT_BE_TOLD if name not in known)
     return (
-        f"{path} has no config. Its shapes say {said or 'nothing'}, but not {missing}: give the "
-        "model's config, a preset, a YAML file or a directory with config.json, with --config"
+        f"{path} has no config. Its shapes say {said or 'nothing'}, but not {missing}: give it "
+        "with --config"
     )
 
 

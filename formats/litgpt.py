@@ -69,8 +69,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     if said.is_file():
         files = [*files, said]
     step = contents.get("step_count") if isinstance(contents, dict) else None
-    step = step if type(step) is int else None
-    return trained.opened(path, "litgpt", FORMAT, tensors, config, files, problem, step)
+    return trained.opened(path, "litgpt", FORMAT, tensors, config, files, problem, step=step)
 
 
 def _config(values: dict, where: str) -> GPTConfig:
@@ -92,7 +91,10 @@ def _config(values: dict, where: str) -> GPTConfig:
         "LLaMAMLP": dict.fromkeys(("none", "tanh"), "silu"),
     }
     norms = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
-    mlp, norm = values.get("mlp_class_name", "GptNeoxMLP"), values.get("norm_class_name", "LayerNorm")
+    mlp, norm = (
+        values.get("mlp_class_name", "GptNeoxMLP"),
+        values.get("norm_class_name", "LayerNorm"),
+    )
     if mlp not in activations or norm not in norms:
         raise ValueError(f"{where}: {mlp} and {norm} have no native form")
     bias = values.get("bias", True)

@@ -38,14 +38,9 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     if path.suffix != ".bin":
         return _open_training(path, config)
     version, facts, offset = _header(path)
-    size, shared = path.stat().st_size, facts.pop("shared")
-    tensors, end = trained.laid_out(path, offset, torch.float32, _order(version, facts, shared))
-    if end != size:
-        raise ValueError(
-            f"{path} is {'truncated' if end > size else 'damaged'}: its header promises {end:,} "
-            f"bytes, the file has {size:,}"
-        )
-    config = config or _config(facts | {"hidden_dim": facts["hidden_dim"]}, str(path), shared)
+    shared = facts.pop("shared")
+    tensors = trained.laid_out(path, offset, torch.float32, _order(version, facts, shared))
+    config = config or _config(facts, str(path), shared)
     return trained.opened(path, "llama2.c", FORMAT, tensors, config)
 
 
@@ -53,15 +48,14 @@ def _open_training(path: Path, config: GPTConfig | None) -> Opened:
     contents = archives.open_archive(path)
     if not isinstance(contents, dict) or not isinstance(contents.get("model_args"), dict):
         raise ValueError(f"{path} is no training state of llama2.c: it has no model_args")
-    args, problem = contents["model_args"], ""
+    args = contents["model_args"]
     tensors = dialects.model_part(trained.weights(contents.get("model"), path))
     gate = tensors.get("layers.0.feed_forward.w1.weight")
     if config is None and gate is not None:
         hidden = args.get("hidden_dim") or gate.shape[0]
         config = _config(args | {"hidden_dim": hidden}, str(path), "output.weight" not in tensors)
     step = contents.get("iter_num")
-    step = step if type(step) is int else None
-    return trained.opened(path, "llama2.c", FORMAT, tensors, config, (), problem, step)
+    return trained.opened(path, "llama2.c", FORMAT, tensors, config, step=step)
 
 
 def _config(args: dict[str, Any], where: str, shared: bool) -> GPTConfig:

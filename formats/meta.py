@@ -48,7 +48,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
             name = min(table.keys() ^ tables[0].keys())
             raise ValueError(f"{file} and {files[0]} do not go together: one of them lacks {name}")
     params = read_json(said) if said.is_file() else {}
-    joined = {name: _merge(name, [t[name] for t in tables], params) for name in tables[0]}
+    joined = {n: _merge(n, [t[n] for t in tables], params, folder) for n in tables[0]}
     if config is None and params:
         try:
             config = _config(params, joined, str(said))
@@ -59,14 +59,14 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     return trained.opened(path, "meta", FORMAT, joined, config, files, problem)
 
 
-def _merge(name: str, parts: list[Stored], params: dict) -> Stored:
+def _merge(name: str, parts: list[Stored], params: dict, folder: Path) -> Stored:
     if ROWS.search(name):
-        return beside(name, parts)
+        return beside(f"{name} in {folder}", parts)
     if COLUMNS.search(name):
-        return beside(name, parts, dim=1)
+        return beside(f"{name} in {folder}", parts, dim=1)
     if name == "tok_embeddings.weight" and len(parts) > 1:
         columns = parts[0].shape[-1] * len(parts) == params.get("dim")
-        return beside(name, parts, dim=1 if columns else 0)
+        return beside(f"{name} in {folder}", parts, dim=1 if columns else 0)
     return parts[0]  # norms, which all ranks have
 
 

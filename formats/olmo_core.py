@@ -102,7 +102,9 @@ def _config(values: dict, where: str) -> GPTConfig:
 def _section(values: dict, name: str, where: str) -> dict[str, Any]:
     found = values.get(name)
     if not isinstance(found, dict):
-        raise ValueError(f"{where} has no section {name!r}: it is not of a language model's training")
+        raise ValueError(
+            f"{where} has no section {name!r}: it is not of a language model's training"
+        )
     return found
 
 

@@ -76,7 +76,12 @@ _CONSTANTS: dict[int, Callable[[], Any]] = {
     0x8F: set,
 }
 _U8, _U16, _U32, _U64 = map(struct.Struct, ("<B", "<H", "<I", "<Q"))
-_NUMBERS = {ord("K"): _U8, ord("M"): _U16, ord("J"): struct.Struct("<i"), ord("G"): struct.Struct(">d")}
+_NUMBERS = {
+    ord("K"): _U8,
+    ord("M"): _U16,
+    ord("J"): struct.Struct("<i"),
+    ord("G"): struct.Struct(">d"),
+}
 _TEXTS = {0x8C: _U8, ord("X"): _U32, 0x8D: _U64}  # opcode: form of the length
 _BYTES = {ord("C"): _U8, ord("B"): _U32, 0x8E: _U64}
 _SIMPLE_KEYS = (str, int, float, bytes, type(None), Record, Global)

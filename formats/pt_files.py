@@ -35,6 +35,11 @@ def recognises(path: Path) -> bool:
     return path.suffix in suffixes and path.is_file() and not other
 
 
+def tries(path: Path) -> bool:
+    """Any file: what is in it says why it is none."""
+    return path.is_file()
+
+
 def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """The structure of the file. Its own config comes before a config.json beside it."""
     file = path / "pytorch_model.bin" if path.is_dir() else path

@@ -154,6 +154,36 @@ def beside(name: str, parts: Iterable[Stored], dim: int = 0) -> Stored:
     return Stored(parts[0].dtype, shape, tuple(pieces))
 
 
+def ranges(flat: Stored, at: int, shape: tuple[int, ...], first: int, last: int) -> Iterator[Piece]:
+    """The elements first … last of a tensor in C order, which lie one after the other from place
+    `at` of a vector, as boxes of that tensor."""
+    size = flat.dtype.itemsize if isinstance(flat.dtype, torch.dtype) else 0
+    (piece,) = flat.pieces
+    assert piece.strides is None and 0 <= at <= at + last - first <= flat.shape[0]
+    for start, box in _boxes(shape, first, last):
+        yield piece._replace(offset=piece.offset + at * size, start=start, shape=box)
+        at += math.prod(box)
+
+
+def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple]:
+    """(start, shape) of the boxes that elements first … last - 1 fill, in order."""
+    if len(shape) < 2:
+        yield ((first,), (last - first,)) if shape else ((), ())
+        return
+    row = math.prod(shape[1:])
+    while first < last:
+        i, within = divmod(first, row)
+        whole = (last - first) // row if within == 0 else 0
+        if whole:
+            yield (i, *(0 for _ in shape[1:])), (whole, *shape[1:])
+            first += whole * row
+            continue
+        end = min(row, within + last - first)
+        for start, box in _boxes(shape[1:], within, end):
+            yield (i, *start), (1, *box)
+        first += end - within
+
+
 def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of C order."""
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))

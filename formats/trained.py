@@ -1,6 +1,6 @@
 """What the formats of trainers share: a config from beside the weights, names put under ours.
 
-    return trained.opened(path, "dcp", FORMAT, tensors, config, files)
+return trained.opened(path, "dcp", FORMAT, tensors, config, files)
 """
 
 import json
@@ -30,12 +30,13 @@ def opened(
     config: GPTConfig | None,
     files: Iterable[Path] = (),
     problem: str = "",
-    step: int | None = None,
     **facts: Any,
 ) -> Opened:
     """What a format answers of a model's tensors under its trainer's names. config: as given, or as
     the checkpoint itself has it; without one, `problem` says why, else a Hugging Face config.json
-    in the directory or the one above it is looked for."""
+    in the directory or the one above it is looked for. facts: what else the files state; `step`
+    is taken if it is an integer."""
+    step = facts.pop("step", None)
     pieces = {piece.file for stored in tensors.values() for piece in stored.pieces}
     said, beside = huggingface.ConfigBeside(config, problem, True, (), {}), path
     if config is None and not problem:
@@ -61,7 +62,7 @@ def opened(
         files=tuple(sorted({*files, *pieces, *inside})),
         config=config,
         problem=problem,
-        step=step_beside(path) if step is None else step,
+        step=step if type(step) is int else step_beside(path),
         facts={**said.token_ids, **facts},
         rearranged=rearranged,
     )
@@ -80,13 +81,21 @@ def weights(values: Any, where: Path) -> dict[str, Stored]:
 
 def laid_out(
     file: Path, offset: int, dtype: torch.dtype, shapes: Iterable[tuple[str, tuple[int, ...]]]
-) -> tuple[dict[str, Stored], int]:
-    """({name: tensor}, end) of tensors that lie one after the other."""
-    tensors = {}
+) -> dict[str, Stored]:
+    """The tensors that fill a file from `offset` to its end, one after the other. No further than
+    it reaches: a header can promise billions."""
+    tensors, size = {}, file.stat().st_size
     for name, shape in shapes:
         tensors[name] = whole(file, offset, dtype, shape)
         offset += math.prod(shape) * dtype.itemsize
-    return tensors, offset
+        if offset > size:
+            break
+    if offset != size:
+        raise ValueError(
+            f"{file} is {'truncated' if offset > size else 'damaged'}: its header promises "
+            f"{'at least ' if offset > size else ''}{offset:,} bytes, the file has {size:,}"
+        )
+    return tensors
 
 
 def _only_above(path: Path) -> bool:

@@ -22,9 +22,13 @@ FLOORS = [
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
     "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
-    "costs/time formats formats/stored formats/tensorfiles formats/shards formats/text model",
+    "costs/time formats formats/stored formats/tensorfiles formats/shards formats/text model "
+    "formats/pickles formats/archives",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
-    "formats/training_state formats/native formats/pt_files",
+    "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
+    "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
+    "formats/lightning formats/llama2c formats/llmc formats/pt_files "
+    "formats/readers",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs",

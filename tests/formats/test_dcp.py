@@ -47,7 +47,8 @@ dcp.save({"model": weights}, checkpoint_id=FOLDER + "/checkpoint-7/pytorch_model
 dcp.save(states, checkpoint_id=FOLDER + "/checkpoint-7/optimizer_0")
 if td.get_world_size() == 4:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-    kinds = [(Shard(0), Shard(1)), (Shard(1), Shard(0)), (Shard(0), Shard(0)), (Replicate(), Shard(0))]
+    kinds = [(Shard(0), Shard(1)), (Shard(1), Shard(0)), (Shard(0), Shard(0))]
+    kinds.append((Replicate(), Shard(0)))
     cut = {}
     for i, (name, t) in enumerate(full.items()):
         kind = kinds[i % 4] if t.dim() == 2 else (Replicate(), Replicate())
@@ -79,7 +80,7 @@ def test_what_ranks_saved(run):
         assert not any(word in key for key in ckpt.tensors for word in ("optim", "exp_avg", "note"))
     pieces = [t.pieces for t in checkpoint.open(folder / "step-3", model.config).tensors.values()]
     assert max(map(len, pieces)) == len(list((folder / "step-3").glob("*.distcp")))
-    with pytest.raises(ValueError, match="has no config. Its shapes"):
+    with pytest.raises(ValueError, match="has no config"):
         load_model(folder / "step-3")
 
 
@@ -182,7 +183,7 @@ def test_files_that_are_missing_cut_or_of_another_save(saved):
     flipped = bytearray(content)
     flipped[piece.offset + 100] ^= 1
     file.write_bytes(flipped)
-    with pytest.raises(ValueError, match="__0_0.distcp is damaged: the checksum at byte"):
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is damaged: the checksum at byte"):
         load_model(path, "float32", config=model.config)
 
 
@@ -209,9 +210,7 @@ def test_files_that_are_missing_cut_or_of_another_save(saved):
             r"holds torch.float32 \[48, 32\] at byte .* not of one save",
         ),
         (
-            lambda m: setattr(
-                m.state_dict_metadata[NAME].chunks[0], "offsets", torch.Size((1, 0))
-            ),
+            lambda m: setattr(m.state_dict_metadata[NAME].chunks[0], "offsets", torch.Size((1, 0))),
             r"does not say where .* \[1, 0\] lies",
         ),
         (lambda m: m.storage_data.pop(INDEX), "does not say where"),

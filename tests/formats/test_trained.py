@@ -1,17 +1,14 @@
 """Checkpoints of other trainers (tests/fixtures/trained): their own models' logits from their own
 files, opened where they lie."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
+from trained_files import TRAINED, logits, wanted
 
 import checkpoint
 from config import load_config
 
-ROOT = Path(__file__).resolve().parent.parent / "fixtures/trained"
-IDS = torch.arange(24).view(2, 12) * 7 % 61
+TITANS = ("llama3-0", "llama3-1", "qwen3-0", "qwen3-1")  # q, k, v apart or fused
 FOUND = {
     "litgpt-llama/step-00000040": ("litgpt", 40),
     "litgpt-neox/step-00000040": ("litgpt", 40),
@@ -23,6 +20,12 @@ FOUND = {
     "llama2c-untied/ckpt.pt": ("llama2.c", 200),
     "llama2c-untied/v0.bin": ("llama2.c", None),
     "llama2c-untied/v1.bin": ("llama2.c", None),
+    **{f"torchtitan-{kind}/step-10": ("dcp", 10) for kind in TITANS},
+    "olmo-core-plain/step20": ("olmo-core", 20),
+    "olmo-core-qk/step20": ("olmo-core", 20),
+    "lightning/last.ckpt": ("lightning", 3),
+    **{f"deepspeed-{kind}": ("deepspeed", 1) for kind in ("0-fp32", "2-bf16", "3-fp32", "3-bf16")},
+    "deepspeed-0-fp32/global_step1": ("deepspeed", 1),
     "llmc/float32/model_00000030.bin": ("llm.c", 30),
     "llmc/bfloat16/model_00000030.bin": ("llm.c", 30),
 }
@@ -30,21 +33,36 @@ FOUND = {
 
 @pytest.mark.parametrize("name", FOUND)
 def test_the_trainers_own_logits(name, tmp_path):
-    path, home = ROOT / name, ROOT / name.split("/")[0]
+    path, home = TRAINED / name, TRAINED / name.split("/")[0]
     config = load_config(home / "config.yaml") if (home / "config.yaml").is_file() else None
     ckpt = checkpoint.open(path, config)
     assert (ckpt.kind, ckpt.step) == FOUND[name]
-    with torch.no_grad():
-        got = ckpt.load("float32")(IDS)[0].numpy()
-    wanted = np.load(home / "logits.npy")
-    tolerance = 1e-5 if "bfloat16" not in name else 0.05
-    assert got.shape == wanted.shape and np.abs(got - wanted).max() <= tolerance
-    assert wanted.std() > 0.3
-    assert checkpoint.is_finished(path) is not (True if "llmc" in name else False)
-    (info,) = [checkpoint.info_of(path)]
-    assert (info.kind, info.step) == FOUND[name]
+    got, expected = logits(ckpt.load("float32")), wanted(name)
+    tolerance = 0.05 if name.startswith("llmc/bfloat16") else 1e-5
+    assert got.shape == expected.shape and np.abs(got - expected).max() <= tolerance
+    assert expected.std() > 0.3
+    assert (checkpoint.is_finished(path) is False) == name.startswith("llmc")
+    info = checkpoint.info_of(path)
+    assert (info.kind, info.step) == FOUND[name] and checkpoint.is_complete(path)
     converted = checkpoint.convert(path, tmp_path / "out", config)
-    with torch.no_grad():
-        again = checkpoint.load_model(converted, "float32")(IDS)[0].numpy()
-    assert np.abs(again - got).max() <= 1e-6
+    assert np.abs(logits(checkpoint.load_model(converted, "float32")) - got).max() <= 1e-6
+    model = checkpoint.load_model(converted, "float32")
+    for p in model.parameters():
+        p.data.zero_()
+    checkpoint.load_weights(path, model)  # the model's config stands for the file's
+    assert np.abs(logits(model) - got).max() <= 1e-6
     assert len(ckpt.fingerprint) == 64
+
+
+@pytest.mark.parametrize("name", [n for n in FOUND if n.startswith(("torchtitan", "deepspeed"))])
+def test_what_shapes_tell_is_told(name):
+    """Where nothing says what the model is: the list of what cannot be seen."""
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_model(TRAINED / name)
+    said = str(error.value)
+    assert "no config" in said and "--config" in said and "\n" not in said
+    if name.startswith("torchtitan"):
+        assert "vocab_size=61, d_model=16, n_layers=2, d_ff=24" in said
+        assert ("n_heads=4, n_kv_heads=2" in said) == ("qwen3" in name)  # from the norms' width
+        assert ("not n_heads" in said) == ("llama3" in name) and "rope_theta" in said
+    assert checkpoint.inspect(TRAINED / name)["note"] == said
