@@ -5,8 +5,8 @@ A format of checkpoints is a module with two functions, and one place in readers
     recognises(path) -> bool                 # by names and a first look; True for a damaged one too
     open(path, config=None) -> Opened        # headers only; ValueError in one line
 
-`config` is the GPTConfig that the caller gives, and is believed. Three more functions are for formats
-that can answer: `glance(path) -> (kind, step)`, without opening the weights, for listings;
+`config` is the GPTConfig that the caller gives, and is believed. Three more are for formats that
+can answer: `glance(path) -> (kind, step)`, without opening the weights, for listings;
 `finished(path) -> bool | None`, whether the sign is there with which a save ends, for those who
 watch a run; `tries(path)`, whether to open what no format recognises.
 """

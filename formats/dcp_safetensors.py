@@ -72,5 +72,4 @@ def _tile(name: str, found: list[Stored]) -> Stored:
     pieces = [part.pieces[0] for part in found]
     ends = [[a + n for a, n in zip(piece.start, piece.shape)] for piece in pieces]
     shape = [max(end) for end in zip(*ends)]
-    unique = {(piece.start, piece.shape): piece for piece in pieces}  # replicated ones: the same
-    return joined(name, found[0].dtype, shape, unique.values())
+    return joined(name, found[0].dtype, shape, pieces)

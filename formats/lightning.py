@@ -27,5 +27,5 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         raise ValueError(f"{path} is no checkpoint of Lightning: it lacks {VERSION}")
     tensors = dialects.model_part(trained.weights(said.get("state_dict"), path))
     epoch = said["epoch"] if type(said.get("epoch")) is int else None
-    stated = {"step": said.get("global_step"), "epoch": epoch}
-    return trained.opened(path, "lightning", FORMAT, tensors, config, **stated)
+    step = said.get("global_step")
+    return trained.opened(path, "lightning", FORMAT, tensors, config, step=step, epoch=epoch)

@@ -40,13 +40,15 @@ class Anything(dict):
     """Names for files whose values beside the weights are nobody's concern: each stands for an
     inert record, but for those with which a pickle would run something."""
 
-    HOSTILE = ("os", "posix", "nt", "sys", "subprocess", "pty", "runpy", "importlib", "shutil")
+    HOSTILE = "os posix nt sys subprocess pty runpy importlib shutil pickle socket ctypes operator"
+    CALLS = "open eval exec compile system popen load loads getattr setattr"  # of any module
     HARMLESS = "set frozenset bytearray complex slice range list dict tuple int float str bool"
 
     def __missing__(self, name: str) -> None:
         module, _, leaf = name.rpartition(".")
         builtin = module in ("builtins", "__builtin__") and leaf not in self.HARMLESS.split()
-        if builtin or module.split(".")[0] in self.HOSTILE:
+        hostile = module.split(".")[0] in self.HOSTILE.split() or leaf in self.CALLS.split()
+        if builtin or hostile:
             raise KeyError(name)
         return None
 
