@@ -9,11 +9,14 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
-from builders import run_ranks
+from builders import run_ranks, saved_checkpoint, tiny_model, token_shard
 from checkpoint_files import CONFIGS, logits, make_model, refused
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import checkpoint
+import eval as perplexity
+import results
+import sweep
 from checkpoint import inspect, is_complete, is_finished, list_checkpoints, load_model
 from formats import layouts
 
@@ -308,3 +311,33 @@ def test_inspect_reads_no_object(saved):
     assert (said["kind"], said["step"], said["dtypes"]) == ("dcp", 5, ["float32"])
     assert "n_heads" in inspect(path)["note"]
     json.dumps(said)
+
+
+def test_evaluations_and_sweeps_take_it_as_any_other(tmp_path, capsys):
+    """The same loss as of our own checkpoint, by eval.py and by a sweep; a save that was broken off
+    beside it is a failure with its reason."""
+    ours = saved_checkpoint(tmp_path / "ours", 10, kind="llama")
+    path = tmp_path / "run/step-10"
+    save({"model": dict(layouts.views(tiny_model("llama", 10), "llama"))}, path)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ours / name, path)
+    shutil.copytree(path, tmp_path / "run/step-20")
+    (tmp_path / "run/step-20/.metadata").unlink()
+    shard = token_shard(tmp_path / "x.npy")
+    words = ["--data-mode", "fineweb_npy", "--val-npy", shard, "--seq-len", 32, "--device", "cpu"]
+    words = [str(word) for word in words]
+    for number, which in enumerate((ours, path)):
+        out = ["--results-dir", str(tmp_path / f"results-{number}")]
+        perplexity.main(["--checkpoint-path", str(which), *words, *out])
+    one, two = (results.load_records(tmp_path / f"results-{n}")[0] for n in (0, 1))
+    assert one["metrics"]["loss"] == two["metrics"]["loss"]
+    assert two["checkpoint"]["step"] == 10 and two["checkpoint"]["name"] == "step-10"
+    lines = f"perplexity: {{data-mode: fineweb_npy, val-npy: {shard}, seq-len: 32}}\n"
+    (tmp_path / "e.yaml").write_text(lines)
+    argv = ["--checkpoint-path", tmp_path / "run", "--evaluations", tmp_path / "e.yaml"]
+    argv += ["--results-dir", tmp_path / "results-1", "--device", "cpu", "--poll-seconds", "0.1"]
+    with pytest.raises(SystemExit):
+        sweep.main([str(word) for word in argv])
+    said = capsys.readouterr()
+    assert "0 made, 1 done before, 1 failed" in said.out
+    assert "the save is going on or was broken off" in said.out + said.err

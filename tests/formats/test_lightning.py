@@ -48,12 +48,9 @@ def test_attributes_of_any_depth_and_other_modules(tmp_path, config):
     two = {f"one.{n}": t for n, t in bare.items()} | {f"two.{n}": t + 1 for n, t in bare.items()}
     torch.save(about | {"state_dict": two}, tmp_path / "a.ckpt")
     assert "not known here" in refusal(tmp_path / "a.ckpt", config)  # which of them?
-    for bad, match in (
-        ({}, "not known|no tensors|no dictionary"),
-        ({"w": 3}, "'w' is of type int"),
-    ):
+    for bad, match in (({}, "no dictionary of weights"), ({"w": 3}, "'w' is of type int")):
         torch.save(about | {"state_dict": bad}, tmp_path / "a.ckpt")
-        assert any(word in refusal(tmp_path / "a.ckpt", config) for word in match.split("|"))
+        assert match in refusal(tmp_path / "a.ckpt", config)
 
 
 class Evil:
