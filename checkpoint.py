@@ -11,10 +11,8 @@
     path = save_checkpoint(model, optimizer, scheduler, epoch, step, loss, "checkpoints")
     epoch, step, loss = load_checkpoint(path, model, optimizer, scheduler)
 
-Read: .pt files of rosetrainer and nanoGPT, `checkpoint-{step}/pytorch_model.bin` that holds
-model_state_dict, Hugging Face directories (safetensors or .bin, sharded or not), and what other
-trainers leave (formats/readers.py). Written: `checkpoint-{step}/`, a Hugging Face directory plus
-trainer_state.pt and manifest.json.
+Read: what the files of formats/ say (formats/readers.py lists them). Written:
+`checkpoint-{step}/`, a Hugging Face directory plus trainer_state.pt and manifest.json.
 
 Every format (READERS) is opened as a table, name -> where the bytes lie (formats/stored.py), under
 the names of one of four layouts (formats/layouts.py). The model is built without memory, the table
@@ -22,16 +20,16 @@ checked against it, and each tensor goes from the file, some MB at a time, to it
 dtype and device.
 """
 
-import glob
+import contextlib
 import json
 import math
-import re
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,10 +37,21 @@ from torch import nn
 import cli
 import formats
 from config import GPTConfig, load_config
-from formats import fingerprints, huggingface, layouts, native, stored, training_state
+from durable import require_file
+from formats import (
+    finding,
+    fingerprints,
+    foreign,
+    huggingface,
+    layouts,
+    native,
+    stored,
+    training_state,
+)
+from formats.finding import CheckpointInfo, find_tokenizer
 from formats.readers import READERS
 from model import GPTModel
-from tokenizer import TOKENIZER_COPIES, TOKENIZER_FILES
+from tokenizer import TOKENIZER_COPIES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
 
 # ---------------------------------------------------------------------------------------------
@@ -53,7 +62,18 @@ def open(path: str | Path, config: GPTConfig | None = None) -> "Checkpoint":
     """The handle of a checkpoint, from the headers of its files. `config`: for files that hold
     none. ValueError, one line, for whatever is wrong with a file."""
     path = Path(path)
-    return Checkpoint(reader_of(path).open(path, config))
+    with _readable(path):
+        return Checkpoint(reader_of(path).open(path, config))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file that may not be read, or is gone, is wrong like any other."""
+    try:
+        yield
+    except OSError as error:
+        file = error.filename or path
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
 def reader_of(path: Path) -> ModuleType:
@@ -63,8 +83,10 @@ def reader_of(path: Path) -> ModuleType:
         for reader in READERS:
             if getattr(reader, question, lambda path: False)(path):
                 return reader
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        if foreign_kind := foreign.what_is(path):
+            raise ValueError(f"{path} is {foreign_kind}")
+    if not os.path.isdir(path):
+        require_file(path)
     wanted = ", ".join(huggingface.WEIGHT_FILES)
     raise ValueError(f"{path} holds no weights: none of {wanted}")
 
@@ -99,12 +121,13 @@ class Checkpoint:
             return opened.config
         if self.layout is None:
             raise ValueError(
-                f"{self.path}: its weights have names that are not known here: "
-                f"{', '.join(list(self.tensors)[:3])}, …"
+                opened.problem or f"{self.path}: {layouts.unknown_names(self.tensors)}"
             )
         if opened.config is None:
             raise ValueError(opened.problem)
-        return self._tied_as_stored(opened.config, self.layout)
+        layouts.check_sizes(opened.config, self.tensors, self.layout, self.path, opened.hint)
+        with _readable(self.path):
+            return self._tied_as_stored(opened.config, self.layout)
 
     @cached_property
     def _sizes(self) -> tuple[int, int | None]:
@@ -126,9 +149,10 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 that identifies the checkpoint: of its manifest, else of its files."""
-        found = fingerprints.fingerprint(self._opened)
-        self._check_unchanged()
-        return found
+        with _readable(self.path):
+            found = fingerprints.fingerprint(self._opened)
+            self._check_unchanged()
+            return found
 
     def describe(self) -> dict[str, Any]:
         """What a result record says of the checkpoint it was measured on: results.py's
@@ -186,9 +210,10 @@ class Checkpoint:
     def _fill(self, model: GPTModel) -> None:
         """Refuses files that are not those that were opened. After _check_fits."""
         assert self.layout is not None, "names of no layout do not fit"
-        self._check_unchanged()
-        layouts.fill(model, self.tensors, self.layout, self.path)
-        self._check_unchanged()
+        with _readable(self.path):
+            self._check_unchanged()
+            layouts.fill(model, self.tensors, self.layout, self.path)
+            self._check_unchanged()
 
     def _check_fits(self, model: GPTModel) -> None:
         layouts.check_fits(model, self.tensors, self.layout, self.path, self._opened.hint)
@@ -198,7 +223,9 @@ class Checkpoint:
         return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in states]
 
     def _check_unchanged(self) -> None:
-        if self._state_of_files() != self._as_opened:
+        with _readable(self.path):
+            now = self._state_of_files()
+        if now != self._as_opened:
             raise ValueError(f"{self.path} was replaced or changed since it was opened")
 
 
@@ -231,9 +258,10 @@ def fingerprint(path: str | Path) -> str:
 def load_training_state(path: str | Path) -> dict[str, Any]:
     """optimizer, scheduler, epoch, step, loss and extra of a checkpoint; None what it has not."""
     path = Path(path)
-    reader_of(path)  # says what is wrong with a path that is no checkpoint
-    native.check_manifest(path)
-    return training_state.read(path)
+    with _readable(path):
+        reader_of(path)  # says what is wrong with a path that is no checkpoint
+        native.check_manifest(path)
+        return training_state.read(path)
 
 
 def load_checkpoint(
@@ -260,16 +288,14 @@ def load_checkpoint(
 # Finding
 
 
-class CheckpointInfo(NamedTuple):
-    path: Path
-    step: int | None
-    name: str
-    kind: str  # as Checkpoint.kind, or "unreadable"
-
-
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether it looks like one, whole or not."""
-    return any(reader.recognises(Path(path)) for reader in READERS)
+    """Whether it looks like one, whole or not; those too that are refused by name."""
+    path = Path(path)
+    if finding.closed_to_us(path):
+        return formats.step_in_name(path.name) is not None
+    if any(reader.recognises(path) for reader in READERS):
+        return True
+    return bool(foreign.what_is(path))
 
 
 def is_complete(path: str | Path) -> bool:
@@ -288,23 +314,10 @@ def is_finished(path: str | Path) -> bool | None:
     return getattr(reader, "finished", lambda path: None)(Path(path))
 
 
-def list_checkpoints(directory: str | Path) -> list[CheckpointInfo]:
-    """The checkpoints in a directory, in step order; those without a step come last."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory")
-    return _in_order(p for p in directory.iterdir() if not p.name.startswith("."))
-
-
-def _in_order(paths) -> list[CheckpointInfo]:
-    found = [info_of(path) for path in paths if is_checkpoint(path)]
-    return sorted(found, key=lambda c: (c.step is None, c.step or 0, _natural(c.name)))
-
-
 def info_of(path: Path) -> CheckpointInfo:
     """What a checkpoint is called, its step and kind, as cheaply as its format can say it; an
     unreadable one has them too."""
-    name = formats.name_of(path)
+    name, problem = formats.name_of(path), ""
     try:
         reader = reader_of(path)
         if hasattr(reader, "glance"):
@@ -312,45 +325,21 @@ def info_of(path: Path) -> CheckpointInfo:
         else:
             opened = reader.open(path)
             kind, step = opened.kind, opened.step
-    except (ValueError, OSError):
-        kind, step = "unreadable", None
-    return CheckpointInfo(path, formats.step_in_name(name) if step is None else step, name, kind)
+    except (ValueError, OSError) as error:
+        kind, step, problem = "unreadable", None, cli.first_line(error)
+    step = formats.step_in_name(name) if step is None else step
+    return CheckpointInfo(path, step, name, kind, problem)
 
 
-def _natural(name: str) -> list:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+def list_checkpoints(directory: str | Path) -> list[CheckpointInfo]:
+    """The checkpoints in a directory, in step order; those without a step come last."""
+    return finding.listed(Path(directory), finding.Look(is_checkpoint, info_of))
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """Checkpoint paths from files, checkpoint directories, directories of checkpoints and globs,
     each once, in the order given and in step order within a directory or glob."""
-    found = []
-    for given in paths:
-        path = Path(given)
-        if is_checkpoint(path) or path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            matches = [info.path for info in list_checkpoints(path)]
-        else:
-            matches = [info.path for info in _in_order(map(Path, glob.glob(str(given))))]
-        if not matches:
-            what = "does not exist"
-            if path.is_dir():  # its files tell whether the weights are missing or it is another
-                names = sorted(entry.name for entry in path.iterdir())[:5]
-                what = f"holds no checkpoint, only {', '.join(names) or 'nothing'}"
-            raise ValueError(f"{given} {what}")
-        found += matches
-    return list(dict.fromkeys(found))
-
-
-def find_tokenizer(path: str | Path) -> Path | None:
-    """The directory with tokenizer files that goes with a checkpoint: itself, or the run's."""
-    path = Path(path)
-    here = path if path.is_dir() else path.parent
-    for directory in [here, here.parent] if path.is_dir() else [here]:
-        if any((directory / name).is_file() for name in TOKENIZER_FILES):
-            return directory
-    return None
+    return finding.expand(paths, finding.Look(is_checkpoint, info_of))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -374,6 +363,7 @@ def inspect(path: str | Path, config: GPTConfig | None = None) -> dict[str, Any]
         "step": ckpt.step,
         "epoch": ckpt.facts.get("epoch"),
         "loss": ckpt.facts.get("loss"),
+        "left_out": ckpt.facts.get("left_out"),
         "parameters": sum(sizes.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ckpt.tensors.values()}),
         "layout": ckpt.layout,
@@ -400,7 +390,7 @@ def convert(source: str | Path, destination: str | Path, config: GPTConfig | Non
     with native.appearing(final, about) as directory:
         write_weights(model, model.config, directory, dtype=dtype, **ids)
         for name in TOKENIZER_COPIES:
-            if ckpt.tokenizer and (ckpt.tokenizer / name).is_file():
+            if ckpt.tokenizer and os.path.isfile(ckpt.tokenizer / name):
                 shutil.copy(ckpt.tokenizer / name, directory)
     return final
 
@@ -442,7 +432,9 @@ def print_list(directory: str | Path) -> None:
         raise ValueError(f"{directory} holds no checkpoint")
     print(f"{'step':>10}  {'kind':<12} path")
     for info in found:
-        print(f"{'-' if info.step is None else info.step:>10}  {info.kind:<12} {info.path}")
+        said = f"{info.path}  ({info.problem})" if info.problem else str(info.path)
+        said = said if said.isprintable() else ascii(said)
+        print(f"{'-' if info.step is None else info.step:>10}  {info.kind:<12} {said}")
 
 
 if __name__ == "__main__":

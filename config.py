@@ -11,10 +11,12 @@ answers in a fraction of a second.
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from durable import read_object
 from hf_config import checked_rope_scaling, config_to_hf, fields_from_hf, number, size
 
 VOCAB_MULTIPLE = 64  # matrix products fall off the fast path when a side is odd: GPT-2's 50257
@@ -212,15 +214,9 @@ def load_config(spec: str | Path) -> GPTConfig:
 
 def read_json(path: Path) -> dict:
     """A JSON file's object. Raises ValueError naming the file."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; a Hugging Face directory has one") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object")
-    return values
+    if not os.path.lexists(path):
+        raise ValueError(f"{path} does not exist; a Hugging Face directory has one")
+    return read_object(path)
 
 
 def load_yaml(path: str | Path) -> dict:

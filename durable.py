@@ -1,11 +1,12 @@
 """Files that survive a crash: written whole or not at all, and journals that lose nothing. And the
-one reader of JSONL files that others wrote.
+readers of JSON files that others wrote, which trust none of them.
 
     write_atomic("results/record.json", text)       # the old file or the new one, never a part
     with Journal("results/journal") as journal:     # one line a record, framed by length and crc32
         journal.append({"task": 3, "passed": True})
     records, bad = read_journal("results/journal")
     for where, n_bytes, question in read_jsonl("test.jsonl.gz"):    # where: "test.jsonl.gz:3"
+    index = read_object("model.safetensors.index.json")  # a small file, an object, never a FIFO
 
 Standard library and numpy only.
 """
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -120,11 +122,79 @@ def write_json(path: str | Path, obj: Any) -> None:
 # ---------------------------------------------------------------------------------------------
 # Reading what others wrote
 
+SMALL_FILE = 8 << 20  # bytes of a config or a manifest; honest ones have a thousandth of it
+MAX_BRACKETS = 500_000  # objects and lists of one JSON file: each costs 60 bytes of memory or more
+MAX_DEPTH = 64  # of objects in objects: what goes through them is recursive
+
+
+def require_file(path: str | Path) -> None:
+    """ValueError for what is no file: reading a FIFO waits for ever, a device never ends."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        what = "is a link to nothing" if os.path.islink(path) else "does not exist"
+        raise ValueError(f"{path} {what}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise ValueError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
+
+
+def read_small(path: str | Path, limit: int = SMALL_FILE) -> bytes:
+    """A file that is small if it is what it should be."""
+    require_file(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes: it is not what its name says")
+    return data
+
+
+def read_object(path: str | Path, limit: int = SMALL_FILE) -> dict[str, Any]:
+    """The object of a JSON file that somebody else wrote. ValueError, one line with the file's
+    name, for all that is wrong with it; a key that stands there twice is read in two ways by two
+    programs."""
+    data = read_small(path, limit)
+    if not data.strip():
+        raise ValueError(
+            f"{path} is empty, which is not JSON: it is still to be written, or the copy failed"
+        )
+    if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+        raise ValueError(f"{path} has more than {MAX_BRACKETS:,} lists and objects")
+    text = decode_utf8(data, path)
+    try:
+        values = json.loads(text, object_pairs_hook=_unrepeated)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object")
+    level: list = [values]
+    for _ in range(MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+    if level:
+        raise ValueError(f"{path} is nested more than {MAX_DEPTH} deep")
+    return values
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key[:100]!r} stands there twice")
+        values[key] = value
+    return values
+
 
 def refuse_impostor(path: str | Path) -> None:
-    """ValueError for what a failed download or copy leaves behind: an empty file, a web page, a Git
-    LFS pointer."""
+    """ValueError for what is no file, and for what a failed download or copy leaves behind: an
+    empty file, a web page, a Git LFS pointer."""
     path = Path(path)
+    require_file(path)
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:
@@ -152,6 +222,8 @@ def read_jsonl(path: str | Path, what: str = "file") -> Iterator[tuple[str, int,
     passed over. what: how the file is called where it is missing. ValueError in one line that names
     file and line."""
     path, offset = Path(path), 0
+    if not os.path.lexists(path):
+        raise ValueError(f"{path}: no such {what}")
     try:
         refuse_impostor(path)
         with open(path, "rb") as file:
@@ -163,8 +235,6 @@ def read_jsonl(path: str | Path, what: str = "file") -> Iterator[tuple[str, int,
                 offset += len(line)
                 if text.strip():
                     yield where, len(line), _object_of(text, where)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such {what}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip data: {error}") from None
 

@@ -40,7 +40,7 @@ def number(name: str, value: Any, kind: type = float) -> int | float:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             taken = kind(value)
-    if type(taken) is int:
+    if type(taken) is int and (kind is int or abs(taken) < 2**63):  # torch takes no larger ones
         return taken
     if kind is float and isinstance(taken, float) and math.isfinite(taken):
         return float(taken)  # numpy's float64 is a float too

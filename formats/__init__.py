@@ -11,6 +11,7 @@ can answer: `glance(path) -> (kind, step)`, without opening the weights, for lis
 watch a run; `tries(path)`, whether to open what no format recognises.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Opened:
 
 def name_of(path: Path) -> str:
     """What a checkpoint is called."""
-    return path.name if path.is_dir() else path.stem
+    return path.name if os.path.isdir(path) else path.stem
 
 
 def step_in_name(name: str) -> int | None:
@@ -50,3 +51,13 @@ def step_in_name(name: str) -> int | None:
     word = re.search(r"(?:checkpoint|ckpt|step|iter)[-_=]?(\d+)", name)
     word = word or re.search(r"(?:^|[-_])(\d+)$", name)
     return int(word[1]) if word else None
+
+
+def shown(names: Any, limit: int = 5) -> str:
+    """Names that others chose, for a message: the first few, none with control characters or of a
+    length that hides the rest."""
+    names = [names] if isinstance(names, str) or not isinstance(names, list) else names
+    texts = [name if isinstance(name, str) else f"{name!r:.100}" for name in names[:limit]]
+    texts = [text if text.isprintable() else ascii(text) for text in texts]
+    texts = [text if len(text) <= 200 else f"{text[:200]}…" for text in texts]
+    return ", ".join(texts) + (", …" if len(names) > limit else "")

@@ -8,32 +8,43 @@ GPTModel runs it where it can express the config, transformers where it cannot. 
 alone is pt_files.py's: only its contents tell what it is.
 """
 
-import json
+import os
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import cli
 from config import GPTConfig, read_json
-from durable import refuse_impostor
-from formats import Opened, layouts, tensorfiles
+from durable import read_object, require_file
+from formats import Opened, layouts, shown, tensorfiles
 from formats.stored import Stored
 from hf_config import UnsupportedArchitecture
 
 FORMAT = "formats/huggingface.py"
 WEIGHT_FILES: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SHARD = re.compile(r"(model|pytorch_model)-(\d{1,6})-of-(\d{1,6})\.(safetensors|bin)")
+FILE_NAME = re.compile(r"\.(json|safetensors|bin|pt|model)$")
+MAX_INDEX = 64 << 20  # bytes; that of a model of 10^12 parameters has 13 MB
 TOKEN_IDS = ("bos_token_id", "eos_token_id")
 
 
 def weight_file(directory: Path) -> Path | None:
-    """The file of weights, or the index of its shards."""
-    return next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    """The file of weights, or the index of its shards, whatever is the matter with it."""
+    there = (directory / name for name in WEIGHT_FILES)
+    return next((file for file in there if os.path.lexists(file)), None)
+
+
+def loose_shards(directory: Path) -> list[Path]:
+    """Shards, where they lie without anything that says which belong together."""
+    if weight_file(directory) or not os.path.isdir(directory):
+        return []
+    return sorted(directory / name for name in os.listdir(directory) if SHARD.fullmatch(name))
 
 
 def recognises(path: Path) -> bool:
     """A directory of weights, but for a lone pytorch_model.bin."""
     file = weight_file(path)
-    return file is not None and file.name != "pytorch_model.bin"
+    return file.name != "pytorch_model.bin" if file else bool(loose_shards(path))
 
 
 def glance(path: Path) -> tuple[str, int | None]:
@@ -43,11 +54,21 @@ def glance(path: Path) -> tuple[str, int | None]:
 
 def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """The headers of all shards, and config.json."""
+    refuse_strange_files(path)
     index = weight_file(path)
     if index is None:
-        raise ValueError(f"{path} holds no weights: none of {', '.join(WEIGHT_FILES)}")
-    shards = shard_files(index)
-    tensors, layout = layouts.identify(_tables(shards, path))
+        files, shards = [], complete(loose_shards(path), path)
+        table = _union(shards)
+    elif index.suffix == ".json":
+        where = weight_map(index)
+        files, shards = [index], sorted({index.parent / name for name in where.values()})
+        table = _as_mapped(where, shards, index)
+    else:
+        files, shards = [], [index]
+        table = _table(index)
+    if not table:
+        raise ValueError(f"{path} holds no tensors")
+    tensors, layout = layouts.identify(table)
     said = config_beside(path, config, tensors)
     return Opened(
         path=path,
@@ -55,7 +76,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         format=FORMAT,
         tensors=tensors,
         layout=layout,
-        files=(*sorted({index, *shards}), *said.files),
+        files=(*sorted([*files, *shards]), *said.files),
         config=said.config,
         problem=said.problem,
         native=said.native,
@@ -63,40 +84,103 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     )
 
 
-def shard_files(index: Path) -> list[Path]:
-    """The files of an index, or the one file that it is."""
-    if index.suffix != ".json":
-        return [index]
-    refuse_impostor(index)
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = cli.first_line(error)
-        raise ValueError(f"{index} is no index of shards: {why}") from None
-    for name in names:
-        if type(name) is not str or Path(name).name != name or name == "..":
-            raise ValueError(f"{index} names {name!r}: a shard lies in the same directory")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+def refuse_strange_files(directory: Path) -> None:
+    """ValueError for a FIFO, a socket or a device in a checkpoint's directory, and for a directory
+    with the name of a file: whoever reads it next, transformers or the tokenizer, would hang."""
+    for entry in os.scandir(directory):
+        folder = os.path.isdir(entry.path) and not FILE_NAME.search(entry.name)
+        if not folder and os.path.exists(entry.path):
+            require_file(entry.path)
+    if os.path.lexists(directory / "adapter_config.json"):
+        raise ValueError(
+            f"{directory} holds adapter_config.json beside a model: whether its numbers are with "
+            "or without the adapter is not said. Merge it, or move the adapter away"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Shards
+
+
+def complete(shards: list[Path], directory: Path) -> list[Path]:
+    """Shards without an index, if they are all of one model. ValueError names what is missing."""
+    if not shards:
+        raise ValueError(f"{directory} holds no weights: none of {', '.join(WEIGHT_FILES)}")
+    found = [m for file in shards if (m := SHARD.fullmatch(file.name))]
+    if len({(m[1], m[3], m[4]) for m in found}) > 1:
+        raise ValueError(f"{directory} holds shards of several models and no index says which")
+    total, there = int(found[0][3]), {int(m[2]) for m in found}
+    missing = [n for n in range(1, total + 1) if n not in there]
+    if missing or len(found) != total:
+        names = [f"{found[0][1]}-{n:05d}-of-{found[0][3]}.{found[0][4]}" for n in missing]
+        raise ValueError(
+            f"{directory} has no index of its shards, and of {total:,} lacks {len(missing):,}: "
+            f"{shown(names)}"
+        )
+    return shards
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, in the index's directory, as the index has it."""
+    where = read_object(index, MAX_INDEX).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index} is no index of shards: it has no weight_map")
+    for name in where.values():
+        if not is_plain_name(name):
+            raise ValueError(f"{index} names {name!r:.100}: a shard lies in the same directory")
+    names = set(where.values())
+    missing = sorted(name for name in names if not os.path.lexists(index.parent / name))
     if missing:
         raise ValueError(
-            f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:5])}"
+            f"{index.parent} lacks {len(missing)} of {len(names)} shards: {shown(missing)}"
         )
-    return [index.parent / name for name in names]
+    kind = index.name.removesuffix(".index.json").partition(".")  # model . safetensors
+    shards = (SHARD.fullmatch(name) for name in os.listdir(index.parent))
+    others = sorted(m[0] for m in shards if m and (m[1], m[4]) == (kind[0], kind[2]))
+    unnamed = [name for name in others if name not in names]
+    if unnamed:
+        raise ValueError(f"{index} does not name {shown(unnamed)}, which lies beside it")
+    return where
 
 
-def _tables(shards: list[Path], path: Path) -> dict[str, Stored]:
+def is_plain_name(name: Any) -> bool:
+    """Whether it is the name of a file in the same directory: a link in a cache is one too."""
+    return type(name) is str and Path(name).name == name and name != ".." and "\0" not in name
+
+
+def _table(file: Path) -> dict[str, Stored]:
+    if file.suffix == ".safetensors":
+        return tensorfiles.open_safetensors(file)
+    source = tensorfiles.open_torch(file)
+    return tensorfiles.stored_tensors(source, tensorfiles.mapping(source))
+
+
+def _union(shards: list[Path]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file in shards:
-        if file.suffix == ".safetensors":
-            table = tensorfiles.open_safetensors(file)
-        else:
-            source = tensorfiles.open_torch(file)
-            table = tensorfiles.stored_tensors(source, tensorfiles.mapping(source))
+        table = _table(file)
         for name in table.keys() & tensors.keys():
-            raise ValueError(f"{file} holds {name}, and so does {tensors[name].pieces[0].file}")
+            other = tensors[name].pieces[0].file
+            raise ValueError(
+                f"{file} holds {shown(name)}, and so does {other}: no index says which"
+            )
         tensors |= table
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors")
+    return tensors
+
+
+def _as_mapped(where: dict[str, str], shards: list[Path], index: Path) -> dict[str, Stored]:
+    """Each tensor from the file that the index names, whoever else holds one of that name."""
+    tensors: dict[str, Stored] = {}
+    for file in shards:
+        table = _table(file)
+        tensors |= {name: t for name, t in table.items() if where.get(name) == file.name}
+        unnamed = [name for name in table if name not in where]
+        if unnamed:
+            raise ValueError(f"{file} holds {shown(unnamed)}, which {index.name} does not name")
+    lacking = [name for name in where if name not in tensors]
+    if lacking:
+        file = index.parent / where[lacking[0]]
+        raise ValueError(f"{file} lacks {shown(lacking)}, which {index.name} says it holds")
     return tensors
 
 
@@ -116,26 +200,68 @@ class ConfigBeside(NamedTuple):
 
 def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored]) -> ConfigBeside:
     """`given`, else what the config.json in a directory, or beside a file, says."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    directory = os.path.isdir(path)
+    file = (path if directory else path.parent) / "config.json"
     config, problem, native, values = given, "", True, {}
-    if file.is_file():
-        try:
-            values = read_json(file)
-            config = given or GPTConfig.from_json(values, str(file))
-            native = given is not None or not config.n_experts or not path.is_dir()
-        except UnsupportedArchitecture as error:
-            problem, native = str(error), not path.is_dir()
-        except ValueError as error:
-            problem = str(error)
-    elif given is None:
+    try:
+        values = read_json(file) if os.path.lexists(file) else {}
+        if given is None and values:
+            _refuse_too_large(values, tensors, file)
+            config = GPTConfig.from_json(values, str(file))
+            native = not config.n_experts or not directory
+    except UnsupportedArchitecture as error:
+        problem, native = str(error)[:1000], not directory
+    except ValueError as error:
+        problem = str(error)[:1000]
+    if not (config or problem):
         problem = no_config(path, tensors)
-    files = (file,) if path.is_dir() and file.is_file() else ()
-    return ConfigBeside(config, problem, native, files, {key: values.get(key) for key in TOKEN_IDS})
+    files = (file,) if directory and os.path.isfile(file) else ()
+    ids = {key: _token_id(values.get(key)) for key in TOKEN_IDS}
+    return ConfigBeside(config, "" if config else problem, native, files, ids)
+
+
+def _token_id(value: Any) -> Any:
+    """A token id or several, None for what is none."""
+    plain = isinstance(value, list) and len(value) < 100 and all(type(v) is int for v in value)
+    return value if plain or type(value) is int else None
+
+
+SIDES: tuple[str, ...] = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "n_embd",
+    "n_inner",
+    "d_model",
+)
+SIDES += ("d_ff", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "word_embed_proj_dim")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+EXPERTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts")
+
+
+def _refuse_too_large(values: dict, tensors: dict[str, Stored], file: Path) -> None:
+    """ValueError for a size that no tensor has, and for more layers than there are tensors: before
+    anybody makes a model, or a list, of them."""
+    longest = max((n for t in tensors.values() for n in t.shape), default=0)
+    sides = f"no tensor of the checkpoint has a side of more than {longest:,}"
+    counts = f"the checkpoint has {len(tensors):,} tensors in all"
+    limits = {name: (longest, sides) for name in SIDES}
+    limits |= {name: (len(tensors), counts) for name in LAYERS}
+    limits |= {name: (max(longest, len(tensors)), sides) for name in EXPERTS}
+    inner = values.get("text_config")
+    for part in (values, inner if isinstance(inner, dict) else {}):
+        for name, (limit, why) in limits.items():
+            value = part.get(name)
+            if isinstance(value, (int, float)) and value > limit:
+                raise ValueError(f"{file}: {name} is {value!r:.30}, but {why}")
 
 
 def no_config(path: Path, tensors: dict[str, Stored]) -> str:
     """What to say of weights alone."""
-    known = ", ".join(f"{k}={v}" for k, v in layouts.sizes(tensors).items())
+    layout = layouts.recognise({name: stored.shape for name, stored in tensors.items()})
+    if layout is None:
+        return f"{path} has no config, and {layouts.unknown_names(tensors)}"
+    known = ", ".join(f"{k}={v}" for k, v in layouts.sizes(tensors, layout).items())
     return (
         f"{path} has no config. Its shapes say {known or 'nothing'}, but not n_heads or "
         "the activation: give the model's config, a preset or a YAML file, with --config"

@@ -10,6 +10,7 @@ A fused projection of ours can be several modules of theirs, and GPT-2's Conv1D 
 [in, out]: both are views of our parameter, so neither direction needs a second copy of the model.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 
 import cli
-from formats import tensorfiles
+from config import GPTConfig
+from formats import foreign, shown, tensorfiles
 from formats.stored import FLOATS, Stored, check_sums, read
 from model import GPTModel
 
@@ -47,21 +49,27 @@ LLAMA_MODULES = {
     "ln_f": ["model.norm"],
 }
 OLD_MASKS = r"\.attn\.(masked_)?bias$"
+EMA_COUNT = r"(^|\.)n_averaged$"  # of torch.optim.swa_utils.AveragedModel
+# What torch.compile, FSDP, activation checkpointing and Lightning put into names, anywhere
+DEEPEST = 8  # modules around a model
+WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
 
 
 class Layout(NamedTuple):
     modules: dict[str, list[str]]  # ours: theirs, in the order of our rows; absent: the same name
     prefix: str = ""  # of all names but the head's; files of the bare backbone lack it
     conv1d: bool = False  # matrices of the blocks are [in, out]
-    ignored: str = r"$^"  # buffers that old files hold
+    ignored: str = EMA_COUNT  # buffers that files hold beside weights: all that is ever dropped
 
 
 LAYOUTS = {
     "native": Layout({}),
-    "gpt2": Layout(GPT2_MODULES, "transformer.", conv1d=True, ignored=OLD_MASKS),
-    "nanogpt": Layout(GPT2_MODULES, "transformer.", ignored=OLD_MASKS),
-    "llama": Layout(LLAMA_MODULES, "model.", ignored=r"rotary_emb\.inv_freq$"),
+    "gpt2": Layout(GPT2_MODULES, "transformer.", True, f"{OLD_MASKS}|{EMA_COUNT}"),
+    "nanogpt": Layout(GPT2_MODULES, "transformer.", False, f"{OLD_MASKS}|{EMA_COUNT}"),
+    "llama": Layout(LLAMA_MODULES, "model.", False, rf"rotary_emb\.inv_freq$|{EMA_COUNT}"),
 }
+MATRICES = ("attn.qkv_proj", "attn.out_proj", "mlp.fc1", "mlp.fc2")  # what every block has …
+NORMS = ("ln1", "ln2")
 
 
 def views(model: GPTModel, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -81,44 +89,98 @@ def views(model: GPTModel, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{their.format(i=block and block[1])}.{leaf}", part
 
 
+def theirs_of(layout: str, module: str, block: int = 0) -> list[str]:
+    """The names that the weight of one of our modules has in a layout, under full names."""
+    theirs = LAYOUTS[layout].modules.get(module, [module])
+    return [f"{name.format(i=block)}.weight" for name in theirs]
+
+
 def embedding_name(layout: str) -> str:
-    return LAYOUTS[layout].modules.get("token_embedding", ["token_embedding"])[0] + ".weight"
+    return theirs_of(layout, "token_embedding")[0]
 
 
 def identify(tensors: dict[str, Stored]) -> tuple[dict[str, Stored], str | None]:
     """A file's table under the full names of its layout, and which layout that is: None, and the
     names as they are, where no layout has them."""
-    tensors = strip_wrappers(tensors)
-    layout = recognise({name: stored.shape for name, stored in tensors.items()})
-    return (tensors if layout is None else canonical(tensors, layout)), layout
+    tensors = table = strip_wrappers(tensors)
+    layout = recognise({name: stored.shape for name, stored in table.items()})
+    for _ in range(DEEPEST):  # a Lightning module's `model.`
+        shared = next(iter(table), "").partition(".")[0] + "."
+        if layout is not None or not all(name.startswith(shared) for name in table):
+            break
+        table = {name.removeprefix(shared): stored for name, stored in table.items()}
+        layout = recognise({name: stored.shape for name, stored in table.items()})
+    return (tensors if layout is None else canonical(table, layout)), layout
 
 
 def recognise(shapes: dict[str, tuple[int, ...]]) -> str | None:
     """The layout that a file's names, and for GPT-2 the direction of its matrices, speak of. An
-    embedding is not enough: litgpt's and nanochat's have GPT-2's name, Phi's has Llama's."""
-    bare = {re.sub(r"^(transformer|model)\.", "", name): shape for name, shape in shapes.items()}
-    if "token_embedding.weight" in bare:
-        return "native"
-    if {"embed_tokens.weight", "layers.0.self_attn.q_proj.weight"} <= bare.keys():
-        return "llama"
-    if {"wte.weight", "h.0.attn.c_attn.weight"} <= bare.keys():
-        fused = bare["h.0.attn.c_attn.weight"]  # [3C, C] of nn.Linear, [C, 3C] of Conv1D
+    embedding is not enough: litgpt's and nanochat's have GPT-2's name, Phi's has Llama's. So the
+    first block must have every matrix and norm under the layout's names."""
+    for layout in ("native", "llama", "gpt2"):
+        modules = ["token_embedding", *(f"blocks.{{i}}.{part}" for part in (*MATRICES, *NORMS))]
+        full = {name for module in modules for name in theirs_of(layout, module)}
+        bare = {name.removeprefix(LAYOUTS[layout].prefix) for name in full}
+        if full <= shapes.keys() or bare <= shapes.keys():
+            break
+    else:
+        return None
+    if layout == "gpt2":  # [3C, C] of nn.Linear, [C, 3C] of Conv1D
+        fused = next(shapes[n] for n in shapes if n.endswith("h.0.attn.c_attn.weight"))
         return "nanogpt" if len(fused) == 2 and fused[0] > fused[1] else "gpt2"
-    return None
+    return layout
 
 
-def sizes(tensors: dict[str, Stored]) -> dict[str, int]:
-    """The fields of rosetrainer's config that the shapes of native weights fix."""
+def unknown_names(tensors: dict[str, Stored]) -> str:
+    """What to say of weights that no layout has names for."""
+    owner = foreign.whose(tensors)
+    said = f": they are {owner}" if owner else ""
+    return f"its weights have names that are not known here{said} ({shown(list(tensors), 3)})"
+
+
+def sizes(tensors: dict[str, Stored], layout: str | None) -> dict[str, int]:
+    """The fields of GPTConfig that the shapes of weights fix."""
+    if layout is None:
+        return {}
     fields = {}
-    for name, of_shape in {
-        "token_embedding.weight": ("vocab_size", "d_model"),
-        "position_embedding.weight": ("max_position_embeddings", "d_model"),
-        "blocks.0.mlp.fc1.weight": ("d_ff", "d_model"),
+    for module, of_shape in {
+        "token_embedding": ("vocab_size", "d_model"),
+        "position_embedding": ("max_position_embeddings", "d_model"),
+        "blocks.{i}.mlp.fc2": ("d_model", "d_ff"),
     }.items():
-        if name in tensors:
-            fields |= dict(zip(of_shape, tensors[name].shape))
-    layers = {m[1] for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
+        stored = tensors.get(theirs_of(layout, module)[0])
+        if stored and len(stored.shape) == 2:
+            turned = LAYOUTS[layout].conv1d and module.startswith("blocks")
+            fields |= dict(zip(of_shape, stored.shape[:: -1 if turned else 1]))
+    block = theirs_of(layout, "blocks.{i}.mlp.fc2")[0].partition("0")[0]
+    layers = {m[1] for name in tensors if (m := re.match(rf"{re.escape(block)}(\d+)\.", name))}
     return fields | ({"n_layers": len(layers)} if layers else {})
+
+
+def check_sizes(
+    config: GPTConfig, tensors: dict[str, Stored], layout: str, path: Path, hint: str = ""
+) -> None:
+    """ValueError with the fields of a config that the tensors contradict. A model of a million
+    layers is not even begun."""
+    found: dict[str, int] = sizes(tensors, layout)
+    if config.position != "learned":
+        found.pop("max_position_embeddings", None)
+    said = {name: getattr(config, name) for name in found}
+    fused = [tensors.get(name) for name in theirs_of(layout, "blocks.{i}.attn.qkv_proj")]
+    if all(stored is not None and len(stored.shape) == 2 for stored in fused):
+        side = 1 if LAYOUTS[layout].conv1d else 0
+        rows = "(n_heads + 2 n_kv_heads) x head_dim"
+        found[rows] = sum(stored.shape[side] for stored in fused if stored)
+        said[rows] = config.qkv_dim
+    if len(theirs_of(layout, "blocks.{i}.mlp.fc1")) > 1:
+        said["gated_mlp"], found["gated_mlp"] = config.gated_mlp, True
+    wrong = [
+        f"{name} is {said[name]:,} in the config, {n:,} in the tensors"
+        for name, n in found.items()
+        if said[name] != n
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join([*wrong, hint] if hint else wrong)}")
 
 
 def canonical(table: dict, layout: str) -> dict:
@@ -131,11 +193,21 @@ def canonical(table: dict, layout: str) -> dict:
     return {full(name): entry for name, entry in table.items() if not re.search(ignored, name)}
 
 
-def strip_wrappers(table: dict) -> dict:
-    """Names without what DDP and torch.compile put before each of them, in whatever order."""
-    for prefix in ("module.", "_orig_mod.") * 3:
-        if table and all(name.startswith(prefix) for name in table):
-            table = {name.removeprefix(prefix): entry for name, entry in table.items()}
+def strip_wrappers(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Names without what DDP puts before each of them, and FSDP, torch.compile and activation
+    checkpointing anywhere in them."""
+    table: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        bare = re.sub(rf"(^|(?<=\.))(({WRAPPERS})\.)+", "", name)
+        if bare in table:
+            file = stored.pieces[0].file
+            raise ValueError(f"{file} holds {shown(bare)} twice, wrapped and not")
+        table[bare] = stored
+    for _ in range(DEEPEST):
+        wrapped = [name for name in table if not re.search(EMA_COUNT, name)]
+        if not (wrapped and all(name.startswith("module.") for name in wrapped)):
+            break
+        table = {name.removeprefix("module."): stored for name, stored in table.items()}
     return table
 
 
@@ -159,6 +231,8 @@ def check_fits(
 ) -> None:
     """Every tensor of a GPTModel, of its shape and a float type, and no others; ValueError says
     which, and `hint`. Before anything is allocated on the word of a config."""
+    if layout is not None:
+        check_sizes(model.config, tensors, layout, path, hint)
     wanted = {name: list(view.shape) for name, view in views(model, layout or "native")}
     spare = {"lm_head.weight"} if model.config.tie_embeddings else set()
     found = {name: tensors[name] for name in wanted if name in tensors}
@@ -176,12 +250,10 @@ def check_fits(
             if t.dtype not in FLOATS
         ],
     }
-    said = [
-        f"{len(names)} {what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
-        for what, names in problems.items()
-        if names
-    ]
+    said = [f"{len(names)} {what}: {shown(names)}" for what, names in problems.items() if names]
     if said:
+        owner = foreign.whose(tensors)
+        said += [f"names like {owner}"] if owner else []
         said += [hint] if hint else []
         raise ValueError(f"{path}: of {len(wanted)} tensors, {'; '.join(said)}")
 
@@ -213,4 +285,17 @@ def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -
                 parameter[where].copy_(values)
             extremes[name] = tensorfiles.extremes(parameter)
             bar.update(1)
+    for name in tensorfiles.nonfinite(extremes):
+        _refuse_overflow(name, tensors[name], parameters[name].dtype, path)
     tensorfiles.refuse_nonfinite(extremes, path)
+
+
+def _refuse_overflow(name: str, stored: Stored, dtype: torch.dtype, path: Path) -> None:
+    """Where the file's numbers are finite, it is not the file that is damaged."""
+    largest = max(values.abs().amax().item() for _, values in read(stored))
+    if math.isfinite(largest):
+        dtypes = [str(d).removeprefix("torch.") for d in (dtype, stored.dtype)]
+        raise ValueError(
+            f"{path}: {shown(name)} holds {largest:g}, which overflows {dtypes[0]}; the file has "
+            f"it in {dtypes[1]}: load it as that or as bfloat16"
+        )

@@ -11,9 +11,9 @@ whole, whenever the process or the machine dies, and nothing else is.
 
 import contextlib
 import ctypes
-import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from config import GPTConfig
-from durable import dumps, fsync
+from durable import dumps, fsync, read_object
 from formats import Opened, huggingface, layouts, tensorfiles, training_state
 from formats.fingerprints import sha256
 from formats.huggingface import TOKEN_IDS
@@ -33,6 +33,13 @@ from model import GPTModel
 
 FORMAT = "formats/native.py"
 MANIFEST_FORMAT = "roseval checkpoint 1"
+MOST = 2**53  # of a number that all readers of JSON agree about
+STATED: dict[str, tuple[tuple[type, ...], float]] = {  # fields: their types, the least value
+    "step": ((int,), 0),
+    "tokens": ((int,), 0),
+    "epoch": ((int, float), 0),
+    "loss": ((int, float), -MOST),
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -62,6 +69,9 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     manifest = check_manifest(path) or {}
     opened = huggingface.open(path, config)
     stated = {name: manifest.get(name) for name in ("epoch", "loss", "tokens")}
+    for file in opened.files:  # its sha256 stands for the checkpoint's, so it must cover them all
+        if file.name not in manifest.get("files", ()):
+            raise ValueError(f"{path / 'manifest.json'} does not know {file.name}, which is read")
     return replace(
         opened,
         kind="roseval",
@@ -73,16 +83,27 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a directory that `appearing` wrote, None if there is none."""
+    """The manifest of a directory that `appearing` wrote, None if there is none. ValueError where
+    a field is not what `appearing` writes."""
     file = path / "manifest.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError:
-        raise ValueError(f"{file} is damaged: it is not JSON") from None
-    ours = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT
-    return manifest if ours else None  # others use the name too
+    manifest = read_object(file)
+    if manifest.get("format") != MANIFEST_FORMAT:
+        return None  # others use the name too
+    for name, (kinds, least) in STATED.items():
+        value: Any = manifest.get(name)
+        if value is not None and not (type(value) in kinds and least <= value <= MOST):
+            raise ValueError(f"{file}: {name} must be a number, or null, not {value!r:.60}")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"{file}: files must be an object, not {files!r:.60}")
+    for name, entry in files.items():
+        digest = str(entry.get("sha256")) if isinstance(entry, dict) else ""
+        whole = re.fullmatch("[0-9a-f]{64}", digest) and type(entry.get("bytes")) is int
+        if not (whole and huggingface.is_plain_name(name)):
+            raise ValueError(f"{file}: {name!r:.60} is no file with its bytes and its sha256")
+    return manifest
 
 
 def check_manifest(path: Path, content: bool = False) -> dict[str, Any] | None:
@@ -90,7 +111,7 @@ def check_manifest(path: Path, content: bool = False) -> dict[str, Any] | None:
     manifest = read_manifest(path)
     for name, entry in (manifest or {"files": {}})["files"].items():
         file = path / name
-        size = file.stat().st_size if file.is_file() else None
+        size = os.path.getsize(file) if os.path.isfile(file) else None
         if size != entry["bytes"]:
             raise ValueError(f"{file} has {size} bytes, its manifest says {entry['bytes']:,}")
         if content and sha256(file) != entry["sha256"]:

@@ -1,18 +1,20 @@
 """Files of tensors that somebody else made: read without running, trusting or copying anything.
 
     table = open_safetensors(path)                   # tensor name -> where its bytes lie
-    source = open_torch(path)                        # .pt, .pth, .bin: structure only, mapped
+    source = open_torch(path)                        # .pt, .pth, .bin: structure only
     table = stored_tensors(source, source.contents["model"])
 
 The tables are stored.py's. Whatever is wrong with a file is a ValueError of one line that names the
-file. Nothing is unpickled beyond tensors and plain values (`weights_only=True`, no fallback), and
-nothing is allocated by a size that the file merely claims. torch and safetensors only.
+file. Nothing that a pickle names is imported or called (inert.py), and nothing is allocated by a
+size that a file merely claims. torch and safetensors only.
 """
 
 import json
+import math
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +24,19 @@ import torch
 
 import cli
 from durable import refuse_impostor
-from formats.stored import FLOATS, Stored, whole
+from formats import inert, shown
+from formats.stored import FLOATS, Stored, read_whole, whole
 
 SAFETENSORS_DTYPES = {"F32": FLOATS[0], "BF16": FLOATS[1], "F16": FLOATS[2], "F64": FLOATS[3]}
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 MAX_HEADER = 10 << 20  # of a safetensors file; 20 MB take seconds to parse, honest ones have < 1 MB
 MAX_PICKLE = 64 << 20  # of a torch file's structure, without its tensors
+MAX_DIRECTORY = 32 << 20  # of a torch file's table of contents, which has 80 bytes a tensor
+# Not what protects: nothing that a file names is ever called. No honest file holds them.
+RUNS_CODE = re.compile(
+    r"(os|posix|nt|sys|subprocess|importlib|runpy|shutil|socket|ctypes|pty|webbrowser)\."
+    r"|builtins\.(eval|exec|execfile|compile|__import__|open|input|breakpoint)$"
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -91,6 +100,8 @@ def zip_records(path: Path) -> list[Record]:
                 f"{path} is not a torch file. If it is one from before torch 1.6, save it anew: "
                 "torch.save(torch.load(path, weights_only=True), path)"
             )
+        if _directory_size(f, size) > MAX_DIRECTORY:
+            raise ValueError(f"{path} is no file of torch.save: it has too many entries")
         try:
             entries = zipfile.ZipFile(f).infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error):
@@ -98,36 +109,169 @@ def zip_records(path: Path) -> list[Record]:
                 f"{path} ({size:,} bytes) is truncated or still being written: "
                 "the table of contents that ends it is missing"
             ) from None
-        return [_record(f, entry, size, path) for entry in entries]
+        records = [_record(f, entry, size, path) for entry in entries]
+    names = {record.name for record in records}
+    if len(names) < len(records):
+        raise ValueError(f"{path} is no file of torch.save: it has two entries of one name")
+    return records
+
+
+def _directory_size(f, size: int) -> int:
+    """Bytes of the table of contents, each of which costs ten of memory; 0 where there is none."""
+    f.seek(max(0, size - (1 << 16) - 100))
+    tail = f.read()
+    large, small = tail.rfind(b"PK\x06\x06"), tail.rfind(b"PK\x05\x06")
+    if 0 <= large <= len(tail) - 48:
+        return struct.unpack_from("<Q", tail, large + 40)[0]
+    return struct.unpack_from("<I", tail, small + 12)[0] if 0 <= small <= len(tail) - 16 else 0
 
 
 def _record(f, entry: zipfile.ZipInfo, size: int, path: Path) -> Record:
-    f.seek(max(entry.header_offset, 0))
-    local = f.read(30)
+    local, name = b"", shown(entry.filename)
+    if 0 <= entry.header_offset < size:
+        f.seek(entry.header_offset)
+        local = f.read(30)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
-        raise ValueError(f"{path} is damaged: {entry.filename} is not where its table says")
+        raise ValueError(f"{path} is damaged: {name} is not where its table says")
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-        raise ValueError(f"{path} is no file of torch.save: {entry.filename} is compressed")
+        raise ValueError(f"{path} is no file of torch.save: {name} is compressed")
     offset = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
     end = offset + entry.file_size
     if end > size:
-        raise ValueError(f"{path} ends at byte {size:,}, its {entry.filename} at {end:,}")
+        raise ValueError(f"{path} ends at byte {size:,}, its {name} at {end:,}")
     return Record(entry.filename, offset, entry.file_size, entry.CRC)
 
 
 def check_crc(path: Path, names: Iterable[str]) -> None:
     """torch.load does not: a flipped bit would be a slightly different model."""
-    with zipfile.ZipFile(path) as archive:
+    records = {record.name: record for record in zip_records(path)}
+    with open(path, "rb") as f:
         for name in sorted(names):
-            try:
-                with archive.open(name) as f:
-                    while f.read(1 << 20):
-                        pass
-            except (zipfile.BadZipFile, EOFError, RuntimeError):
-                raise ValueError(f"{path} is damaged: the checksum of {name} is wrong") from None
+            left, crc = records[name].size, 0
+            f.seek(records[name].offset)
+            while left and (block := f.read(min(left, 1 << 20))):
+                left, crc = left - len(block), zlib.crc32(block, crc)
+            if left or crc != records[name].crc:
+                raise ValueError(f"{path} is damaged: the checksum of {shown(name)} is wrong")
 
 
-def allowed_globals() -> list:
+class TorchFile(NamedTuple):
+    path: Path
+    contents: Any  # with inert.Tensor for tensors: nothing of them is read
+    names: set[str]  # what the pickle names
+    records: dict[str, Record]  # by their names within the archive
+    checked: bool  # whether the file has checksums: torch can be told to write none
+
+
+def open_torch(path: Path) -> TorchFile:
+    """The structure of a file of torch.save."""
+    records = {r.name.partition("/")[2]: r for r in zip_records(path)}
+    pickled = records.get("data.pkl")
+    if pickled is None or pickled.size > MAX_PICKLE:
+        raise ValueError(
+            f"{path} is no file of torch.save: "
+            + (f"data.pkl has {pickled.size:,} bytes" if pickled else "it has no data.pkl")
+        )
+    checked = pickled.crc != 0  # all are 0 where torch wrote none
+    if checked:
+        check_crc(path, [pickled.name])
+    order = records.get("byteorder")
+    if order is not None and order.size != len("little"):
+        raise ValueError(f"{path} was written on a big-endian machine")
+    with open(path, "rb") as f:
+        f.seek(pickled.offset)
+        data = f.read(pickled.size)
+    try:
+        contents, names = inert.read_pickle(data)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {cli.first_line(error)}") from None
+    hostile = sorted(name for name in names if RUNS_CODE.match(name))
+    if hostile:
+        raise ValueError(
+            f"{path} holds {shown(hostile)}: it was made to run code where others load it. Nothing "
+            "of it ran here; do not use it"
+        )
+    return TorchFile(path, contents, names, records, checked)
+
+
+def mapping(source: TorchFile) -> dict:
+    """A torch file's contents, which must be a dictionary."""
+    found = source.contents
+    if isinstance(found, inert.Inert):
+        raise ValueError(
+            f"{source.path} holds a whole {shown(found.name)}, which only its own code can load: "
+            "save its state_dict() instead, where the file was made"
+        )
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{source.path} holds a {kind}, not a dictionary of weights")
+    return found
+
+
+def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
+    """The table of a dictionary of tensors in a file. What a tensor claims must be what the archive
+    holds: torch itself would read on into whatever follows, and repeat a number 2^40 times."""
+    table = {}
+    for name, t in state_dict.items():
+        if type(name) is not str or not isinstance(t, inert.Tensor):
+            kind = t.name if isinstance(t, inert.Inert) else type(t).__name__
+            what = "not plain numbers" if "tensor" in kind else "not a tensor"
+            raise ValueError(f"{source.path}: {name!r:.200} is of type {shown(kind)}, {what}")
+        table[name] = stored_tensor(source, name, t)
+    return table
+
+
+def stored_tensor(source: TorchFile, name: str, t: inert.Tensor) -> Stored:
+    """Where a tensor of a torch file lies. ValueError for one that claims more than is there."""
+    record, size = source.records.get(f"data/{t.storage.key}"), t.storage.dtype.itemsize
+    held = record.size if record else 0
+    if t.storage.numel * size != held:
+        raise ValueError(
+            f"{source.path} is damaged: {shown(name)} claims {t.storage.numel * size:,} bytes in "
+            f"data/{shown(t.storage.key)}, the file holds {held:,}"
+        )
+    numel = math.prod(t.shape)
+    last = t.offset + sum((n - 1) * stride for n, stride in zip(t.shape, t.strides))
+    claimed = max(numel, last + 1 if numel else 0) * t.dtype.itemsize
+    if claimed > held:
+        raise ValueError(
+            f"{source.path}: tensor {shown(name)} {list(t.shape)} claims {numel:,} elements, "
+            f"the file holds {held:,} bytes of it"
+        )
+    offset = (record.offset if record else 0) + t.offset * t.dtype.itemsize
+    in_order = all(
+        n == 1 or stride == math.prod(t.shape[d + 1 :])
+        for d, (n, stride) in enumerate(zip(t.shape, t.strides))
+    )
+    as_it_lies = None if in_order or not numel else t.strides
+    covered = record.name if record and source.checked else ""
+    return whole(source.path, offset, t.dtype, t.shape, covered, as_it_lies)
+
+
+def number(source: TorchFile, value: Any) -> int | float | None:
+    """A plain number of what a training file holds, tensors of one element included."""
+    if isinstance(value, inert.Tensor) and math.prod(value.shape) == 1:
+        value = read_whole(stored_tensor(source, "a number", value)).item()
+    return value if type(value) in (int, float) and -1e300 < value < 1e300 else None
+
+
+def load_torch(source: TorchFile) -> Any:
+    """torch.load of tensors and plain values; anything else in the file is named and refused."""
+    require_safe_torch()
+    path, foreign = source.path, sorted(n for n in source.names if not inert.is_plain(n))
+    if foreign:
+        raise ValueError(
+            f"{path} holds {shown(foreign)}: loading that could run code, so it is refused. Save "
+            "state_dict() and plain values instead, where the file was made"
+        )
+    with torch.serialization.safe_globals(_numpys_own()):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # an edge: a hostile pickle can raise anything
+            raise ValueError(f"{path} cannot be read: {cli.first_line(error)}") from None
+
+
+def _numpys_own() -> list:
     """What honest training files hold beyond tensors: numpy numbers and arrays (RNG states)."""
     core: Any = np._core if hasattr(np, "_core") else np.core
     named = [
@@ -148,95 +292,8 @@ def require_safe_torch() -> None:
         )
 
 
-def load_torch(path: Path, mapped: bool, place: Any = "cpu") -> Any:
-    """torch.load of tensors and plain values; anything else in the file is named and refused."""
-    require_safe_torch()
-    with torch.serialization.safe_globals(allowed_globals()):
-        try:
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if not unsafe:
-                return torch.load(path, map_location=place, mmap=mapped, weights_only=True)
-        except Exception as error:  # an edge: a hostile pickle can raise anything
-            raise ValueError(f"{path} cannot be read: {cli.first_line(error)}") from None
-    raise ValueError(
-        f"{path} holds {', '.join(sorted(unsafe)[:5])}: loading that could run code, so it is "
-        "refused. Save state_dict() and plain values instead, where the file was made"
-    )
-
-
-class TorchFile(NamedTuple):
-    path: Path
-    contents: object  # tensors in it are memory-mapped: nothing is read yet
-    base: int  # the address of byte 0
-    records: list[Record]  # of tensors; nameless where the file has no checksums
-
-
-def open_torch(path: Path) -> TorchFile:
-    """Map a file of torch.save. What its pickle claims of each storage must be what the archive
-    holds: torch itself would read on into whatever follows."""
-    records = {r.name.partition("/")[2]: r for r in zip_records(path)}
-    pickled = records.get("data.pkl")
-    if pickled is None or pickled.size > MAX_PICKLE:
-        raise ValueError(
-            f"{path} is no file of torch.save: "
-            + (f"data.pkl has {pickled.size:,} bytes" if pickled else "it has no data.pkl")
-        )
-    checked = pickled.crc != 0  # torch can be told to write no checksums: all are 0 then
-    if checked:
-        check_crc(path, [pickled.name])
-    order = records.get("byteorder")
-    if order is not None and order.size != len("little"):
-        raise ValueError(f"{path} was written on a big-endian machine")
-    claimed = set()
-
-    def place(storage, location):
-        claimed.add((storage.data_ptr(), storage.nbytes()))
-        return storage
-
-    contents = load_torch(path, True, place)
-    spans = sorted(span for span in claimed if span[1])
-    held = [r for leaf, r in records.items() if leaf.startswith("data/") and r.size]
-    held.sort(key=lambda r: r.offset)
-    base = spans[0][0] - held[0].offset if spans and held else 0
-    if [(address - base, n) for address, n in spans] != [(r.offset, r.size) for r in held]:
-        raise ValueError(
-            f"{path} is damaged: its tensors claim {sum(n for _, n in spans):,} bytes in "
-            f"{len(spans)} pieces, the file holds {sum(r.size for r in held):,} in {len(held)}"
-        )
-    return TorchFile(path, contents, base, held if checked else [r._replace(name="") for r in held])
-
-
-def mapping(source: TorchFile) -> dict:
-    """A torch file's contents, which must be a dictionary."""
-    if not isinstance(source.contents, dict):
-        kind = type(source.contents).__name__
-        raise ValueError(f"{source.path} holds a {kind}, not a dictionary of weights")
-    return source.contents
-
-
-def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
-    """The table of a dictionary of tensors in a file, which keeps none of them mapped. Strides that
-    claim more than is there, such as a stride of 0, are refused."""
-    path, table = source.path, {}
-    records = {record.offset: record.name for record in source.records}
-    for name, t in state_dict.items():
-        if type(name) is not str or not isinstance(t, torch.Tensor):
-            raise ValueError(f"{path}: {name!r} is of type {type(t).__name__}, not a tensor")
-        if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized or t.is_neg():
-            raise ValueError(f"{path}: tensor {name} ({t.layout}, {t.device}) is not plain numbers")
-        storage, shape, strides = t.untyped_storage(), tuple(map(int, t.shape)), t.stride()
-        start = storage.data_ptr() - source.base
-        span = t.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
-        claimed = max(t.numel(), span if t.numel() else 0) * t.element_size()
-        if claimed > storage.nbytes() or (t.numel() and start not in records):
-            raise ValueError(
-                f"{path}: tensor {name} {list(shape)} claims {t.numel():,} elements, "
-                f"the file holds {storage.nbytes():,} bytes of it"
-            )
-        offset = int(start + t.storage_offset() * t.element_size())
-        as_it_lies = None if t.is_contiguous() else strides
-        table[name] = whole(path, offset, t.dtype, shape, records.get(start, ""), as_it_lies)
-    return table
+# ---------------------------------------------------------------------------------------------
+# Numbers in bulk
 
 
 def extremes(t: torch.Tensor) -> torch.Tensor:
@@ -244,13 +301,18 @@ def extremes(t: torch.Tensor) -> torch.Tensor:
     return torch.stack(torch.aminmax(t if t.is_contiguous() else t.t())).float()
 
 
+def nonfinite(extremes: dict[str, torch.Tensor]) -> list[str]:
+    """The tensors whose `extremes` are not finite."""
+    good = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist()
+    return [name for name, ok in zip(extremes, good) if not ok]
+
+
 def refuse_nonfinite(extremes: dict[str, torch.Tensor], path: Path) -> None:
     """ValueError that names the tensors whose `extremes` are not finite."""
-    good = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist()
-    bad = [name for name, ok in zip(extremes, good) if not ok]
+    bad = nonfinite(extremes)
     if bad:
         raise ValueError(
-            f"{path}: {len(bad)} of {len(good)} tensors hold NaN or Inf: {', '.join(bad[:5])}"
+            f"{path}: {len(bad)} of {len(extremes)} tensors hold NaN or Inf: {shown(bad)}"
         )
 
 

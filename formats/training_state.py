@@ -3,12 +3,13 @@
 Ours is trainer_state.pt in a checkpoint's directory; others keep theirs in the file of the weights.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from formats import huggingface, tensorfiles
+from formats import huggingface, inert, tensorfiles
 
 STATE_NAMES = {  # ours: theirs
     "optimizer": ("optimizer", "optimizer_state_dict"),
@@ -26,15 +27,15 @@ def read(path: Path) -> dict[str, Any]:
     file = path
     if path.is_dir():
         file = path / "trainer_state.pt"
-        file = file if file.is_file() else huggingface.weight_file(path) or path
+        file = file if os.path.lexists(file) else huggingface.weight_file(path) or path
     if file.suffix not in tensorfiles.TORCH_SUFFIXES:
         raise ValueError(f"{path} has no training state: it holds weights only (--init-from)")
-    source = tensorfiles.open_torch(file)  # its checks; the state itself is then read, not mapped
-    tensorfiles.check_crc(file, [record.name for record in source.records if record.name])
-    del source
-    contents = tensorfiles.load_torch(file, mapped=False)
-    if not isinstance(contents, dict):
-        raise ValueError(f"{file} holds a {type(contents).__name__}, not a training state")
+    source = tensorfiles.open_torch(file)  # its checks; the state itself is then read by torch
+    if not isinstance(source.contents, dict):
+        raise ValueError(f"{file} holds a {type(source.contents).__name__}, not a training state")
+    if source.checked:
+        tensorfiles.check_crc(file, [record.name for record in source.records.values()])
+    contents = tensorfiles.load_torch(source)
     return {
         ours: next((contents[name] for name in theirs if name in contents), None)
         for ours, theirs in STATE_NAMES.items()
@@ -43,13 +44,11 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(state: dict[str, Any], directory: Path) -> None:
     """trainer_state.pt. ValueError if it could not be loaded again."""
-    torch.save(state, directory / "trainer_state.pt")
-    with torch.serialization.safe_globals(tensorfiles.allowed_globals()):
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(
-            directory / "trainer_state.pt"
-        )
-    if unsafe:
+    file = directory / "trainer_state.pt"
+    torch.save(state, file)
+    foreign = [n for n in tensorfiles.open_torch(file).names if not inert.is_plain(n)]
+    if foreign:
         raise ValueError(
-            f"the training state holds {', '.join(sorted(unsafe))}, which could not be loaded "
+            f"the training state holds {', '.join(sorted(foreign))}, which could not be loaded "
             "again: `extra` and the optimizer's state take tensors and plain values only"
         )

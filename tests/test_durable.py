@@ -256,3 +256,48 @@ def test_jsonl_that_cannot_be_used(content, message, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="nowhere: no such file of samples"):
         list(durable.read_jsonl(tmp_path / "nowhere", "file of samples"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b'{"a": 1, "a": 2}', "is not JSON: the key 'a' stands there twice"),
+        (b'{"b": [{"a": 1, "a": 2}]}', "the key 'a' stands there twice"),
+        (b"\xff{}", "not UTF-8 at byte 0"),
+        (b"[1]", "holds list, not a JSON object"),
+        (b'{"a": ' + b"[" * 80 + b"]" * 80 + b"}", "is nested more than 64 deep"),
+        (b'{"a":' * 100_000, "is not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
+        (b'{"a": [' + b"{}," * 600_000 + b"{}]}", "has more than 500,000 lists and objects"),
+        (b'{"a": ' + b" " * (9 << 20) + b"1}", "has more than 8,388,608 bytes"),
+    ],
+)
+def test_objects_that_cannot_be_used(content, message, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        durable.read_object(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_object_is_read_as_it_stands(tmp_path):
+    path, values = tmp_path / "x.json", {"é": [1, 2.5, None, {"a": {"b": [[]]}}], "n": 2**60}
+    path.write_text(json.dumps(values))
+    assert durable.read_object(path) == values
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "link").symlink_to("nowhere")
+    readers = (durable.read_object, durable.refuse_impostor, lambda p: list(durable.read_jsonl(p)))
+    for read in readers:
+        for name, what in (
+            ("fifo", "is a FIFO, not a file"),
+            ("device", "is a device, not a file"),
+            ("", "is a directory, not a file"),
+            ("link", "is a link to nothing"),
+        ):
+            with pytest.raises(ValueError, match=what):
+                read(tmp_path / name)

@@ -21,9 +21,11 @@ FLOORS = [
     "cli stats durable sources hf_config",
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
+    "formats",
     "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
-    "costs/time formats formats/stored formats/tensorfiles formats/shards formats/text model "
-    "formats/pickles formats/archives",
+    "costs/time formats/foreign formats/finding formats/stored formats/inert "
+    "formats/tensorfiles formats/shards formats/text "
+    "formats/pickles formats/archives model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "

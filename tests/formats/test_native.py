@@ -224,7 +224,7 @@ def test_a_manifest_of_somebody_else_is_none_of_ours(tmp_path):
     assert [info.kind for info in list_checkpoints(tmp_path)] == ["huggingface"]
     load_model(path)
     (path / "manifest.json").write_text('{"files": ')
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+    with pytest.raises(ValueError, match=r"manifest\.json is not JSON"):
         load_model(path)
 
 

@@ -2,9 +2,10 @@
 
 import argparse
 import collections
+import functools
 import json
-import os
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_rosetrainer_tensor_parallel_shard(tmp_path):
     state["blocks.0.attn.qkv_proj.weight"] = state["blocks.0.attn.qkv_proj.weight"][:48].clone()
     config = rosetrainer_config(model.config) | {"use_tensor_parallel": True}
     torch.save({"model": state, "step": 1, "config": config}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"1 of another shape.*shard of one rank"):
+    with pytest.raises(ValueError, match=r"48 in the tensors; .*shard of one rank"):
         load_model(tmp_path / "a.pt")
 
 
@@ -107,9 +108,11 @@ def test_llama2c_is_not_nanogpt(tmp_path):
     state = {"tok_embeddings.weight": torch.ones(97, 32), "layers.0.attention.wq.weight": IDS + 0.0}
     torch.save({"model": state, "model_args": args, "iter_num": 5}, tmp_path / "ckpt.pt")
     assert inspect(tmp_path / "ckpt.pt")["kind"] == "weights"
-    refused(tmp_path / "ckpt.pt", "names that are not known here")
+    refused(tmp_path / "ckpt.pt", "its model_args are llama2.c's, which is not read")
     torch.save({"model": rosetrainer_state(make_model()), "model_args": args}, tmp_path / "ckpt.pt")
     refused(tmp_path / "ckpt.pt", "llama2.c's")
+    torch.save({"model": state, "iter_num": 5}, tmp_path / "ckpt.pt")
+    refused(tmp_path / "ckpt.pt", "names that are not known here: they are Meta's .*llama2.c")
 
 
 def test_numpy_values_in_a_config(tmp_path):
@@ -146,26 +149,121 @@ def test_training_directory(tmp_path, prefix):
     assert torch.equal(logits(load_model(directory, "float32")), logits(model))
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/roseval-evil",)
-
-
 @pytest.mark.parametrize(
-    ("value", "name"),
+    "value",
     [
-        (Evil(), "system"),
-        (pathlib.PurePosixPath("x"), "PurePosixPath"),
-        (collections.deque(), "deque"),
-        (torch.nn.Linear(2, 2), "Linear"),
-        (argparse.Namespace(lr=1), "Namespace"),
+        pathlib.PurePosixPath("x"),
+        collections.deque([1]),
+        collections.defaultdict(list, a=[1]),
+        torch.nn.Linear(2, 2),
+        argparse.Namespace(lr=1),
+        functools.partial(max, 1),
+        signal.SIGTERM,  # an Enum
+        {1, 2},
+        bytearray(b"x"),
     ],
+    ids=lambda value: type(value).__name__,
 )
-def test_disallowed_globals_are_named(tmp_path, value, name):
-    refused(good_file(tmp_path / "a.pt", note=value), f"holds .*{name}.*could run code")
-    assert not os.path.exists("/tmp/roseval-evil")
-    (found,) = list_checkpoints(tmp_path)  # listed, so that an evaluation reports it
-    assert found.kind == "unreadable"
+def test_what_lies_beside_the_weights_stays_a_name(tmp_path, value):
+    """Read, since none of it is made; the training state, which is made of it, is refused."""
+    path = good_file(tmp_path / "a.pt", note=value, args=[value])
+    assert torch.equal(logits(load_model(path, "float32")), logits(make_model()))
+    assert [info.kind for info in list_checkpoints(tmp_path)] == ["rosetrainer"]
+    if not isinstance(value, set):
+        with pytest.raises(ValueError, match=r"a\.pt holds .*could run code"):
+            load_training_state(path)
+
+
+def test_a_whole_module_is_no_state_dict(tmp_path):
+    for contents in (torch.nn.Linear(2, 2), {"model": torch.nn.Linear(2, 2), "step": 3}):
+        torch.save(contents, tmp_path / "a.pt")
+        refused(tmp_path / "a.pt", r"torch\.nn\.modules\.linear\.Linear.*save .*state_dict\(\)")
+
+
+class Settings:
+    """Somebody's own class, which nobody has where the file is read."""
+
+    def __init__(self):
+        self.lr = 1.0
+
+
+def lightning(state):
+    named = {f"model.{name}": t for name, t in state.items()}
+    more = {"epoch": 1, "pytorch-lightning_version": "2.4.0", "hyper_parameters": Settings()}
+    return {"state_dict": named, "global_step": 30, "optimizer_states": [{}], **more}
+
+
+NESTED = {
+    "lightning": (lightning, "lightning", 30),
+    "deepspeed": (
+        lambda s: {"module": s, "global_steps": 40, "ds_version": "0.1", "ds_config": Settings()},
+        "deepspeed",
+        40,
+    ),
+    "state_dict": (lambda s: {"state_dict": s}, "weights", None),
+    "model_state": (lambda s: {"model_state": s, "iteration": 7}, "weights", 7),
+    "params": (lambda s: {"params": s}, "weights", None),
+    "ema alone": (lambda s: {"ema": s, "step": 5}, "rosetrainer", 5),
+    "two deep": (lambda s: {"state": 1, "model": {"state_dict": s, "step": 6}}, "rosetrainer", 6),
+    "a loss that is a tensor": (lambda s: {"loss": torch.tensor(1.5), "model": s}, "weights", None),
+    "bare": (lambda s: s, "weights", None),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_where_weights_lie_in_a_file(tmp_path, name):
+    make, kind, step = NESTED[name]
+    model = make_model()
+    torch.save(make(rosetrainer_state(model)), tmp_path / "a.ckpt")
+    loaded = load_model(tmp_path / "a.ckpt", "float32", config=model.config)
+    assert torch.equal(logits(loaded), logits(model))
+    said = inspect(tmp_path / "a.ckpt")
+    assert (said["kind"], said["step"], said["left_out"]) == (kind, step, None)
+    assert (
+        "vocab_size=97, d_model=32, max_position_embeddings=32, d_ff=48, n_layers=2"
+        in (said["note"])
+    )
+
+
+def test_several_state_dicts_in_a_file(tmp_path):
+    """The model's is read, and what is left is named; what nobody can choose between is refused."""
+    model, other = make_model(), rosetrainer_state(make_model(seed=1))
+    path = good_file(tmp_path / "a.pt", ema=other, teacher=other)
+    assert torch.equal(logits(load_model(path, "float32")), logits(model))
+    assert inspect(path)["left_out"] == ["ema", "teacher"]
+    torch.save({"generator": other, "judge": other, "step": 3}, tmp_path / "b.pt")
+    refused(tmp_path / "b.pt", "no state dict under model, .*but generator, judge: save")
+
+
+def test_dictionaries_without_end(tmp_path):
+    """One that holds itself, and a list that would be 2^60 words long if it were shown."""
+    circle = {"step": 3}
+    circle["model"] = circle
+    torch.save(circle, tmp_path / "circle.pt")
+    refused(tmp_path / "circle.pt", "'step' is of type int, not a tensor")
+    laughs = ["ha"]
+    for _ in range(60):
+        laughs = [laughs, laughs]
+    for field in ("n_layers", "rope_scaling", "anything"):
+        config = rosetrainer_config(CONFIGS["gpt2"]) | {field: laughs}
+        path = good_file(tmp_path / "a.pt", config=config, loss=laughs, note=laughs)
+        refused(path, f"'{field}' of its config is more than a list of values")
+    refused(good_file(tmp_path / "b.pt", config=laughs), "has no config")
+    refused(good_file(tmp_path / "c.pt", {"ln_f.weight": laughs}), "is of type list, not a tensor")
+
+
+def test_nanogpt_without_its_arguments(tmp_path):
+    model = make_model(CONFIGS["gpt2"].replace(activation="gelu", d_ff=128))
+    nanogpt_file(model, tmp_path / "a.pt")
+    contents = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(contents["model"], tmp_path / "bare.pt")
+    refused(tmp_path / "bare.pt", "vocab_size=97, .*d_ff=128, n_layers=2, but not n_heads")
+    contents["model_args"]["vocab_size"] = None
+    torch.save(contents, tmp_path / "none.pt")
+    refused(tmp_path / "none.pt", r"model_args: vocab_size must be a positive integer, not None")
+    del contents["model_args"]["n_head"]
+    torch.save(contents, tmp_path / "lacks.pt")
+    refused(tmp_path / "lacks.pt", "model_args lacks 'n_head'")
 
 
 def test_honest_training_values_load(tmp_path):
@@ -193,7 +291,8 @@ def test_honest_training_values_load(tmp_path):
         ({"model": {"a": 1}}, "'a' is of type int"),
         ({"model": {3: torch.ones(2)}}, "3 is of type Tensor"),
         ({"model": {"w": torch.ones(2)}}, "names that are not known"),
-        ({"epoch": 3, "weights": {}}, "'epoch' is of type int"),
+        ({"epoch": 3, "weights": {}}, "holds no tensors"),
+        ({"epoch": 3, "layers": {}}, "'epoch' is of type int"),
         ({"model": {"token_embedding.weight": torch.ones(2, 2).to_sparse()}}, "not plain"),
         (
             {"model": {"token_embedding.weight": torch.ones(2, 2, device="meta")}},

@@ -1,0 +1,75 @@
+"""What others call their weights and files: so that what is not read is refused by its name.
+
+    whose(["model.layers.0.self_attn.qkv_proj.weight", …])     # "Phi-3's"
+    what_is(Path("runs/lora"))      # "a PEFT adapter: merge it into its model first, …"
+
+A reader for one of them makes its row here superfluous.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+# Whose names these are: a pattern that some name matches, and one that none does.
+NAMES: tuple[tuple[str, str, str], ...] = (
+    ("those of a PEFT adapter, to be merged into its model first", r"\.lora_\w+", ""),
+    ("those of weights quantised by bitsandbytes", r"\.weight\.(absmax|quant_)|\.SCB$", ""),
+    ("those of weights quantised by GPTQ or AWQ", r"\.(qweight|qzeros)$", ""),
+    ("nanochat's", r"\bh\.\d+\.attn\.c_q\.", ""),
+    ("litgpt's", r"\bh\.\d+\.(norm_1|attn\.qkv|attn\.attn|mlp\.fc_1)\.", ""),
+    ("Meta's (Llama, llama2.c, torchtitan)", r"layers\.\d+\.attention\.(wq|qkv_linear)\b", ""),
+    ("OLMo-core's", r"blocks\.\d+\.attention\.w_q\.", ""),
+    ("Megatron's", r"\.self_attention\.linear_qkv\.", ""),
+    ("GPT-NeoX's (Pythia)", r"layers\.\d+\.attention\.query_key_value\.", ""),
+    ("Falcon's or BLOOM's", r"\bh\.\d+\.self_attention\.query_key_value\.", ""),
+    ("GPT-J's", r"\bh\.\d+\.mlp\.fc_in\.", ""),
+    ("OPT's", r"decoder\.layers\.\d+\.self_attn\.", ""),
+    ("those of a mixture of experts", r"\.experts\.|\.block_sparse_moe\.", ""),
+    ("DeepSeek's (latent attention)", r"\.kv_a_proj_with_mqa\.", ""),
+    ("Phi-3's", r"\.self_attn\.qkv_proj\.|\.mlp\.gate_up_proj\.", ""),
+    ("Phi's", r"\.self_attn\.dense\.", ""),
+    ("Gemma 2's or 3's", r"\.pre_feedforward_layernorm\.", ""),
+    ("OLMo 2's", r"\.post_feedforward_layernorm\.", ""),
+    ("Starcoder2's", r"layers\.\d+\.mlp\.c_fc\.", ""),
+    ("StableLM's", r"layers\.\d+\.input_layernorm\.bias", ""),
+    ("Cohere's or OLMo's", r"\.self_attn\.q_proj\.", r"\.post_attention_layernorm\."),
+    ("those of a model with a part for images", r"(^|\.)(vision_tower|visual|vision_model)\.", ""),
+)
+ADAPTER = "a PEFT adapter: merge it into its model first, with merge_and_unload() and "
+ADAPTER += "save_pretrained()"
+DEEPSPEED = "a ZeRO checkpoint of DeepSpeed: its zero_to_fp32.py makes a state dict of it"
+DIRECTORIES = {  # the name of a file that tells what its directory is
+    r"adapter_(model\.(safetensors|bin)|config\.json)": ADAPTER,
+    r"(.*_)?mp_rank_\d+_model_states\.pt|zero_to_fp32\.py": DEEPSPEED,
+    r"latest_checkpointed_iteration\.txt": "a directory of Megatron's, which is not read",
+    r"flax_model\.msgpack|tf_model\.h5": "weights of Flax or TensorFlow, which are not read",
+}
+FILES = {
+    ".gguf": "a GGUF file, which is not read",
+    ".nemo": "an archive of NeMo 1, which is not read",
+}
+
+
+def whose(names: Iterable[str]) -> str | None:
+    """Whose weights have such names, as far as that is known here."""
+    text = "\n".join(names)
+    for owner, some, none in NAMES:
+        if re.search(some, text, re.M) and not (none and re.search(none, text, re.M)):
+            return owner
+    return None
+
+
+def what_is(path: Path) -> str | None:
+    """What a directory or file is, by names of files, where it is nothing that is read."""
+    if not os.path.isdir(path):
+        return FILES.get(path.suffix) if os.path.isfile(path) else None
+    try:
+        names = sorted(os.listdir(path))
+    except OSError:
+        return None
+    for pattern, what in DIRECTORIES.items():
+        for name in names:
+            if re.fullmatch(pattern, name):
+                return f"{what} ({name})"
+    return None
