@@ -1,5 +1,6 @@
 """formats/litgpt.py: model_config.yaml, read strictly, and the forms of lit_model.pth."""
 
+import re
 import warnings
 
 import pytest
@@ -54,13 +55,13 @@ def test_the_config_is_told_whole(llama):
         ({"rope_adjustments": {"factor": 2.0, "beta_fast": 1}}, "rope_adjustments"),
         ({"n_head": None}, "lacks what says n_heads"),
         ({"n_head": "four"}, "n_heads must be"),
-        ({"n_layer": 3}, "missing"),
-        ({"n_head": 8}, "of another shape"),
+        ({"n_layer": 3}, "missing|n_layers is 3"),
+        ({"n_head": 8}, "of another shape|n_heads"),
     ],
 )
 def test_what_has_no_native_form_is_refused_by_name(llama, fields, match):
     edit(llama, **fields)
-    assert match in refusal(llama)
+    assert re.search(match, refusal(llama))
 
 
 def test_defaults_of_older_files_are_litgpts(llama):

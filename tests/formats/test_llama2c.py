@@ -1,5 +1,6 @@
 """formats/llama2c.py: headers that lie, files cut short, and what only looks alike."""
 
+import re
 import struct
 
 import numpy as np
@@ -67,11 +68,11 @@ def test_training_states(tmp_path):
             {"model_args": {k: v for k, v in said["model_args"].items() if k != "n_heads"}},
             "n_heads",
         ),
-        ({"model_args": said["model_args"] | {"dim": 32}}, "of another shape"),
+        ({"model_args": said["model_args"] | {"dim": 32}}, "of another shape|d_model is 32"),
         ({"model": said["model"] | {"extra": 3}}, "'extra' is of type int"),
     ):
         torch.save(said | change, path)
-        assert match in refusal(path)
+        assert re.search(match, refusal(path))
     nanogpt = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8, "vocab_size": 61}
     torch.save(said | {"model_args": nanogpt | {"n_kv_heads": 1}}, path)
     assert "lack what says" in refusal(path)

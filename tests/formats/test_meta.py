@@ -2,6 +2,7 @@
 whose names and arithmetic are Meta's."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -69,7 +70,7 @@ def test_missing_mixed_and_damaged_shards(tmp_path):
     last = path / "consolidated.01.pth"
     content = last.read_bytes()
     last.unlink()
-    assert "of another shape" in refusal(path)  # a half of every matrix
+    assert re.search("of another shape|in the tensors", refusal(path))  # halves of matrices
     last.write_bytes(content)
     (path / "consolidated.00.pth").rename(tmp_path / "away")
     assert "lacks consolidated.00.pth" in refusal(path)

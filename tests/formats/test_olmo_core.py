@@ -1,6 +1,7 @@
 """formats/olmo_core.py: its config.json, read strictly."""
 
 import json
+import re
 
 import pytest
 from trained_files import copied, difference, refusal
@@ -49,12 +50,12 @@ ATTENTION = (*BLOCK, "sequence_mixer")
         (("model", "d_model"), None, "d_model"),
         (("model",), None, "no section 'model'"),
         (("train_module",), None, "max_sequence_length"),
-        (("model", "n_layers"), 3, "missing"),
+        (("model", "n_layers"), 3, "missing|n_layers is 3"),
     ],
 )
 def test_what_has_no_native_form_is_refused_by_name(path, where, value, match):
     edit(path, where, value)
-    assert match in refusal(path)
+    assert re.search(match, refusal(path))
 
 
 def test_older_names_a_given_config_and_a_save_in_progress(path):
