@@ -46,8 +46,8 @@ def recognises(path: Path) -> bool:
         return file is not None and file.name == "pytorch_model.bin"
     suffixes = (*tensorfiles.TORCH_SUFFIXES, ".safetensors")
     other = NOT_WEIGHTS.fullmatch(path.name) or huggingface.SHARD.fullmatch(path.name)
-    other = other or llmc.magic(path) in llmc.OTHERS
-    return path.suffix in suffixes and os.path.isfile(path) and not other
+    named = path.suffix in suffixes and not other
+    return named and os.path.isfile(path) and llmc.magic(path) not in llmc.OTHERS
 
 
 def tries(path: Path) -> bool:
