@@ -125,17 +125,26 @@ def open_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
 
 def mentions(path: Path, words: Iterable[bytes]) -> bool:
     """Whether the pickle of a file of torch.save holds all of these; it is not interpreted. False
-    for what is no such file."""
-    with open(path, "rb") as f:
-        try:
+    for what is no such file, or may not be read."""
+    try:
+        with open(path, "rb") as f:
             entry = entries(f, str(path), 0, path.stat().st_size).get("data.pkl")
-        except ValueError:
-            return False
-        if entry is None or entry.size > MAX_PICKLE:
-            return False
-        f.seek(entry.offset)
-        data = f.read(entry.size)
+            if entry is None or entry.size > MAX_PICKLE:
+                return False
+            f.seek(entry.offset)
+            data = f.read(entry.size)
+    except (OSError, ValueError):
+        return False
     return all(word in data for word in words)
+
+
+def head(path: Path, n: int) -> bytes:
+    """The first bytes of a file; none of one that may not be read."""
+    try:
+        with open(path, "rb") as f:
+            return f.read(n)
+    except OSError:
+        return b""
 
 
 class _Storage(NamedTuple):

@@ -8,6 +8,7 @@ which tensor lies where. It is read by pickles.py, from a list of names that is 
 small archive of torch.save inside a .distcp file; its bytes are read where they lie.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ NAMES: pickles.Names = {name: None for name in _RECORDS} | {
 def place(path: Path) -> Path | None:
     """The directory of the .distcp files of a checkpoint: itself, or one that a trainer puts in."""
     for folder in (path, *(path / name for name in INSIDE)):
-        if folder.is_dir() and (metadata_files(folder) or any(folder.glob("__*.distcp"))):
+        if os.path.isdir(folder) and (metadata_files(folder) or any(folder.glob("__*.distcp"))):
             return folder
     return None
 
@@ -64,12 +65,12 @@ def place(path: Path) -> Path | None:
 def metadata_files(folder: Path) -> list[Path]:
     """.metadata, or what each rank wrote where they did not speak to each other."""
     whole = folder / ".metadata"
-    return [whole] if whole.is_file() else sorted(folder.glob("__[0-9]*.metadata"))
+    return [whole] if os.path.isfile(whole) else sorted(folder.glob("__[0-9]*.metadata"))
 
 
 def recognises(path: Path) -> bool:
     """By .metadata or .distcp files; a save that is not finished, or never was, too."""
-    return path.is_dir() and place(path) is not None
+    return place(path) is not None
 
 
 def finished(path: Path) -> bool | None:

@@ -7,6 +7,7 @@ consolidated, or written from one rank, is a Hugging Face directory: huggingface
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def parts(path: Path) -> list[Path]:
 
 def recognises(path: Path) -> bool:
     """By the names of the files."""
-    return path.is_dir() and bool(parts(path))
+    return os.path.isdir(path) and bool(parts(path))
 
 
 def glance(path: Path) -> tuple[str, int | None]:

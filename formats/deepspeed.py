@@ -10,8 +10,8 @@ as many ranges as there are ranks, read where they lie. There is no config of th
 lies beside it (transformers' Trainer) or is given.
 """
 
+import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ OTHER = re.compile(r"layer_\d+.*model_states\.pt|expert_\d+_mp_rank_\d+_model_st
 
 def place(path: Path) -> Path | None:
     """The directory of a tag: itself, or the only one in it, or the one that `latest` names."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return None
     if _is_tag(path):
         return path
-    tags = [folder for folder in path.iterdir() if folder.is_dir() and _is_tag(folder)]
+    tags = [folder for folder in _folders(path) if _is_tag(folder)]
     if len(tags) == 1:
         return tags[0]
     return next((tag for tag in tags if tag.name == _latest(path)), None)
@@ -46,7 +46,7 @@ def _is_tag(folder: Path) -> bool:
 
 def _latest(root: Path) -> str | None:
     for name in ("latest", "latest_universal"):
-        if (root / name).is_file():
+        if os.path.isfile(root / name):
             with (root / name).open("rb") as f:
                 return f.read(1000).decode(errors="replace").strip()
     return None
@@ -59,8 +59,11 @@ def recognises(path: Path) -> bool:
     return tag is not None and (tag == path or sum(map(_is_tag, _folders(path))) == 1)
 
 
-def _folders(path: Path) -> Iterator[Path]:
-    return (folder for folder in path.iterdir() if folder.is_dir())
+def _folders(path: Path) -> list[Path]:
+    try:
+        return sorted(folder for folder in path.iterdir() if os.path.isdir(folder))
+    except OSError:  # one that may not be looked into
+        return []
 
 
 def tries(path: Path) -> bool:

@@ -16,8 +16,7 @@ VERSION = "pytorch-lightning_version"
 
 def recognises(path: Path) -> bool:
     """By the key that Lightning puts in every file."""
-    torch_file = path.suffix in (".ckpt", ".pt", ".pth") and path.is_file()
-    return torch_file and archives.mentions(path, (VERSION.encode(), b"state_dict"))
+    return path.suffix == ".ckpt" and archives.mentions(path, (VERSION.encode(), b"state_dict"))
 
 
 def open(path: Path, config: GPTConfig | None = None) -> Opened:

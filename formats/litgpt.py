@@ -7,6 +7,7 @@ model_config.yaml that would change the function computed and that GPTConfig has
 refused by name. Logits over the padded vocabulary are what litgpt trains and what is kept.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ PLAIN = {
 
 def recognises(path: Path) -> bool:
     """The directory, or lit_model.pth in it."""
-    if path.is_dir() and path.name != WEIGHTS:
-        return (path / WEIGHTS).exists()
-    return path.name == WEIGHTS and path.exists()
+    if path.name == WEIGHTS:
+        return os.path.exists(path)
+    return os.path.isdir(path) and os.path.exists(path / WEIGHTS)
 
 
 def finished(path: Path) -> bool | None:

@@ -7,6 +7,7 @@
 Not stored, and fixed by its model.py: an epsilon of 1e-5, a rotary base of 10,000.
 """
 
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size"
 def recognises(path: Path) -> bool:
     """A .bin by its magic number or a header that makes sense; a file of torch.save by the names
     that its pickle holds."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return False
     if path.suffix == ".bin":
         return _version(path) is not None
@@ -81,8 +82,7 @@ def _config(args: dict[str, Any], where: str, shared: bool) -> GPTConfig:
 
 
 def _version(path: Path) -> int | None:
-    with path.open("rb") as f:
-        head = f.read(36)
+    head = archives.head(path, 36)
     if len(head) >= 8 and struct.unpack("<I", head[:4])[0] == MAGIC:
         return struct.unpack("<i", head[4:8])[0]
     if len(head) < 28:

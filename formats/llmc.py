@@ -13,7 +13,7 @@ import torch
 
 from config import GPTConfig
 from durable import refuse_impostor
-from formats import Opened, trained
+from formats import Opened, archives, trained
 from formats.stored import rows
 
 FORMAT = "formats/llmc.py"
@@ -33,10 +33,7 @@ OTHERS = {
 
 def magic(path: Path) -> int | None:
     """The first integer of a .bin file."""
-    if path.suffix != ".bin" or not path.is_file():
-        return None
-    with path.open("rb") as f:
-        head = f.read(4)
+    head = archives.head(path, 4) if path.suffix == ".bin" else b""
     return struct.unpack("<i", head)[0] if len(head) == 4 else None
 
 

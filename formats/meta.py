@@ -5,6 +5,7 @@ the head, columns of wo and w2; the embedding is cut by columns in Llama 1 and 2
 Llama 3, which the shapes tell. The last file to come is not told from the others by any sign.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ def shards(folder: Path) -> list[Path]:
 
 def recognises(path: Path) -> bool:
     """The directory, or one of its shards, which stands for all."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return bool(shards(path))
-    return path.is_file() and SHARD.fullmatch(path.name) is not None
+    return os.path.isfile(path) and SHARD.fullmatch(path.name) is not None
 
 
 def glance(path: Path) -> tuple[str, int | None]:

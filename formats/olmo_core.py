@@ -7,6 +7,7 @@ Models whose blocks are Llama's are read; blocks that normalise what a branch gi
 and whatever else of config.json GPTConfig has no word for, are refused by name.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ IGNORED |= {"loss_implementation", "use_flash", "full_precision", "freeze_params
 def recognises(path: Path) -> bool:
     """By its folder of weights."""
     folder = path / "model_and_optim"
-    return folder.is_dir() and dcp.place(folder) is not None
+    return os.path.isdir(folder) and dcp.place(folder) is not None
 
 
 def finished(path: Path) -> bool | None:

@@ -229,7 +229,7 @@ def test_files_that_are_missing_cut_or_of_another_save(saved):
         ),
         (lambda m: setattr(m, "storage_data", None), "no metadata of torch.distributed"),
         (lambda m: m.state_dict_metadata.clear(), "holds no tensors of a model"),
-        (lambda m: m.state_dict_metadata.pop(NAME), "1 missing: "),
+        (lambda m: m.state_dict_metadata.pop(NAME), "1 missing: |not known here"),
     ],
 )
 def test_metadata_that_does_not_hold(saved, edit, match):
