@@ -21,6 +21,7 @@ dtype and device.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -87,6 +88,8 @@ def reader_of(path: Path) -> ModuleType:
             raise ValueError(f"{path} is {foreign_kind}")
     if not os.path.isdir(path):
         require_file(path)
+    if finding.closed_to_us(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     wanted = ", ".join(huggingface.WEIGHT_FILES)
     raise ValueError(f"{path} holds no weights: none of {wanted}")
 
