@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import GPTConfig
-from formats import layouts
 from formats.stored import Stored, beside, rows
 
 NOT_THE_MODEL = re.compile(
@@ -25,6 +24,11 @@ NOT_THE_MODEL = re.compile(
 )
 WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# what stands at the top of a model's names, whoever's they are
+EMBEDDING = re.compile(
+    r"((model|transformer|gpt_neox)\.)?"
+    r"(embed_tokens|wte|word_embeddings|embed_in|token_embedding|tok_embeddings|embeddings)\.weight$"
 )
 
 
@@ -133,7 +137,7 @@ def model_part(tensors: dict[str, Stored]) -> dict[str, Stored]:
 
 
 def _is_known(tensors: dict[str, Stored]) -> bool:
-    return bool(dialect_of(tensors) or layouts.identify(tensors)[1])
+    return any(map(EMBEDDING.match, tensors))
 
 
 def _of_one_generation(tensors: dict[str, Stored]) -> dict[str, Stored]:

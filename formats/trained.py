@@ -38,11 +38,13 @@ def opened(
     is taken if it is an integer."""
     step = facts.pop("step", None)
     pieces = {piece.file for stored in tensors.values() for piece in stored.pieces}
-    said, beside = huggingface.ConfigBeside(config, problem, True, (), {}), path
-    if config is None and not problem:
-        beside = path.parent if _only_above(path) else path
-        said = huggingface.config_beside(beside, None, tensors)
-    config, problem = said.config, said.problem
+    beside = path.parent if _only_above(path) else path
+    token_ids: dict[str, Any] = {}
+    inside: tuple[Path, ...] = ()
+    if not problem:
+        said = huggingface.config_beside(beside, config, tensors)
+        config, problem, token_ids = said.config, said.problem, said.token_ids
+        inside = said.files if beside == path else ()
     dialect, rearranged = dialects.dialect_of(tensors), False
     if dialect is None:
         tensors, layout = layouts.identify(tensors)
@@ -52,7 +54,6 @@ def opened(
         spec, layout = dialects.DIALECTS[dialect], "native"
         rearranged = spec.paired or spec.grouped
         tensors = dialects.translated(tensors, dialect, config)
-    inside = said.files if beside == path else ()
     return Opened(
         path=path,
         kind=kind,
@@ -63,7 +64,7 @@ def opened(
         config=config,
         problem=problem,
         step=step if type(step) is int else step_beside(path),
-        facts={**said.token_ids, **facts},
+        facts={**token_ids, **facts},
         rearranged=rearranged,
     )
 
