@@ -114,9 +114,8 @@ def test_damaged_files_are_one_line(name, tmp_path):
 
 def generations(state):
     """(what, state dict) of torchtitan's names through the years, from those of now."""
-    former = {
-        n.replace(".qkv_linear", "").replace("lm_head", "output"): t for n, t in state.items()
-    }
+    former = {n.replace(".qkv_linear", ""): t for n, t in state.items()}
+    former["output.weight"] = former.pop("lm_head.weight")
     yield "2024", former | {"freqs_cis": torch.zeros(32, 2)}
     yield "before 2025-07", {f"model.{n}": t for n, t in former.items()}
     for head in ("output", "lm_head"):
@@ -132,12 +131,10 @@ def generations(state):
 def test_every_generation_of_torchtitans_names(kind, tmp_path):
     name = f"torchtitan-{kind}"
     config = load_config(TRAINED / name / "config.yaml")
-    table = dcp._tensors(TRAINED / name / "step-10", [TRAINED / name / "step-10/.metadata"])
-    state = {n: stored.read_whole(t) for n, t in table.items()}
-    state = {n.replace("attention.w", "attention.qkv_linear.w"): t for n, t in state.items()}
-    state = {
-        n.replace("qkv_linear.wo", "wo").replace("output", "lm_head"): t for n, t in state.items()
-    }
+    state = {}
+    for n, t in dcp.tensors_in(TRAINED / name / "step-10").items():
+        now = n.replace("attention.w", "attention.qkv_linear.w").replace("qkv_linear.wo", "wo")
+        state[now.replace("output", "lm_head")] = stored.read_whole(t)
     for what, named in generations(state):
         path = tmp_path / what / "step-10"
         with warnings.catch_warnings(action="ignore"):
