@@ -10,6 +10,7 @@ as many ranges as there are ranks, read where they lie. There is no config of th
 lies beside it (transformers' Trainer) or is given.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -222,10 +223,7 @@ def _trainable(shapes: Any, groups: list[list[Stored]], file: Path) -> dict[str,
         raise ValueError(f"{file}: its param_shapes are no list of names and shapes")
     tensors, at, (limit,) = {}, 0, held
     for name, shape in ((n, s) for part in shapes for n, s in part.items()):
-        numel = 1
-        for n in _numbers(shape, file):
-            numel *= n
-        share = -(-numel // len(groups))
+        share = -(-math.prod(_numbers(shape, file)) // len(groups))
         if at + share > limit:
             raise ValueError(
                 f"{file.parent}: its parameters need {at + share:,} elements of each rank by "
@@ -238,9 +236,7 @@ def _trainable(shapes: Any, groups: list[list[Stored]], file: Path) -> dict[str,
 
 def _of_shares(name: str, shape: tuple[int, ...], groups: list[list[Stored]], at: int) -> Stored:
     """A tensor whose elements lie, in equal shares, from `at` on in the vectors of each rank."""
-    numel = 1
-    for n in shape:
-        numel *= n
+    numel = math.prod(shape)
     share, pieces = -(-numel // len(groups)), []
     for rank, of_rank in enumerate(groups):
         begin = 0

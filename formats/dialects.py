@@ -12,6 +12,7 @@ are taken in another order, for which the config must say how many heads there a
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,7 @@ DIALECTS = {
 
 def model_part(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """The model's tensors of a training state, under the names that its module gives them."""
-    tensors = {WRAPPERS.sub("", name): stored for name, stored in tensors.items()}
+    tensors = _renamed(tensors, lambda name: WRAPPERS.sub("", name))
     for _ in range(4):  # {"app": {"model": {"module": …}}}
         tensors = {name: t for name, t in tensors.items() if not NOT_THE_MODEL.match(name)}
         first = {name.partition(".")[0] for name in tensors}
@@ -144,10 +145,20 @@ def _of_one_generation(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """torchtitan's names of 2026 under those that it had before, which are Meta's."""
     if "tok_embeddings.weight" not in tensors:
         return tensors
-    renamed = {}
-    for name, stored in tensors.items():
+
+    def former(name: str) -> str:
         name = re.sub(r"\.qkv_linear\.(w[qkv])\.", r".\1.", name)
-        renamed[re.sub(r"^lm_head\.", "output.", name)] = stored
+        return re.sub(r"^lm_head\.", "output.", name)
+
+    return _renamed(tensors, former)
+
+
+def _renamed(tensors: dict[str, Stored], new: Callable[[str], str]) -> dict[str, Stored]:
+    renamed: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        if new(name) in renamed:
+            raise ValueError(f"{name} is there under a second name too: which of the two is meant?")
+        renamed[new(name)] = stored
     return renamed
 
 

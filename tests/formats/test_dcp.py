@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from builders import run_ranks, saved_checkpoint, tiny_model, token_shard
-from checkpoint_files import CONFIGS, logits, make_model, refused
+from checkpoint_files import CONFIGS, IDS, logits, make_model, refused
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import checkpoint
@@ -311,6 +311,29 @@ def test_inspect_reads_no_object(saved):
     assert (said["kind"], said["step"], said["dtypes"]) == ("dcp", 5, ["float32"])
     assert "n_heads" in inspect(path)["note"]
     json.dumps(said)
+
+
+def test_a_family_with_llamas_names_is_right_or_refused(tmp_path):
+    """Cohere's rotary pairs are neighbours, and only config.json says so."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CohereConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    theirs = transformers.CohereForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        wanted = theirs(IDS).logits
+    save({"model": theirs.state_dict()}, tmp_path / "step-3")
+    config.save_pretrained(tmp_path / "step-3")
+    try:
+        got = logits(load_model(tmp_path / "step-3", "float32"))
+    except ValueError as error:
+        assert "cohere" in str(error)
+    else:
+        assert torch.allclose(got, wanted, atol=1e-5)
 
 
 def test_evaluations_and_sweeps_take_it_as_any_other(tmp_path, capsys):

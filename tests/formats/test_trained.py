@@ -1,12 +1,17 @@
 """Checkpoints of other trainers (tests/fixtures/trained): their own models' logits from their own
 files, opened where they lie."""
 
+import warnings
+
 import numpy as np
 import pytest
-from trained_files import TRAINED, copied, logits, wanted
+import torch
+import torch.distributed.checkpoint as torch_dcp
+from trained_files import TRAINED, copied, difference, logits, wanted
 
 import checkpoint
 from config import load_config
+from formats import dcp, stored
 
 TITANS = ("llama3-0", "llama3-1", "qwen3-0", "qwen3-1")  # q, k, v apart or fused
 FOUND = {
@@ -105,3 +110,38 @@ def test_damaged_files_are_one_line(name, tmp_path):
         np.abs(logits(checkpoint.load_model(path, "float32", config=config)) - expected).max()
         <= 1e-5
     )
+
+
+def generations(state):
+    """(what, state dict) of torchtitan's names through the years, from those of now."""
+    former = {n.replace(".qkv_linear", ""): t for n, t in state.items()}
+    former["output.weight"] = former.pop("lm_head.weight")
+    yield "2024", former | {"freqs_cis": torch.zeros(32, 2)}
+    yield "before 2025-07", {f"model.{n}": t for n, t in former.items()}
+    for head in ("output", "lm_head"):
+        fused = {n.replace("lm_head", head): t for n, t in state.items() if "qkv_linear" not in n}
+        for i in range(2):
+            at = f"layers.{i}.attention.qkv_linear."
+            rows = [state[f"{at}{name}.weight"].view(2, -1, 16) for name in ("wq", "wk", "wv")]
+            fused[at + "wqkv.weight"] = torch.cat(rows, dim=1).reshape(-1, 16)  # by key head
+        yield f"fused, {head}", fused
+
+
+@pytest.mark.parametrize("kind", ["llama3-0", "qwen3-0"])
+def test_every_generation_of_torchtitans_names(kind, tmp_path):
+    name = f"torchtitan-{kind}"
+    config = load_config(TRAINED / name / "config.yaml")
+    state = {}
+    for n, t in dcp.tensors_in(TRAINED / name / "step-10").items():
+        now = n.replace("attention.w", "attention.qkv_linear.w").replace("qkv_linear.wo", "wo")
+        state[now.replace("output", "lm_head")] = stored.read_whole(t)
+    for what, named in generations(state):
+        path = tmp_path / what / "step-10"
+        with warnings.catch_warnings(action="ignore"):
+            torch_dcp.save(named, checkpoint_id=path, no_dist=True)
+        assert difference(path, name, config) <= 1e-5, what
+    both = state | {"output.weight": state["lm_head.weight"] + 1}
+    with warnings.catch_warnings(action="ignore"):
+        torch_dcp.save(both, checkpoint_id=tmp_path / "both", no_dist=True)
+    with pytest.raises(ValueError, match="under a second name"):
+        checkpoint.open(tmp_path / "both", config)
