@@ -1,7 +1,7 @@
 # What a contributor runs. All of it also works by hand: see the recipes.
 python = .venv/bin/python
 
-.PHONY: install check test test-one gpu map bits
+.PHONY: install check test test-one gpu map bits oracles
 
 install:            ## .venv with what the tests need
 	bash scripts/install.sh test
@@ -23,6 +23,9 @@ gpu:                ## on a CUDA machine: every test of tests/gpu
 
 map:                ## every file with its lines and its first sentence
 	@$(python) scripts/map.py
+
+oracles:            ## other trainers' checkpoints in tests/fixtures/trained, made anew by them
+	bash scripts/oracles.sh
 
 bits:               ## every script's numbers to the bit: make bits OUT=after.json AGAINST=before.json
 	$(python) tests/record_bits.py $(OUT) $(if $(AGAINST),--against $(AGAINST))

@@ -11,9 +11,7 @@
     path = save_checkpoint(model, optimizer, scheduler, epoch, step, loss, "checkpoints")
     epoch, step, loss = load_checkpoint(path, model, optimizer, scheduler)
 
-Read: .pt files of rosetrainer, nanoGPT, Lightning and DeepSpeed (ZeRO 0 to 2),
-`checkpoint-{step}/pytorch_model.bin` that holds model_state_dict, and Hugging Face directories
-(safetensors or .bin, sharded or not, with an index or without). Written:
+Read: what the files of formats/ say (formats/readers.py lists them). Written:
 `checkpoint-{step}/`, a Hugging Face directory plus trainer_state.pt and manifest.json.
 
 Every format (READERS) is opened as a table, name -> where the bytes lie (formats/stored.py), under
@@ -23,6 +21,7 @@ dtype and device.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -46,18 +45,15 @@ from formats import (
     huggingface,
     layouts,
     native,
-    pt_files,
     stored,
     training_state,
 )
 from formats.finding import CheckpointInfo, find_tokenizer
+from formats.readers import READERS
 from model import GPTModel
 from packed import require_file
 from tokenizer import TOKENIZER_COPIES
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
-
-READERS = (native, huggingface, pt_files)  # the first that recognises a path opens it
-
 
 # ---------------------------------------------------------------------------------------------
 # The handle
@@ -84,20 +80,18 @@ def _readable(path: Path) -> Iterator[None]:
 def reader_of(path: Path) -> ModuleType:
     """The format of a path. A file that none recognises by its name is tried, and refused by what
     is in it."""
-    for reader in READERS:
-        if reader.recognises(path):
-            return reader
-    if foreign_kind := foreign.what_is(path):
-        raise ValueError(f"{path} is {foreign_kind}")
+    for question in ("recognises", "tries"):
+        for reader in READERS:
+            if getattr(reader, question, lambda path: False)(path):
+                return reader
+        if foreign_kind := foreign.what_is(path):
+            raise ValueError(f"{path} is {foreign_kind}")
     if not os.path.isdir(path):
         require_file(path)
-        return pt_files
-    if (path / ".metadata").is_file():
-        raise ValueError(
-            f"{path} is a distributed checkpoint, whose .metadata can run code: convert it "
-            "where it was made with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
-        )
-    raise ValueError(f"{path} holds no weights: none of {', '.join(huggingface.WEIGHT_FILES)}")
+    if finding.closed_to_us(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    wanted = ", ".join(huggingface.WEIGHT_FILES)
+    raise ValueError(f"{path} holds no weights: none of {wanted}")
 
 
 class Checkpoint:
@@ -195,6 +189,8 @@ class Checkpoint:
     def load_weights(self, model: nn.Module) -> None:
         """The weights into a GPTModel that exists, in its dtypes and on its device."""
         gpt = layouts.bare(model)
+        if self._opened.rearranged and self._opened.config is None:
+            raise ValueError(self._opened.problem)
         if self.layout and self._tied_as_stored(gpt.config, self.layout) != gpt.config:
             raise ValueError(
                 f"{self.path} has a head of its own, but the model ties its head to the "
@@ -250,8 +246,8 @@ def load_model(
 
 
 def load_weights(path: str | Path, model: nn.Module) -> None:
-    """`open(path).load_weights(model)`."""
-    open(path).load_weights(model)
+    """`open(path, config).load_weights(model)`, with the model's config."""
+    open(path, layouts.bare(model).config).load_weights(model)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -300,7 +296,7 @@ def is_checkpoint(path: str | Path) -> bool:
     try:
         if any(reader.recognises(path) for reader in READERS):
             return True
-        return bool(foreign.what_is(path)) or os.path.isfile(path / ".metadata")
+        return bool(foreign.what_is(path))
     except Exception:  # an edge: one of a directory, which says what is wrong when it is opened
         return True
 
@@ -313,6 +309,12 @@ def is_complete(path: str | Path) -> bool:
     except Exception:  # an edge: one of those that a watcher sees
         return False
     return True
+
+
+def is_finished(path: str | Path) -> bool | None:
+    """Whether the sign is there with which its format ends a save; None where there is no such."""
+    reader = next((reader for reader in READERS if reader.recognises(Path(path))), None)
+    return getattr(reader, "finished", lambda path: None)(Path(path))
 
 
 def info_of(path: Path) -> CheckpointInfo:

@@ -11,9 +11,10 @@ so a second call does nothing, a killed sweep goes on at any number of ranks, an
 fails is recorded with its reason. Several sweeps of one directory share the work
 (sweeping/lease.py).
 
-`--watch` waits for more, as a training run saves them, and takes only whole ones: with a manifest
-(train.py's), or unchanged for --poll-seconds. It ends at --until-step, after --quiet-seconds, or
-when a file STOP appears beside the checkpoints or the results. Checkpoints are only ever read.
+`--watch` waits for more, as a training run saves them, and takes only whole ones: with the sign
+that ends a save in their format (train.py's manifest, DCP's .metadata) or, where there is none,
+unchanged for --poll-seconds. It ends at --until-step, after --quiet-seconds, or when a file STOP
+appears beside the checkpoints or the results. Checkpoints are only ever read.
 
 Exit codes are cli.py's, and 1 if a checkpoint failed.
 """
@@ -268,7 +269,7 @@ class ReadAhead:
             self.thread.start()
 
     def _read(self, path: Path) -> None:
-        files = [path] if path.is_file() else path.glob("*")
+        files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
         with contextlib.suppress(OSError):  # gone meanwhile
             files = [f for f in files if f.is_file() and not pt_files.NOT_WEIGHTS.fullmatch(f.name)]
             if sum(f.stat().st_size for f in files) < available_memory() * SHARE_OF_MEMORY:

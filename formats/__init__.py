@@ -1,12 +1,14 @@
 """How weights and tokens lie in files: one file a format.
 
-A format of checkpoints is a module with two functions, and one place in checkpoint.READERS:
+A format of checkpoints is a module with two functions, and one place in readers.READERS:
 
     recognises(path) -> bool                 # by names and a first look; True for a damaged one too
     open(path, config=None) -> Opened        # headers only; ValueError in one line
 
-`config` is the GPTConfig that the caller gives, and is believed. A third function, `glance(path) ->
-(kind, step)`, is for formats that can say both without opening the weights: listings ask it.
+`config` is the GPTConfig that the caller gives, and is believed. Three more are for formats that
+can answer: `glance(path) -> (kind, step)`, without opening the weights, for listings;
+`finished(path) -> bool | None`, whether the sign is there with which a save ends, for those who
+watch a run; `tries(path)`, whether to open what no format recognises.
 """
 
 import os
@@ -37,6 +39,7 @@ class Opened:
     facts: dict[str, Any] = field(default_factory=dict)  # epoch, loss, tokens, token ids, …
     manifest: Path | None = None  # states the sha256 of all files, so that its own stands for them
     hint: str = ""  # said if the tensors do not fit the config
+    rearranged: bool = False  # by the heads of `config`: without one, the rows are not in our order
 
 
 def named(path: str | Path) -> Path:

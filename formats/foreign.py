@@ -38,10 +38,10 @@ NAMES: tuple[tuple[str, str, str], ...] = (
 )
 ADAPTER = "a PEFT adapter: merge it into its model first, with merge_and_unload() and "
 ADAPTER += "save_pretrained()"
-DEEPSPEED = "a ZeRO checkpoint of DeepSpeed: its zero_to_fp32.py makes a state dict of it"
+DEEPSPEED = "a directory of DeepSpeed's without the directory of a tag, such as global_step100"
 DIRECTORIES = {  # the name of a file that tells what its directory is
     r"adapter_(model\.(safetensors|bin)|config\.json)": ADAPTER,
-    r"(.*_)?mp_rank_\d+_model_states\.pt|zero_to_fp32\.py": DEEPSPEED,
+    r"zero_to_fp32\.py": DEEPSPEED,
     r"latest_checkpointed_iteration\.txt": "a directory of Megatron's, which is not read",
     r"flax_model\.msgpack|tf_model\.h5": "weights of Flax or TensorFlow, which are not read",
 }

@@ -22,7 +22,7 @@ from torch import nn
 import cli
 from config import GPTConfig
 from formats import foreign, shown, tensorfiles
-from formats.stored import FLOATS, Stored, read
+from formats.stored import FLOATS, Stored, check_sums, read
 from model import GPTModel
 
 GPT2_MODULES = {
@@ -277,6 +277,7 @@ def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -
             records.setdefault(piece.file, set()).add(piece.record)
     for file, names in records.items():
         tensorfiles.check_crc(file, names)
+    check_sums(piece for name in parameters for piece in tensors[name].pieces)
     extremes = {}
     with cli.progress(len(parameters), f"loading {path.name}", "tensor") as bar:
         for name, parameter in parameters.items():

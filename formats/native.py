@@ -55,6 +55,11 @@ def recognises(path: Path) -> bool:
         return True
 
 
+def finished(path: Path) -> bool:
+    """Always: our directories appear whole."""
+    return True
+
+
 def glance(path: Path) -> tuple[str, int | None]:
     """(kind, step), as the manifest has it."""
     return "roseval", (read_manifest(path) or {}).get("step")

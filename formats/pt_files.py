@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from config import GPTConfig
-from formats import Opened, huggingface, inert, layouts, shown, tensorfiles
+from formats import Opened, huggingface, inert, layouts, llmc, shown, tensorfiles
 from formats.stored import Stored
 from hf_config import size
 
@@ -46,11 +46,19 @@ def recognises(path: Path) -> bool:
         return file is not None and file.name == "pytorch_model.bin"
     suffixes = (*tensorfiles.TORCH_SUFFIXES, ".safetensors")
     other = NOT_WEIGHTS.fullmatch(path.name) or huggingface.SHARD.fullmatch(path.name)
-    return path.suffix in suffixes and os.path.isfile(path) and not other
+    named = path.suffix in suffixes and not other
+    return named and os.path.isfile(path) and llmc.magic(path) not in llmc.OTHERS
+
+
+def tries(path: Path) -> bool:
+    """Any file: what is in it says why it is none."""
+    return os.path.isfile(path)
 
 
 def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """The structure of the file. Its own config comes before a config.json beside it."""
+    if other := llmc.OTHERS.get(llmc.magic(path) or 0):
+        raise ValueError(f"{path} is a file of llm.c, but no model that is read: {other}")
     file = path
     if os.path.isdir(path):
         huggingface.refuse_strange_files(path)

@@ -5,12 +5,16 @@
     for where, values in read(stored):
         weight[where] = values                       # some MB at a time, any dtype, any device
 
-Bytes are read, not mapped, so a file that shrinks meanwhile is an error, not a SIGBUS (strided
-tensors, which are rare, excepted). Of torch only.
+    rows(stored, [range(0, 8, 2), range(1, 8, 2)])   # another order of its rows: a table, no bytes
+    beside([q, k, v])                                # one below the other, or next to (dim=1)
+
+Bytes are read, not mapped, so a file that shrinks meanwhile is an error, not a SIGBUS (tensors
+whose rows do not lie in one piece, which are rare, excepted). Of torch only.
 """
 
 import math
 import mmap
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +23,14 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 READ_BYTES = 16 << 20
+
+
+class Checksum(NamedTuple):
+    """Bytes of a file, and their CRC-32."""
+
+    offset: int
+    size: int
+    crc: int
 
 
 class Piece(NamedTuple):
@@ -30,6 +42,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]  # of the box
     record: str = ""  # the entry of a zip archive whose CRC covers it
     strides: tuple[int, ...] | None = None  # in elements, where it is not in C order
+    check: Checksum | None = None  # of bytes that it lies within, where the file states one
 
 
 class Stored(NamedTuple):
@@ -103,6 +116,91 @@ def _overlapping(pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, Piece]]:
                 yield a, b
 
 
+def rows(stored: Stored, runs: Iterable[range]) -> Stored:
+    """The rows (places along the first dimension) of `runs`, one after the other."""
+    pieces, base = [], 0
+    size = stored.dtype.itemsize if isinstance(stored.dtype, torch.dtype) else 0
+    for run in runs:
+        assert run.step > 0 and (not run or 0 <= run[0] <= run[-1] < stored.shape[0]), run
+        for piece in stored.pieces:
+            a, n = piece.start[0], piece.shape[0]
+            first = max(0, -((run.start - a) // run.step))
+            stop = min(len(run), -((run.start - a - n) // run.step))
+            if first >= stop:
+                continue
+            strides = piece.strides or _packed(piece.shape)
+            at = piece.offset + (run.start + first * run.step - a) * strides[0] * size
+            whole_rows = piece.strides is None and (run.step == 1 or stop - first == 1)
+            moved = None if whole_rows else (strides[0] * run.step, *strides[1:])
+            start, shape = (base + first, *piece.start[1:]), (stop - first, *piece.shape[1:])
+            pieces.append(piece._replace(offset=at, start=start, shape=shape, strides=moved))
+        base += len(run)
+    return Stored(stored.dtype, (base, *stored.shape[1:]), tuple(pieces))
+
+
+def beside(name: str, parts: Iterable[Stored], dim: int = 0) -> Stored:
+    """Tensors put together along one dimension. ValueError unless they agree in the others."""
+    parts, pieces, base = list(parts), [], 0
+    kinds = {(part.dtype, *part.shape[:dim], None, *part.shape[dim + 1 :]) for part in parts}
+    if len(kinds) != 1:
+        shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
+        raise ValueError(f"the parts of {name} do not go together: {shapes}")
+    for part in parts:
+        for piece in part.pieces:
+            start = (*piece.start[:dim], piece.start[dim] + base, *piece.start[dim + 1 :])
+            pieces.append(piece._replace(start=start))
+        base += part.shape[dim]
+    shape = (*parts[0].shape[:dim], base, *parts[0].shape[dim + 1 :])
+    return Stored(parts[0].dtype, shape, tuple(pieces))
+
+
+def ranges(flat: Stored, at: int, shape: tuple[int, ...], first: int, last: int) -> Iterator[Piece]:
+    """The elements first … last of a tensor in C order, which lie one after the other from place
+    `at` of a vector, as boxes of that tensor."""
+    size = flat.dtype.itemsize if isinstance(flat.dtype, torch.dtype) else 0
+    (piece,) = flat.pieces
+    assert piece.strides is None and 0 <= at <= at + last - first <= flat.shape[0]
+    for start, box in _boxes(shape, first, last):
+        yield piece._replace(offset=piece.offset + at * size, start=start, shape=box)
+        at += math.prod(box)
+
+
+def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple]:
+    """(start, shape) of the boxes that elements first … last - 1 fill, in order."""
+    if len(shape) < 2:
+        yield ((first,), (last - first,)) if shape else ((), ())
+        return
+    row = math.prod(shape[1:])
+    while first < last:
+        i, within = divmod(first, row)
+        whole = (last - first) // row if within == 0 else 0
+        if whole:
+            yield (i, *(0 for _ in shape[1:])), (whole, *shape[1:])
+            first += whole * row
+            continue
+        end = min(row, within + last - first)
+        for start, box in _boxes(shape[1:], within, end):
+            yield (i, *start), (1, *box)
+        first += end - within
+
+
+def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of C order."""
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def check_sums(pieces: Iterable[Piece]) -> None:
+    """ValueError if bytes that a piece lies within are not those of its checksum."""
+    for file, check in sorted({(piece.file, piece.check) for piece in pieces if piece.check}):
+        crc, left = 0, check.size
+        with open(file, "rb") as f:
+            f.seek(check.offset)
+            while left and (data := f.read(min(left, 1 << 20))):
+                crc, left = zlib.crc32(data, crc), left - len(data)
+        if left or crc != check.crc:
+            raise ValueError(f"{file} is damaged: the checksum at byte {check.offset:,} is wrong")
+
+
 def read(stored: Stored) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
     """(where, values) over a stored tensor, so that `t[where] = values` fills one of its shape; at
     most READ_BYTES at a time, unless a row has more. The values last until the next step."""
@@ -112,9 +210,13 @@ def read(stored: Stored) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
         row_bytes = math.prod(shape[1:]) * stored.dtype.itemsize
         if not row_bytes * shape[0]:
             continue
-        rows = max(1, min(shape[0], READ_BYTES // row_bytes))
-        read_rows = _read_rows if piece.strides is None else _map_rows
-        for row, values in read_rows(piece, stored.dtype, shape, rows):
+        packed = _packed(shape)
+        strides = piece.strides or packed
+        in_rows = strides[1:] == packed[1:] and packed[0] <= strides[0]
+        read_bytes = row_bytes if not in_rows else strides[0] * stored.dtype.itemsize
+        count = max(1, min(shape[0], READ_BYTES // read_bytes))
+        read_rows = _read_rows if in_rows else _map_rows
+        for row, values in read_rows(piece, stored.dtype, shape, count):
             if not piece.shape:
                 yield (), values[0]
                 continue
@@ -123,17 +225,21 @@ def read(stored: Stored) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
 
 
 def _read_rows(piece: Piece, dtype: torch.dtype, shape: tuple[int, ...], rows: int):
-    """(first row, values) of a box in C order, `rows` at a time, one buffer for all."""
+    """(first row, values) of a box whose rows lie whole, one after the other or with room between
+    them, `rows` at a time, one buffer for all."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    pitch = row_bytes if piece.strides is None else piece.strides[0] * dtype.itemsize
     # mapped, not malloc'ed: it leaves the process whole, with no hole in the heap (1 GB on a 7B)
-    memory = mmap.mmap(-1, rows * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer = torch.frombuffer(memory, dtype=dtype).view(rows, *shape[1:])
+    memory = mmap.mmap(-1, rows * pitch, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = torch.frombuffer(memory, dtype=dtype).view(rows, -1)
+    buffer = buffer[:, : row_bytes // dtype.itemsize].unflatten(1, shape[1:] or (1,))
+    buffer = buffer if len(shape) > 1 else buffer[:, 0]
     raw = memoryview(memory)
     with open(piece.file, "rb", buffering=0) as f:
-        f.seek(piece.offset)
         for row in range(0, shape[0], rows):
             count = min(rows, shape[0] - row)
-            wanted = raw[: count * row_bytes]
+            f.seek(piece.offset + row * pitch)
+            wanted = raw[: (count - 1) * pitch + row_bytes]
             while wanted:
                 n = f.readinto(wanted)
                 if not n:

@@ -144,7 +144,8 @@ class Planner:
         left, waiting = 0, self.shelf.waiting(self.options.until_step, self.options.newest_first)
         for i, seen in enumerate(waiting):
             if not self.shelf.is_ready(seen):
-                left += 1
+                # a watcher does not stay for a save that may have been broken off
+                left += not self.options.watch or checkpoint.is_finished(seen.path) is None
                 continue
             if not seen.about and not self._make_plan(seen):
                 left += 1  # it changed under our eyes
@@ -311,6 +312,9 @@ class Planner:
         self.leases.clear()
         n_made, n_before, n_failed = len(self.ledger.made), len(self.before), len(self.failed)
         print0(f"evaluations: {n_made} made, {n_before} done before, {n_failed} failed")
+        for seen in self.shelf.seen.values():
+            if not seen.settled and checkpoint.is_finished(seen.path) is False:
+                print0(f"{seen.path}: its save was not finished: not evaluated")
         if self.n_gone:
             print0(f"{self.n_gone} checkpoints gone before their turn")
         if self.n_filled:

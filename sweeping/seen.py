@@ -1,5 +1,6 @@
 """The checkpoints of a sweep as they lie there: which have come, changed, gone, and are whole."""
 
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,15 +25,17 @@ class Seen:
 
 
 def signature(path: Path) -> tuple | None:
-    """(name, size, mtime, inode) of a checkpoint's files, and of those beside it that are read with
-    it (the run's tokenizer, a file's config), or why they cannot be looked at; None once it is
-    gone."""
+    """(name, size, mtime, inode) of a checkpoint's files, in folders too, and of those beside it
+    that are read with it (the run's tokenizer, a file's config), or why they cannot be looked at;
+    None once it is gone."""
     beside = TOKENIZER_COPIES if path.is_dir() else ("config.json", *TOKENIZER_COPIES)
     try:
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         if files:
             files += [p for name in beside if (p := path.parent / name).is_file() and p != path]
-        stats = [(p.name, p.stat()) for p in files]
+        stats = [(str(p.relative_to(path.parent)), p.stat()) for p in files]
+        if not stats:
+            os.listdir(path)  # rglob is silent about what it may not look into
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -93,12 +96,14 @@ class Shelf:
 
     def is_ready(self, seen: Seen) -> bool:
         """Whole, or unchanged for so long that it will not become so: then it is tried, and fails.
-        What other programs save grows under its final name, so a watcher lets it rest first."""
+        What other programs save grows under its final name, so a watcher waits for the sign with
+        which its format ends a save, or, where there is none, lets it rest first."""
+        finished = checkpoint.is_finished(seen.path) if self.watch else True
+        if finished is False:
+            return False
         if self.looked - seen.since >= self.poll_seconds:
             return True
-        if self.watch and seen.info.kind != "roseval":
-            return False
-        return checkpoint.is_complete(seen.path)
+        return finished is True and checkpoint.is_complete(seen.path)
 
     @property
     def last_step(self) -> int:

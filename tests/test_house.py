@@ -28,9 +28,12 @@ FLOORS = [
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/flops costs/memory costs/time "
     "formats/foreign formats/finding formats/stored formats/inert formats/tensorfiles "
-    "formats/shards formats/text model",
+    "formats/shards formats/text formats/pickles formats/archives model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
-    "formats/training_state formats/native formats/pt_files",
+    "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
+    "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
+    "formats/lightning formats/llama2c formats/llmc formats/pt_files "
+    "formats/readers",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "

@@ -1,4 +1,4 @@
-"""A format as a newcomer would add it: this file, and one entry in checkpoint.READERS.
+"""A format as a newcomer would add it: this file, and one entry in readers.READERS.
 
 run-40/toy.json                              {"step": 40, "config": {GPTConfig}, "names": {...}}
 run-40/ranks/0/weights.bin, ranks/1/…        each rank's columns of every matrix, raw float32

@@ -107,8 +107,8 @@ def test_llama2c_is_not_nanogpt(tmp_path):
     args = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 97}
     state = {"tok_embeddings.weight": torch.ones(97, 32), "layers.0.attention.wq.weight": IDS + 0.0}
     torch.save({"model": state, "model_args": args, "iter_num": 5}, tmp_path / "ckpt.pt")
-    assert inspect(tmp_path / "ckpt.pt")["kind"] == "weights"
-    refused(tmp_path / "ckpt.pt", "its model_args are llama2.c's, which is not read")
+    assert inspect(tmp_path / "ckpt.pt")["kind"] == "llama2.c"
+    refused(tmp_path / "ckpt.pt", "max_position_embeddings")
     torch.save({"model": rosetrainer_state(make_model()), "model_args": args}, tmp_path / "ckpt.pt")
     refused(tmp_path / "ckpt.pt", "llama2.c's")
     torch.save({"model": state, "iter_num": 5}, tmp_path / "ckpt.pt")

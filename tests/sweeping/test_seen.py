@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from builders import saved_checkpoint, tiny_model
+from trained_files import copied
 
 from sweeping.seen import Shelf, signature
 
@@ -138,3 +139,41 @@ def test_what_is_whole_is_ready(tmp_path, clock, watch):
     assert ready() == at_once | {torn.name}
     clock[0] += 1
     assert ready() == {ours.name, torn.name, "b.pt"}
+
+
+def test_a_watcher_waits_for_the_sign_of_a_save(tmp_path, clock):
+    """However long a file rests: what DCP, DeepSpeed, litgpt and llm.c write last must be there.
+    Then it is taken at once."""
+    dcp = copied("torchtitan-qwen3-0/step-10", tmp_path / "a")
+    zero = copied("deepspeed-3-fp32", tmp_path / "b")
+    llmc = copied("llmc/float32/model_00000030.bin", tmp_path / "c")
+    litgpt = copied("litgpt-llama/step-00000040", tmp_path / "d")
+    away = {dcp / ".metadata": dcp, litgpt / "model_config.yaml": litgpt}
+    contents = {file: file.read_bytes() for file in away}
+    for file in away:
+        file.unlink()
+    (zero / "latest").write_text("global_step0")
+    shelf = Shelf([p.parent for p in (dcp, zero, llmc, litgpt)], watch=True, poll_seconds=10)
+    shelf.look()
+    assert shelf.seen.keys() == {dcp, zero, llmc, litgpt}
+    clock[0] += 1000
+    shelf.look()
+    assert not any(map(shelf.is_ready, shelf.seen.values()))
+    for file, content in contents.items():
+        file.write_bytes(content)
+    (zero / "latest").write_text("global_step1")
+    (llmc.parent / "DONE_00000030").touch()
+    shelf.look()
+    assert all(map(shelf.is_ready, shelf.seen.values()))
+    part = next((zero / "global_step1").glob("*_rank_1_*optim*"))
+    before = signature(zero)
+    part.write_bytes(part.read_bytes()[:-1])
+    assert signature(zero) != before, "files in folders are looked at"
+    shelf.look()
+    assert not shelf.is_ready(shelf.seen[zero])
+    no_watch = Shelf([dcp.parent], watch=False, poll_seconds=10)
+    (dcp / ".metadata").unlink()
+    no_watch.look()
+    clock[0] += 1000
+    no_watch.look()
+    assert no_watch.is_ready(no_watch.seen[dcp]), "tried, so that it fails with its reason"

@@ -1,0 +1,22 @@
+"""The formats of checkpoints, in the order in which they are asked: the first that recognises a
+path opens it."""
+
+from types import ModuleType
+
+from formats import (
+    dcp,
+    dcp_safetensors,
+    deepspeed,
+    huggingface,
+    lightning,
+    litgpt,
+    llama2c,
+    llmc,
+    meta,
+    native,
+    olmo_core,
+    pt_files,
+)
+
+READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core, dcp)
+READERS += (deepspeed, meta, lightning, llama2c, llmc, pt_files)
