@@ -109,7 +109,9 @@ def step_beside(path: Path) -> int | None:
     or the one above."""
     for folder in (path, path.parent) if path.is_dir() else (path.parent,):
         try:
-            step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))[
+                "global_step"
+            ]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if type(step) is int:

@@ -1,6 +1,5 @@
 """The checkpoints of a sweep as they lie there: which have come, changed, gone, and are whole."""
 
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -30,12 +29,12 @@ def signature(path: Path) -> tuple | None:
     None once it is gone."""
     beside = TOKENIZER_COPIES if path.is_dir() else ("config.json", *TOKENIZER_COPIES)
     try:
+        if path.is_dir():
+            next(path.iterdir(), None)  # rglob is silent about what it may not look into
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         if files:
             files += [p for name in beside if (p := path.parent / name).is_file() and p != path]
         stats = [(str(p.relative_to(path.parent)), p.stat()) for p in files]
-        if not stats:
-            os.listdir(path)  # rglob is silent about what it may not look into
     except FileNotFoundError:
         return None
     except OSError as error:
