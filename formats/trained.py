@@ -3,7 +3,6 @@
 return trained.opened(path, "dcp", FORMAT, tensors, config, files)
 """
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from config import GPTConfig
 from formats import Opened, dialects, huggingface, layouts
 from formats.stored import Stored, whole
+from inputs import read_object
 
 # what all of Llama's kind have in common
 LLAMA = {
@@ -109,10 +109,8 @@ def step_beside(path: Path) -> int | None:
     or the one above."""
     for folder in (path, path.parent) if path.is_dir() else (path.parent,):
         try:
-            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))[
-                "global_step"
-            ]
-        except (OSError, ValueError, KeyError, TypeError):
+            step = read_object(folder / "trainer_state.json").get("global_step")
+        except ValueError:  # it is not there, or no Trainer's
             continue
         if type(step) is int:
             return step
