@@ -182,7 +182,7 @@ class Checkpoint:
 
     def _tied_as_stored(self, config: GPTConfig, layout: str) -> GPTConfig:
         """rosetrainer's oldest files are untied and do not say so: compare the two tensors."""
-        head = self.tensors.get("lm_head.weight")
+        head = self.tensors.get(layouts.head_name(layout))
         embedding = self.tensors.get(layouts.embedding_name(layout))
         if not config.tie_embeddings or head is None or embedding is None:
             return config
@@ -368,7 +368,7 @@ def inspect(path: str | Path, config: GPTConfig | None = None) -> dict[str, Any]
         config, note = None, cli.first_line(error)
     sizes = {name: math.prod(t.shape) for name, t in ckpt.tensors.items()}
     if config is not None and config.tie_embeddings:
-        sizes.pop("lm_head.weight", None)
+        sizes.pop(layouts.head_name(ckpt.layout or "native"), None)
     return {
         "path": str(path),
         "kind": ckpt.kind,

@@ -17,11 +17,13 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
+    "relu2": "relu2",
 }
 ROPE_SCALING_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 ROPE_SCALING_TYPES = tuple(ROPE_SCALING_NEEDS)
 ROPE_SCALING_POSITIVE = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
@@ -73,8 +75,20 @@ def checked_rope_scaling(scaling: Any) -> dict:
             checked[name] = number(f"rope_scaling[{name!r}]", scaling[name])
             if name in ROPE_SCALING_POSITIVE and checked[name] <= 0:
                 raise ValueError(f"rope_scaling[{name!r}] must be positive, not {checked[name]!r}")
+    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+        checked[name] = _numbers(f"rope_scaling[{name!r}]", scaling[name])
     if kind == "llama3" and checked["low_freq_factor"] >= checked["high_freq_factor"]:
         raise ValueError("rope_scaling: low_freq_factor must be less than high_freq_factor")
+    return checked
+
+
+def _numbers(name: str, values: Any) -> list:
+    """A list of positive numbers."""
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name} must be a list of numbers, not {values!r}")
+    checked = [number(f"{name}[{i}]", value) for i, value in enumerate(values)]
+    if not all(value > 0 for value in checked):
+        raise ValueError(f"{name} must be positive, not {min(checked)!r}")
     return checked
 
 
@@ -95,10 +109,16 @@ def fields_from_hf(hf: dict) -> dict:
     raise UnsupportedArchitecture(f"model_type {model_type!r} has no native form")
 
 
-def _activation(name: str) -> str:
+def activation(name: str) -> str:
+    """Ours of a Hugging Face name."""
     if name not in ACTIVATIONS:
         raise UnsupportedArchitecture(f"activation {name!r} has no native form")
     return ACTIVATIONS[name]
+
+
+def hf_activation(name: str) -> str:
+    """And back."""
+    return {"gelu_new": "gelu_pytorch_tanh"}.get(name, name)
 
 
 def _flag(hf: dict, name: str, default: bool = False) -> bool:
@@ -120,7 +140,7 @@ def _gpt2_from_hf(hf: dict) -> dict:
         d_model=hf["n_embd"],
         d_ff=hf.get("n_inner") or 4 * size("n_embd", hf["n_embd"]),
         dropout=hf.get("resid_pdrop", 0.1),
-        activation=_activation(hf.get("activation_function", "gelu_new")),
+        activation=activation(hf.get("activation_function", "gelu_new")),
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=_flag(hf, "tie_word_embeddings", True),
     )
@@ -129,7 +149,7 @@ def _gpt2_from_hf(hf: dict) -> dict:
 def _llama_from_hf(hf: dict, model_type: str) -> dict:
     theta, scaling = _rope_from_hf(hf)
     attention_bias, mlp_bias = _flag(hf, "attention_bias"), _flag(hf, "mlp_bias")
-    if attention_bias != mlp_bias:
+    if attention_bias != mlp_bias and model_type != "llama":
         raise UnsupportedArchitecture("biases on some of the linear layers only")
     window, full_layers = _window_from_hf(hf, model_type)
     moe = model_type == "mixtral"
@@ -141,7 +161,7 @@ def _llama_from_hf(hf: dict, model_type: str) -> dict:
         d_model=hf["hidden_size"],
         d_ff=hf["intermediate_size"],
         dropout=hf.get("attention_dropout", 0.0),
-        activation=_activation(hf.get("hidden_act", "silu")),
+        activation=activation(hf.get("hidden_act", "silu")),
         n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
         # Qwen3's head_dim is 128 whatever the width; the others derive theirs
         head_dim=hf.get("head_dim") or (128 if model_type == "qwen3" else None),
@@ -153,6 +173,7 @@ def _llama_from_hf(hf: dict, model_type: str) -> dict:
         gated_mlp=True,
         bias=attention_bias,
         qkv_bias=True if model_type == "qwen2" else attention_bias,
+        mlp_bias=mlp_bias,
         qk_norm=model_type == "qwen3",
         tie_embeddings=_flag(hf, "tie_word_embeddings"),
         sliding_window=window,
@@ -193,8 +214,20 @@ def _window_from_hf(hf: dict, model_type: str) -> tuple[int | None, tuple[int, .
     return window, ()
 
 
+# What these families have a word for. Llama has one for biases of the MLP alone as well.
+WORDS: tuple[str, ...] = ("vocab_size", "max_position_embeddings", "n_layers", "n_heads", "d_model")
+WORDS += ("d_ff", "dropout", "activation", "n_kv_heads", "head_dim", "norm", "norm_eps", "position")
+WORDS += ("rope_theta", "rope_scaling", "gated_mlp", "bias", "qkv_bias", "qk_norm")
+WORDS += ("tie_embeddings", "sliding_window", "full_attention_layers")
+WORDS += ("n_experts", "n_experts_per_token")
+
+
 def config_to_hf(c: Any) -> dict | None:
-    """The Hugging Face config that computes what a GPTConfig does, None where none does."""
+    """The config of GPT-2 or of Llama's kin that computes what a GPTConfig does, None where none
+    does."""
+    longrope = (c.rope_scaling or {}).get("rope_type") == "longrope"  # Phi-3 is known for it
+    if longrope or type(c)(**{word: getattr(c, word) for word in (*WORDS, "mlp_bias")}) != c:
+        return None
     if c.norm == "layernorm" and c.position == "learned":
         return _gpt2_to_hf(c)
     if c.norm == "rmsnorm" and c.position == "rope" and c.gated_mlp:
@@ -203,7 +236,7 @@ def config_to_hf(c: Any) -> dict | None:
 
 
 def _gpt2_to_hf(c) -> dict | None:
-    plain = c.bias and c.qkv_bias and not (c.gated_mlp or c.qk_norm or c.n_experts)
+    plain = c.bias and c.qkv_bias and c.mlp_bias and not (c.gated_mlp or c.qk_norm or c.n_experts)
     square = c.n_kv_heads == c.n_heads and c.head_dim * c.n_heads == c.d_model
     if not (plain and square and c.sliding_window is None):
         return None
@@ -240,7 +273,7 @@ def _llama_to_hf(c) -> dict | None:
         "head_dim": c.head_dim,
         "hidden_size": c.d_model,
         "intermediate_size": c.d_ff,
-        "hidden_act": {"gelu_new": "gelu_pytorch_tanh"}.get(c.activation, c.activation),
+        "hidden_act": hf_activation(c.activation),
         "rms_norm_eps": c.norm_eps,
         "attention_dropout": c.dropout,
         "tie_word_embeddings": c.tie_embeddings,
@@ -248,7 +281,7 @@ def _llama_to_hf(c) -> dict | None:
         "rope_scaling": c.rope_scaling,
     }
     if family == "llama":
-        hf |= {"attention_bias": c.bias, "mlp_bias": c.bias}
+        hf |= {"attention_bias": c.bias, "mlp_bias": c.mlp_bias}
     if family in ("mistral", "mixtral"):
         hf |= {"sliding_window": c.sliding_window}
     if family in ("qwen2", "qwen3"):
@@ -273,6 +306,9 @@ def _llama_to_hf(c) -> dict | None:
 def _llama_family(c) -> str | None:
     """Which of transformers' Llama-style classes has exactly these features."""
     windowed = c.sliding_window is not None
+    if c.mlp_bias != c.bias:
+        plain = not (windowed or c.qk_norm or c.n_experts) and c.qkv_bias == c.bias
+        return "llama" if plain else None
     if c.n_experts:
         ok = not (c.bias or c.qkv_bias or c.qk_norm or c.full_attention_layers)
         return "mixtral" if ok else None

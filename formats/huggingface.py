@@ -18,6 +18,7 @@ from durable import refuse_impostor
 from formats import Opened, layouts, tensorfiles
 from formats.stored import Stored
 from hf_config import UnsupportedArchitecture
+from hf_families import config_to_hf
 
 FORMAT = "formats/huggingface.py"
 WEIGHT_FILES: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")
@@ -47,7 +48,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     if index is None:
         raise ValueError(f"{path} holds no weights: none of {', '.join(WEIGHT_FILES)}")
     shards = shard_files(index)
-    tensors, layout = layouts.identify(_tables(shards, path))
+    tensors, layout = layouts.identify(_tables(shards, path), family_beside(path, config))
     said = config_beside(path, config, tensors)
     return Opened(
         path=path,
@@ -131,6 +132,17 @@ def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored
         problem = no_config(path, tensors)
     files = (file,) if path.is_dir() and file.is_file() else ()
     return ConfigBeside(config, problem, native, files, {key: values.get(key) for key in TOKEN_IDS})
+
+
+def family_beside(path: Path, given: GPTConfig | None) -> object:
+    """The `model_type` of a config, given or beside the weights; None if none says it."""
+    if given is not None:
+        return (config_to_hf(given) or {}).get("model_type")
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        return read_json(file).get("model_type")
+    except ValueError:  # which config_beside tells
+        return None
 
 
 def no_config(path: Path, tensors: dict[str, Stored]) -> str:

@@ -28,7 +28,7 @@ from durable import dumps, fsync
 from formats import Opened, huggingface, layouts, tensorfiles, training_state
 from formats.fingerprints import sha256
 from formats.huggingface import TOKEN_IDS
-from hf_config import config_to_hf
+from hf_families import config_to_hf
 from model import GPTModel
 
 FORMAT = "formats/native.py"
@@ -163,7 +163,8 @@ def write_weights(
     architecture has the config, else under our own names. dtype: as the parameters are, unless
     given. about: more fields for config.json."""
     hf = config_to_hf(config)
-    layout = "native" if hf is None else "gpt2" if hf["model_type"] == "gpt2" else "llama"
+    layout = "native" if hf is None else layouts.of_family(hf["model_type"])
+    assert layout is not None, hf
     views = dict(layouts.views(model, layout))
     dtype = dtype or next(iter(views.values())).dtype
     about["dtype"] = str(dtype).removeprefix("torch.")

@@ -40,7 +40,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     table, rest = _open_file(file)
     if not table:
         raise ValueError(f"{path} holds no tensors")
-    tensors, layout = layouts.identify(table)
+    tensors, layout = layouts.identify(table, huggingface.family_beside(path, config))
     said = huggingface.config_beside(path, config, tensors)
     if config is None:
         try:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from config import GPTConfig, config_from_hf, load_config, presets
-from hf_config import UnsupportedArchitecture, config_to_hf
+from hf_config import UnsupportedArchitecture
+from hf_families import config_to_hf
 
 LLAMA = dict(norm="rmsnorm", position="rope", gated_mlp=True, bias=False, activation="silu")
 SIZES = dict(vocab_size=97, max_position_embeddings=64, n_layers=3, n_heads=4, d_model=64, d_ff=96)
@@ -108,7 +109,7 @@ def test_older_fields_of_config_json():
         ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
         ({"attention_bias": True}, "biases on some"),
         ({"partial_rotary_factor": 0.5}, "partial rotary"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
     ],
 )

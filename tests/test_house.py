@@ -19,8 +19,10 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
     "cli stats durable sources hf_config",
+    "hf_families",
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
+    "rotary",
     "results sandbox/jail sandbox/worker sandbox/judge costs/formulas costs/flops costs/memory "
     "costs/time formats formats/stored formats/tensorfiles formats/shards formats/text model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "

@@ -1,0 +1,252 @@
+"""Every family beside GPT-2's and Llama's against transformers' own eager model, from its files."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import checkpoint
+from backends.kvcache import DecodeCache, PrefixCache
+from config import GPTConfig, config_from_hf
+from hf_config import UnsupportedArchitecture
+from hf_families import FAMILIES, config_to_hf
+from model import GPTModel
+
+transformers = pytest.importorskip("transformers")
+
+V, T = 97, 40
+SIZES = dict(
+    vocab_size=V,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+WIDE = dict(head_dim=32)
+BIASED = dict(attention_bias=True)
+TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LINEAR = dict(rope_type="linear", factor=8.0)
+ONE_MORE = dict(rope_theta=3e4)
+
+
+def longrope(pairs, original, **more):
+    short, long = [1.0 + i / 9 for i in range(pairs)], [1.5 + i / 3 for i in range(pairs)]
+    scaling = dict(type="longrope", short_factor=short, long_factor=long)
+    return dict(rope_scaling=scaling | more, original_max_position_embeddings=original)
+
+
+CASES = {  # each switches on, or off, what its family can
+    "olmo": [{}, BIASED | dict(clip_qkv=0.5, tie_word_embeddings=True)],
+    "olmo2": [{}, BIASED | dict(rms_norm_eps=1e-3) | ONE_MORE],
+    "olmo3": [
+        dict(sliding_window=8),
+        dict(
+            sliding_window=8,
+            layer_types=TYPES,
+            rope_parameters=dict(
+                full_attention=YARN | dict(rope_theta=1e5),
+                sliding_attention=dict(rope_type="default", rope_theta=1e5),
+            ),
+        ),
+    ],
+    "gpt_neox": [
+        {},
+        dict(use_parallel_residual=False, rotary_pct=1.0, rotary_emb_base=500),
+        dict(attention_bias=False, hidden_act="gelu_new", rope_scaling=LINEAR),
+    ],
+    "gemma": [{}, BIASED | dict(num_key_value_heads=1, tie_word_embeddings=False) | ONE_MORE],
+    "gemma2": [
+        dict(sliding_window=8, attn_logit_softcapping=1.0, final_logit_softcapping=2.0),
+        dict(
+            sliding_window=8,
+            layer_types=TYPES,
+            query_pre_attn_scalar=24,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+        ),
+    ],
+    "gemma3_text": [
+        dict(sliding_window=8, sliding_window_pattern=3, query_pre_attn_scalar=17),
+        dict(sliding_window=8, layer_types=TYPES, final_logit_softcapping=3.0, rope_scaling=LINEAR),
+        dict(sliding_window=8, rope_theta=500.0, rope_local_base_freq=100.0),
+    ],
+    "phi": [{}, dict(partial_rotary_factor=0.25, num_key_value_heads=4, hidden_act="gelu")],
+    "phi3": [
+        {},
+        dict(sliding_window=8, partial_rotary_factor=0.5, tie_word_embeddings=True),
+        longrope(8, 64),
+        longrope(8, 16),
+        longrope(4, 16, attention_factor=1.3) | dict(partial_rotary_factor=0.5),
+    ],
+    "smollm3": [
+        {},
+        BIASED | dict(mlp_bias=True, no_rope_layers=[0, 1, 1, 0], tie_word_embeddings=False),
+        dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=8),
+    ],
+    "granite": [
+        dict(attention_multiplier=0.25),
+        BIASED
+        | dict(
+            mlp_bias=True,
+            embedding_multiplier=12.0,
+            attention_multiplier=0.4,
+            residual_multiplier=0.22,
+            logits_scaling=3.0,
+        ),
+    ],
+    "stablelm": [
+        {},
+        dict(use_qkv_bias=True, qk_layernorm=True),
+        dict(use_parallel_residual=True, qk_layernorm=True, partial_rotary_factor=0.5),
+    ],
+    "glm": [{}, dict(attention_bias=False, partial_rotary_factor=1.0)],
+    "glm4": [{}, dict(attention_bias=False, partial_rotary_factor=0.25)],
+    "cohere": [
+        dict(logit_scale=0.5),
+        BIASED | dict(use_qk_norm=True, logit_scale=0.3, tie_word_embeddings=False),
+    ],
+    "cohere2": [
+        dict(sliding_window=8, logit_scale=0.5),
+        BIASED | dict(sliding_window=8, layer_types=TYPES, logit_scale=1.5),
+    ],
+    "starcoder2": [{}, dict(use_bias=False, sliding_window=8, tie_word_embeddings=False)],
+}
+for family in ("gemma", "gemma2", "gemma3_text", "glm", "glm4"):  # 256 or 128 unless said
+    CASES[family] = [WIDE | case for case in CASES[family]]
+NAMES = [(name, i) for name, cases in CASES.items() for i in range(len(cases))]
+LLAMAS = [("phi3", 0), ("glm", 1)]
+IDS = torch.randint(0, V, (3, T), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_family_is_compared():
+    assert CASES.keys() == FAMILIES.keys()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(name, i) -> (transformers' model, its directory, ours from there), each made once."""
+    made = {}
+
+    def pair(name, i):
+        if (name, i) not in made:
+            case = copy.deepcopy(CASES[name][i])  # transformers writes into it
+            config = transformers.AutoConfig.for_model(name, **(SIZES | case))
+            torch.manual_seed(1)
+            theirs = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager"
+            ).eval()
+            with torch.no_grad():
+                for p in theirs.parameters():
+                    p.add_(torch.randn_like(p) * 0.15)
+            folder = tmp_path_factory.mktemp(f"{name}-{i}")
+            theirs.save_pretrained(folder)
+            made[name, i] = theirs, folder, checkpoint.load_model(folder, "float32")
+        return made[name, i]
+
+    return pair
+
+
+def tolerance(logits):
+    return 1e-5 * max(1.0, logits.std().item())
+
+
+@pytest.mark.parametrize("name, i", NAMES)
+@torch.no_grad()
+def test_logits(pairs, name, i):
+    theirs, _, ours = pairs(name, i)
+    assert isinstance(ours, GPTModel)
+    wanted = theirs(IDS).logits
+    assert 0.1 < wanted.std() < 30, "logits of order 1, or the comparison says little"
+    assert (ours(IDS)[0] - wanted).abs().max() <= tolerance(wanted)
+    nats = ours.nll(ours.hidden(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    logprobs = wanted[:, :-1].log_softmax(-1).flatten(0, 1)
+    assert (nats + logprobs.gather(1, IDS[:, 1:].reshape(-1, 1))[:, 0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name, i", NAMES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_logits(pairs, name, i, side):
+    theirs, _, ours = pairs(name, i)
+    real = torch.ones(3, T, dtype=torch.int64)
+    for row, count in enumerate((0, 5, 17)):
+        real[row, slice(None, count) if side == "left" else slice(T - count, None)] = 0
+    positions = torch.arange(T).expand(3, T)  # ours count from the row's start, padding included
+    wanted = theirs(IDS, attention_mask=real, position_ids=positions).logits
+    difference = (ours(IDS, attention_mask=real)[0] - wanted)[real.bool()]
+    assert difference.abs().max() <= tolerance(wanted)
+
+
+@pytest.mark.parametrize("name, i", NAMES)
+@torch.no_grad()
+def test_logits_through_every_cache(pairs, name, i):
+    """Prompts of several lengths prefilled, then decoded; and rows after a shared prefix."""
+    theirs, _, ours = pairs(name, i)
+    wanted, lengths, steps = theirs(IDS).logits, [21, 5, 13], 12
+    decode = DecodeCache(ours, n_prompts=3, prompt_len=21, n_rows=3, max_len=steps, longest=T)
+    filling = decode.filling([0, 1, 2], lengths)
+    hidden = ours.hidden(IDS[:, :21], cache=filling)
+    assert (ours.logits(hidden) - wanted[:, :21]).abs().max() <= tolerance(wanted)
+    decode.assign([0, 1, 2])
+    for step in range(steps):
+        at = torch.tensor(lengths)[:, None] + step
+        got = ours.logits(ours.hidden(IDS.gather(1, at), cache=decode))
+        want = wanted.gather(1, at[..., None].expand(3, 1, V))
+        assert (got - want).abs().max() <= tolerance(wanted), step
+        decode.advance(torch.ones(3, dtype=torch.int32))
+    rows = torch.cat((IDS[:1, :11].expand(3, -1), IDS[:, 11:]), dim=1)
+    wanted = theirs(rows).logits
+    prefix = PrefixCache(ours, 11, longest=T)
+    ours.hidden(rows[:1, :11], cache=prefix.filling())
+    got = ours.logits(ours.hidden(rows[:, 11:], cache=prefix))
+    assert (got - wanted[:, 11:]).abs().max() <= tolerance(wanted)
+
+
+@pytest.mark.parametrize("name, i", NAMES)
+@torch.no_grad()
+def test_saved_and_loaded_by_transformers_bit_for_bit(pairs, name, i, tmp_path):
+    theirs, _, ours = pairs(name, i)
+    checkpoint.write_weights(ours, ours.config, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    again, names = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(names.values()), names
+    logits = theirs(IDS).logits
+    assert (again(IDS).logits - logits).abs().max() <= tolerance(logits)
+    state, wanted = again.state_dict(), theirs.state_dict()
+    if (name, i) in LLAMAS:  # what has no feature of its own is written as Llama
+        assert values["model_type"] == "llama"
+    else:
+        assert values["model_type"] == name and state.keys() == wanted.keys()
+        assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+    ckpt = checkpoint.open(tmp_path)
+    assert ckpt.config == ours.config
+    loaded = ckpt.load("float32")
+    for (key, p), (_, q) in zip(loaded.named_parameters(), ours.named_parameters(), strict=True):
+        assert torch.equal(p, q), key
+    # config.json as transformers itself writes it again, and without our own fields
+    again.config.save_pretrained(tmp_path / "theirs")
+    theirs_again = json.loads((tmp_path / "theirs/config.json").read_text())
+    theirs_again.pop("roseval", None)
+    assert GPTConfig.from_json(theirs_again, "theirs") == ours.config
+    del values["roseval"]
+    assert GPTConfig.from_json(values, "ours") == ours.config
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_defaults_of_the_class(name):
+    """What a file does not say is what transformers' class makes of its absence."""
+    theirs = transformers.AutoConfig.for_model(name)
+    assert config_from_hf({"model_type": name}) == config_from_hf(theirs.to_dict())
+    with torch.device("meta"):
+        wanted = transformers.AutoModelForCausalLM.from_config(theirs).num_parameters()
+    ours = GPTModel.on_meta(config_from_hf({"model_type": name}))
+    assert sum(p.numel() for p in ours.parameters()) == wanted
