@@ -140,14 +140,14 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """What a result record says of the checkpoint it was measured on: results.py's
         `checkpoint`."""
-        config = self.config and self.config.to_dict()
         return {
             "path": str(self.path),
             "name": self.name,
             "step": self.step,
             "tokens": self.facts.get("tokens"),
             "fingerprint": self.fingerprint,
-            "config": config,
+            "config": self.config and self.config.to_dict(),
+            "module": "GPTModel" if self.native else "transformers",
         }
 
     def load(

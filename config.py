@@ -148,7 +148,7 @@ class GPTConfig:
             layers = getattr(self, name)
             if not isinstance(layers, (list, tuple)) or any(type(i) is not int for i in layers):
                 raise ValueError(f"{name} must be layer numbers, not {layers!r}")
-            self._set(name, tuple(layers))
+            self._set(name, tuple(sorted({i for i in layers if 0 <= i < self.n_layers})))
 
     def _check_features(self):
         for name, allowed in CHOICES.items():
@@ -165,6 +165,8 @@ class GPTConfig:
                 f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} must be an "
                 f"even number of channels, not {self.head_dim * self.rotary_fraction:g}"
             )
+        if self.attention_scale == self.head_dim**-0.5:
+            self._set("attention_scale", None)
         if self.rope_scaling is not None:
             self._set("rope_scaling", checked_rope_scaling(self.rope_scaling))
             for name in ("short_factor", "long_factor"):

@@ -31,7 +31,7 @@ CONVERTED = {  # key: to the field, and back
     "logits_scaling": (lambda x: 1 / number("logits_scaling", x), lambda scale: 1 / scale),
     "query_pre_attn_scalar": (
         lambda x: number("query_pre_attn_scalar", x) ** -0.5,
-        lambda scale: None if scale is None else _whole(scale**-2),
+        lambda scale: _whole(scale**-2),
     ),
 }
 
@@ -41,7 +41,7 @@ class Family(NamedTuple):
 
     title: str  # of the class {title}ForCausalLM
     sizes: tuple[int | None, ...]  # its class's defaults; no key/value heads: as many as heads
-    features: dict[str, Any]  # fields that all models of the family have
+    features: dict[str, Any]  # fields of all its models, if no key says otherwise
     keys: dict[str, tuple[str, Any]]  # field: the key that says it, and what its absence means
     theta: float = 10000.0
     theta_key: str = "rope_theta"
@@ -58,8 +58,13 @@ def _whole(x: float) -> float:
     return round(x) if abs(x - round(x)) < 1e-6 * x else x
 
 
-RMS = {"norm": "rmsnorm", "position": "rope", "gated_mlp": True, "bias": False}
-LAYER = {"norm": "layernorm", "position": "rope", "bias": True, "norm_bias": True}
+def _biases(given: bool) -> dict[str, bool]:
+    """Of all layers, where a family's keys say nothing else."""
+    return dict.fromkeys(("bias", "qkv_bias", "o_bias", "mlp_bias", "norm_bias"), given)
+
+
+RMS = _biases(False) | {"norm": "rmsnorm", "position": "rope", "gated_mlp": True}
+LAYER = _biases(True) | {"norm": "layernorm", "position": "rope"}
 GEMMA = RMS | {"norm_offset": True, "embedding_scale": lambda fields: fields["d_model"] ** 0.5}
 GEMMA2 = GEMMA | {"post_norm": True}
 OLMO2 = RMS | {"pre_norm": False, "post_norm": True, "qk_norm": True, "qk_norm_over": "width"}
@@ -252,8 +257,8 @@ def _read(hf: dict, family: Family) -> dict:
     for key in family.refused:
         if hf.get(key):
             raise UnsupportedArchitecture(f"{key} {hf[key]!r} has no native form")
-    fields: dict[str, Any] = {"dropout": hf.get("attention_dropout") or 0.0}
-    fields["head_dim"] = hf.get("head_dim")
+    fields = {field: value for field, value in family.features.items() if not callable(value)}
+    fields |= {"dropout": hf.get("attention_dropout") or 0.0, "head_dim": hf.get("head_dim")}
     for (field, key), default in zip(SIZES.items(), family.sizes, strict=True):
         fields[field] = hf.get(key, default)
     for field, (key, default) in family.keys.items():
@@ -262,7 +267,8 @@ def _read(hf: dict, family: Family) -> dict:
     for field in ("d_model", "n_layers", "n_heads"):  # which others are made of
         size(field, fields[field])
     for field, value in family.features.items():
-        fields[field] = value(fields) if callable(value) else value
+        if callable(value):
+            fields[field] = value(fields)
     return fields | _layers_from_hf(hf, family, fields["n_layers"]) | _rope_from_hf(hf, family)
 
 
@@ -376,6 +382,8 @@ def _write(c: Any, family: Family) -> dict:
         hf["head_dim"] = c.head_dim
     for field, (key, _) in family.keys.items():
         value = getattr(c, field)
+        if field == "attention_scale" and value is None:
+            value = c.head_dim**-0.5
         hf[key] = CONVERTED[key][1](value) if key in CONVERTED else value
     layers, full = range(c.n_layers), set(c.full_attention_layers)
     if family.full_every is not None:

@@ -48,8 +48,8 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     if index is None:
         raise ValueError(f"{path} holds no weights: none of {', '.join(WEIGHT_FILES)}")
     shards = shard_files(index)
-    tensors, layout = layouts.identify(_tables(shards, path), family_beside(path, config))
-    said = config_beside(path, config, tensors)
+    said = config_beside(path, config)
+    tensors, layout = layouts.identify(_tables(shards, path), said.model_type)
     return Opened(
         path=path,
         kind=glance(path)[0],
@@ -58,7 +58,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         layout=layout,
         files=(*sorted({index, *shards}), *said.files),
         config=said.config,
-        problem=said.problem,
+        problem=said.problem or no_config(path, tensors),
         native=said.native,
         facts=said.token_ids,
     )
@@ -109,13 +109,14 @@ class ConfigBeside(NamedTuple):
     """What is known of a model from outside its weights."""
 
     config: GPTConfig | None
-    problem: str  # why there is none
+    problem: str  # why there is none, where a file is the reason
+    model_type: object  # Hugging Face's, which the names of weights depend on
     native: bool  # False: a directory whose architecture transformers alone has
     files: tuple[Path, ...]  # config.json, where it is part of the checkpoint
     token_ids: dict[str, int | None]
 
 
-def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored]) -> ConfigBeside:
+def config_beside(path: Path, given: GPTConfig | None) -> ConfigBeside:
     """`given`, else what the config.json in a directory, or beside a file, says."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     config, problem, native, values = given, "", True, {}
@@ -128,21 +129,11 @@ def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored
             problem, native = str(error), not path.is_dir()
         except ValueError as error:
             problem = str(error)
-    elif given is None:
-        problem = no_config(path, tensors)
-    files = (file,) if path.is_dir() and file.is_file() else ()
-    return ConfigBeside(config, problem, native, files, {key: values.get(key) for key in TOKEN_IDS})
-
-
-def family_beside(path: Path, given: GPTConfig | None) -> object:
-    """The `model_type` of a config, given or beside the weights; None if none says it."""
     if given is not None:
-        return (config_to_hf(given) or {}).get("model_type")
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        return read_json(file).get("model_type")
-    except ValueError:  # which config_beside tells
-        return None
+        values = values | (config_to_hf(given) or {})
+    files = (file,) if path.is_dir() and file.is_file() else ()
+    token_ids = {key: values.get(key) for key in TOKEN_IDS}
+    return ConfigBeside(config, problem, values.get("model_type"), native, files, token_ids)
 
 
 def no_config(path: Path, tensors: dict[str, Stored]) -> str:

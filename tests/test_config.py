@@ -30,10 +30,12 @@ ROUND_TRIPS = {
 NO_HUGGING_FACE_FORM = {
     "gpt2 without biases": GPTConfig(**SIZES, bias=False),
     "gpt2 grouped": GPTConfig(**SIZES, n_kv_heads=2),
-    "layernorm and rope": GPTConfig(**SIZES, position="rope"),
+    "layernorm and rope, without biases": GPTConfig(**SIZES, position="rope", bias=False),
     "rmsnorm and learned": GPTConfig(**SIZES, norm="rmsnorm"),
     "llama ungated": GPTConfig(**SIZES, **(LLAMA | {"gated_mlp": False})),
-    "biased with window": GPTConfig(**SIZES, **(LLAMA | {"bias": True}), sliding_window=8),
+    "parallel, with norms behind": GPTConfig(
+        **SIZES, **LLAMA, parallel_residual=True, post_norm=True
+    ),
 }
 
 
@@ -104,10 +106,10 @@ def test_older_fields_of_config_json():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "gemma2"}, "'gemma2' has no native form"),
+        ({"model_type": "falcon"}, "'falcon' has no native form"),
         ({"model_type": None}, "no native form"),
         ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
-        ({"attention_bias": True}, "biases on some"),
+        ({"model_type": "mistral", "attention_bias": True}, "biases on some"),
         ({"partial_rotary_factor": 0.5}, "partial rotary"),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),

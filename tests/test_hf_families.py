@@ -9,8 +9,7 @@ import torch
 import checkpoint
 from backends.kvcache import DecodeCache, PrefixCache
 from config import GPTConfig, config_from_hf
-from hf_config import UnsupportedArchitecture
-from hf_families import FAMILIES, config_to_hf
+from hf_families import FAMILIES
 from model import GPTModel
 
 transformers = pytest.importorskip("transformers")
@@ -121,7 +120,7 @@ CASES = {  # each switches on, or off, what its family can
 for family in ("gemma", "gemma2", "gemma3_text", "glm", "glm4"):  # 256 or 128 unless said
     CASES[family] = [WIDE | case for case in CASES[family]]
 NAMES = [(name, i) for name, cases in CASES.items() for i in range(len(cases))]
-LLAMAS = [("phi3", 0), ("glm", 1)]
+LLAMAS = [("phi3", 0), ("glm", 1), ("granite", 0)]
 IDS = torch.randint(0, V, (3, T), generator=torch.Generator().manual_seed(0))
 
 
