@@ -26,6 +26,7 @@ from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
 from rotary import angles, is_long, rope_tables, rotate
 
 HEAD_ROWS = 1024  # of logits that a soft cap holds in float32 at once
+DENSE_BYTES = 2**30  # of attention's scores, where no kernel computes them block by block
 
 
 class Linear(nn.Linear):
@@ -163,20 +164,29 @@ def attend(  # so many parameters, since they are the terms of attention itself
 
 
 def _dense_attention(q, k, v, mask, softcap, scale, dropout):
-    """(out, lse) with all scores [B, H, T, S] in memory, in float32."""
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp()
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    return (weights @ v.float()).to(q.dtype), lse
+    """(out, lse) with all scores [B, H, T, S] in memory, in float32; without gradients those of as
+    many queries as DENSE_BYTES hold."""
+    (B, H, T, D), S = q.shape, k.shape[2]
+    if k.shape[1] != H:
+        k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
+    scale, k, v = D**-0.5 if scale is None else scale, k.float(), v.float()
+    step = T if torch.is_grad_enabled() else min(T, max(1, DENSE_BYTES // (4 * B * H * S)))
+    parts = []
+    for start in range(0, T, step):
+        scores = (q[:, :, start : start + step].float() @ k.transpose(-1, -2)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[..., start : start + step, :], float("-inf"))
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse[..., None]).exp()
+        if dropout:
+            weights = F.dropout(weights, dropout)
+        parts.append(((weights @ v).to(q.dtype), lse))
+    if len(parts) == 1:
+        return parts[0]
+    outs, sums = zip(*parts)
+    return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
 
 
 _BLOCK_MASKS, _COMPILED = {}, {}
@@ -490,7 +500,8 @@ class GPTModel(nn.Module):
 
     def _ropes(self, positions: Tensor, length: int) -> dict[str | None, tuple[Tensor, Tensor]]:
         """cos and sin of these positions by kind of layer, in a pass that reaches `length`."""
-        sources, ropes = {"global": "global", "local": "local"}, dict[str | None, Any]()
+        sources = {"global": "global", "local": "local"}
+        ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
         if is_long(self.config, length):
             sources["global"] = "long"
         for kind, source in sources.items():

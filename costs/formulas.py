@@ -38,7 +38,7 @@ PARAMETERS = (
     ("n_head", "(1 - tied)*V*h + head_bias*V", "", "LM head, no matrix where tied", "Press 2017"),
     ("N", "n_embed + L*n_block + (1 + embedding_norm)*n_norm + n_head", "", "all parameters", ""),
     ("N_active", "N - L*(E - K)*n_expert", "", "used by one token", "Jiang 2024"),
-    ("n_linear", "h*(a + 2*k)*d + a*d*h + max(E, 1)*(2 + gated)*h*f", "", "matrices of a block", ""),
+    ("n_linear", "h*(a + 2*k)*d + a*d*h + max(E, 1)*(2 + gated)*h*f", "", "block's matrices", ""),
     ("n_norms", "(norms*L + 1 + embedding_norm)*n_norm + L*n_qk_norm", "", "all norms", ""),
     ("n_lora", "r*(a*d + 2*k*d + a*d + 4*h + max(E, 1)*(2 + gated)*(h + f))",
      "", "adapters of a block: in + out of q, k, v, out, MLP", "Hu 2021"),
