@@ -6,8 +6,8 @@
     load_config("checkpoints/checkpoint-1000")   # any directory with a Hugging Face config.json
 
 Fields name features (grouped queries, a gated MLP, a sliding window), never model families, so
-that GPT-2 and Llama-style models are one `GPTModel`. Nothing here imports torch: `compute.py`
-answers in a fraction of a second.
+that all of these are one `GPTModel`: hf_families.py says which family has which. Nothing here
+imports torch: `compute.py` answers in a fraction of a second.
 """
 
 import json

@@ -64,6 +64,7 @@ def _biases(given: bool) -> dict[str, bool]:
 
 
 RMS = _biases(False) | {"norm": "rmsnorm", "position": "rope", "gated_mlp": True}
+UNGATED = RMS | {"gated_mlp": False}
 LAYER = _biases(True) | {"norm": "layernorm", "position": "rope"}
 GEMMA = RMS | {"norm_offset": True, "embedding_scale": lambda fields: fields["d_model"] ** 0.5}
 GEMMA2 = GEMMA | {"post_norm": True}
@@ -231,6 +232,67 @@ FAMILIES = {
         | {"activation": ("hidden_act", "gelu_pytorch_tanh"), "norm_eps": ("norm_epsilon", 1e-5)}
         | dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("use_bias", True)),
         full_every=0,
+    ),
+    "nanochat": Family(  # its first form, which transformers has
+        "NanoChat",
+        (50304, 2048, 12, 6, None, 768, 8192),
+        UNGATED
+        | {"norm_weight": False, "embedding_norm": True}
+        | {"qk_norm": True, "qk_norm_after_rope": True},
+        UNTIED
+        | EPS
+        | BIASES
+        | {"activation": ("hidden_act", "relu2")}
+        | {"logit_softcap": ("final_logit_softcapping", 15.0)},
+    ),
+    "nemotron": Family(
+        "Nemotron",
+        (256000, 4096, 32, 48, None, 6144, 24576),
+        UNGATED | {"norm": "layernorm", "norm_bias": True, "norm_offset": True},
+        UNTIED
+        | BIASES
+        | MLP_BIAS
+        | {"activation": ("hidden_act", "relu2"), "norm_eps": ("norm_eps", 1e-5)},
+        rotary=0.5,
+    ),
+    "arcee": Family(
+        "Arcee",
+        (32000, 4096, 32, 32, None, 2560, 18432),
+        UNGATED,
+        UNTIED
+        | BIASES
+        | MLP_BIAS
+        | {"activation": ("hidden_act", "relu2"), "norm_eps": ("rms_norm_eps", 1e-5)},
+    ),
+    "seed_oss": Family(
+        "SeedOss",
+        (155136, 524288, 64, 80, 8, 4096, 27648),
+        RMS,
+        UNTIED
+        | ACT
+        | EPS
+        | MLP_BIAS
+        | {"qkv_bias": ("attention_bias", True), "o_bias": ("attention_out_bias", False)}
+        | {"head_dim": ("head_dim", 128), "dropout": ("attention_dropout", 0.1)},
+    ),
+    "hunyuan_v1_dense": Family(
+        "HunYuanDenseV1",
+        (290943, 2048, 32, 32, None, 4096, 11008),
+        RMS | {"qk_norm": True, "qk_norm_after_rope": True},
+        UNTIED
+        | ACT
+        | BIASES
+        | {"norm_eps": ("rms_norm_eps", 1e-5), "head_dim": ("head_dim", None)},
+    ),
+    "ernie4_5": Family(
+        "Ernie4_5",
+        (103424, 131072, 18, 16, 2, 1024, 3072),
+        RMS,
+        TIED
+        | ACT
+        | {"head_dim": ("head_dim", 128), "norm_eps": ("rms_norm_eps", 1e-5)}
+        | dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("use_bias", False)),
+        theta=5e5,
     ),
 }
 

@@ -79,6 +79,15 @@ PHI_MODULES = LLAMA_MODULES | {
     "blocks.{i}.mlp.fc2": ["model.layers.{i}.mlp.fc2"],
     "ln_f": ["model.final_layernorm"],
 }
+NANOCHAT_MODULES = LLAMA_MODULES | {
+    "blocks.{i}.mlp.fc1": ["model.layers.{i}.mlp.fc1"],
+    "blocks.{i}.mlp.fc2": ["model.layers.{i}.mlp.fc2"],
+}
+NEMOTRON_MODULES = LLAMA_MODULES | {"blocks.{i}.mlp.fc1": ["model.layers.{i}.mlp.up_proj"]}
+HUNYUAN_MODULES = LLAMA_MODULES | {
+    "blocks.{i}.attn.q_norm": ["model.layers.{i}.self_attn.query_layernorm"],
+    "blocks.{i}.attn.k_norm": ["model.layers.{i}.self_attn.key_layernorm"],
+}
 GPT_NEOX_MODULES = {
     "token_embedding": ["gpt_neox.embed_in"],
     "blocks.{i}.ln1": ["gpt_neox.layers.{i}.input_layernorm"],
@@ -102,7 +111,8 @@ class Layout(NamedTuple):
     prefix: str = ""  # of all names but the head's; files of the bare backbone lack it
     conv1d: bool = False  # matrices of the blocks are [in, out]
     ignored: str = r"$^"  # buffers that old files hold
-    neighbours: bool = False  # rotary pairs of channels are (2i, 2i + 1), not (i, i + R/2)
+    pairs: str = ""  # of rotary channels: (i, i + R/2), or "neighbours" (2i, 2i + 1); "turned": the
+    # same as ours, but turned the other way round, (i + R/2, i)
     by_head: bool = False  # rows of the fused projection are q, k, v of each head in turn
 
     def names(self, ours: str) -> list[str]:
@@ -118,16 +128,21 @@ LAYOUTS = {
     "phi3": LLAMA._replace(modules=PHI3_MODULES),
     "olmo2": LLAMA._replace(modules=OLMO2_MODULES),
     "gemma2": LLAMA._replace(modules=GEMMA2_MODULES),
-    "cohere": LLAMA._replace(neighbours=True),
-    "glm": LLAMA._replace(modules=GLM_MODULES, neighbours=True),
+    "cohere": LLAMA._replace(pairs="neighbours"),
+    "glm": LLAMA._replace(modules=GLM_MODULES, pairs="neighbours"),
     "stablelm": LLAMA._replace(modules=STABLELM_MODULES),
     "starcoder2": LLAMA._replace(modules=STARCODER2_MODULES),
     "phi": LLAMA._replace(modules=PHI_MODULES),
+    "nanochat": LLAMA._replace(modules=NANOCHAT_MODULES, pairs="turned"),
+    "nemotron": LLAMA._replace(modules=NEMOTRON_MODULES),
+    "hunyuan_v1_dense": LLAMA._replace(modules=HUNYUAN_MODULES),
+    "ernie4_5": LLAMA._replace(pairs="neighbours"),
     "gpt_neox": Layout(GPT_NEOX_MODULES, "gpt_neox.", ignored=OLD_NEOX, by_head=True),
 }
 FAMILIES = {  # the layout of a `model_type`, where it is not that of its own name
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "mixtral", "olmo"), "llama"),
-    **dict.fromkeys(("gemma", "smollm3", "granite"), "llama"),
+    **dict.fromkeys(("gemma", "smollm3", "granite", "seed_oss"), "llama"),
+    "arcee": "nemotron",
     "olmo3": "olmo2",
     "gemma3": "gemma2",
     "gemma3_text": "gemma2",
@@ -204,9 +219,10 @@ def _order(
         rows = torch.arange(3 * c.n_heads * c.head_dim)
         return rows.view(3, c.n_heads, c.head_dim).transpose(0, 1).flatten(), 0
     turned = inner in ("attn.q_norm", "attn.k_norm") or (inner == "attn.qkv_proj" and i < 2)
-    if not (spec.neighbours and turned):
+    if not (spec.pairs and turned):
         return None, 0
-    pairs = torch.arange(c.rotary_dim).view(2, -1).t().flatten()  # 0, R/2, 1, R/2 + 1, …
+    pairs = torch.arange(c.rotary_dim).view(2, -1)
+    pairs = (pairs.t() if spec.pairs == "neighbours" else pairs.flip(0)).flatten()
     head = torch.cat((pairs, torch.arange(c.rotary_dim, c.head_dim)))
     dim = tensor.dim() - 1 if inner != "attn.qkv_proj" else 0
     starts = torch.arange(0, tensor.shape[dim], c.head_dim)
@@ -237,7 +253,9 @@ def identify(
     layout = recognise({name: stored.shape for name, stored in tensors.items()})
     family = of_family(model_type)
     if family is not None and layout not in ("native", "gpt2", "nanogpt"):
-        layout = family
+        embedding = embedding_name(family)
+        bare = embedding.removeprefix(LAYOUTS[family].prefix)
+        layout = family if {embedding, bare} & tensors.keys() else layout
     return (tensors if layout is None else canonical(tensors, layout)), layout
 
 
