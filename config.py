@@ -134,7 +134,7 @@ class GPTConfig:
             elif f.type in (int, int | None):
                 self._set(f.name, size(f.name, value))
             elif f.type in (float, float | None):
-                self._set(f.name, number(f.name, value))
+                self._set(f.name, float(number(f.name, value)))
         if not (0 <= self.dropout <= 1 and self.norm_eps >= 0 and self.rope_theta > 0):
             raise ValueError(
                 f"dropout {self.dropout} must lie in 0..1, norm_eps {self.norm_eps} be 0 or more, "

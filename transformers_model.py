@@ -1,7 +1,7 @@
 """Any causal language model that transformers has, behind GPTModel's interface.
 
-Checkpoint.load falls back to it where GPTModel cannot express a config: mixtures of experts, Falcon,
-Bloom, OPT and so on. It is evaluated like any other, without a KV cache.
+Checkpoint.load falls back to it where GPTModel cannot express a config: mixtures of experts,
+Falcon, Bloom, OPT and so on. It is evaluated like any other, without a KV cache.
 """
 
 from pathlib import Path
