@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_config import WORDS, checked_rope_scaling, number, size
-from hf_families import config_to_hf, fields_from_hf
+from hf_convert import config_to_hf, fields_from_hf
 
 VOCAB_MULTIPLE = 64  # matrix products fall off the fast path when a side is odd: GPT-2's 50257
 CONFIGS_DIR = Path(__file__).resolve().parent / "configs"

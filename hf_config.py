@@ -1,9 +1,10 @@
-"""Hugging Face's config.json, both ways: its keys to the fields of config.GPTConfig, and back.
+"""config.json of GPT-2 and of Llama's kin, both ways: its keys to GPTConfig's fields, and back.
 
     fields_from_hf({"model_type": "llama", "hidden_size": 4096, ...})    # {"d_model": 4096, ...}
     config_to_hf(GPTConfig(norm="rmsnorm", ...))                     # None if no class computes it
 
-Reading is strict: what GPTConfig has no word for is refused, never ignored. Plain Python, no torch.
+Reading is strict: what GPTConfig has no word for is refused, never ignored. Other families are a
+table (hf_families.py); hf_convert.py is the door to all. Plain Python, no torch.
 """
 
 import contextlib

@@ -18,7 +18,7 @@ from durable import refuse_impostor
 from formats import Opened, layouts, tensorfiles
 from formats.stored import Stored
 from hf_config import UnsupportedArchitecture
-from hf_families import config_to_hf
+from hf_convert import config_to_hf
 
 FORMAT = "formats/huggingface.py"
 WEIGHT_FILES: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")

@@ -28,7 +28,7 @@ from durable import dumps, fsync
 from formats import Opened, huggingface, layouts, tensorfiles, training_state
 from formats.fingerprints import sha256
 from formats.huggingface import TOKEN_IDS
-from hf_families import config_to_hf
+from hf_convert import config_to_hf
 from model import GPTModel
 
 FORMAT = "formats/native.py"

@@ -9,7 +9,7 @@ import pytest
 
 from config import GPTConfig, config_from_hf, load_config, presets
 from hf_config import UnsupportedArchitecture
-from hf_families import config_to_hf
+from hf_convert import config_to_hf
 
 LLAMA = dict(norm="rmsnorm", position="rope", gated_mlp=True, bias=False, activation="silu")
 SIZES = dict(vocab_size=97, max_position_embeddings=64, n_layers=3, n_heads=4, d_model=64, d_ff=96)

@@ -328,6 +328,13 @@ def test_malformed_values(name, changes, what):
         config_from_hf({"model_type": name} | changes)
 
 
+def test_null_is_false():
+    c = config_from_hf(
+        {"model_type": "gemma2", "tie_word_embeddings": None, "attention_bias": None}
+    )
+    assert (c.tie_embeddings, c.qkv_bias, c.o_bias) == (False, False, False)
+
+
 def test_older_keys_of_gemma_3():
     """As transformers 4 wrote them."""
     old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "sliding_window_pattern": 2}

@@ -18,8 +18,8 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # Each room imports only from floors above its own here; inside a folder, also from files named
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
-    "cli stats durable sources hf_config",
-    "hf_families",
+    "cli stats durable sources hf_config hf_families",
+    "hf_convert",
     "distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/frames costs/gpus backends",
     "rotary",
