@@ -138,7 +138,7 @@ class GPTConfig:
         if not (0 <= self.dropout <= 1 and self.norm_eps >= 0 and self.rope_theta > 0):
             raise ValueError(
                 f"dropout {self.dropout} must lie in 0..1, norm_eps {self.norm_eps} be 0 or more, "
-                f"rope_theta {self.rope_theta} be positive"
+                f"rope_theta {self.rope_theta:g} be positive"
             )
         for name in POSITIVE:
             value = getattr(self, name)

@@ -156,7 +156,7 @@ LOSS = {
         ("M_tied", "tied*(not lora)*g*V*h", "byte", "two gradients of a tied embedding", ""),
     ),
     "elementary": (  # F.cross_entropy of float32 logits
-        ("M_loss_forward", "s*V*(c + 8 + 8*capped)", "byte", "logits in float32 too; of a cap", ""),
+        ("M_loss_forward", "s*V*(12 if capped else c + 8)", "byte", "logits, in float32 too", ""),
         ("M_loss_kept", "s*V*(4 + held*c + 4*capped)", "byte", "log-softmax; tanh", ""),
         ("M_loss_backward", "s*V*(12 + held*c + 4*capped)", "byte", "and two gradients", ""),
         ("M_tied", "tied*(not lora)*g*V*h*(1 + (not autocast and Vp == V))", "byte",

@@ -32,7 +32,9 @@ NO_HUGGING_FACE_FORM = {
     "gpt2 grouped": GPTConfig(**SIZES, n_kv_heads=2),
     "layernorm and rope, without biases": GPTConfig(**SIZES, position="rope", bias=False),
     "rmsnorm and learned": GPTConfig(**SIZES, norm="rmsnorm"),
-    "llama ungated": GPTConfig(**SIZES, **(LLAMA | {"gated_mlp": False})),
+    "llama ungated, norms without weights": GPTConfig(
+        **SIZES, **(LLAMA | {"gated_mlp": False}), norm_weight=False
+    ),
     "parallel, with norms behind": GPTConfig(
         **SIZES, **LLAMA, parallel_residual=True, post_norm=True
     ),
