@@ -100,10 +100,15 @@ GPT_NEOX_MODULES = {
     "lm_head": ["embed_out"],
 }
 OLD_MASKS = r"\.attn\.(masked_)?bias$"
-
-
 OLD_FREQUENCIES = r"rotary_emb\.inv_freq$"
 OLD_NEOX = r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$"
+
+
+# Ours of their R rotary channels: pairs (2i, 2i + 1), or (i + R/2, i), which turn the other way
+PAIRS = {
+    "neighbours": lambda R: torch.arange(R).view(2, -1).t().flatten(),
+    "backwards": lambda R: torch.arange(R).view(2, -1).flip(0).flatten(),
+}
 
 
 class Layout(NamedTuple):
@@ -111,8 +116,7 @@ class Layout(NamedTuple):
     prefix: str = ""  # of all names but the head's; files of the bare backbone lack it
     conv1d: bool = False  # matrices of the blocks are [in, out]
     ignored: str = r"$^"  # buffers that old files hold
-    pairs: str = ""  # of rotary channels: (i, i + R/2), or "neighbours" (2i, 2i + 1); "turned": the
-    # same as ours, but turned the other way round, (i + R/2, i)
+    pairs: str = ""  # of rotary channels, ours being (i, i + R/2): see PAIRS
     by_head: bool = False  # rows of the fused projection are q, k, v of each head in turn
 
     def names(self, ours: str) -> list[str]:
@@ -133,7 +137,7 @@ LAYOUTS = {
     "stablelm": LLAMA._replace(modules=STABLELM_MODULES),
     "starcoder2": LLAMA._replace(modules=STARCODER2_MODULES),
     "phi": LLAMA._replace(modules=PHI_MODULES),
-    "nanochat": LLAMA._replace(modules=NANOCHAT_MODULES, pairs="turned"),
+    "nanochat": LLAMA._replace(modules=NANOCHAT_MODULES, pairs="backwards"),
     "nemotron": LLAMA._replace(modules=NEMOTRON_MODULES),
     "hunyuan_v1_dense": LLAMA._replace(modules=HUNYUAN_MODULES),
     "ernie4_5": LLAMA._replace(pairs="neighbours"),
@@ -221,9 +225,7 @@ def _order(
     turned = inner in ("attn.q_norm", "attn.k_norm") or (inner == "attn.qkv_proj" and i < 2)
     if not (spec.pairs and turned):
         return None, 0
-    pairs = torch.arange(c.rotary_dim).view(2, -1)
-    pairs = (pairs.t() if spec.pairs == "neighbours" else pairs.flip(0)).flatten()
-    head = torch.cat((pairs, torch.arange(c.rotary_dim, c.head_dim)))
+    head = torch.cat((PAIRS[spec.pairs](c.rotary_dim), torch.arange(c.rotary_dim, c.head_dim)))
     dim = tensor.dim() - 1 if inner != "attn.qkv_proj" else 0
     starts = torch.arange(0, tensor.shape[dim], c.head_dim)
     return (starts[:, None] + head).flatten(), dim

@@ -9,6 +9,7 @@ import torch
 import checkpoint
 from backends.kvcache import DecodeCache, PrefixCache
 from config import GPTConfig, config_from_hf
+from formats import layouts, stored
 from hf_config import UnsupportedArchitecture
 from hf_families import FAMILIES
 from model import GPTModel
@@ -266,6 +267,34 @@ def test_defaults_of_the_class(name):
         wanted = transformers.AutoModelForCausalLM.from_config(theirs).num_parameters()
     ours = GPTModel.on_meta(config_from_hf({"model_type": name}))
     assert sum(p.numel() for p in ours.parameters()) == wanted
+
+
+def test_buffers_of_old_files_are_left_out(pairs, tmp_path):
+    """Pythia's hold masks and frequencies beside the weights."""
+    from safetensors.torch import load_file, save_file
+
+    _, folder, ours = pairs("gpt_neox", 0)
+    state = load_file(folder / "model.safetensors")
+    for i in range(4):
+        name = f"gpt_neox.layers.{i}.attention"
+        state |= {f"{name}.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool)}
+        state |= {f"{name}.masked_bias": torch.tensor(-1e9)}
+        state |= {f"{name}.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    assert torch.equal(checkpoint.load_model(tmp_path, "float32")(IDS)[0], ours(IDS)[0])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "cohere"])
+def test_names_that_two_families_share_follow_the_config(tmp_path, model_type):
+    """Cohere's rotary pairs are neighbours, Llama's are not, under the same names."""
+    tensors = {}
+    for key in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
+        tensors[key] = stored.whole(tmp_path, 0, torch.float32, (4, 4))
+    assert layouts.identify(tensors, model_type)[1] == model_type
+    assert layouts.identify(tensors)[1] == "llama"
+    litgpt = {"transformer.wte.weight": tensors["model.embed_tokens.weight"]}
+    assert layouts.identify(litgpt, model_type)[1] is None
 
 
 @torch.no_grad()
