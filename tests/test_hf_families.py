@@ -3,12 +3,15 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
+from backends.continuations import Continuations, plan_batches, score_continuations
 from backends.kvcache import DecodeCache, PrefixCache
 from config import GPTConfig, config_from_hf
+from distributed import Dist
 from formats import layouts, stored
 from hf_config import UnsupportedArchitecture
 from hf_families import FAMILIES
@@ -372,3 +375,17 @@ def test_older_keys_of_gemma_3():
     assert (c.rope_theta, c.local_rope_theta, c.rope_scaling["factor"]) == (5e5, 2e4, 8.0)
     assert [c.layer_rope(i) for i in range(4)] == ["local", "global"] * 2
     assert c == config_from_hf(transformers.AutoConfig.for_model("gemma3_text", **old).to_dict())
+
+
+@torch.no_grad()
+def test_a_prefix_turns_by_the_longest_row_after_it(pairs):
+    """LongRoPE's frequencies are those of the longest row; alone, the prefix would be short."""
+    theirs, _, ours = pairs("phi3", 3)
+    assert ours.config.rope_scaling["original_max_position_embeddings"] == 16
+    row, dist = IDS[0].numpy(), Dist(0, 1, 0, torch.device("cpu"))
+    for length in (T - 1, 14):
+        own, target = [row[12:length]], [row[length : length + 1]]
+        rows = Continuations([row[:12]], np.zeros(1, dtype=int), own, target)
+        got = score_continuations(ours, rows, plan_batches(rows, max_tokens=64), dist).tokens[0]
+        wanted = theirs(IDS[:1, :length]).logits[0, -1].log_softmax(-1)[row[length]].item()
+        assert abs(got - wanted) < 1e-5, (length, got, wanted)
