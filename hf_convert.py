@@ -77,7 +77,7 @@ def _layers_from_hf(hf: dict, family: Family, n: int) -> dict:
     if family.no_rope == "listed":
         return _listed_layers(hf, n)
     window, types = hf.get("sliding_window", family.window), hf.get("layer_types")
-    every = family.full_every and (hf.get("sliding_window_pattern") or family.full_every)
+    every = family.full_every and (hf.get(family.pattern_key) or family.full_every)
     full = tuple(i for i in range(n) if every and (i + 1) % every == 0)
     if every and types:
         unknown = set(types) - {"full_attention", "sliding_attention"}

@@ -33,6 +33,7 @@ class Family(NamedTuple):
     local_theta: float | None = None  # of layers with a window; 0: as the others, but unscaled
     window: int | None = None
     full_every: int | None = None  # each n-th layer has no window; 0: all have; None: none has
+    pattern_key: str = ""  # the key that says another n
     no_rope: str = ""  # layers without: "listed", or "full" for those without a window
     refused: tuple[str, ...] = ()  # keys that must be absent, null or false
 
@@ -137,6 +138,7 @@ FAMILIES = {
         local_theta=1e4,
         window=4096,
         full_every=6,
+        pattern_key="sliding_window_pattern",
         refused=("use_bidirectional_attention", "attn_logit_softcapping"),
     ),
     "phi": Family(
@@ -201,7 +203,14 @@ FAMILIES = {
         theta=5e5,
     ),
     "cohere2": Family(
-        "Cohere2", COHERE_SIZES, COHERE, COHERE_KEYS, window=4096, full_every=4, no_rope="full"
+        "Cohere2",
+        COHERE_SIZES,
+        COHERE,
+        COHERE_KEYS,
+        window=4096,
+        full_every=4,
+        pattern_key="sliding_window_pattern",
+        no_rope="full",
     ),
     "starcoder2": Family(
         "Starcoder2",
