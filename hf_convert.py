@@ -140,6 +140,8 @@ def _one_rope(hf: dict, family: Family, given: dict) -> tuple[float, float, dict
     given.pop("type", None)
     if family.title == "Phi3" and kind in ("su", "yarn"):  # earlier names of it
         kind = "longrope"
+    if family.title == "Phi3" and kind not in ("default", "longrope"):
+        raise UnsupportedArchitecture(f"rope_scaling of type {kind!r} of {family.title}")
     theta = float(number("rope_theta", theta))
     fraction = float(number("rotary_fraction", fraction or family.rotary or 1.0))
     if kind == "default":

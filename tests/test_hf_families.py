@@ -335,6 +335,7 @@ def test_text_of_a_model_that_sees_images_too(tmp_path):
         ("cohere2", {"layer_types": ["chunked_attention"] * 40}, "layer type 'chunked_attention'"),
         ("gemma2", {"rope_parameters": {"full_attention": {"rope_theta": 1}}}, "by type of layer"),
         ("granite", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear' of Phi3"),
         ("starcoder2", {"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
     ],
 )
