@@ -48,8 +48,9 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     if index is None:
         raise ValueError(f"{path} holds no weights: none of {', '.join(WEIGHT_FILES)}")
     shards = shard_files(index)
-    said = config_beside(path, config)
-    tensors, layout = layouts.identify(_tables(shards, path), said.model_type)
+    table = _tables(shards, path)
+    said = config_beside(path, config, table)
+    tensors, layout = layouts.identify(table, said.model_type)
     return Opened(
         path=path,
         kind=glance(path)[0],
@@ -58,7 +59,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         layout=layout,
         files=(*sorted({index, *shards}), *said.files),
         config=said.config,
-        problem=said.problem or no_config(path, tensors),
+        problem=said.problem,
         native=said.native,
         facts=said.token_ids,
     )
@@ -109,14 +110,14 @@ class ConfigBeside(NamedTuple):
     """What is known of a model from outside its weights."""
 
     config: GPTConfig | None
-    problem: str  # why there is none, where a file is the reason
+    problem: str  # why there is none
     model_type: object  # Hugging Face's, which the names of weights depend on
     native: bool  # False: a directory whose architecture transformers alone has
     files: tuple[Path, ...]  # config.json, where it is part of the checkpoint
     token_ids: dict[str, int | None]
 
 
-def config_beside(path: Path, given: GPTConfig | None) -> ConfigBeside:
+def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored]) -> ConfigBeside:
     """`given`, else what the config.json in a directory, or beside a file, says."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     config, problem, native, values = given, "", True, {}
@@ -129,6 +130,8 @@ def config_beside(path: Path, given: GPTConfig | None) -> ConfigBeside:
             problem, native = str(error), not path.is_dir()
         except ValueError as error:
             problem = str(error)
+    elif given is None:
+        problem = no_config(path, layouts.strip_wrappers(tensors))
     if given is not None:
         values = values | (config_to_hf(given) or {})
     files = (file,) if path.is_dir() and file.is_file() else ()

@@ -40,7 +40,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     table, rest = _open_file(file)
     if not table:
         raise ValueError(f"{path} holds no tensors")
-    said = huggingface.config_beside(path, config)
+    said = huggingface.config_beside(path, config, table)
     tensors, layout = layouts.identify(table, said.model_type)
     if config is None:
         try:
@@ -61,7 +61,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         layout=layout,
         files=(file, *said.files),
         config=said.config,
-        problem=said.problem or huggingface.no_config(path, tensors),
+        problem=said.problem,
         native=said.native,
         step=step if isinstance(step, int) else None,
         facts={"epoch": numbers["epoch"], "loss": numbers["loss"], **said.token_ids},
