@@ -229,7 +229,7 @@ def test_logits_of_random_features(c):
     model = model_of(c)
     plain = Plain(c, model.state_dict())
     wanted = torch.stack([plain.logits(ids) for ids in IDS]).float()
-    bound = 2e-5 * max(1.0, wanted.abs().max().item())
+    bound = 5e-5 * max(1.0, wanted.abs().max().item())
 
     def same(got, want):
         assert (got - want).abs().max() <= bound
@@ -325,5 +325,5 @@ def test_torch_compile_takes_each_block_and_a_decode_step_whole(name):
     step = torch.compile(
         lambda ids: model.logits(model.hidden(ids, cache=decode)), fullgraph=True, backend=count
     )
-    bound = 2e-5 * max(1.0, wanted.abs().max().item())
+    bound = 5e-5 * max(1.0, wanted.abs().max().item())
     assert (step(IDS[:, 8:9])[:, 0] - wanted[:, 8]).abs().max() <= bound and len(graphs) == 3
