@@ -35,6 +35,8 @@ from byte_bpe import BYTE_LEVEL, EOT, byte_alphabet, merge_of, save_bpe
 from cli import first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
+# what tells how text is split, of which one must be there
+SAYS_THE_CLASS: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "config.json")
 # all that goes along with a copy
 TOKENIZER_COPIES: tuple[str, ...] = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
 TOKENIZER_COPIES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -320,6 +322,12 @@ def _tokenizer_from_directory(path: Path) -> "Tokenizer":
         )
     if _is_byte_tokenizer(path / "tokenizer.json"):
         return ByteTokenizer()
+    if not any((path / name).is_file() for name in SAYS_THE_CLASS):
+        raise ValueError(
+            f"tokenizer {str(path)!r}: no tokenizer.json, and none of "
+            f"{', '.join(SAYS_THE_CLASS[1:])} says what kind its files are of: a vocabulary alone "
+            "does not tell how text is split"
+        )
     from transformers import AutoTokenizer
 
     try:

