@@ -82,14 +82,21 @@ def _layers_from_hf(hf: dict, family: Family, n: int) -> dict:
     every = family.full_every and (hf.get(family.pattern_key) or family.full_every)
     full = tuple(i for i in range(n) if every and (i + 1) % every == 0)
     if every and types:
-        unknown = set(types) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise UnsupportedArchitecture(f"layer type {unknown.pop()!r} has no native form")
-        full = tuple(i for i in range(n) if types[i] == "full_attention")
+        full = _full_layers(types, n)
     fields = {"sliding_window": window, "full_attention_layers": full}
     if family.no_rope == "full":
         fields["no_rope_layers"] = tuple(range(n)) if window is None else full
     return fields
+
+
+def _full_layers(types: Any, n: int) -> tuple[int, ...]:
+    """Those of `layer_types` without a window."""
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UnsupportedArchitecture(f"layer type {unknown[0]!r:.60} has no native form")
+    if len(types) != n:
+        raise ValueError(f"layer_types has {len(types)} entries for {n} layers")
+    return tuple(i for i in range(n) if types[i] == "full_attention")
 
 
 def _listed_layers(hf: dict, n: int) -> dict:
@@ -98,8 +105,8 @@ def _listed_layers(hf: dict, n: int) -> dict:
     listed = listed or [int((i + 1) % every != 0) for i in range(n)]
     fields: dict[str, Any] = {"no_rope_layers": tuple(i for i in range(n) if not listed[i])}
     if hf.get("use_sliding_window"):
-        types = hf.get("layer_types") or ["full_attention" if rope else "" for rope in listed]
-        full = tuple(i for i in range(n) if types[i] == "full_attention")
+        types = hf.get("layer_types")
+        full = _full_layers(types, n) if types else tuple(i for i in range(n) if listed[i])
         fields |= {"sliding_window": hf.get("sliding_window"), "full_attention_layers": full}
     return fields
 
@@ -134,6 +141,8 @@ def _rope_from_hf(hf: dict, family: Family) -> dict:
 def _one_rope(hf: dict, family: Family, given: dict) -> tuple[float, float, dict | None]:
     """(theta, rotary fraction, scaling)."""
     given = dict(given)
+    if any(isinstance(value, dict) for value in given.values()):
+        raise UnsupportedArchitecture("rotary positions of their own for each type of layer")
     theta = given.pop("rope_theta", None) or hf.get(family.theta_key) or family.theta
     fraction = given.pop("partial_rotary_factor", None) or hf.get(family.rotary_key)
     if family.rotary is None and (fraction or 1.0) != 1.0:

@@ -3,8 +3,7 @@
     whose(["transformer.h.0.self_attention.query_key_value.weight", …])    # "Falcon's or BLOOM's"
     what_is(Path("runs/lora"))      # "a PEFT adapter: merge it into its model first, …"
 
-A reader for one of them makes its row here superfluous. Two rows are of families that are read, but
-not by these names alone: they need the config.json that lies beside them, or --config.
+A reader for one of them makes its row here superfluous: naming.py knows the families that are read.
 """
 
 import os
@@ -27,8 +26,7 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("OPT's", r"decoder\.layers\.\d+\.self_attn\.", ""),
     ("those of a mixture of experts", r"\.experts\.|\.block_sparse_moe\.", ""),
     ("DeepSeek's (latent attention)", r"\.kv_a_proj_with_mqa\.", ""),
-    ("StableLM's", r"layers\.\d+\.input_layernorm\.bias", ""),
-    ("Cohere's or OLMo's", r"\.self_attn\.q_proj\.", r"\.post_attention_layernorm\."),
+    ("those of layer norms, as StableLM has them", r"layers\.\d+\.input_layernorm\.bias", ""),
     ("those of a model with a part for images", r"(^|\.)(vision_tower|visual|vision_model)\.", ""),
 )
 ADAPTER = "a PEFT adapter: merge it into its model first, with merge_and_unload() and "

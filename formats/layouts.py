@@ -71,15 +71,13 @@ def parts(model: GPTModel, layout: str) -> Iterator[tuple[str, Part]]:
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
         inner = block[2] if block else ""
         theirs, tensors = spec.names(f"blocks.{{i}}.{inner}" if block else module), [p.data]
-        if inner in heads:
-            each = c.qk_norm_over == "heads"
-            tensors = [p.data.view(heads[inner], c.head_dim) if each else p.data]
-            if "{h}" in theirs[0]:
-                theirs = [theirs[0].replace("{h}", str(h)) for h in range(heads[inner])]
-                tensors = list(tensors[0]) if each else tensors
-                theirs = theirs[: len(tensors)]
-        elif len(theirs) > 1:
+        if inner in heads and c.qk_norm_over == "heads":
+            tensors = [p.data.view(heads[inner], c.head_dim)]
+        if len(theirs) > 1:
             tensors = list(p.data.split(rows[inner]))
+        elif "{h}" in theirs[0]:  # a module for each head
+            tensors = list(tensors[0]) if tensors[0].dim() == 2 else tensors
+            theirs = [theirs[0].replace("{h}", str(h)) for h in range(len(tensors))]
         for i, (their, tensor) in enumerate(zip(theirs, tensors, strict=True)):
             if spec.conv1d and block and tensor.dim() == 2:
                 tensor = tensor.t()
@@ -95,7 +93,7 @@ def _order(
         rows = torch.arange(3 * c.n_heads * c.head_dim)
         return rows.view(3, c.n_heads, c.head_dim).transpose(0, 1).flatten(), 0
     turned = inner in ("attn.q_norm", "attn.k_norm") or (inner == "attn.qkv_proj" and i < 2)
-    if not (spec.pairs and turned):
+    if not (spec.pairs and turned and c.position == "rope"):
         return None, 0
     head = torch.cat((PAIRS[spec.pairs](c.rotary_dim), torch.arange(c.rotary_dim, c.head_dim)))
     dim = tensor.dim() - 1 if inner != "attn.qkv_proj" else 0

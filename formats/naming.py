@@ -96,8 +96,6 @@ OLD_NEOX = rf"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$|{EMA_COUNT}"
 DEEPEST = 8  # modules around a model
 WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
 MATRICES = ("attn.qkv_proj", "attn.out_proj", "mlp.fc1", "mlp.fc2")  # what every block has
-SHARED: tuple[dict, ...] = ({}, GPT2_MODULES, LLAMA_MODULES)  # names that tell nothing more
-MODEL_TYPE = "those of a model_type"
 SEES_IMAGES = ("gemma3", "gemma3_text")  # models whose text is a model of ours
 
 
@@ -218,30 +216,38 @@ def has_whole_block(names: Iterable[str], layout: str) -> bool:
 
 
 def whose(names: Iterable[str], layout: str | None = None) -> str | None:
-    """Whose weights have such names, where they are not simply those of `layout`: a family's that
-    has names of its own, or those of somebody whom foreign.py knows."""
+    """Whose weights have such names, where they are not simply those of `layout`: of families that
+    have others than Llama's and GPT-2's, or of somebody whom foreign.py knows."""
     names = list(names)
-    best = max(LAYOUTS, key=lambda other: _likeness(names, other))
-    if has_whole_block(names, best) and LAYOUTS[best].modules not in SHARED and best != layout:
-        kinds = [kind for kind in (best, *FAMILIES) if of_family(kind) == best]
-        return f"{MODEL_TYPE} {' or '.join(kinds)}"
-    return foreign.whose(names)
+    kinds = model_types_of(names, layout)
+    return f"those of a model_type {' or '.join(kinds)}" if kinds else foreign.whose(names)
 
 
-def _likeness(tensors: list[str], layout: str) -> tuple[int, int]:
+def model_types_of(names: list[str], layout: str | None = None) -> list[str]:
+    """The families whose names these are, and which only a config tells apart; none where they can
+    be those of `layout`, or are known without a config."""
+    patterns = {re.sub(r"(?<=\.)\d+(?=\.)", "{i}", name) for name in names}
+    likeness = {other: _likeness(patterns, other) for other in LAYOUTS}
+    best = max(likeness.values())
+    alike = {o for o in LAYOUTS if likeness[o] == best and has_whole_block(names, o)}
+    if alike & {layout, "llama", "native", "gpt2", "nanogpt"}:
+        return []
+    return [kind for kind in {**LAYOUTS, **FAMILIES} if of_family(kind) in alike]
+
+
+def _likeness(patterns: set[str], layout: str) -> tuple[int, int]:
     """(how many kinds of modules a layout has names for, minus how many of its own are lacking)."""
-    modules = {re.sub(r"(?<=\.)\d+(?=\.)", "{i}", name) for name in full_names(tensors, layout)}
-    modules = {name.rpartition(".")[0] for name in modules}
-    spec = LAYOUTS[layout]
-    known = {name.replace("{h}", "{i}") for theirs in spec.modules.values() for name in theirs}
+    modules = {name.rpartition(".")[0] for name in full_names(patterns, layout)}
+    table = LAYOUTS[layout].modules.values()
+    known = {name.replace("{h}", "{i}") for theirs in table for name in theirs}
     return len(modules & known), -len(known - modules)
 
 
 def unknown_names(tensors: dict[str, Stored]) -> str:
-    """What to say of weights whose names are not those of their config's layout, or of none."""
+    """What to say of weights whose names are of no layout, or of one that needs another config."""
     owner, some = whose(tensors), shown(list(tensors), 3)
-    if owner and owner.startswith(MODEL_TYPE):
-        return f"its weights have other names than its config: {owner} ({some})"
+    if model_types_of(list(tensors)):
+        return f"its weights have names that need a config of their family: {owner} ({some})"
     said = f": they are {owner}" if owner else ""
     return f"its weights have names that are not known here{said} ({some})"
 

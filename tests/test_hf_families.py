@@ -358,6 +358,9 @@ def test_text_of_a_model_that_sees_images_too(tmp_path):
         ("olmo2", {"partial_rotary_factor": 0.5}, "partial rotary positions of Olmo2"),
         ("cohere2", {"layer_types": ["chunked_attention"] * 40}, "layer type 'chunked_attention'"),
         ("gemma2", {"rope_parameters": {"full_attention": {"rope_theta": 1}}}, "by type of layer"),
+        ("glm", {"rope_parameters": {"chunked_attention": {"rope_theta": 1}}}, "type of layer"),
+        ("cohere", {"is_causal": False}, "is_causal False"),
+        ("gemma3", {"text_config": {"is_causal": False}}, "is_causal False"),
         ("granite", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear' of Phi3"),
         ("starcoder2", {"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
@@ -378,6 +381,9 @@ def test_what_a_family_cannot_say_is_refused(name, changes, what):
         ("phi", {"partial_rotary_factor": 0.3}, "must be an even number of channels"),
         ("stablelm", {"use_qkv_bias": "yes"}, "qkv_bias must be true or false"),
         ("smollm3", {"no_rope_layers": [1, 1]}, "of another type than smollm3 has"),
+        ("gemma2", {"layer_types": TYPES}, "layer_types has 4 entries for 26 layers"),
+        ("gemma2", {"layer_types": [[]]}, "of another type than gemma2 has"),
+        ("olmo3", {"num_hidden_layers": 3, "layer_types": TYPES}, "has 4 entries for 3 layers"),
     ],
 )
 def test_malformed_values(name, changes, what):
