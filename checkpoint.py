@@ -15,9 +15,9 @@ Read: what the files of formats/ say (formats/readers.py lists them). Written:
 `checkpoint-{step}/`, a Hugging Face directory plus trainer_state.pt and manifest.json.
 
 Every format (READERS) is opened as a table, name -> where the bytes lie (formats/stored.py), under
-the names of one of four layouts (formats/layouts.py). The model is built without memory, the table
-checked against it, and each tensor goes from the file, some MB at a time, to its place in its final
-dtype and device.
+the names of a layout (formats/naming.py). The model is built without memory, the table checked
+against it (formats/layouts.py), and each tensor goes from the file, some MB at a time, to its place
+in its final dtype and device.
 """
 
 import contextlib
@@ -44,6 +44,7 @@ from formats import (
     foreign,
     huggingface,
     layouts,
+    naming,
     native,
     stored,
     training_state,
@@ -123,9 +124,7 @@ class Checkpoint:
         if not self.native:
             return opened.config
         if self.layout is None:
-            raise ValueError(
-                opened.problem or f"{self.path}: {layouts.unknown_names(self.tensors)}"
-            )
+            raise ValueError(opened.problem or f"{self.path}: {naming.unknown_names(self.tensors)}")
         if opened.config is None:
             raise ValueError(opened.problem)
         layouts.check_sizes(opened.config, self.tensors, self.layout, self.path, opened.hint)
@@ -160,14 +159,14 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """What a result record says of the checkpoint it was measured on: results.py's
         `checkpoint`."""
-        config = self.config and self.config.to_dict()
         return {
             "path": str(self.path),
             "name": self.name,
             "step": self.step,
             "tokens": self.facts.get("tokens"),
             "fingerprint": self.fingerprint,
-            "config": config,
+            "config": self.config and self.config.to_dict(),
+            "module": "GPTModel" if self.native else "transformers",
         }
 
     def load(
@@ -201,8 +200,8 @@ class Checkpoint:
 
     def _tied_as_stored(self, config: GPTConfig, layout: str) -> GPTConfig:
         """rosetrainer's oldest files are untied and do not say so: compare the two tensors."""
-        head = self.tensors.get("lm_head.weight")
-        embedding = self.tensors.get(layouts.embedding_name(layout))
+        head = self.tensors.get(naming.head_name(layout))
+        embedding = self.tensors.get(naming.embedding_name(layout))
         if not config.tie_embeddings or head is None or embedding is None:
             return config
         return config.replace(tie_embeddings=stored.equal(head, embedding))
@@ -359,7 +358,7 @@ def inspect(path: str | Path, config: GPTConfig | None = None) -> dict[str, Any]
         config, note = None, cli.first_line(error)
     sizes = {name: math.prod(t.shape) for name, t in ckpt.tensors.items()}
     if config is not None and config.tie_embeddings:
-        sizes.pop("lm_head.weight", None)
+        sizes.pop(naming.head_name(ckpt.layout or "native"), None)
     return {
         "path": str(path),
         "kind": ckpt.kind,

@@ -6,8 +6,8 @@
     load_config("checkpoints/checkpoint-1000")   # any directory with a Hugging Face config.json
 
 Fields name features (grouped queries, a gated MLP, a sliding window), never model families, so
-that GPT-2 and Llama-style models are one `GPTModel`. Nothing here imports torch: `compute.py`
-answers in a fraction of a second.
+that all of these are one `GPTModel`: hf_families.py says which family has which. Nothing here
+imports torch: `compute.py` answers in a fraction of a second.
 """
 
 import json
@@ -17,14 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cli import note
-from hf_config import (
-    checked_rope_scaling,
-    config_to_hf,
-    fields_from_hf,
-    number,
-    refuse_strange,
-    size,
-)
+from hf_config import WORDS, checked_rope_scaling, number, size
+from hf_convert import config_to_hf, fields_from_hf
 from inputs import read_object
 from plain_yaml import load_yaml
 
@@ -34,10 +28,23 @@ VOCAB_MULTIPLE = 64  # matrix products fall off the fast path when a side is odd
 CONFIGS_DIR = Path(__file__).resolve().parent / "configs"
 
 CHOICES = {
-    "activation": ("gelu", "gelu_new", "silu", "relu"),  # gelu_new is the tanh approximation
+    # gelu_new is the tanh approximation, relu2 the square of relu
+    "activation": ("gelu", "gelu_new", "silu", "relu", "relu2"),
     "norm": ("layernorm", "rmsnorm"),
     "position": ("learned", "rope"),
+    "qk_norm_type": ("layernorm", "rmsnorm"),
+    # each head, all with the same weights; each head, with weights of its own; all heads as one
+    "qk_norm_over": ("head", "heads", "width"),
 }
+POSITIVE: tuple[str, ...] = (
+    "rope_theta",
+    "local_rope_theta",
+    "clip_qkv",
+    "attention_scale",
+    "attention_softcap",
+)
+POSITIVE += ("logit_softcap", "embedding_scale", "residual_scale", "logit_scale")
+LAYER_LISTS = ("full_attention_layers", "no_rope_layers")
 
 
 # A field that __post_init__ derives from others where it is None: typed as it is afterwards
@@ -61,13 +68,37 @@ class GPTConfig:
     head_dim: int = _DERIVED  # None: d_model / n_heads
     norm: str = "layernorm"
     norm_eps: float = 1e-5
+    norm_weight: bool = True
+    norm_bias: bool = _DERIVED  # None: as `bias` in layer norms; an RMSNorm has none
+    norm_offset: bool = False  # norms multiply by 1 + weight
+    pre_norm: bool = True  # of what attention and the MLP read
+    post_norm: bool = False  # of what they add to the residual stream
+    parallel_residual: bool = False  # both read the stream as the block found it
+    shared_norm: bool = False  # through one norm
+    embedding_norm: bool = False
     position: str = "learned"
     rope_theta: float = 10000.0
     rope_scaling: dict | None = field(default=None, hash=False)  # Hugging Face's keys, `rope_type`
+    local_rope_theta: float | None = None  # of layers with a window; rope_scaling is not theirs
+    rotary_fraction: float = 1.0  # of each head's channels, the first of them
+    no_rope_layers: tuple[int, ...] = ()  # that know no positions
     gated_mlp: bool = False  # act(gate) * up instead of act(fc1)
-    bias: bool = True  # of linear layers and layer norms
+    bias: bool = True  # of linear layers and layer norms, but for
     qkv_bias: bool = _DERIVED  # None: as `bias`
-    qk_norm: bool = False  # RMSNorm over each query and key head
+    o_bias: bool = _DERIVED  # None: as `bias`; of attention's output
+    mlp_bias: bool = _DERIVED  # None: as `bias`
+    head_bias: bool = False
+    qk_norm: bool = False  # of queries and keys
+    qk_norm_type: str = "rmsnorm"
+    qk_norm_over: str = "head"
+    qk_norm_after_rope: bool = False
+    clip_qkv: float | None = None  # queries, keys and values lie within +- this
+    attention_scale: float | None = None  # of query-key products; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # scores become cap * tanh(score / cap)
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0  # what embeddings are multiplied by
+    residual_scale: float = 1.0  # and what each branch adds
+    logit_scale: float = 1.0
     tie_embeddings: bool = True
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it
     full_attention_layers: tuple[int, ...] = ()  # layers that the sliding window does not apply to
@@ -76,10 +107,9 @@ class GPTConfig:
 
     def __post_init__(self):
         self._check_numbers()
-        if self.n_kv_heads is None:
-            self._set("n_kv_heads", self.n_heads)
-        if self.qkv_bias is None:
-            self._set("qkv_bias", self.bias)
+        for name, value in self._implied().items():
+            if getattr(self, name) is None:
+                self._set(name, value)
         if self.head_dim is None:
             if self.d_model % self.n_heads:
                 raise ValueError(
@@ -92,6 +122,12 @@ class GPTConfig:
     def _set(self, name, value):
         object.__setattr__(self, name, value)
 
+    def _implied(self) -> dict[str, Any]:
+        """What fields are that nobody gives, where other fields decide it."""
+        of_norms = self.bias and self.norm == "layernorm" and self.norm_weight
+        biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), self.bias)
+        return {"n_kv_heads": self.n_heads, **biases, "norm_bias": of_norms}
+
     def _check_numbers(self):
         """Types and ranges of all fields but the named choices."""
         for f in fields(self):
@@ -103,17 +139,22 @@ class GPTConfig:
                     raise ValueError(f"{f.name} must be true or false, not {value!r}")
             elif f.type in (int, int | None):
                 self._set(f.name, size(f.name, value))
-            elif f.type is float:
-                self._set(f.name, number(f.name, value))
+            elif f.type in (float, float | None):
+                self._set(f.name, float(number(f.name, value)))
         if not (0 <= self.dropout <= 1 and self.norm_eps >= 0 and self.rope_theta > 0):
             raise ValueError(
                 f"dropout {self.dropout} must lie in 0..1, norm_eps {self.norm_eps} be 0 or more, "
-                f"rope_theta {self.rope_theta} be positive"
+                f"rope_theta {self.rope_theta:g} be positive"
             )
-        layers = self.full_attention_layers
-        if not isinstance(layers, (list, tuple)) or any(type(i) is not int for i in layers):
-            raise ValueError(f"full_attention_layers must be layer numbers, not {layers!r}")
-        self._set("full_attention_layers", tuple(layers))
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, not {value!r}")
+        for name in LAYER_LISTS:
+            layers = getattr(self, name)
+            if not isinstance(layers, (list, tuple)) or any(type(i) is not int for i in layers):
+                raise ValueError(f"{name} must be layer numbers, not {layers!r}")
+            self._set(name, tuple(sorted({i for i in layers if 0 <= i < self.n_layers})))
 
     def _check_features(self):
         for name, allowed in CHOICES.items():
@@ -125,12 +166,40 @@ class GPTConfig:
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
+        if self.position == "rope" and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise ValueError(
+                f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} must be an "
+                f"even number of channels, not {self.head_dim * self.rotary_fraction:g}"
+            )
+        if self.attention_scale == self.head_dim**-0.5:
+            self._set("attention_scale", None)
         if self.rope_scaling is not None:
             self._set("rope_scaling", checked_rope_scaling(self.rope_scaling))
+            for name in ("short_factor", "long_factor"):
+                factors = self.rope_scaling.get(name)
+                if factors is not None and len(factors) != self.rotary_dim // 2:
+                    raise ValueError(
+                        f"rope_scaling[{name!r}] has {len(factors)} numbers for"
+                        f" {self.rotary_dim // 2} pairs of channels"
+                    )
+        self._check_norms()
         if self.n_experts and not 1 <= self.n_experts_per_token <= self.n_experts:
             raise ValueError(
                 f"n_experts_per_token {self.n_experts_per_token} must lie in 1..{self.n_experts}"
             )
+
+    def _check_norms(self):
+        if self.norm_bias and not (self.norm == "layernorm" and self.norm_weight):
+            raise ValueError("norm_bias is of layer norms with weights")
+        if self.norm_offset and not self.norm_weight:
+            raise ValueError("norm_offset needs norms with weights")
+        if self.shared_norm and not (self.parallel_residual and self.pre_norm):
+            raise ValueError("shared_norm needs parallel_residual and pre_norm")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return int(self.head_dim * self.rotary_fraction)
 
     @property
     def qkv_dim(self) -> int:
@@ -141,20 +210,36 @@ class GPTConfig:
         """The sliding window of one layer, None where it sees everything before it."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    def layer_rope(self, layer: int) -> str | None:
+        """Which rotary frequencies a layer turns by: "global", "local" or None."""
+        if self.position != "rope" or layer in self.no_rope_layers:
+            return None
+        local = self.local_rope_theta is not None and self.layer_window(layer) is not None
+        return "local" if local else "global"
+
     def replace(self, **changes: Any) -> "GPTConfig":
         """A copy with other values. What follows from a field that changes (head_dim from d_model
-        and n_heads, n_kv_heads from n_heads, qkv_bias from bias) follows it, unless it is given."""
+        and n_heads, n_kv_heads from n_heads, the biases of layers from bias) follows it, unless it
+        is given."""
+        implied = self._implied()
         for name, follows, sources in (
             ("head_dim", self.head_dim * self.n_heads == self.d_model, {"d_model", "n_heads"}),
             ("n_kv_heads", self.n_kv_heads == self.n_heads, {"n_heads"}),
             ("qkv_bias", self.qkv_bias == self.bias, {"bias"}),
+            ("o_bias", self.o_bias == self.bias, {"bias"}),
+            ("mlp_bias", self.mlp_bias == self.bias, {"bias"}),
+            ("norm_bias", self.norm_bias == implied["norm_bias"], {"bias", "norm", "norm_weight"}),
         ):
             if follows and sources & changes.keys():
                 changes.setdefault(name, None)
         return replace(self, **changes)
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"full_attention_layers": list(self.full_attention_layers)}
+        """All fields of GPT-2 and of Llama's kin, and of the others those that say something."""
+        values = asdict(self) | {name: list(getattr(self, name)) for name in LAYER_LISTS}
+        plain = {f.name: f.default for f in fields(self)} | self._implied()
+        told = {name for name in values if name in WORDS or getattr(self, name) != plain[name]}
+        return {name: value for name, value in values.items() if name in told}
 
     @classmethod
     def from_dict(cls, values: dict, source: str = "config") -> "GPTConfig":
@@ -187,8 +272,8 @@ class GPTConfig:
         """From the values of a `config.json`, ours or Hugging Face's. ValueError names `source`;
         UnsupportedArchitecture is one.
 
-        Where a file has both, Hugging Face's fields say all, and win: transformers keeps our block
-        as it was when it saves a model again whose fields it changed."""
+        Where a file has both and they differ, Hugging Face's fields win: transformers keeps our
+        block as it was when it saves a model again whose fields it changed."""
         block = values.get("roseval")
         if "model_type" not in values and (isinstance(block, dict) or "n_heads" in values):
             return cls.from_dict(block if isinstance(block, dict) else values, source)
@@ -196,16 +281,18 @@ class GPTConfig:
             config = config_from_hf(values)
         except ValueError as error:
             raise type(error)(f"{source}: {error}") from None
-        if isinstance(block, dict) and (stale := _differing(config, block)):
+        if not isinstance(block, dict):
+            return config
+        if stale := _differing(config, block):
             note(f'{source}: its fields were changed beside the "roseval" block, and win: {stale}')
-        return config
+            return config
+        return cls(**block)  # the same model, down to what Hugging Face has no word for
 
 
 def _differing(config: GPTConfig, block: dict) -> str:
     """The fields in which a "roseval" block says something else, in words; "" where it does not."""
     try:
-        said = GPTConfig(**block)
-        said = config_from_hf(config_to_hf(said) or {})  # as Hugging Face's fields can say it
+        said = config_from_hf(config_to_hf(GPTConfig(**block)) or {})  # as those fields can say it
     except (ValueError, TypeError):
         return "the block cannot be read"
     mine, theirs = config.to_dict(), said.to_dict()
@@ -214,7 +301,6 @@ def _differing(config: GPTConfig, block: dict) -> str:
 
 def config_from_hf(hf: dict) -> GPTConfig:
     """The GPTConfig of a Hugging Face config.json's values, or UnsupportedArchitecture."""
-    refuse_strange(hf)
     return GPTConfig(**fields_from_hf(hf))
 
 

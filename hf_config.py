@@ -1,9 +1,10 @@
-"""Hugging Face's config.json, both ways: its keys to the fields of config.GPTConfig, and back.
+"""config.json of GPT-2 and of Llama's kin, both ways: its keys to GPTConfig's fields, and back.
 
     fields_from_hf({"model_type": "llama", "hidden_size": 4096, ...})    # {"d_model": 4096, ...}
     config_to_hf(GPTConfig(norm="rmsnorm", ...))                     # None if no class computes it
 
-Reading is strict: what GPTConfig has no word for is refused, never ignored. Plain Python, no torch.
+Reading is strict: what GPTConfig has no word for is refused, never ignored. Other families are a
+table (hf_families.py); hf_convert.py is the door to all. Plain Python, no torch.
 """
 
 import contextlib
@@ -17,11 +18,13 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
+    "relu2": "relu2",
 }
 ROPE_SCALING_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 ROPE_SCALING_TYPES = tuple(ROPE_SCALING_NEEDS)
 ROPE_SCALING_POSITIVE = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
@@ -80,8 +83,20 @@ def checked_rope_scaling(scaling: Any) -> dict:
             checked[name] = number(f"rope_scaling[{name!r}]", scaling[name])
             if name in ROPE_SCALING_POSITIVE and checked[name] <= 0:
                 raise ValueError(f"rope_scaling[{name!r}] must be positive, not {checked[name]!r}")
+    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+        checked[name] = _numbers(f"rope_scaling[{name!r}]", scaling[name])
     if kind == "llama3" and checked["low_freq_factor"] >= checked["high_freq_factor"]:
         raise ValueError("rope_scaling: low_freq_factor must be less than high_freq_factor")
+    return checked
+
+
+def _numbers(name: str, values: Any) -> list:
+    """A list of positive numbers."""
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name} must be a list of numbers, not {values!r:.100}")
+    checked = [number(f"{name}[{i}]", value) for i, value in enumerate(values)]
+    if not all(value > 0 for value in checked):
+        raise ValueError(f"{name} must be positive, not {min(checked)!r}")
     return checked
 
 
@@ -193,10 +208,16 @@ def fields_from_hf(hf: dict) -> dict:
         raise ValueError(f"a field is of another type than {family} has: {error}") from None
 
 
-def _activation(name: str) -> str:
+def activation(name: str) -> str:
+    """Ours of a Hugging Face name."""
     if name not in ACTIVATIONS:
         raise UnsupportedArchitecture(f"activation {name!r} has no native form")
     return ACTIVATIONS[name]
+
+
+def hf_activation(name: str) -> str:
+    """And back."""
+    return {"gelu_new": "gelu_pytorch_tanh"}.get(name, name)
 
 
 def _flag(hf: dict, name: str) -> bool:
@@ -218,7 +239,7 @@ def _gpt2_from_hf(hf: dict) -> dict:
         d_model=hf["n_embd"],
         d_ff=4 * size("n_embd", hf["n_embd"]) if hf["n_inner"] is None else hf["n_inner"],
         dropout=hf["resid_pdrop"],
-        activation=_activation(hf["activation_function"]),
+        activation=activation(hf["activation_function"]),
         norm_eps=hf["layer_norm_epsilon"],
         tie_embeddings=_flag(hf, "tie_word_embeddings"),
     )
@@ -227,8 +248,6 @@ def _gpt2_from_hf(hf: dict) -> dict:
 def _llama_from_hf(hf: dict, model_type: str) -> dict:
     theta, scaling = _rope_from_hf(hf)
     attention_bias, mlp_bias = _flag(hf, "attention_bias"), _flag(hf, "mlp_bias")
-    if attention_bias != mlp_bias:
-        raise UnsupportedArchitecture("biases on some of the linear layers only")
     window, full_layers = _window_from_hf(hf, model_type)
     moe = model_type == "mixtral"
     n_heads, n_kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
@@ -240,7 +259,7 @@ def _llama_from_hf(hf: dict, model_type: str) -> dict:
         d_model=hf["hidden_size"],
         d_ff=hf["intermediate_size"],
         dropout=hf["attention_dropout"],
-        activation=_activation(hf["hidden_act"]),
+        activation=activation(hf["hidden_act"]),
         n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
         head_dim=hf["head_dim"],
         norm="rmsnorm",
@@ -251,6 +270,7 @@ def _llama_from_hf(hf: dict, model_type: str) -> dict:
         gated_mlp=True,
         bias=attention_bias,
         qkv_bias=True if model_type == "qwen2" else attention_bias,
+        mlp_bias=mlp_bias,
         qk_norm=model_type == "qwen3",
         tie_embeddings=_flag(hf, "tie_word_embeddings"),
         sliding_window=window,
@@ -278,8 +298,10 @@ def _rope_from_hf(hf: dict) -> tuple[float, dict | None]:
     if kind == "default":
         return theta, None
     trained = hf.get("original_max_position_embeddings")
-    if kind in ("llama3", "yarn") and trained is not None:
+    if kind in ("llama3", "yarn", "longrope") and trained is not None:
         rope["original_max_position_embeddings"] = trained
+    if kind == "longrope":
+        rope.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
     return theta, {"rope_type": kind} | rope
 
 
@@ -298,8 +320,20 @@ def _window_from_hf(hf: dict, model_type: str) -> tuple[int | None, tuple[int, .
     return window, tuple(i for i, kind in enumerate(types) if kind == "full_attention")
 
 
+# What these families have a word for. Llama and Qwen3 have one for biases of the MLP as well.
+WORDS: tuple[str, ...] = ("vocab_size", "max_position_embeddings", "n_layers", "n_heads", "d_model")
+WORDS += ("d_ff", "dropout", "activation", "n_kv_heads", "head_dim", "norm", "norm_eps", "position")
+WORDS += ("rope_theta", "rope_scaling", "gated_mlp", "bias", "qkv_bias", "qk_norm")
+WORDS += ("tie_embeddings", "sliding_window", "full_attention_layers")
+WORDS += ("n_experts", "n_experts_per_token")
+
+
 def config_to_hf(c: Any) -> dict | None:
-    """The Hugging Face config that computes what a GPTConfig does, None where none does."""
+    """The config of GPT-2 or of Llama's kin that computes what a GPTConfig does, None where none
+    does."""
+    longrope = (c.rope_scaling or {}).get("rope_type") == "longrope"  # Phi-3 is known for it
+    if longrope or type(c)(**{word: getattr(c, word) for word in (*WORDS, "mlp_bias")}) != c:
+        return None
     if c.norm == "layernorm" and c.position == "learned":
         return _gpt2_to_hf(c)
     if c.norm == "rmsnorm" and c.position == "rope" and c.gated_mlp:
@@ -308,7 +342,7 @@ def config_to_hf(c: Any) -> dict | None:
 
 
 def _gpt2_to_hf(c) -> dict | None:
-    plain = c.bias and c.qkv_bias and not (c.gated_mlp or c.qk_norm or c.n_experts)
+    plain = c.bias and c.qkv_bias and c.mlp_bias and not (c.gated_mlp or c.qk_norm or c.n_experts)
     square = c.n_kv_heads == c.n_heads and c.head_dim * c.n_heads == c.d_model
     if not (plain and square and c.sliding_window is None):
         return None
@@ -345,7 +379,7 @@ def _llama_to_hf(c) -> dict | None:
         "head_dim": c.head_dim,
         "hidden_size": c.d_model,
         "intermediate_size": c.d_ff,
-        "hidden_act": {"gelu_new": "gelu_pytorch_tanh"}.get(c.activation, c.activation),
+        "hidden_act": hf_activation(c.activation),
         "rms_norm_eps": c.norm_eps,
         "attention_dropout": c.dropout,
         "tie_word_embeddings": c.tie_embeddings,
@@ -353,13 +387,13 @@ def _llama_to_hf(c) -> dict | None:
         "rope_scaling": c.rope_scaling,
     }
     if family == "llama":
-        hf |= {"attention_bias": c.bias, "mlp_bias": c.bias}
+        hf |= {"attention_bias": c.bias, "mlp_bias": c.mlp_bias}
     if family in ("mistral", "mixtral"):
         hf |= {"sliding_window": c.sliding_window}
     if family in ("qwen2", "qwen3"):
         full = set(c.full_attention_layers)
         hf |= {
-            "attention_bias": False,
+            "attention_bias": c.bias,
             "use_sliding_window": c.sliding_window is not None,
             "sliding_window": c.sliding_window,
             "layer_types": [
@@ -378,11 +412,15 @@ def _llama_to_hf(c) -> dict | None:
 def _llama_family(c) -> str | None:
     """Which of transformers' Llama-style classes has exactly these features."""
     windowed = c.sliding_window is not None
-    if c.n_experts:
-        ok = not (c.bias or c.qkv_bias or c.qk_norm or c.full_attention_layers)
-        return "mixtral" if ok else None
     if c.qk_norm:
-        return None if c.bias or c.qkv_bias else "qwen3"
+        plain = c.qkv_bias == c.bias and not (c.mlp_bias or c.n_experts)
+        return "qwen3" if plain else None
+    if c.mlp_bias != c.bias:
+        plain = not (windowed or c.n_experts) and c.qkv_bias == c.bias
+        return "llama" if plain else None
+    if c.n_experts:
+        ok = not (c.bias or c.qkv_bias or c.full_attention_layers)
+        return "mixtral" if ok else None
     if c.qkv_bias and not c.bias:
         return "qwen2" if c.head_dim * c.n_heads == c.d_model else None
     if c.qkv_bias != c.bias:

@@ -1,4 +1,4 @@
-"""One decoder-only transformer for GPT-2 and Llama-style models, built from a GPTConfig.
+"""One decoder-only transformer, built from a GPTConfig, whose fields are its features.
 
     model = GPTModel(load_config("gpt2"))
     logits, loss = model(input_ids, labels=input_ids)      # as rosetrainer's model
@@ -11,7 +11,6 @@ Numerics: the residual stream, the norms and the softmax are float32. Linear lay
 run in their weights' dtype (`for_inference` casts the weights once) or, in training, autocast's.
 """
 
-import math
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, overload
 
@@ -23,7 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import VOCAB_MULTIPLE, GPTConfig
-from gpu_kernels.cross_entropy import head_cross_entropy
+from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
+from rotary import angles, is_long, rope_tables, rotate
+
+HEAD_ROWS = 1024  # of logits that a soft cap holds in float32 at once
+DENSE_BYTES = 2**30  # of attention's scores, where no kernel computes them block by block
 
 
 class Linear(nn.Linear):
@@ -35,10 +38,50 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-def make_norm(config: GPTConfig, width: int, kind: str | None = None) -> nn.Module:
-    if (kind or config.norm) == "rmsnorm":
-        return nn.RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, in float32, of x [..., width]. With weight w:
+    times w, or 1 + w. heads: x [..., heads, width], with a weight of its own for each head."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, config: GPTConfig, width: int, kind: str, bias: bool, heads: int = 1):
+        super().__init__()
+        self.layer_norm, self.eps, self.offset = kind == "layernorm", config.norm_eps, 0.0
+        self.width, self.heads = width, heads
+        if config.norm_weight:
+            self.offset = 1.0 if config.norm_offset else 0.0
+            self.weight = nn.Parameter(torch.full((heads * width,), 1.0 - self.offset))
+        else:
+            self.register_parameter("weight", None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, shape = x.float(), (self.width,)
+        weight: Tensor | None = self.weight
+        if weight is not None and self.offset:
+            weight = weight + self.offset
+        own = None if self.heads == 1 or weight is None else weight.view(self.heads, self.width)
+        shared = weight if own is None else None
+        if self.layer_norm:
+            x = F.layer_norm(x, shape, shared, self.bias, self.eps)
+        else:
+            x = F.rms_norm(x, shape, shared, self.eps)
+        return x if own is None else x * own
+
+
+def stream_norm(config: GPTConfig, wanted: bool = True) -> nn.Module:
+    """A norm [..., C] of the residual stream or of what is added to it; nothing if not wanted."""
+    if not wanted:
+        return nn.Identity()
+    return Norm(config, config.d_model, config.norm, config.norm_bias)
+
+
+def head_norm(config: GPTConfig, heads: int) -> Norm:
+    """A norm of queries or keys [..., heads, D]; over the width of all heads [..., heads * D]."""
+    kind, over = config.qk_norm_type, config.qk_norm_over
+    width = config.head_dim * (heads if over == "width" else 1)
+    return Norm(config, width, kind, bias=False, heads=heads if over == "heads" else 1)
 
 
 ACTIVATIONS = {
@@ -46,67 +89,8 @@ ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
-
-
-# ---------------------------------------------------------------------------------------------
-# Rotary positions
-
-
-def rope_frequencies(config: GPTConfig) -> tuple[Tensor, float]:
-    """Angular frequency of each pair of channels [D/2], float32, and the factor on cos and sin.
-
-    Plain (Su et al. 2021), linear interpolation, Llama 3's and YaRN's (Peng et al. 2023) scaling,
-    with the meaning that Hugging Face gives to the keys of `rope_scaling`.
-    """
-    D, theta = config.head_dim, config.rope_theta
-    frequencies = 1.0 / theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies, 1.0
-    factor = scaling["factor"]
-    if scaling["rope_type"] == "linear":
-        return frequencies / factor, 1.0
-    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
-    if scaling["rope_type"] == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = original * frequencies / (2 * math.pi)  # over the original context
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - smooth) * frequencies / factor + smooth * frequencies, 1.0
-    return _yarn_frequencies(config, frequencies, scaling, original)
-
-
-def _yarn_frequencies(config, frequencies, scaling, original):
-    D, theta, factor = config.head_dim, config.rope_theta, scaling["factor"]
-
-    def channel_turning(turns):  # the channel pair that turns so often over the original context
-        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = channel_turning(scaling.get("beta_fast") or 32)
-    high = channel_turning(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, D - 1)
-    ramp = (torch.arange(D // 2).float() - low) / max(high - low, 0.001)
-    interpolate = ramp.clamp(0, 1)  # slow channels are interpolated, fast ones left alone
-
-    def magnitude(scale, mscale=1.0):
-        return 0.1 * mscale * math.log(scale) + 1.0 if scale > 1 else 1.0
-
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        if mscale and mscale_all:
-            attention_factor = magnitude(factor, mscale) / magnitude(factor, mscale_all)
-        else:
-            attention_factor = magnitude(factor)
-    return frequencies * (1 - interpolate) + frequencies / factor * interpolate, attention_factor
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, heads, D] turned by cos, sin [B or 1, T, 1, D/2]; channel i pairs with i + D/2."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -115,6 +99,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Cache(Protocol):
     """What the modules ask of keys and values already computed: see backends/kvcache.py."""
+
+    longest: int  # tokens that a row may reach, those before it included
 
     def positions(self, T: int) -> Tensor: ...
 
@@ -178,20 +164,29 @@ def attend(  # so many parameters, since they are the terms of attention itself
 
 
 def _dense_attention(q, k, v, mask, softcap, scale, dropout):
-    """(out, lse) with all scores [B, H, T, S] in memory, in float32."""
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp()
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    return (weights @ v.float()).to(q.dtype), lse
+    """(out, lse) with all scores [B, H, T, S] in memory, in float32; without gradients those of as
+    many queries as DENSE_BYTES hold."""
+    (B, H, T, D), S = q.shape, k.shape[2]
+    if k.shape[1] != H:
+        k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
+    scale, k, v = D**-0.5 if scale is None else scale, k.float(), v.float()
+    step = T if torch.is_grad_enabled() else min(T, max(1, DENSE_BYTES // (4 * B * H * S)))
+    parts = []
+    for start in range(0, T, step):
+        scores = (q[:, :, start : start + step].float() @ k.transpose(-1, -2)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[..., start : start + step, :], float("-inf"))
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse[..., None]).exp()
+        if dropout:
+            weights = F.dropout(weights, dropout)
+        parts.append(((weights @ v).to(q.dtype), lse))
+    if len(parts) == 1:
+        return parts[0]
+    outs, sums = zip(*parts)
+    return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
 
 
 _BLOCK_MASKS, _COMPILED = {}, {}
@@ -218,9 +213,12 @@ def _flex_attention(q, k, v, window, softcap, scale):
 
 
 def attention_of(config: GPTConfig, layer: int) -> dict[str, Any]:
-    """What sets a layer's attention apart: options of `attend`, which every cache is given as well.
-    A soft cap or a scale of the scores would be added here."""
-    return {"window": config.layer_window(layer)}
+    """What sets a layer's attention apart: options of `attend`, which every cache is given too."""
+    return {
+        "window": config.layer_window(layer),
+        "softcap": config.attention_softcap,
+        "scale": config.attention_scale,
+    }
 
 
 def attention_without_plans() -> AbstractContextManager[None]:
@@ -251,10 +249,10 @@ class Attention(nn.Module):
         self.options = attention_of(config, layer)
         inner = config.n_heads * config.head_dim
         self.qkv_proj = Linear(config.d_model, config.qkv_dim, bias=config.qkv_bias)  # [q; k; v]
-        self.out_proj = Linear(inner, config.d_model, bias=config.bias)
+        self.out_proj = Linear(inner, config.d_model, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = make_norm(config, config.head_dim, "rmsnorm")
-            self.k_norm = make_norm(config, config.head_dim, "rmsnorm")
+            self.q_norm = head_norm(config, config.n_heads)
+            self.k_norm = head_norm(config, config.n_kv_heads)
 
     def forward(
         self,
@@ -265,11 +263,15 @@ class Attention(nn.Module):
     ) -> Tensor:
         c, (B, T, _) = self.config, x.shape
         heads = self.qkv_proj(x).view(B, T, -1, c.head_dim)
+        if c.clip_qkv is not None:
+            heads = heads.clamp(-c.clip_qkv, c.clip_qkv)
         q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)  # [B, T, heads, D]
-        if c.qk_norm:
-            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+        if c.qk_norm and not c.qk_norm_after_rope:
+            q, k = self._normed(q, k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        if c.qk_norm and c.qk_norm_after_rope:
+            q, k = self._normed(q, k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             y = cache.attend(self.layer, q, k, v, **self.options)
@@ -279,14 +281,21 @@ class Attention(nn.Module):
             y = attend(q, k, v, causal=True, mask=own, dropout=dropout, **self.options)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
 
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k [B, T, heads, D], each normalised."""
+        if self.config.qk_norm_over != "width":
+            return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
+        flat = self.q_norm(q.flatten(2)), self.k_norm(k.flatten(2))
+        return flat[0].to(q.dtype).view_as(q), flat[1].to(k.dtype).view_as(k)
+
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         width = 2 * config.d_ff if config.gated_mlp else config.d_ff  # [gate; up]
-        self.fc1 = Linear(config.d_model, width, bias=config.bias)
-        self.fc2 = Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.fc1 = Linear(config.d_model, width, bias=config.mlp_bias)
+        self.fc2 = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         c, fc1 = self.config, self.fc1
@@ -294,7 +303,7 @@ class MLP(nn.Module):
         if c.gated_mlp:
             gate, up = fc1(x).chunk(2, dim=-1)
             return self.fc2(activation(gate) * up)
-        if c.activation == "gelu_new" and c.bias and x.is_cuda and _is_half(fc1.weight):
+        if c.activation == "gelu_new" and c.mlp_bias and x.is_cuda and _is_half(fc1.weight):
             # cuBLAS applies bias and tanh GELU before it writes the product: one pass less
             rows = x.to(fc1.weight.dtype).flatten(0, -2)
             h = torch._addmm_activation(fc1.bias, rows, fc1.weight.t(), use_gelu=True)
@@ -310,10 +319,13 @@ def _is_half(weight) -> bool:
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln1 = make_norm(config, config.d_model)
-        self.ln2 = make_norm(config, config.d_model)
+        self.config = config
+        self.ln1 = stream_norm(config, config.pre_norm)
+        self.ln2 = stream_norm(config, config.pre_norm and not config.shared_norm)
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+        self.ln1_post = stream_norm(config, config.post_norm)
+        self.ln2_post = stream_norm(config, config.post_norm)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -323,8 +335,16 @@ class Block(nn.Module):
         mask: list[Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln1(x), rope, mask, cache))
-        return x + self.dropout(self.mlp(self.ln2(x)))
+        c, h = self.config, self.ln1(x)
+        y = x + self._branch(self.ln1_post(self.attn(h, rope, mask, cache)))
+        if not c.shared_norm:
+            h = self.ln2(x if c.parallel_residual else y)
+        return y + self._branch(self.ln2_post(self.mlp(h)))
+
+    def _branch(self, y: Tensor) -> Tensor:
+        """What a branch adds to the residual stream."""
+        y, scale = self.dropout(y), self.config.residual_scale
+        return y if scale == 1.0 else y * scale
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -342,7 +362,6 @@ class GPTModel(nn.Module):
     # transformers' models, behind the same interface, say False
     is_native: Literal[True] = True
     supports_cache: Literal[True] = True
-    rope: Tensor  # of rotary positions only
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -352,13 +371,19 @@ class GPTModel(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.max_position_embeddings, config.d_model)
+        self.ln_embedding = stream_norm(config, config.embedding_norm)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.ln_f = make_norm(config, config.d_model)
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.ln_f = stream_norm(config)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
         self._padded_head: Tensor | None = None
+        # rounded as the embeddings are: Gemma was trained with 59.75 for the root of 3584
+        self.embedding_scales = {
+            dtype: torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        }
         self._init_weights()
         self.materialize_buffers(self.lm_head.weight.device)
 
@@ -380,10 +405,11 @@ class GPTModel(nn.Module):
 
     def materialize_buffers(self, device: torch.device | str) -> None:
         """Rotary frequencies on `device`; called again after a model was built on meta."""
-        if self.config.position == "rope":
-            with torch.device("cpu"):
-                frequencies, self.rope_factor = rope_frequencies(self.config)
-            self.register_buffer("rope", frequencies.to(device), persistent=False)
+        with torch.device("cpu"):
+            tables = rope_tables(self.config)
+        self.rope_factors = {kind: factor for kind, (_, factor) in tables.items()}
+        for kind, (frequencies, _) in tables.items():
+            self.register_buffer(f"rope_{kind}", frequencies.to(device), persistent=False)
 
     @property
     def vocab_size(self) -> int:
@@ -404,8 +430,7 @@ class GPTModel(nn.Module):
 
     def inference_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The dtype of every parameter in evaluation: norms stay float32, all else `dtype`."""
-        norms = (nn.LayerNorm, nn.RMSNorm)
-        float32 = {name for name, module in self.named_modules() if isinstance(module, norms)}
+        float32 = {name for name, module in self.named_modules() if isinstance(module, Norm)}
         return {
             name: torch.float32 if name.rpartition(".")[0] in float32 else dtype
             for name, _ in self.named_parameters()
@@ -459,32 +484,58 @@ class GPTModel(nn.Module):
         elif positions is None:
             positions = torch.arange(T, device=input_ids.device)
         x = self.token_embedding(input_ids).float()
-        rope = None
+        if self.config.embedding_scale != 1.0:
+            x = x * self.embedding_scales[self.token_embedding.weight.dtype]
         if self.config.position == "learned":
             x = x + self.position_embedding(positions).float()
-        else:
-            angles = positions.view(-1, T, 1).float() * self.rope  # [1 or B, T, D/2]
-            cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
-            rope = cos[:, :, None], sin[:, :, None]
-        x = self.dropout(x)
-        for block in self.blocks:
+        ropes = self._ropes(positions, T if cache is None else cache.longest)
+        x = self.dropout(self.ln_embedding(x))
+        for layer, block in enumerate(self.blocks):
+            rope = ropes.get(self.config.layer_rope(layer))
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
         return self.ln_f(x)
 
+    def _ropes(self, positions: Tensor, length: int) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """cos and sin of these positions by kind of layer, in a pass that reaches `length`."""
+        sources = {"global": "global", "local": "local"}
+        ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
+        if is_long(self.config, length):
+            sources["global"] = "long"
+        for kind, source in sources.items():
+            if source in self.rope_factors:
+                factor = self.rope_factors[source]
+                ropes[kind] = angles(positions, getattr(self, f"rope_{source}"), factor)
+        return ropes
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V] of hidden [..., C], in the head's dtype (autocast's in training)."""
-        return F.linear(*self._for_the_head(hidden))[..., : self.config.vocab_size]
+        """[..., V] of hidden [..., C], in the head's dtype (autocast's in training); float32 where
+        a soft cap or a bias comes after the product."""
+        logits = F.linear(*self._for_the_head(hidden))[..., : self.config.vocab_size]
+        if self.lm_head.bias is not None:
+            logits = logits.float() + self.lm_head.bias.float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats [N], float32, of targets [N] after hidden [N, C]; 0 where the target is -100."""
-        return head_cross_entropy(*self._for_the_head(hidden), targets, self.config.vocab_size)
+        if self.lm_head.bias is None and self.config.logit_softcap is None:
+            return head_cross_entropy(*self._for_the_head(hidden), targets, self.config.vocab_size)
+        if torch.is_grad_enabled():
+            return F.cross_entropy(
+                self.logits(hidden), targets, ignore_index=IGNORE, reduction="none"
+            )
+        rows = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
+        V = self.config.vocab_size
+        return torch.cat([cross_entropy(self.logits(h), t, V) for h, t in rows])
 
     def _for_the_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden, the head's weight), both in the dtype of their product. On CUDA the weight has
         rows beyond V, to a multiple of 64, whose logits mean nothing."""
+        if self.config.logit_scale != 1.0:
+            hidden = hidden.float() * self.config.logit_scale
         if self._padded_head is not None:
             return hidden.to(self._padded_head.dtype), self._padded_head
         weight, V = self.lm_head.weight, self.config.vocab_size

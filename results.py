@@ -56,7 +56,8 @@ evaluation      "perplexity" | "mmlu" | "humaneval" | ...: any name
 run             the training run that the checkpoint belongs to
 status          "ok" | "failed"; failed: `reason` says why and metrics is empty
 reason          null | one line
-checkpoint      {path, name, step, tokens, fingerprint, config}; step and tokens may be null
+checkpoint      {path, name, step, tokens, fingerprint, config, module}; step and tokens may be
+                null; module is what ran it: "GPTModel" or "transformers"
 metrics         {name: {value, stderr?, n?, better, unit?}}. The order matters: the first metric
                 ranks the checkpoints. n counts the examples behind the value; better is "lower" or
                 "higher"; unit is "share" for what is shown in percent, else a text that follows the
@@ -184,7 +185,7 @@ def new_record(
     and `share`. `configuration` is what was asked for, where the protocol also says what came of it
     (a batch halved for memory); `checkpoint` is what `checkpoint_of` takes; `code` is
     `code_version(__file__)`."""
-    fields = ("path", "name", "step", "tokens", "fingerprint", "config")
+    fields = ("path", "name", "step", "tokens", "fingerprint", "config", "module")
     checkpoint = dict.fromkeys(fields) | checkpoint_of(checkpoint)
     assert checkpoint["name"] and checkpoint["fingerprint"], f"unnamed checkpoint {checkpoint}"
     data = data or {}

@@ -1,7 +1,7 @@
 """Any causal language model that transformers has, behind GPTModel's interface.
 
 Checkpoint.load falls back to it where GPTModel cannot express a config: mixtures of experts,
-Gemma, Phi, Cohere, GPT-NeoX and so on. It is evaluated like any other, without a KV cache.
+Falcon, Bloom, OPT and so on. It is evaluated like any other, without a KV cache.
 
 No code but transformers' own runs, whatever a directory says: not the modules that its auto_map
 names, no attention or expert kernel from a hub, no quantiser's package.

@@ -165,12 +165,14 @@ def deal_batches(rows: Continuations, batches: list[Batch], world_size: int) -> 
 
 
 def make_prefix_cache(
-    model: GPTModel, prefix: TokenIds, device: torch.device
+    model: GPTModel, prefix: TokenIds, device: torch.device, longest_row: int | None = None
 ) -> PrefixCache | None:
-    """A PrefixCache that holds `prefix` (token ids [P]) for any number of rows; None if P is 0."""
+    """A PrefixCache that holds `prefix` (token ids [P]) for any number of rows, of at most
+    `longest_row` tokens if that is known; None if P is 0."""
     if len(prefix) == 0:
         return None
-    cache = PrefixCache(model, len(prefix))
+    longest = None if longest_row is None else len(prefix) + longest_row
+    cache = PrefixCache(model, len(prefix), longest)
     ids = torch.as_tensor(np.asarray(prefix, np.int64), device=device)[None]
     model.hidden(ids, cache=cache.filling())
     return cache
@@ -241,7 +243,8 @@ def score_continuations(
         for i, (ids, last, row_ids, positions, targets, slots) in zip(mine, packed):
             if batches[i].prefix != prefix:
                 prefix = batches[i].prefix
-                cache = make_prefix_cache(model, rows.prefixes[prefix], device)
+                longest = int(rows.lengths[rows.prefix == prefix].max())
+                cache = make_prefix_cache(model, rows.prefixes[prefix], device, longest)
             hidden = model.hidden(ids, cache=cache).flatten(0, 1)
             if K:
                 parts = hidden[last].split(HEAD_ROWS)

@@ -10,8 +10,9 @@
     model.hidden(next_ids, cache=cache)                     # [B, 1]: one decode step
     cache.advance(active)                                   # [B]: 1 where the row keeps that token
 
-What the model asks of any of them is `positions(T)` and `attend(layer, q, k, v, **options)`, the
-options being model.attention_of's.
+What the model asks of any of them is `positions(T)`, `attend(layer, q, k, v, **options)`, the
+options being model.attention_of's, and `longest`: the tokens that a row may reach in all, by which
+LongRoPE's frequencies are chosen.
 
 Shapes: B rows, T tokens, N prompts of at most P tokens, S own tokens of a row at most, H query
 heads, G key/value heads, D head_dim
@@ -45,8 +46,10 @@ def _room(model: GPTModel, rows: int, length: int) -> list[torch.Tensor]:
 class Filling:
     """What one call of `hidden` needs to fill slots [n] of k, v [N, G, P, D] with prompts."""
 
-    def __init__(self, k: list[torch.Tensor], v: list[torch.Tensor], slots: torch.Tensor):
-        self.k, self.v, self.slots = k, v, slots
+    def __init__(
+        self, k: list[torch.Tensor], v: list[torch.Tensor], slots: torch.Tensor, longest: int
+    ):
+        self.k, self.v, self.slots, self.longest = k, v, slots, longest
 
     def positions(self, T: int) -> torch.Tensor:
         return torch.arange(T, device=self.slots.device)[None]
@@ -71,14 +74,17 @@ def merge_attention(
 
 class PrefixCache:
     """One prefix of `prefix_len` tokens, for rows that go on from it in as many batches as wanted:
-    nothing is kept of a row. For each layer k, v [1, G, P, D]."""
+    nothing is kept of a row. For each layer k, v [1, G, P, D]. longest: tokens of the prefix and
+    the longest row; the model's context unless given."""
 
-    def __init__(self, model: GPTModel, prefix_len: int):
+    def __init__(self, model: GPTModel, prefix_len: int, longest: int | None = None):
         self.prefix_len, self.device = prefix_len, model.device
+        self.longest = model.max_positions if longest is None else longest
         self.k, self.v = _room(model, 1, prefix_len), _room(model, 1, prefix_len)
 
     def filling(self) -> Filling:
-        return Filling(self.k, self.v, torch.zeros(1, dtype=torch.int64, device=self.device))
+        slots = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return Filling(self.k, self.v, slots, self.longest)
 
     def positions(self, T: int) -> torch.Tensor:
         return self.prefix_len + torch.arange(T, device=self.device)[None]
@@ -127,7 +133,15 @@ class DecodeCache:
     changes from step to step stays in the same tensors and is changed in place.
     """
 
-    def __init__(self, model: GPTModel, n_prompts: int, prompt_len: int, n_rows: int, max_len: int):
+    def __init__(
+        self,
+        model: GPTModel,
+        n_prompts: int,
+        prompt_len: int,
+        n_rows: int,
+        max_len: int,
+        longest: int | None = None,
+    ):
         def integers(n):
             return torch.zeros(n, dtype=torch.int64, device=model.device)
 
@@ -138,7 +152,7 @@ class DecodeCache:
             c.n_heads // c.n_kv_heads,
         )
         self.n_prompts, self.prompt_len, self.max_len = n_prompts, prompt_len, max_len
-        self.read_limit = max_len
+        self.read_limit, self.longest = max_len, longest or prompt_len + max_len
         self.prompt_k, self.prompt_v = (_room(model, n_prompts, prompt_len) for _ in range(2))
         self.k, self.v = (_room(model, n_rows, max_len) for _ in range(2))
         self.prompt_lengths = integers(n_prompts)
@@ -149,7 +163,7 @@ class DecodeCache:
 
     def filling(self, slots: list[int], lengths: list[int]) -> Filling:
         """For one call of `hidden`, whose rows are these slots' prompts of so many tokens."""
-        return Filling(self.prompt_k, self.prompt_v, self.set_lengths(slots, lengths))
+        return Filling(self.prompt_k, self.prompt_v, self.set_lengths(slots, lengths), self.longest)
 
     def set_lengths(self, slots: list[int], lengths: list[int]) -> torch.Tensor:
         """How many tokens of these slots are filled: 0 for a prompt of one token, which is the

@@ -127,7 +127,9 @@ class CachedRows:
         self.bucket = 64 if self.cuda else 1
         B, P = capacity.rows, capacity.prompt_tokens - 1  # the last one is the first step's input
         P = min(-(-P // self.bucket) * self.bucket, model.max_positions)
-        self.cache = DecodeCache(model, capacity.prompts or B, P, B, capacity.new_tokens)
+        longest = capacity.prompt_tokens - 1 + capacity.new_tokens  # the bucket apart
+        slots, S = capacity.prompts or B, capacity.new_tokens
+        self.cache = DecodeCache(model, slots, P, B, S, longest)
         self.lag, self.patience = LAG if self.cuda else 0, max(1, B // 16)
         self.slot_of: dict[Request, int] = {}
         self.running: list[Sequence | None] = [None] * B  # on the device

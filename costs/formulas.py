@@ -25,20 +25,21 @@ from config import VOCAB_MULTIPLE, GPTConfig
 
 # fmt: off
 PARAMETERS = (
-    ("n_attn", "h*(a + 2*k)*d + a*d*h + qkv_bias*(a + 2*k)*d + bias*h + qk_norm*2*d",
+    ("n_qk_norm", "qk_norm*norm_weight*((a + k)*d if qk_each or qk_all else 2*d)", "",
+     "norms of queries and keys in a block", "Henry 2020"),
+    ("n_attn", "h*(a + 2*k)*d + a*d*h + qkv_bias*(a + 2*k)*d + o_bias*h + n_qk_norm",
      "", "attention of a block", "Vaswani 2017; grouped queries: Ainslie 2023"),
-    ("n_expert", "(2 + gated)*h*f + bias*((1 + gated)*f + h)",
+    ("n_expert", "(2 + gated)*h*f + mlp_bias*((1 + gated)*f + h)",
      "", "one MLP or expert", "gated: Shazeer 2020"),
     ("n_mlp", "max(E, 1)*n_expert + h*E", "", "MLP of a block, router included", "Jiang 2024"),
-    ("n_norm", "h*(1 + norm_bias)", "", "one norm", "Ba 2016; Zhang 2019"),
-    ("n_block", "n_attn + n_mlp + 2*n_norm", "", "one block", ""),
+    ("n_norm", "h*(norm_weight + norm_bias)", "", "one norm", "Ba 2016; Zhang 2019"),
+    ("n_block", "n_attn + n_mlp + norms*n_norm", "", "one block", ""),
     ("n_embed", "V*h + learned*T_max*h", "", "token and position embeddings", ""),
-    ("n_head", "(1 - tied)*V*h", "", "LM head, 0 where tied", "Press 2017"),
-    ("N", "n_embed + L*n_block + n_norm + n_head", "", "all parameters", ""),
+    ("n_head", "(1 - tied)*V*h + head_bias*V", "", "LM head, no matrix where tied", "Press 2017"),
+    ("N", "n_embed + L*n_block + (1 + embedding_norm)*n_norm + n_head", "", "all parameters", ""),
     ("N_active", "N - L*(E - K)*n_expert", "", "used by one token", "Jiang 2024"),
-    ("n_linear", "h*(a + 2*k)*d + a*d*h + max(E, 1)*(2 + gated)*h*f",
-     "", "linear weights of a block", ""),
-    ("n_norms", "(2*L + 1)*n_norm + L*qk_norm*2*d", "", "parameters of all norms", ""),
+    ("n_linear", "h*(a + 2*k)*d + a*d*h + max(E, 1)*(2 + gated)*h*f", "", "block's matrices", ""),
+    ("n_norms", "(norms*L + 1 + embedding_norm)*n_norm + L*n_qk_norm", "", "all norms", ""),
     ("n_lora", "r*(a*d + 2*k*d + a*d + 4*h + max(E, 1)*(2 + gated)*(h + f))",
      "", "adapters of a block: in + out of q, k, v, out, MLP", "Hu 2021"),
 )
@@ -57,8 +58,8 @@ FLOPS = (
     ("F_forward_causal", "F_linear + F_attention_causal + F_head", "FLOP", "forward, causal", ""),
     ("F_training", "3*F_forward", "FLOP", "model FLOPs of a step", "PaLM: Chowdhery 2022, app. B"),
     ("F_training_causal", "3*F_forward_causal", "FLOP", "the same, causal", ""),
-    ("F_recompute", "full_recompute*(F_linear + F_attention - (not drop)*2*s*L*max(K, 1)*h*f)",
-     "FLOP", "one more forward of the blocks; torch skips the last product", "Chen 2016"),
+    ("F_recompute", "full_recompute*(F_linear + F_attention - spared*2*s*L*max(K, 1)*h*f)",
+     "FLOP", "one more forward of the blocks; torch skips an unread last product", "Chen 2016"),
     ("F_executed", "3*(F_linear + F_head) + (3 + 0.5*flash)*F_attention + F_recompute",
      "FLOP", "run in a step: flash's backward computes the scores again", "Dao 2022"),
     ("F_lora", "2*s*L*r*(2*a*d + 2*k*d + 4*h + max(K, 1)*(2 + gated)*(h + f))",
@@ -115,10 +116,12 @@ def rounding(matrices: Iterable[str]) -> tuple:
 ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in sequence parallelism
     "roseval": (  # a float32 residual stream; fused RMSNorm
         ("A_residual", "4*hr", "byte", "residual stream", ""),
-        ("A_norms", "2*A_residual", "byte", "norm inputs", ""),
-        ("A_inputs", "2*c*hr", "byte", "inputs of qkv and fc1", ""),
-        ("A_qkv", "c*(a + 2*k)*d + rope*c*(a + k)*d", "byte", "q, k, v; q, k as rotated", ""),
-        ("A_qk_norm", "qk_norm*4*((c < 4)*(a + k)*d + a + k)", "byte", "query and key norms", ""),
+        ("A_norms", "norm_inputs*A_residual", "byte", "norm inputs", ""),
+        ("A_inputs", "(2 - (c == 4)*shared_norm)*c*hr", "byte", "inputs of qkv and fc1", ""),
+        ("A_qkv", "c*(a + 2*k)*d*(1 + clipped) + rope*c*(a + k)*d", "byte",
+         "q, k, v; before they are clipped; q, k as rotated", ""),
+        ("A_qk_norm", "qk_norm*(4*((c < 4) + qk_each*norm_weight)*(a + k)*d"
+         " + (8 - 4*qk_rms)*(2 if qk_all else a + k))", "byte", "query and key norms", ""),
         ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
         ("A_mlp", "c*f*(2 + 2*gated - (relu and not gated))", "byte", "around the activation", ""),
     ),
@@ -153,9 +156,9 @@ LOSS = {
         ("M_tied", "tied*(not lora)*g*V*h", "byte", "two gradients of a tied embedding", ""),
     ),
     "elementary": (  # F.cross_entropy of float32 logits
-        ("M_loss_forward", "s*V*(c + 8)", "byte", "logits, float32 copy, log-softmax", ""),
-        ("M_loss_kept", "s*V*(4 + held*c)", "byte", "log-softmax", ""),
-        ("M_loss_backward", "s*V*(12 + held*c)", "byte", "and two gradients", ""),
+        ("M_loss_forward", "s*V*(12 if capped else c + 8)", "byte", "logits, in float32 too", ""),
+        ("M_loss_kept", "s*V*(4 + held*c + 4*capped)", "byte", "log-softmax; tanh", ""),
+        ("M_loss_backward", "s*V*(12 + held*c + 4*capped)", "byte", "and two gradients", ""),
         ("M_tied", "tied*(not lora)*g*V*h*(1 + (not autocast and Vp == V))", "byte",
          "two gradients of a tied embedding; their sum, where the first is a transposed view", ""),
     ),
@@ -165,12 +168,13 @@ STEP = (
     ("A_dropout", "drop*2*hr", "byte", "masks", "Korthikanti 2022"),
     ("A_scores", "math*a*T*(c + drop*(1 + c))", "byte", "eager attention only", "Korthikanti 2022"),
     ("A_lora", "lora*c*r*(6 + gated)", "byte", "between the halves of adapters", ""),
-    ("A_statistics", "2*(8 - 4*rms) + flash*4*a", "byte", "of norms; log-sum-exp", "Dao 2022"),
+    ("A_statistics", "norms*(8 - 4*rms) + flash*4*a", "byte", "of norms; log-sum-exp", "Dao 2022"),
     ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_dropout"
-     " + A_scores + A_lora + A_statistics)", "byte", "saved by a block", "Korthikanti 2022"),
+     " + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)",
+     "byte", "saved by a block", "Korthikanti 2022"),
     ("A_kept", "s*A_residual if full_recompute else A_block", "byte", "until the backward",
      "Chen 2016"),
-    ("A_shared", "s*(16 + drop*hr) + rope*4*T*d", "byte", "token ids, dropout, angles", ""),
+    ("A_shared", "s*(16 + drop*hr) + (rope > 0)*4*T*d", "byte", "token ids, dropout, angles", ""),
     ("A_ends", "s*(A_residual + 8 - 4*rms + c*hr)", "byte", "final norm, head's input", ""),
     ("A_backward", "s*(A_residual + max(c*hr + c*f, 2*gated*c*f))", "byte",
      "gradients passing through a block", ""),
@@ -195,9 +199,9 @@ INFERENCE = (
      "CUDACachingAllocator"),
     ("W_attention", "s*(8*h + c*(a + 2*k)*d + rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d)",
      "byte", "prefill, at the rotation of q", ""),
-    ("W_mlp", "s*(12*h + (2*c*h + c*f if tanh and bias and c < 4 else c*f*(2 + 2*gated)))",
+    ("W_mlp", "s*(12*h + (2*c*h + c*f if tanh and mlp_bias and c < 4 else c*f*(2 + 2*gated)))",
      "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
-    ("W_decode", "B*(Vp*c + V*4)", "byte", "logits of B tokens, and in float32", ""),
+    ("W_decode", "B*(Vp*c + V*4*(1 + capped))", "byte", "logits of B tokens, and in float32", ""),
     ("W_logits", "W_decode + s*4*h", "byte", "beside the last hidden states", ""),
     ("W_prefill", "max(W_attention, W_mlp, W_logits)", "byte", "workspace of a prefill", ""),
     ("W_scoring", "max(W_attention, W_mlp, s*4*h + min(s, chunk)*(Vp*c + c*h))", "byte",
@@ -216,7 +220,7 @@ PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes m
     ("elementwise", "0", "s*(32*h + 4*rope*(a + k)*d + 3*c*f) if compiled else"
      " s*(48*h + 48*rope*(a + k)*d + 28*qk_norm*(a + k)*d + 4*c*k*d + c*f*(2 + 3*gated))",
      "(4 if compiled else 7 + 18*rope + 6*qk_norm + gated)"),
-    ("head", "2*B*h*V", "w*h*V + c*B*V", "8 + 9*rope"),  # once: with embeddings, angles, last norm
+    ("head", "2*B*h*V", "w*h*V + c*B*V", "8 + 9*(rope > 0)"),  # once, with embeddings, angles
 )
 # fmt: on
 
@@ -278,13 +282,18 @@ CUDA_CONTEXT = 500 * 2**20  # driver, kernels, handles: outside torch's counters
 CHUNK_TOKENS = 8192  # rows of logits that scoring.py holds: 0.8 GB of GPT-2's in bfloat16
 
 
+SWITCHES: tuple[str, ...] = ("qkv_bias", "o_bias", "mlp_bias", "head_bias", "qk_norm", "norm_bias")
+SWITCHES += ("norm_weight", "norm_offset", "shared_norm", "embedding_norm")  # as GPTConfig's fields
+
+
 def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
     """A model's sizes and switches (0 or 1), and those of its input, as the formulas name them."""
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     windowed = sum(c.layer_window(layer) is not None for layer in range(c.n_layers))
-    return {
+    turned = sum(c.layer_rope(layer) is not None for layer in range(c.n_layers))
+    return {name: int(getattr(c, name)) for name in SWITCHES} | {
         "B": batch_size,
         "T": seq_len,
         "s": batch_size * seq_len,
@@ -303,16 +312,19 @@ def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
         "L_window": windowed,
         "L_full": c.n_layers - windowed,
         "gated": int(c.gated_mlp),
-        "bias": int(c.bias),
-        "qkv_bias": int(c.qkv_bias),
-        "qk_norm": int(c.qk_norm),
+        **{"qk_each": int(c.qk_norm_over == "heads"), "qk_all": int(c.qk_norm_over == "width")},
+        "qk_rms": int(c.qk_norm_type == "rmsnorm"),
+        "clipped": int(c.clip_qkv is not None),
+        "capped": int(c.logit_softcap is not None),
         "rms": int(c.norm == "rmsnorm"),
-        "norm_bias": int(c.norm == "layernorm" and c.bias),
+        "norms": 2 * c.pre_norm - c.shared_norm + 2 * c.post_norm,  # of a block
+        "norm_inputs": (2 - c.parallel_residual) * c.pre_norm + 2 * c.post_norm,
         "learned": int(c.position == "learned"),
-        "rope": int(c.position == "rope"),
+        "rope": 1 if turned == c.n_layers else turned / c.n_layers,  # share of the layers
         "relu": int(c.activation == "relu"),
         "tanh": int(c.activation == "gelu_new"),
         "drop": int(c.dropout > 0),
+        "spared": int(not (c.dropout or c.post_norm)),  # nothing reads what a block ends with
         "tied": int(c.tie_embeddings),
     }
 
@@ -417,7 +429,7 @@ def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tu
     expression, meaning, source = OPTIMIZERS[setup.optimizer]
     optimizer = ("M_optimizer", f"({expression})/n_o", "byte", meaning, source)
     kind = "transformers" if c.n_experts else setup.implementation  # GPTModel has no experts
-    fused = kind == "roseval" and not setup.held_logits
+    fused = kind == "roseval" and not (setup.held_logits or c.head_bias or c.logit_softcap)
     memory = (*STATE, optimizer, *rounding(MATRICES[kind]), *ACTIVATIONS[kind])
     memory += (*LOSS["roseval" if fused else "elementary"], *STEP)
     multiple = VOCAB_MULTIPLE if kind == "roseval" else 1

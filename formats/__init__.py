@@ -30,7 +30,7 @@ class Opened:
     kind: str  # roseval, huggingface, rosetrainer, nanogpt, training, weights, …
     format: str  # the file that opened it, "formats/pt_files.py"
     tensors: dict[str, Any]  # name: tensorfiles.Stored, in the layout's full names
-    layout: str | None  # of layouts.LAYOUTS; None: its names are not known
+    layout: str | None  # of naming.LAYOUTS; None: its names are not known
     files: tuple[Path, ...]  # all that decides the numbers: the fingerprint covers them
     config: GPTConfig | None = None
     problem: str = ""  # why there is no config, in one line

@@ -1,9 +1,9 @@
 """What others call their weights and files: so that what is not read is refused by its name.
 
-    whose(["model.layers.0.self_attn.qkv_proj.weight", …])     # "Phi-3's"
+    whose(["transformer.h.0.self_attention.query_key_value.weight", …])    # "Falcon's or BLOOM's"
     what_is(Path("runs/lora"))      # "a PEFT adapter: merge it into its model first, …"
 
-A reader for one of them makes its row here superfluous.
+A reader for one of them makes its row here superfluous: naming.py knows the families that are read.
 """
 
 import os
@@ -21,19 +21,12 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("Meta's (Llama, llama2.c, torchtitan)", r"layers\.\d+\.attention\.(wq|qkv_linear)\b", ""),
     ("OLMo-core's", r"blocks\.\d+\.attention\.w_q\.", ""),
     ("Megatron's", r"\.self_attention\.linear_qkv\.", ""),
-    ("GPT-NeoX's (Pythia)", r"layers\.\d+\.attention\.query_key_value\.", ""),
     ("Falcon's or BLOOM's", r"\bh\.\d+\.self_attention\.query_key_value\.", ""),
     ("GPT-J's", r"\bh\.\d+\.mlp\.fc_in\.", ""),
     ("OPT's", r"decoder\.layers\.\d+\.self_attn\.", ""),
     ("those of a mixture of experts", r"\.experts\.|\.block_sparse_moe\.", ""),
     ("DeepSeek's (latent attention)", r"\.kv_a_proj_with_mqa\.", ""),
-    ("Phi-3's", r"\.self_attn\.qkv_proj\.|\.mlp\.gate_up_proj\.", ""),
-    ("Phi's", r"\.self_attn\.dense\.", ""),
-    ("Gemma 2's or 3's", r"\.pre_feedforward_layernorm\.", ""),
-    ("OLMo 2's", r"\.post_feedforward_layernorm\.", ""),
-    ("Starcoder2's", r"layers\.\d+\.mlp\.c_fc\.", ""),
-    ("StableLM's", r"layers\.\d+\.input_layernorm\.bias", ""),
-    ("Cohere's or OLMo's", r"\.self_attn\.q_proj\.", r"\.post_attention_layernorm\."),
+    ("those of layer norms, as StableLM has them", r"layers\.\d+\.input_layernorm\.bias", ""),
     ("those of a model with a part for images", r"(^|\.)(vision_tower|visual|vision_model)\.", ""),
 )
 ADAPTER = "a PEFT adapter: merge it into its model first, with merge_and_unload() and "

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import GPTConfig, read_json
-from formats import Opened, layouts, shown, tensorfiles
+from formats import Opened, layouts, naming, shown, tensorfiles
 from formats.stored import Stored
 from hf_config import UnsupportedArchitecture
+from hf_convert import config_to_hf
 from inputs import read_object
 from packed import require_file
 
@@ -69,8 +70,8 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         table = _table(index)
     if not table:
         raise ValueError(f"{path} holds no tensors")
-    tensors, layout = layouts.identify(table)
-    said = config_beside(path, config, tensors)
+    said = config_beside(path, config, table)
+    tensors, layout = naming.identify(table, said.model_types)
     return Opened(
         path=path,
         kind=glance(path)[0],
@@ -194,6 +195,7 @@ class ConfigBeside(NamedTuple):
 
     config: GPTConfig | None
     problem: str  # why there is none
+    model_types: tuple[object, ...]  # Hugging Face's, which the names of weights depend on
     native: bool  # False: a directory whose architecture transformers alone has
     files: tuple[Path, ...]  # config.json, where it is part of the checkpoint
     token_ids: dict[str, int | None]
@@ -216,9 +218,12 @@ def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored
         problem = str(error)[:1000]
     if not (config or problem):
         problem = no_config(path, tensors)
+    model_types: tuple[object, ...] = tuple(v for k, v in values.items() if k == "model_type")
+    if given is not None:  # and Llama's names are taken at their word
+        model_types += ((config_to_hf(given) or {}).get("model_type"), "llama")
     files = (file,) if directory and os.path.isfile(file) else ()
     ids = {key: _token_id(values.get(key)) for key in TOKEN_IDS}
-    return ConfigBeside(config, "" if config else problem, native, files, ids)
+    return ConfigBeside(config, "" if config else problem, model_types, native, files, ids)
 
 
 def _token_id(value: Any) -> Any:
@@ -259,9 +264,9 @@ def _refuse_too_large(values: dict, tensors: dict[str, Stored], file: Path) -> N
 
 def no_config(path: Path, tensors: dict[str, Stored]) -> str:
     """What to say of weights alone."""
-    layout = layouts.recognise({name: stored.shape for name, stored in tensors.items()})
+    tensors, layout = naming.identify(tensors)
     if layout is None:
-        return f"{path} has no config, and {layouts.unknown_names(tensors)}"
+        return f"{path} has no config, and {naming.unknown_names(tensors)}"
     known = ", ".join(f"{k}={v}" for k, v in layouts.sizes(tensors, layout).items())
     return (
         f"{path} has no config. Its shapes say {known or 'nothing'}, but not n_heads or "

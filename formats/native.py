@@ -25,10 +25,10 @@ from torch import nn
 
 from config import GPTConfig
 from durable import dumps, fsync
-from formats import Opened, huggingface, layouts, tensorfiles, training_state
+from formats import Opened, huggingface, layouts, naming, tensorfiles, training_state
 from formats.fingerprints import sha256
 from formats.huggingface import TOKEN_IDS
-from hf_config import config_to_hf
+from hf_convert import config_to_hf
 from inputs import read_object
 from model import GPTModel
 
@@ -193,7 +193,8 @@ def write_weights(
     architecture has the config, else under our own names. dtype: as the parameters are, unless
     given. about: more fields for config.json."""
     hf = config_to_hf(config)
-    layout = "native" if hf is None else "gpt2" if hf["model_type"] == "gpt2" else "llama"
+    layout = "native" if hf is None else naming.of_family(hf["model_type"])
+    assert layout is not None, hf
     views = dict(layouts.views(model, layout))
     dtype = dtype or next(iter(views.values())).dtype
     about["dtype"] = str(dtype).removeprefix("torch.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from config import GPTConfig
-from formats import Opened, huggingface, inert, layouts, llmc, shown, tensorfiles
+from formats import Opened, huggingface, inert, layouts, llmc, naming, shown, tensorfiles
 from formats.stored import Stored
 from hf_config import size
 
@@ -66,8 +66,8 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     table, rest, numbers, left_out = _open_file(file)
     if not table:
         raise ValueError(f"{path} holds no tensors")
-    tensors, layout = layouts.identify(table)
-    said = huggingface.config_beside(path, config, tensors)
+    said = huggingface.config_beside(path, config, table)
+    tensors, layout = naming.identify(table, said.model_types)
     if config is None:
         try:
             inside = _config_inside(rest, tensors, layout, path)

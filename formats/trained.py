@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from config import GPTConfig
-from formats import Opened, dialects, huggingface, layouts
+from formats import Opened, dialects, huggingface, naming
 from formats.stored import Stored, whole
 from inputs import read_object
 
@@ -40,14 +40,16 @@ def opened(
     pieces = {piece.file for stored in tensors.values() for piece in stored.pieces}
     beside = path.parent if _only_above(path) else path
     token_ids: dict[str, Any] = {}
+    model_types: tuple[object, ...] = ()
     inside: tuple[Path, ...] = ()
     if not problem:
         said = huggingface.config_beside(beside, config, tensors)
         config, problem, token_ids = said.config, said.problem, said.token_ids
+        model_types = said.model_types
         inside = said.files if beside == path else ()
     dialect, rearranged = dialects.dialect_of(tensors), False
     if dialect is None:
-        tensors, layout = layouts.identify(tensors)
+        tensors, layout = naming.identify(tensors, model_types)
     else:
         if config is None and problem.startswith(f"{path} has no config"):
             problem = dialects.no_config(path, dialects.facts(tensors, dialect))

@@ -100,6 +100,7 @@ def test_what_a_handle_says(tmp_path):
         "tokens": 640,
         "fingerprint": ckpt.fingerprint,
         "config": model.config.to_dict(),
+        "module": "GPTModel",
     }
     again = make_model(model.config, seed=1)
     ckpt.load_weights(again)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from config import GPTConfig, config_from_hf, load_config, presets
-from hf_config import UnsupportedArchitecture, config_to_hf
+from hf_config import UnsupportedArchitecture
+from hf_convert import config_to_hf
 
 LLAMA = dict(norm="rmsnorm", position="rope", gated_mlp=True, bias=False, activation="silu")
 SIZES = dict(vocab_size=97, max_position_embeddings=64, n_layers=3, n_heads=4, d_model=64, d_ff=96)
@@ -29,10 +30,14 @@ ROUND_TRIPS = {
 NO_HUGGING_FACE_FORM = {
     "gpt2 without biases": GPTConfig(**SIZES, bias=False),
     "gpt2 grouped": GPTConfig(**SIZES, n_kv_heads=2),
-    "layernorm and rope": GPTConfig(**SIZES, position="rope"),
+    "layernorm and rope, without biases": GPTConfig(**SIZES, position="rope", bias=False),
     "rmsnorm and learned": GPTConfig(**SIZES, norm="rmsnorm"),
-    "llama ungated": GPTConfig(**SIZES, **(LLAMA | {"gated_mlp": False})),
-    "biased with window": GPTConfig(**SIZES, **(LLAMA | {"bias": True}), sliding_window=8),
+    "llama ungated, norms without weights": GPTConfig(
+        **SIZES, **(LLAMA | {"gated_mlp": False}), norm_weight=False
+    ),
+    "parallel, with norms behind": GPTConfig(
+        **SIZES, **LLAMA, parallel_residual=True, post_norm=True
+    ),
 }
 
 
@@ -103,12 +108,11 @@ def test_older_fields_of_config_json():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "gemma2"}, "'gemma2' has no native form"),
+        ({"model_type": "falcon"}, "'falcon' has no native form"),
         ({"model_type": None}, "no native form"),
         ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
-        ({"attention_bias": True}, "biases on some"),
         ({"partial_rotary_factor": 0.5}, "partial rotary"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
     ],
 )
@@ -327,3 +331,13 @@ def test_replace_lets_follow_what_was_derived():
     grouped = GPTConfig(d_model=32, n_heads=4, n_kv_heads=2, head_dim=16, qkv_bias=False)
     changed = grouped.replace(d_model=64, bias=True)
     assert (changed.head_dim, changed.n_kv_heads, changed.qkv_bias) == (16, 2, False)
+
+
+def test_a_saved_config_is_read_as_it_was(tmp_path):
+    """`bias`, where the biases of all layers are given, is in no config of Hugging Face's."""
+    gemma = LLAMA | dict(bias=True, qkv_bias=False, o_bias=False, mlp_bias=False, dropout=0.0)
+    gemma |= dict(activation="gelu_new", norm_offset=True, embedding_scale=8.0)
+    config = GPTConfig(**SIZES, **gemma)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gemma"
+    assert GPTConfig.from_pretrained(tmp_path) == config

@@ -48,7 +48,7 @@ SAID: dict[str, dict] = {
     "mistral": LLAMA | dict(sliding_window=8),
     "mixtral": LLAMA | dict(sliding_window=8, num_local_experts=4, num_experts_per_tok=3),
     "qwen2": LLAMA | WINDOW | dict(head_dim=16),
-    "qwen3": LLAMA | WINDOW,
+    "qwen3": LLAMA | WINDOW | dict(attention_bias=True),
     "qwen3 of listed layers": LLAMA
     | WINDOW
     | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
@@ -56,7 +56,7 @@ SAID: dict[str, dict] = {
 ONE_LESS = [(name, field) for name, said in SAID.items() for field in (None, *said)]
 
 # The default does not go with the other values: refused, as by transformers, or left to it
-NOT_TOGETHER = ("n_head", "attention_bias", "mlp_bias")
+NOT_TOGETHER = ("n_head",)
 
 
 def as_transformers_reads(values, folder):
@@ -84,7 +84,11 @@ def expected(hf) -> dict:
     kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
     window = None if hf.model_type == "llama" else hf.sliding_window
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    attention_bias = getattr(hf, "attention_bias", False)
     return dict(
+        qkv_bias=hf.model_type == "qwen2" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=getattr(hf, "mlp_bias", False),
         vocab_size=hf.vocab_size,
         max_position_embeddings=hf.max_position_embeddings,
         n_layers=hf.num_hidden_layers,

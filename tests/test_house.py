@@ -19,16 +19,17 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
     "packed",
-    "inputs launcher streams stats durable sources hf_config byte_bpe plain_yaml tasks/answers",
-    "cli identity",
+    "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
+    "tasks/answers",
+    "cli identity hf_convert",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention sandbox/kinds sandbox/frames costs/gpus backends",
-    "formats",
+    "formats rotary",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/flops costs/memory costs/time "
     "formats/foreign formats/finding formats/stored formats/inert formats/tensorfiles "
-    "formats/shards formats/text formats/pickles formats/archives model",
+    "formats/shards formats/text formats/pickles formats/archives formats/naming model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "

@@ -256,6 +256,18 @@ def test_attention_by_blocks(window, softcap, scale, monkeypatch):
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_dense_scores_some_queries_at_a_time(causal, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 11, 8, generator=g) for heads in (4, 2, 2))
+    whole = attend(q, k, v, causal=causal, softcap=2.0, lse=True)
+    monkeypatch.setattr(model_file, "DENSE_BYTES", 3 * 4 * 2 * 4 * 11)  # three queries
+    with torch.no_grad():
+        parts = attend(q, k, v, causal=causal, softcap=2.0, lse=True)
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
 def test_dropout_and_gradients_with_a_soft_cap():
     """Training takes the dense form: a mean over many draws is the attention without dropout."""
     g = torch.Generator().manual_seed(0)
@@ -315,7 +327,8 @@ def test_shapes_alone_come_without_drawing_weights():
     code = (
         "import sys, torch; from model import GPTModel; from config import load_config\n"
         "model = GPTModel.on_meta(load_config('llama3-8b'))\n"
-        "assert all(p.is_meta for p in model.parameters()) and model.rope.device.type == 'meta'\n"
+        "assert all(p.is_meta for p in model.parameters())\n"
+        "assert model.rope_global.device.type == 'meta'\n"
         "assert 'torch._dynamo' not in sys.modules\n"
         "assert torch.nn.init.ones_(torch.zeros(3)).sum() == 3 == len(torch.nn.Linear(2, 3).bias)\n"
     )

@@ -252,3 +252,26 @@ def test_activation_checkpointing_changes_no_gradient():
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+
+
+def test_features_train_and_open_in_transformers(shards, tmp_path):
+    """A small Gemma 2 from a YAML of its features, windows and soft caps included."""
+    transformers = pytest.importorskip("transformers")
+    features = ["post_norm", "norm_offset", "gated_mlp"]
+    lines = ["vocab_size: 257", "max_position_embeddings: 64", "norm: rmsnorm", "position: rope"]
+    lines += [*(f"{name}: true" for name in features), "bias: false", "activation: gelu_new"]
+    lines += ["attention_softcap: 20", "logit_softcap: 10", "sliding_window: 8"]
+    lines += ["full_attention_layers: [1]", f"embedding_scale: {32**0.5}"]
+    (tmp_path / "small.yaml").write_text("\n".join(lines) + "\n")
+    shape = ["--config", tmp_path / "small.yaml", *SHAPE]
+    flags = flags_of(shards, tmp_path / "a", "--num-steps", 6, shape=shape)
+    torchrun(0, "train.py", *flags)
+    saved = tmp_path / "a/checkpoint-6"
+    losses = [line["loss"] for line in log_of(tmp_path / "a") if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    ids = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager")
+    assert theirs.config.model_type == "gemma2"
+    with torch.no_grad():
+        ours = checkpoint.load_model(saved, "float32")(ids)[0]
+        assert (ours - theirs.eval()(ids).logits).abs().max() < 1e-5

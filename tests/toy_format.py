@@ -9,7 +9,7 @@ import json
 import torch
 
 from config import GPTConfig
-from formats import Opened, layouts
+from formats import Opened, naming
 from formats.stored import Piece, joined
 
 
@@ -26,7 +26,7 @@ def open(path, config=None):
             for file, offset, start, shape in entry["pieces"]
         ]
         tensors[name] = joined(name, torch.float32, entry["shape"], pieces)
-    tensors, layout = layouts.identify(tensors)
+    tensors, layout = naming.identify(tensors)
     return Opened(
         path=path,
         kind="toy",

@@ -8,14 +8,38 @@ from builders import ROOT
 
 from config import GPTConfig, config_to_hf
 
-KINDS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "mixtral")
+FEATURED = ("olmo", "olmo2", "gpt_neox", "gemma2", "gemma3_text", "phi", "granite", "stablelm")
+FEATURED += ("glm4", "cohere", "starcoder2", "smollm3")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", *FEATURED, "mixtral")
 
 
 def tiny(kind: str, **changes) -> GPTConfig:
     """Small models whose sizes are all different, so that no two symbols can be confused."""
     llama = dict(norm="rmsnorm", position="rope", activation="silu", gated_mlp=True, bias=False)
     llama |= dict(n_heads=6, n_kv_heads=2, head_dim=16, d_ff=144, tie_embeddings=False)
+    layer = dict(position="rope", n_heads=4, d_ff=144, tie_embeddings=False)
+    featured = llama | dict(n_heads=6, n_kv_heads=2, head_dim=16)  # whole heads make the width
+    gemma = featured | dict(norm_offset=True, post_norm=True, embedding_scale=96**0.5)
+    gemma |= dict(sliding_window=24, full_attention_layers=(1,), attention_scale=0.25)
+    gemma |= dict(activation="gelu_new", tie_embeddings=True)
+    cohere = featured | dict(norm="layernorm", qk_norm_type="layernorm", qk_norm_over="heads")
     kinds = {
+        "olmo": featured | dict(norm="layernorm", norm_weight=False, clip_qkv=2.0),
+        "olmo2": featured
+        | dict(pre_norm=False, post_norm=True, qk_norm=True, qk_norm_over="width"),
+        "gpt_neox": layer | dict(parallel_residual=True, rotary_fraction=0.5, activation="gelu"),
+        "gemma2": gemma | dict(attention_softcap=20.0, logit_softcap=10.0),
+        "gemma3_text": gemma | dict(qk_norm=True, local_rope_theta=100.0),
+        "phi": layer
+        | dict(parallel_residual=True, shared_norm=True, head_bias=True, activation="gelu_new")
+        | dict(rotary_fraction=0.5, n_kv_heads=2),
+        "granite": featured
+        | dict(qkv_bias=True, o_bias=True, residual_scale=0.3, attention_scale=0.4),
+        "stablelm": cohere | dict(norm_bias=True, qkv_bias=True, rotary_fraction=0.5),
+        "glm4": featured | dict(qkv_bias=True, post_norm=True, rotary_fraction=0.5),
+        "cohere": cohere | dict(parallel_residual=True, shared_norm=True, qk_norm=True),
+        "starcoder2": layer | dict(n_kv_heads=2, tie_embeddings=True, activation="gelu_new"),
+        "smollm3": featured | dict(no_rope_layers=(1,)),
         "gpt2": dict(activation="gelu_new", n_heads=4, d_ff=224),
         "llama": llama,
         "qwen2": llama | dict(qkv_bias=True, head_dim=None, n_heads=4),

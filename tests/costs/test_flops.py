@@ -6,7 +6,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import PARAMETERS
-from small_models import KINDS, MEGATRON, hf_model, megatron, tiny
+from small_models import FEATURED, KINDS, MEGATRON, hf_model, megatron, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,7 +45,11 @@ def configs(draw, experts=True):
         d_ff=draw(st.integers(3, 50)),
         tie_embeddings=draw(st.booleans()),
     )
-    if kind in ("gpt2", "qwen2"):
+    if kind in FEATURED:
+        d, k = 4 * draw(st.integers(1, 3)), heads if kind == "gpt_neox" else k
+        changes |= dict(n_kv_heads=k, head_dim=d, d_model=heads * d)
+        changes |= {"embedding_scale": (heads * d) ** 0.5} if kind.startswith("gemma") else {}
+    elif kind in ("gpt2", "qwen2"):
         changes |= dict(n_kv_heads=heads if kind == "gpt2" else k, head_dim=d, d_model=heads * d)
     else:
         changes |= dict(n_kv_heads=k, head_dim=d, d_model=2 * draw(st.integers(2, 30)))
@@ -94,8 +98,10 @@ def counted_flops(run) -> int:
 
 
 def rotary_product(c, T) -> int:
-    """transformers multiplies positions and frequencies with a matrix product, once a forward."""
-    return T * c.head_dim if c.position == "rope" else 0
+    """transformers multiplies positions and frequencies with a matrix product, once a forward, and
+    where two kinds of layer turn by their own, twice."""
+    kinds = {c.layer_rope(layer) for layer in range(c.n_layers)} - {None}
+    return T * c.rotary_dim * len(kinds)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -197,6 +197,24 @@ def test_peak_of_the_loss_whose_gradient_takes_the_logits_place(mode, V, monkeyp
     assert peak == pytest.approx(v["M_loss_backward"], rel=0.03)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_peak_of_the_loss_under_a_soft_cap(dtype):
+    """In float32: what tanh and log-softmax keep, and their gradients."""
+    c, rows = tiny("gpt2", vocab_size=4096, d_model=192, n_layers=1, logit_softcap=5.0), 768
+    v = solve_all(c, 12, 64, Setup(dtype=dtype, precision="pure", workspace=0))
+    model = GPTModel(c).train()
+    if dtype == "bf16":
+        to_pure(model)
+    hidden, targets = torch.randn(rows, c.d_model), torch.randint(0, 4096, (rows,))
+    with LiveBytes(model) as live:
+        loss = model.nll(hidden.requires_grad_(), targets)
+        held, forward, live.peak = live.now, live.peak, 0
+        loss.backward(torch.ones_like(loss))
+    assert forward == pytest.approx(v["M_loss_forward"], rel=0.02)
+    assert held == pytest.approx(v["M_loss_kept"], rel=0.02)
+    assert live.peak == pytest.approx(v["M_loss_backward"], rel=0.02)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_peak_of_a_prefill_on_cpu(kind):
     """Weights, cache and the widest moment of a block; without cuBLAS's fused GELU and RMSNorm."""

@@ -70,7 +70,7 @@ def test_sharded_pytorch_bin(tmp_path):
     refused(theirs, r"index\.json is not JSON")
 
 
-@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "gpt_neox", "mixtral", "opt"])
+@pytest.mark.parametrize("family", ["vaultgemma", "granitemoe", "gptj", "mixtral", "opt"])
 def test_other_architectures_through_transformers(tmp_path, family):
     """Soft caps, logit scales, biased heads, experts: the same logits as the own forward."""
     transformers = pytest.importorskip("transformers")
@@ -88,9 +88,9 @@ def test_other_architectures_through_transformers(tmp_path, family):
         eos_token_id=2,
     )
     more = {
-        "gemma2": {"final_logit_softcapping": 2.0},
-        "granite": {"logits_scaling": 4.0},
-        "cohere": {"logit_scale": 0.25},
+        "vaultgemma": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": None},
+        "granitemoe": {"logits_scaling": 4.0},
+        "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
         "mixtral": {"num_local_experts": 4},
         "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     }
@@ -104,6 +104,7 @@ def test_other_architectures_through_transformers(tmp_path, family):
     ckpt = checkpoint.open(tmp_path / "m")
     assert not ckpt.native and (ckpt.vocab_size, ckpt.context) == (97, 64)
     assert ckpt.format == "formats/huggingface.py" and ckpt.describe()["name"] == "m"
+    assert ckpt.describe()["module"] == "transformers"
     model = ckpt.load("float32")
     assert (model.dtype, model.device.type) == (torch.float32, "cpu")
     assert not model.supports_cache and model.vocab_size == 97 and model.max_positions == 64

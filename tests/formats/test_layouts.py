@@ -20,7 +20,7 @@ from checkpoint import (
     load_model,
     save_checkpoint,
 )
-from formats import layouts
+from formats import layouts, naming
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -131,6 +131,24 @@ LLAMA_BLOCK += " self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_
 NATIVE_BLOCK = "ln1 ln2 attn.qkv_proj attn.out_proj mlp.fc1 mlp.fc2"
 
 
+ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+TWO_NORMS = "input_layernorm post_attention_layernorm"
+FAMILIES = {  # whole blocks under names of their own
+    "phi3": f"{TWO_NORMS} self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj",
+    "phi": f"input_layernorm {ATTENTION.replace('o_proj', 'dense')} mlp.fc1 mlp.fc2",
+    "olmo2": LLAMA_BLOCK.replace("input_layernorm", "post_feedforward_layernorm"),
+    "gemma2": f"{LLAMA_BLOCK} pre_feedforward_layernorm post_feedforward_layernorm",
+    "cohere": f"input_layernorm {ATTENTION} mlp.gate_proj mlp.up_proj mlp.down_proj",
+    "olmo": f"{ATTENTION} mlp.gate_proj mlp.up_proj mlp.down_proj",
+    "glm": f"{TWO_NORMS} {ATTENTION} mlp.gate_up_proj mlp.down_proj",
+    "starcoder2": f"{TWO_NORMS} {ATTENTION} mlp.c_fc mlp.c_proj",
+    "nemotron": f"{TWO_NORMS} {ATTENTION} mlp.up_proj mlp.down_proj",
+    "nanochat": f"{ATTENTION} mlp.fc1 mlp.fc2",
+    "gpt_neox": f"{TWO_NORMS} attention.query_key_value attention.dense"
+    " mlp.dense_h_to_4h mlp.dense_4h_to_h",
+}
+
+
 def names_of(embedding, block, modules):
     return [f"{embedding}.weight", *(f"{block}.{module}.weight" for module in modules.split())]
 
@@ -149,20 +167,54 @@ def names_of(embedding, block, modules):
     ],
 )
 def test_a_layout_is_a_whole_block_of_names(names, layout):
-    assert layouts.recognise(dict.fromkeys(names, (8, 24))) == layout
+    assert naming.recognise(dict.fromkeys(names, (8, 24))) == layout
     if layout == "gpt2":
-        assert layouts.recognise(dict.fromkeys(names, (24, 8))) == "nanogpt"
+        assert naming.recognise(dict.fromkeys(names, (24, 8))) == "nanogpt"
     for missing in names if layout else ():
-        assert layouts.recognise(dict.fromkeys(set(names) - {missing}, (8, 24))) is None
+        known = layout if layout == "native" and "ln" in missing else None  # not all have norms
+        assert naming.recognise(dict.fromkeys(set(names) - {missing}, (8, 24))) == known
+
+
+def names_of_family(family):
+    if family == "gpt_neox":
+        return names_of("gpt_neox.embed_in", "gpt_neox.layers.0", FAMILIES[family])
+    return names_of("model.embed_tokens", "model.layers.0", FAMILIES[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_layout_is_a_whole_block_of_names_and_its_config(family):
+    names = names_of_family(family)
+    shapes = dict.fromkeys(names, (8, 24))
+    assert naming.recognise(shapes, [family]) == family
+    assert naming.recognise(shapes, ["no such family", family]) == family
+    assert naming.recognise(shapes) == ("llama" if family == "gemma2" else None)
+    bare = dict.fromkeys((name.partition(".")[2] for name in names), (8, 24))
+    assert naming.recognise(bare, [family]) == family
+    for missing in names:
+        assert naming.recognise(dict.fromkeys(set(names) - {missing}, (8, 24)), [family]) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_a_family_under_another_config(tmp_path, family):
+    state = {name: torch.ones(4, 4) for name in names_of_family(family)}
+    torch.save({"model": state}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=rf"those of a model_type .*\b{family}\b") as error:
+        load_model(tmp_path / "a.pt", "float32", config=small_llama())
+    assert "a.pt" in str(error.value) and "\n" not in str(error.value)
+    note = checkpoint.inspect(tmp_path / "a.pt")["note"]
+    assert "has no config" in note
+    assert "need a config of their family" in note or family == "gemma2"
+
+
+def small_llama():
+    sizes = {"vocab_size": 4, "d_model": 4, "d_ff": 4, "n_layers": 1, "n_heads": 1}
+    return CONFIGS["llama"].replace(**sizes, n_kv_heads=1, head_dim=None)
 
 
 OTHERS = {  # what stands in the files of others: an embedding like GPT-2's or Llama's is in many
     "litgpt's": "transformer.wte transformer.h.0.norm_1 transformer.h.0.attn.qkv",
     "nanochat's": "transformer.wte transformer.h.0.attn.c_q transformer.h.0.attn.c_proj",
-    "Phi's": "model.embed_tokens model.layers.0.self_attn.q_proj model.layers.0.self_attn.dense",
-    "Phi-3's": "model.embed_tokens model.layers.0.self_attn.qkv_proj",
     "Meta's (Llama, llama2.c, torchtitan)": "tok_embeddings layers.0.attention.wq",
-    "GPT-NeoX's (Pythia)": "gpt_neox.embed_in gpt_neox.layers.0.attention.query_key_value",
     "Falcon's or BLOOM's": "transformer.h.0.self_attention.query_key_value",
     "GPT-J's": "transformer.wte transformer.h.0.attn.q_proj transformer.h.0.mlp.fc_in",
     "OPT's": "model.decoder.embed_tokens model.decoder.layers.0.self_attn.q_proj",
@@ -171,13 +223,7 @@ OTHERS = {  # what stands in the files of others: an embedding like GPT-2's or L
     "those of a PEFT adapter": "base_model.model.model.layers.0.self_attn.q_proj.lora_A",
     "GPTQ or AWQ": "model.embed_tokens model.layers.0.self_attn.q_proj.qweight",
 }
-LIKE_LLAMA = {  # with or instead of Llama's own names
-    "Gemma 2's or 3's": ("+", "pre_feedforward_layernorm post_feedforward_layernorm"),
-    "OLMo 2's": ("+", "post_feedforward_layernorm self_attn.q_norm self_attn.k_norm"),
-    "Cohere's or OLMo's": ("-", "post_attention_layernorm"),
-    "Starcoder2's": ("+", "mlp.c_fc mlp.c_proj"),
-    "those of a mixture of experts": ("+", "mlp.experts.0.up_proj"),
-}
+LIKE_LLAMA = {"those of a mixture of experts": "mlp.experts.0.up_proj"}  # and all of Llama's names
 
 
 @pytest.mark.parametrize("owner", [*OTHERS, *LIKE_LLAMA])
@@ -187,19 +233,15 @@ def test_others_are_refused_by_name(tmp_path, owner):
             name + ".weight" * (not name.endswith("qweight")) for name in OTHERS[owner].split()
         ]
     else:
-        sign, modules = LIKE_LLAMA[owner]
-        block = set(LLAMA_BLOCK.split())
-        block = block | set(modules.split()) if sign == "+" else block - set(modules.split())
-        names = names_of("model.embed_tokens", "model.layers.0", " ".join(sorted(block)))
+        block = f"{LLAMA_BLOCK} {LIKE_LLAMA[owner]}"
+        names = names_of("model.embed_tokens", "model.layers.0", block)
     state = {name: torch.ones(4, 4) for name in names}
     torch.save({"model": state}, tmp_path / "a.pt")
-    sizes = {"vocab_size": 4, "d_model": 4, "d_ff": 4, "n_layers": 1, "n_heads": 1}
-    config = CONFIGS["llama"].replace(**sizes, n_kv_heads=1, head_dim=None)
     with pytest.raises(ValueError, match=re.escape(owner)) as error:
-        load_model(tmp_path / "a.pt", "float32", config=config)
+        load_model(tmp_path / "a.pt", "float32", config=small_llama())
     assert "a.pt" in str(error.value) and "\n" not in str(error.value)
     sure = checkpoint.inspect(tmp_path / "a.pt")["layout"]
-    assert sure == ("llama" if owner in LIKE_LLAMA and LIKE_LLAMA[owner][0] == "+" else None)
+    assert sure == ("llama" if owner in LIKE_LLAMA else None)
 
 
 WRAPPED = {

@@ -25,6 +25,16 @@ SHAPES = {
     "gpt2": ("gpt", {"d_ff": 1024, "activation": "gelu_new"}),
     "llama": ("llama", {"d_ff": 512}),
     "mistral": ("windowed", {"d_ff": 512, "sliding_window": 100}),
+    "gemma2": (
+        "windowed",
+        {"d_ff": 512, "sliding_window": 100, "full_attention_layers": (1,), "norm_offset": True}
+        | {"post_norm": True, "attention_softcap": 5.0, "logit_softcap": 8.0, "head_dim": 128}
+        | {"embedding_scale": 16.0, "activation": "gelu_new"},
+    ),
+    "gpt_neox": (
+        "gpt",
+        {"d_ff": 1024, "position": "rope", "rotary_fraction": 0.25, "parallel_residual": True},
+    ),
 }
 
 
