@@ -201,10 +201,34 @@ def check_sums(pieces: Iterable[Piece]) -> None:
             raise ValueError(f"{file} is damaged: the checksum at byte {check.offset:,} is wrong")
 
 
-def read(stored: Stored) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+class Staging:
+    """Memory that files are read into, the same for one tensor after another: of a thread's own.
+    pinned: for a GPU, which then takes it at the full speed of its bus."""
+
+    def __init__(self, pinned: bool = False):
+        self.pinned = pinned
+        self.memory: torch.Tensor | None = None
+
+    def room(self, size: int) -> torch.Tensor:
+        """`size` bytes, uint8; what was in them is gone."""
+        if self.memory is None or len(self.memory) < size:
+            most = max(size, READ_BYTES)
+            if self.pinned:
+                self.memory = torch.empty(most, dtype=torch.uint8, pin_memory=True)
+            else:  # mapped, not malloc'ed: it leaves the process whole, with no hole in the heap
+                mapped = mmap.mmap(-1, most, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                self.memory = torch.frombuffer(mapped, dtype=torch.uint8)
+        return self.memory[:size]
+
+
+def read(
+    stored: Stored, staging: Staging | None = None
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
     """(where, values) over a stored tensor, so that `t[where] = values` fills one of its shape; at
-    most READ_BYTES at a time, unless a row has more. The values last until the next step."""
+    most READ_BYTES at a time, unless a row has more. The values last until the next step, and
+    with a staging of the caller's no longer than its next use."""
     assert isinstance(stored.dtype, torch.dtype), "check_fits refuses what torch has no use for"
+    staging = staging or Staging()
     for piece in stored.pieces:
         shape = piece.shape or (1,)
         row_bytes = math.prod(shape[1:]) * stored.dtype.itemsize
@@ -215,8 +239,11 @@ def read(stored: Stored) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
         in_rows = strides[1:] == packed[1:] and packed[0] <= strides[0]
         read_bytes = row_bytes if not in_rows else strides[0] * stored.dtype.itemsize
         count = max(1, min(shape[0], READ_BYTES // read_bytes))
-        read_rows = _read_rows if in_rows else _map_rows
-        for row, values in read_rows(piece, stored.dtype, shape, count):
+        if in_rows:
+            found = _read_rows(piece, stored.dtype, shape, count, staging)
+        else:
+            found = _map_rows(piece, stored.dtype, shape, count)
+        for row, values in found:
             if not piece.shape:
                 yield (), values[0]
                 continue
@@ -224,17 +251,18 @@ def read(stored: Stored) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
             yield tuple(slice(a, a + n) for a, n in zip(begins, values.shape)), values
 
 
-def _read_rows(piece: Piece, dtype: torch.dtype, shape: tuple[int, ...], rows: int):
+def _read_rows(
+    piece: Piece, dtype: torch.dtype, shape: tuple[int, ...], rows: int, staging: Staging
+):
     """(first row, values) of a box whose rows lie whole, one after the other or with room between
-    them, `rows` at a time, one buffer for all."""
+    them, `rows` at a time."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     pitch = row_bytes if piece.strides is None else piece.strides[0] * dtype.itemsize
-    # mapped, not malloc'ed: it leaves the process whole, with no hole in the heap (1 GB on a 7B)
-    memory = mmap.mmap(-1, rows * pitch, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer = torch.frombuffer(memory, dtype=dtype).view(rows, -1)
+    memory = staging.room(rows * pitch)
+    buffer = memory.view(dtype).view(rows, -1)
     buffer = buffer[:, : row_bytes // dtype.itemsize].unflatten(1, shape[1:] or (1,))
     buffer = buffer if len(shape) > 1 else buffer[:, 0]
-    raw = memoryview(memory)
+    raw = memory.numpy().data
     with open(piece.file, "rb", buffering=0) as f:
         for row in range(0, shape[0], rows):
             count = min(rows, shape[0] - row)
