@@ -219,8 +219,8 @@ def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored
     if not (config or problem):
         problem = no_config(path, tensors)
     model_types: tuple[object, ...] = tuple(v for k, v in values.items() if k == "model_type")
-    if given is not None:  # and Llama's names are taken at their word
-        model_types += ((config_to_hf(given) or {}).get("model_type"), "llama")
+    if given is not None:  # which, if it is a Llama's, can be theirs as well
+        model_types += ((config_to_hf(given) or {}).get("model_type"), "llama", "phi3", "glm")
     files = (file,) if directory and os.path.isfile(file) else ()
     ids = {key: _token_id(values.get(key)) for key in TOKEN_IDS}
     return ConfigBeside(config, "" if config else problem, model_types, native, files, ids)

@@ -324,6 +324,29 @@ def test_a_family_under_the_names_of_llama_is_refused(pairs, tmp_path, name):
     assert torch.equal(loaded(IDS)[0], make_llama()(IDS)[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "i"),
+    [
+        ("phi3", 0),
+        ("glm", 0),
+        ("glm", 1),
+        ("gemma2", 0),
+        ("gpt_neox", 1),
+        ("cohere", 0),
+        ("olmo", 0),
+    ],
+)
+@torch.no_grad()
+def test_weights_alone_need_the_config_of_their_family(pairs, tmp_path, name, i):
+    _, folder, ours = pairs(name, i)
+    file = tmp_path / "weights.safetensors"
+    file.symlink_to(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="has no config"):
+        checkpoint.load_model(file, "float32")
+    loaded = checkpoint.load_model(file, "float32", config=ours.config)
+    assert torch.equal(loaded(IDS)[0], ours(IDS)[0])
+
+
 @torch.no_grad()
 def test_text_of_a_model_that_sees_images_too(tmp_path):
     """Gemma 3's larger releases: the vision tower is left where it lies."""

@@ -194,7 +194,7 @@ def test_a_familys_layout_is_a_whole_block_of_names_and_its_config(family):
         assert naming.recognise(dict.fromkeys(set(names) - {missing}, (8, 24)), [family]) is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"phi3", "glm"}))  # some are Llamas too
 def test_names_of_a_family_under_another_config(tmp_path, family):
     state = {name: torch.ones(4, 4) for name in names_of_family(family)}
     torch.save({"model": state}, tmp_path / "a.pt")
