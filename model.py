@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import VOCAB_MULTIPLE, GPTConfig
+from gpu_kernels import elementwise
 from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
 from rotary import angles, is_long, rope_tables, rotate
 
@@ -56,7 +57,14 @@ class Norm(nn.Module):
             self.register_parameter("weight", None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """float32; or in `dtype`, that of the products it goes into, where one kernel does both."""
+        fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH
+        if dtype is not None and fits and elementwise.applies(x, dtype):
+            rms, offset = not self.layer_norm, self.offset
+            return elementwise.norm(
+                x, self.weight, self.bias, self.eps, rms=rms, offset=offset, dtype=dtype
+            )
         x, shape = x.float(), (self.width,)
         weight: Tensor | None = self.weight
         if weight is not None and self.offset:
@@ -301,7 +309,10 @@ class MLP(nn.Module):
         c, fc1 = self.config, self.fc1
         activation = ACTIVATIONS[c.activation]
         if c.gated_mlp:
-            gate, up = fc1(x).chunk(2, dim=-1)
+            h = fc1(x)
+            if c.activation in elementwise.ACTIVATIONS and elementwise.applies(h, h.dtype):
+                return self.fc2(elementwise.gated(h, c.activation))
+            gate, up = h.chunk(2, dim=-1)
             return self.fc2(activation(gate) * up)
         if c.activation == "gelu_new" and c.mlp_bias and x.is_cuda and _is_half(fc1.weight):
             # cuBLAS applies bias and tanh GELU before it writes the product: one pass less
@@ -335,11 +346,15 @@ class Block(nn.Module):
         mask: list[Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        c, h = self.config, self.ln1(x)
+        c, h = self.config, self._normed(self.ln1, x)
         y = x + self._branch(self.ln1_post(self.attn(h, rope, mask, cache)))
         if not c.shared_norm:
-            h = self.ln2(x if c.parallel_residual else y)
+            h = self._normed(self.ln2, x if c.parallel_residual else y)
         return y + self._branch(self.ln2_post(self.mlp(h)))
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """What goes into a branch."""
+        return norm(x, self.mlp.fc1.weight.dtype) if isinstance(norm, Norm) else norm(x)
 
     def _branch(self, y: Tensor) -> Tensor:
         """What a branch adds to the residual stream."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig
+from gpu_kernels import elementwise
 
 
 def rope_frequencies(
@@ -115,7 +116,10 @@ def angles(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, heads, D] with its first R channels turned by cos, sin [B or 1, T, 1, R/2]."""
+    """x [B, T, heads, D] with its first R channels turned by cos, sin [B or 1, T, 1, R/2]; where no
+    gradient flows on a GPU, in place."""
+    if elementwise.applies(x, x.dtype):
+        return elementwise.rotate_(x, cos, sin)
     R = 2 * cos.shape[-1]
     a, b = x[..., :R].float().chunk(2, dim=-1)
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

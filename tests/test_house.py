@@ -23,7 +23,8 @@ FLOORS = [
     "tasks/answers",
     "cli identity hf_convert",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention sandbox/kinds sandbox/frames costs/gpus backends",
+    "gpu_kernels/decode_attention gpu_kernels/elementwise sandbox/kinds sandbox/frames costs/gpus "
+    "backends",
     "formats rotary",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "

@@ -1,0 +1,85 @@
+"""gpu_kernels/elementwise.py against PyTorch's own operations, in float64 where rounding tells.
+
+python -m pytest tests/gpu/test_elementwise_gpu.py
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpu_kernels import elementwise
+from model import ACTIVATIONS
+from rotary import rotate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def error(found, wanted) -> float:
+    assert found.isfinite().all()
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 3, 64, 768, 1600, 4096, 5000, 8192, 16384])
+def test_norms(width, dtype):
+    for rows, offset, weighted in itertools.product((1, 7, 333), (0.0, 1.0), (True, False)):
+        x = torch.randn(rows, width, device="cuda") * 3 + 1
+        w = torch.randn(width, device="cuda") if weighted else None
+        b = torch.randn(width, device="cuda")
+        scale = None if w is None else w.double() + offset
+        more = {"offset": offset, "dtype": dtype}
+        rms = elementwise.norm(x, w, None, 1e-5, rms=True, **more)
+        assert error(rms, F.rms_norm(x.double(), (width,), scale, 1e-5).to(dtype)) < 1e-3
+        layer = elementwise.norm(x, w, b, 1e-5, rms=False, **more)
+        wanted = F.layer_norm(x.double(), (width,), scale, b.double(), 1e-5)
+        assert error(layer, wanted.to(dtype)) < 1e-3
+
+
+@pytest.mark.parametrize("D, R", [(2, 2), (16, 16), (64, 64), (80, 32), (96, 72), (128, 128)])
+def test_rotary_positions(D, R):
+    for B, T, H, same in itertools.product((1, 3), (1, 5, 130), (1, 3, 12, 40), (True, False)):
+        fused = torch.randn(B, T, H + 2, D, device="cuda", dtype=torch.bfloat16)
+        angle = torch.randn(1 if same else B, T, 1, R // 2, device="cuda") * 9
+        kept, own = fused.clone(), fused[:, :, :H]
+        with torch.enable_grad():  # the plain twin
+            wanted = rotate(kept[:, :, :H], angle.cos(), angle.sin())
+        found = rotate(own, angle.cos(), angle.sin())
+        assert found.data_ptr() == own.data_ptr() and error(found, wanted) < 1e-3
+        assert torch.equal(fused[:, :, H:], kept[:, :, H:])
+        assert torch.equal(found[..., R:], kept[:, :, :H, R:])
+
+
+@pytest.mark.parametrize("name", elementwise.ACTIVATIONS)
+def test_gates(name):
+    for rows, width in ((1, 1), (5, 37), (100, 1024), (33, 11008), (7, 1025)):
+        h = torch.randn(2, rows, 2 * width, device="cuda", dtype=torch.bfloat16) * 4
+        gate, up = h.chunk(2, dim=-1)
+        assert error(elementwise.gated(h, name), ACTIVATIONS[name](gate) * up) < 1e-3
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    x = torch.randn(50, 4096, device="cuda")
+    w = torch.randn(4096, device="cuda")
+    more = {"rms": True, "offset": 0.0, "dtype": torch.bfloat16}
+    whole = elementwise.norm(x, w, None, 1e-5, **more)
+    for rows in (slice(0, 1), slice(3, 20), slice(49, 50)):
+        alone = elementwise.norm(x[rows].contiguous(), w, None, 1e-5, **more)
+        assert torch.equal(alone, whole[rows])
+
+
+def test_float32_gradients_and_the_cpu_stay_plain():
+    x = torch.randn(2, 4, device="cuda")
+    assert elementwise.applies(x, torch.bfloat16)
+    assert not elementwise.applies(x, torch.float32)
+    assert not elementwise.applies(x.cpu(), torch.bfloat16)
+    with torch.enable_grad():
+        assert not elementwise.applies(x, torch.bfloat16)
