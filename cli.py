@@ -303,7 +303,7 @@ def first_line(error: Exception) -> str:
     """What a library's exception says, in brief: its first line, or its type if it is silent."""
     text = str(error).strip().rpartition("WeightsUnpickler error:")[2]  # torch's advice is before
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return printable(lines[0][:300]) if lines else type(error).__name__
 
 
 @functools.cache

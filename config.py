@@ -295,8 +295,11 @@ def _differing(config: GPTConfig, block: dict) -> str:
         said = config_from_hf(config_to_hf(GPTConfig(**block)) or {})  # as those fields can say it
     except (ValueError, TypeError):
         return "the block cannot be read"
-    mine, theirs = config.to_dict(), said.to_dict()
-    return ", ".join(f"{n} {mine[n]}, not {theirs[n]}" for n in mine if mine[n] != theirs[n])
+    names = (f.name for f in fields(GPTConfig))  # to_dict leaves out what says nothing
+    both = ((name, getattr(config, name), getattr(said, name)) for name in names)
+    return ", ".join(
+        f"{name} {ours}, not {theirs}" for name, ours, theirs in both if ours != theirs
+    )
 
 
 def config_from_hf(hf: dict) -> GPTConfig:

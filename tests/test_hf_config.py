@@ -350,3 +350,13 @@ def test_a_file_changed_under_its_manifest_is_noticed(tmp_path):
         checkpoint.fingerprint(path)
     manifest.unlink()
     assert checkpoint.fingerprint(path) != before
+
+
+def test_a_feature_that_the_block_does_not_name_is_a_difference_too(tmp_path, capsys):
+    """The block leaves out what says nothing: biases of the MLP alone are in one of the two."""
+    path = saved_checkpoint(tmp_path, kind="llama")
+    values = json.loads((path / "config.json").read_text())
+    assert "mlp_bias" not in values["roseval"]
+    config = GPTConfig.from_json(values | {"mlp_bias": True}, "config.json")
+    assert config.mlp_bias and not config.bias
+    assert "mlp_bias True, not False" in capsys.readouterr().err
