@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 
 import cli
 import evaluation as frame
+import stats
 from durable import check_writable
 from evaluation import Evaluation, ModelOptions, Plans, Result
 from identity import run_directory
+from runs import called
 
 if TYPE_CHECKING:  # it loads torch
     from distributed import Dist
@@ -148,3 +150,13 @@ def measure_checkpoint(
         result["cost"]["load_seconds"] = load_seconds
         done.append(result)
     return done
+
+
+def print_shares(records: list[dict], names: list[str], width: int) -> None:
+    """A line for each checkpoint, a column of `width` characters for each of these metrics, which
+    are shares."""
+    first = max(10, *map(len, called(records)))
+    print(f"\n{'checkpoint':{first}}" + "".join(f"{name:>{width}}" for name in names))
+    for name, record in zip(called(records), records, strict=True):
+        cells = (stats.show_share(record["metrics"][metric]) for metric in names)
+        print(f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))

@@ -35,7 +35,6 @@ import results
 import stats
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
-from runs import called
 from tasks import answers, drawing
 from tasks.word_problems import Problem, Prompt, data_hash, load_prompt, read_problems
 
@@ -330,13 +329,8 @@ def print_record(record: Result) -> None:
 
 
 def print_table(records: list[dict]) -> None:
-    """A line for each checkpoint."""
     names = [name for name in records[0]["metrics"] if not name.startswith("vote_")]
-    width = max(10, *map(len, called(records)))
-    print(f"\n{'checkpoint':{width}}" + "".join(f"{name:>22}" for name in names))
-    for called_so, record in zip(called(records), records, strict=True):
-        cells = (stats.show_share(record["metrics"][name]) for name in names)
-        print(f"{called_so:{width}}" + "".join(f"{cell:>22}" for cell in cells))
+    command.print_shares(records, names, 22)
 
 
 # ---------------------------------------------------------------------------------------------

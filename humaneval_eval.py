@@ -32,10 +32,8 @@ import cli
 import command
 import evaluation
 import launcher
-import stats
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
-from runs import called
 from sandbox.judge import TIERS, Sandbox, Verdict
 from tasks import drawing
 from tasks.programs import (
@@ -339,12 +337,7 @@ def print_record(record: Result) -> None:
 
 
 def print_table(records: list[dict]) -> None:
-    """A line for each checkpoint."""
-    width = max(10, *map(len, called(records)))
-    print(f"\n{'checkpoint':{width}}" + "".join(f"{k:>20}" for k in records[0]["metrics"]))
-    for name, record in zip(called(records), records, strict=True):
-        cells = map(stats.show_share, record["metrics"].values())
-        print(f"{name:{width}}" + "".join(f"{cell:>20}" for cell in cells))
+    command.print_shares(records, list(records[0]["metrics"]), 20)
 
 
 # ---------------------------------------------------------------------------------------------
