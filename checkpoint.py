@@ -39,11 +39,13 @@ import cli
 import formats
 from config import GPTConfig, load_config
 from formats import (
+    adapters,
     finding,
     fingerprints,
     foreign,
     huggingface,
     layouts,
+    merging,
     naming,
     native,
     stored,
@@ -54,18 +56,26 @@ from formats.readers import READERS
 from model import GPTModel
 from packed import require_file
 from tokenizer import TOKENIZER_COPIES
-from transformers_model import TransformersModel, load_transformers, transformers_sizes
+from transformers_model import Model, TransformersModel, load_transformers, transformers_sizes
 
 # ---------------------------------------------------------------------------------------------
 # The handle
 
 
-def open(path: str | Path, config: GPTConfig | None = None) -> "Checkpoint":
+def open(
+    path: str | Path, config: GPTConfig | None = None, base: "Checkpoint | str | Path | None" = None
+) -> "Checkpoint":
     """The handle of a checkpoint, from the headers of its files. `config`: for files that hold
-    none. ValueError, one line, for whatever is wrong with a file."""
+    none. `base`: of an adapter, whose own files name one too. ValueError, one line, for whatever is
+    wrong with a file."""
     path = formats.named(path)
     with _readable(path):
-        return Checkpoint(reader_of(path).open(path, config))
+        opened = reader_of(path).open(path, config)
+        if opened.adapter is None:
+            return Checkpoint(opened)
+        if not isinstance(base, Checkpoint):
+            base = open(adapters.base_path(opened, base), config)
+        return Checkpoint(adapters.onto(opened, base), base)
 
 
 @contextlib.contextmanager
@@ -99,21 +109,23 @@ class Checkpoint:
     """A checkpoint that was opened once: what its files state, and the way to its model.
 
     Attributes beside the properties below: path; name; kind (roseval, huggingface, rosetrainer,
-    nanogpt, training, weights); format, the file that opened it ("formats/native.py"); step, as the
+    nanogpt, training, weights, adapter); format, the file that opened it ("formats/native.py");
+    rooms, all such files; base, the handle of an adapter's base; step, as the
     files or the name state it; tensors, {name: stored.Stored}, and their layout; tokenizer, the
     directory with tokenizer files that goes with it; facts, plain values that the files state
     (epoch, loss, tokens); native, whether GPTModel runs it, not transformers; problem, why its
     config is not known. No file stays open.
     """
 
-    def __init__(self, opened: formats.Opened):
-        self._opened, self.path = opened, opened.path
+    def __init__(self, opened: formats.Opened, base: "Checkpoint | None" = None):
+        self._opened, self.path, self.base = opened, opened.path, base
         self.kind, self.format, self.native = opened.kind, opened.format, opened.native
+        self.rooms: tuple[str, ...] = (opened.format, *(base.rooms if base else ()))
         self.tensors, self.layout, self.facts = opened.tensors, opened.layout, opened.facts
         self.problem = opened.problem
         self.name = formats.name_of(self.path)
         self.step = formats.step_in_name(self.name) if opened.step is None else opened.step
-        self.tokenizer = find_tokenizer(self.path)
+        self.tokenizer = find_tokenizer(self.path) or (base and base.tokenizer)
         self._as_opened = self._state_of_files()
 
     @cached_property
@@ -134,7 +146,7 @@ class Checkpoint:
     @cached_property
     def _sizes(self) -> tuple[int, int | None]:
         if not self.native:
-            return transformers_sizes(self.path)
+            return transformers_sizes(self.base.path if self.base else self.path)
         assert self.config is not None, "a native one has a config, or says why not"
         return self.config.vocab_size, self.config.max_position_embeddings
 
@@ -150,15 +162,17 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 that identifies the checkpoint: of its manifest, else of its files."""
+        """sha256 that identifies the checkpoint: of its manifest, else of its files; of an adapter,
+        its base's and its own."""
         with _readable(self.path):
             found = fingerprints.fingerprint(self._opened)
             self._check_unchanged()
-            return found
+        return fingerprints.of_both(self.base.fingerprint, found) if self.base else found
 
     def describe(self) -> dict[str, Any]:
         """What a result record says of the checkpoint it was measured on: results.py's
         `checkpoint`."""
+        base = self.base
         return {
             "path": str(self.path),
             "name": self.name,
@@ -167,6 +181,7 @@ class Checkpoint:
             "fingerprint": self.fingerprint,
             "config": self.config and self.config.to_dict(),
             "module": "GPTModel" if self.native else "transformers",
+            **({"base": {"path": str(base.path), "fingerprint": base.fingerprint}} if base else {}),
         }
 
     def load(
@@ -177,13 +192,28 @@ class Checkpoint:
         dtype = layouts.as_dtype(dtype)
         if not self.native:
             self._check_unchanged()
-            return load_transformers(self.path, dtype, device, self.config)
+            path = self.base.path if self.base else self.path
+            other = load_transformers(path, dtype, device, self.config)
+            self.merge_into(other)
+            return other
         assert self.config is not None, "a native one has a config, or says why not"
         model = GPTModel.on_meta(self.config)
         self._check_fits(model)
         model.allocate(dtype, device)
         self._fill(model)
+        self.merge_into(model)
         return model.for_inference(dtype)
+
+    def merge_into(self, model: Model, keep: bool = False) -> dict[str, torch.Tensor]:
+        """Of an adapter: into a model of its config that holds its base's weights. keep: return
+        what is changed, for merging.restore."""
+        adapter = self._opened.adapter
+        if adapter is None:
+            return {}
+        assert self.base is not None, "an adapter has one"
+        with _readable(self.path):
+            self._check_unchanged()
+            return merging.merge(adapter, model, self.base.path, keep)
 
     def load_weights(self, model: nn.Module) -> None:
         """The weights into a GPTModel that exists, in its dtypes and on its device."""
@@ -197,6 +227,7 @@ class Checkpoint:
             )
         self._check_fits(gpt)
         self._fill(gpt)
+        self.merge_into(gpt)
 
     def _tied_as_stored(self, config: GPTConfig, layout: str) -> GPTConfig:
         """rosetrainer's oldest files are untied and do not say so: compare the two tensors."""
@@ -218,7 +249,8 @@ class Checkpoint:
         layouts.check_fits(model, self.tensors, self.layout, self.path, self._opened.hint)
 
     def _state_of_files(self) -> list[tuple]:
-        states = [file.stat() for file in self._opened.files]
+        files = self._opened.files + (self.base._opened.files if self.base else ())
+        states = [file.stat() for file in files]
         return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in states]
 
     def _check_unchanged(self) -> None:
@@ -303,8 +335,9 @@ def is_checkpoint(path: str | Path) -> bool:
 def is_complete(path: str | Path) -> bool:
     """Whether a checkpoint's files are all there and whole, as far as sizes and tables of contents
     tell. For a watcher: ours are whole when they appear, others grow under their final name."""
-    try:
-        open(path)
+    path = formats.named(path)
+    try:  # without an adapter's base, which may be known to others alone
+        reader_of(path).open(path)
     except Exception:  # an edge: one of those that a watcher sees
         return False
     return True

@@ -144,7 +144,7 @@ def measure_checkpoint(
             plan,
             info=info,
             run=models.run_of(path),
-            rooms=(ckpt.format, "backends/local.py"),
+            rooms=(*ckpt.rooms, "backends/local.py"),
             results_dir=models.results_dir,
         )
         result["cost"]["load_seconds"] = load_seconds

@@ -249,7 +249,7 @@ def evaluate(
             plan,
             info=work.info,
             run=work.run,
-            rooms=(ckpt.format, "backends/local.py"),
+            rooms=(*ckpt.rooms, "backends/local.py"),
             results_dir=models.results_dir,
         )
     except Exception as error:  # an edge: one checkpoint of a sweep

@@ -4,6 +4,7 @@ path opens it."""
 from types import ModuleType
 
 from formats import (
+    adapters,
     dcp,
     dcp_safetensors,
     deepspeed,
@@ -19,4 +20,4 @@ from formats import (
 )
 
 READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core, dcp)
-READERS += (deepspeed, meta, lightning, llama2c, llmc, pt_files)
+READERS += (deepspeed, meta, lightning, llama2c, llmc, pt_files, adapters)

@@ -182,7 +182,7 @@ class Planner:
                 continue
             try:
                 plan, _ = self.plan_of(entry, ckpt)
-                rooms = ckpt.format, "backends/local.py"
+                rooms = *ckpt.rooms, "backends/local.py"
                 key = evaluation.resume_key(entry.evaluation, plan, about, *rooms)
                 keys[label] = self._record_path(entry, plan, about, path), key
             except Exception as error:  # the same edge
