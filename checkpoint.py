@@ -20,13 +20,12 @@ against it (formats/layouts.py), and each tensor goes from the file, some MB at 
 in its final dtype and device.
 """
 
+import argparse
 import contextlib
 import errno
 import json
-import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -40,10 +39,12 @@ import formats
 from config import GPTConfig, load_config
 from formats import (
     adapters,
+    conversion,
     finding,
     fingerprints,
     foreign,
     huggingface,
+    inspection,
     layouts,
     merging,
     naming,
@@ -55,7 +56,6 @@ from formats.finding import CheckpointInfo, find_tokenizer
 from formats.readers import READERS
 from model import GPTModel
 from packed import require_file
-from tokenizer import TOKENIZER_COPIES
 from transformers_model import Model, TransformersModel, load_transformers, transformers_sizes
 
 # ---------------------------------------------------------------------------------------------
@@ -125,7 +125,9 @@ class Checkpoint:
         self.problem = opened.problem
         self.name = formats.name_of(self.path)
         self.step = formats.step_in_name(self.name) if opened.step is None else opened.step
-        self.tokenizer = find_tokenizer(self.path) or (base and base.tokenizer)
+        self.tokenizer: Path | None = find_tokenizer(self.path) or (
+            base.tokenizer if base else None
+        )
         self._as_opened = self._state_of_files()
 
     @cached_property
@@ -204,16 +206,15 @@ class Checkpoint:
         self.merge_into(model)
         return model.for_inference(dtype)
 
-    def merge_into(self, model: Model, keep: bool = False) -> dict[str, torch.Tensor]:
-        """Of an adapter: into a model of its config that holds its base's weights. keep: return
-        what is changed, for merging.restore."""
-        adapter = self._opened.adapter
-        if adapter is None:
-            return {}
-        assert self.base is not None, "an adapter has one"
-        with _readable(self.path):
-            self._check_unchanged()
-            return merging.merge(adapter, model, self.base.path, keep)
+    def merge_into(self, model: Model, keep: bool = False) -> Callable[[], None]:
+        """Of an adapter: into a model of its config that holds its base's weights. keep: what is
+        returned, when called, takes it out again."""
+        adapter, before = self._opened.adapter, None
+        if adapter is not None and self.base is not None:
+            with _readable(self.path):
+                self._check_unchanged()
+                before = merging.merge(adapter, model, self.base.path, keep)
+        return lambda: merging.restore(adapter, model, before) if before else None
 
     def load_weights(self, model: nn.Module) -> None:
         """The weights into a GPTModel that exists, in its dtypes and on its device."""
@@ -301,17 +302,9 @@ def load_checkpoint(
     """Restore model, optimizer and scheduler exactly; returns (epoch, step, loss). What else was
     saved (`extra`) comes from `load_training_state`."""
     state = load_training_state(checkpoint_path)
-    for name, wanted in (("optimizer", optimizer), ("scheduler", scheduler)):
-        if wanted is not None and state[name] is None:
-            raise ValueError(f"{checkpoint_path} holds no {name} state")
+    training_state.require(state, optimizer, scheduler, checkpoint_path)
     load_weights(checkpoint_path, model)
-    try:
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(state["scheduler"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{checkpoint_path}: its training state does not fit: {error}") from None
+    training_state.restore(state, optimizer, scheduler, checkpoint_path)
     return state["epoch"] or 0, state["step"] or 0, state["loss"]
 
 
@@ -383,51 +376,18 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
 
 def inspect(path: str | Path, config: GPTConfig | None = None) -> dict[str, Any]:
     """What a checkpoint holds, without reading a tensor."""
-    ckpt, note = open(path, config), None
-    try:
-        config = ckpt.config
-        note = None if config else ckpt.problem
-    except ValueError as error:
-        config, note = None, cli.first_line(error)
-    sizes = {name: math.prod(t.shape) for name, t in ckpt.tensors.items()}
-    if config is not None and config.tie_embeddings:
-        sizes.pop(naming.head_name(ckpt.layout or "native"), None)
-    return {
-        "path": str(path),
-        "kind": ckpt.kind,
-        "step": ckpt.step,
-        "epoch": ckpt.facts.get("epoch"),
-        "loss": ckpt.facts.get("loss"),
-        "left_out": ckpt.facts.get("left_out"),
-        "parameters": sum(sizes.values()),
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ckpt.tensors.values()}),
-        "layout": ckpt.layout,
-        "tokenizer": ckpt.tokenizer and str(ckpt.tokenizer),
-        "config": config and config.to_dict(),
-        "note": note,
-    }
+    return inspection.inspect(open(path, config))
 
 
-def convert(source: str | Path, destination: str | Path, config: GPTConfig | None = None) -> Path:
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    config: GPTConfig | None = None,
+    base: str | Path | None = None,
+) -> Path:
     """Any readable checkpoint to a directory as `save_checkpoint` writes it, in the dtype that it
-    has, without training state."""
-    final = Path(destination)
-    if final.exists():
-        raise ValueError(f"{final} exists already: name a new directory")
-    ckpt = open(source, config)
-    if not ckpt.native:
-        raise ValueError(f"{source} is of an architecture that transformers alone has")
-    dtype = next(iter(ckpt.tensors.values())).dtype
-    model = ckpt.load(dtype)
-    assert isinstance(model, GPTModel), "native"
-    ids = {key: ckpt.facts.get(key) for key in huggingface.TOKEN_IDS}
-    about = {"step": ckpt.step, "converted": ckpt.path.name}
-    with native.appearing(final, about) as directory:
-        write_weights(model, model.config, directory, dtype=dtype, **ids)
-        for name in TOKENIZER_COPIES:
-            if ckpt.tokenizer and os.path.isfile(ckpt.tokenizer / name):
-                shutil.copy(ckpt.tokenizer / name, directory)
-    return final
+    has, without training state; an adapter merged into its base."""
+    return conversion.to_native(open(source, config, base), Path(destination))
 
 
 def main(argv=None):
@@ -441,8 +401,12 @@ def main(argv=None):
     converting = jobs.add_parser("convert", help="to a Hugging Face directory")
     converting.add_argument("source")
     converting.add_argument("destination")
+    converting.add_argument("--to", choices=("roseval", "hf"), default="roseval", help="whose form")
+    converting.add_argument("--dtype", choices=sorted(cli.DTYPES), help="with --to hf")
+    converting.add_argument("--max-shard-size", help="with --to hf: 5GB, 500MB, 2GiB", metavar="N")
     for job in (inspecting, converting):
         job.add_argument("--config", help="preset or YAML file, for files that hold no config")
+        job.add_argument("--base", help="the base of an adapter that names none")
     for job in (listing, inspecting, converting):
         job.add_argument("--debug", action="store_true")
     args = p.parse_args(argv)
@@ -451,14 +415,25 @@ def main(argv=None):
         return
     config = load_config(args.config) if args.config else None
     if args.job == "convert":
-        print(cli.printable(convert(args.source, args.destination, config)))
+        print(cli.printable(_convert(args, config)))
         return
-    for key, value in inspect(args.path, config).items():
+    ckpt = open(args.path, config, args.base)
+    for key, value in inspection.inspect(ckpt).items():
         print(f"{key}: {json.dumps(value)}")
     if args.verify:
         native.check_manifest(Path(args.path), content=True)
-        load_model(args.path, "float32", config=config)
+        ckpt.load("float32")
         print("verified: checksums hold, every weight is a finite number")
+
+
+def _convert(args: argparse.Namespace, config: GPTConfig | None) -> Path:
+    if args.to == "roseval":
+        if args.dtype or args.max_shard_size:
+            raise ValueError("--dtype and --max-shard-size go with --to hf")
+        return convert(args.source, args.destination, config, args.base)
+    size = conversion.bytes_of(args.max_shard_size or conversion.MAX_SHARD_SIZE)
+    ckpt = open(args.source, config, args.base)
+    return conversion.to_hf(ckpt, Path(args.destination), args.dtype, size)
 
 
 def print_list(directory: str | Path) -> None:

@@ -13,6 +13,7 @@ one of them alone, the model computed is the untied one, as PEFT computes it bef
 """
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,8 @@ LEAVES = {  # what a tensor's name ends in, after its module's name: what it is
     ".weight": "weight",
     ".bias": "bias",
 }
+# of a module saved whole under its own name too, where PEFT found the vocabulary resized
+COPIES = re.compile(r"\.(modules_to_save|original_module)(?=\.\w+$)")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,6 +103,8 @@ def _by_module(table: dict[str, Stored], file: Path) -> dict[str, dict[str, Stor
         what = f"{shown(strange)}, which do not begin with {PREFIX}" if strange else "no tensors"
         raise ValueError(f"{file} holds {what}: it is no file of PEFT's save_pretrained()")
     plain = {name.removeprefix(PREFIX): stored for name, stored in table.items()}
+    copies = [name for name in plain if COPIES.search(name) and COPIES.sub("", name) in plain]
+    plain = {name: stored for name, stored in plain.items() if name not in copies}
     modules: dict[str, dict[str, Stored]] = {}
     for name, stored in naming.text_only(plain).items():
         if stored.dtype not in FLOATS:
@@ -158,18 +163,16 @@ def onto(opened: Opened, base: "checkpoint.Checkpoint") -> Opened:
     if base.native:
         assert config is not None and base.layout is not None, "a native one has both"
         adapter = adapter._replace(layout=_family_layout(base, config))
-        config = _config_of(adapter, config)
-        ours, theirs = (
-            (naming.embedding_name(layout), naming.head_name(layout))
-            for layout in (base.layout, adapter.layout)
-        )
+        ends = [naming.embedding_name(adapter.layout).removesuffix(".weight")]
+        changed = [adapter.modules.get(end, {}) for end in (*ends, merging.head_of(adapter))]
+        config = _config_of(changed, config)
+        names = naming.embedding_name(base.layout), naming.head_name(base.layout)
         if not config.tie_embeddings:
-            tensors.setdefault(ours[1], tensors[ours[0]])
-        for our, their in zip(ours, theirs):  # of a vocabulary that was made larger
-            whole = _leaf(adapter, their.removesuffix(".weight"), "weight")
-            if whole is not None and whole.shape != tensors[our].shape:
-                tensors[our] = whole
-        merging.check(adapter, merging.places(GPTModel.on_meta(config), adapter.layout), base.path)
+            tensors.setdefault(names[1], tensors[names[0]])
+        for name, leaves in zip(names, changed):  # of a vocabulary that was made larger
+            if "weight" in leaves and leaves["weight"].shape != tensors[name].shape:
+                tensors[name] = leaves["weight"]
+        merging.check(adapter, merging.places(adapter, GPTModel.on_meta(config)), base.path)
     return replace(
         opened,
         tensors=tensors,
@@ -195,17 +198,9 @@ def _family_layout(base: "checkpoint.Checkpoint", config: GPTConfig) -> str:
     return str(naming.of_family(hf["model_type"]))
 
 
-def _leaf(adapter: Adapter, module: str, leaf: str) -> Stored | None:
-    return adapter.modules.get(module, {}).get(leaf)
-
-
-def _config_of(adapter: Adapter, config: GPTConfig) -> GPTConfig:
-    """The base's config, with a larger vocabulary, and untied where only one of two is changed."""
-    embedding, head = (
-        name(adapter.layout).removesuffix(".weight")
-        for name in (naming.embedding_name, naming.head_name)
-    )
-    changed = adapter.modules.get(embedding, {}), adapter.modules.get(head, {})
+def _config_of(changed: list[dict[str, Stored]], config: GPTConfig) -> GPTConfig:
+    """The base's config, with the vocabulary that the adapter has, and untied unless its embedding
+    and its head change alike. changed: what the adapter has of the one and of the other."""
     if any(changed) and not (set(changed[0]) == {"rows"} and not changed[1]):
         config = config.replace(tie_embeddings=False)
     whole = changed[0].get("weight")

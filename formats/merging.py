@@ -1,6 +1,6 @@
 """An adapter's tensors and the weights of its base: where each belongs, whether it fits, merging.
 
-    check(adapter, places(model, layout), base)     # shapes alone: a model on meta will do
+    check(adapter, places(adapter, model), base)    # shapes alone: a model on meta will do
     before = merge(adapter, model, base, keep=True)
     restore(adapter, model, before)                 # the base again, bit for bit
 
@@ -41,16 +41,24 @@ class Place(NamedTuple):
     kind: str  # linear, conv1d ([in, out]), head, embedding, positions; other: no matrix
 
 
-def places(model: "Model", layout: str) -> dict[str, Place]:
-    """{transformers' name: its place} over a model; layout: of the names, for a GPTModel."""
+def head_of(adapter: Adapter) -> str:
+    """What the adapter calls the head: as files of its family do, or as transformers 5 does."""
+    name = naming.head_name(adapter.layout).removesuffix(".weight")
+    return name if name in adapter.modules else "lm_head"
+
+
+def places(adapter: Adapter, model: "Model") -> dict[str, Place]:
+    """{transformers' name: its place} over a model."""
     if isinstance(model, GPTModel):
+        layout, head = adapter.layout, f"{head_of(adapter)}.weight"
         matrix = "conv1d" if layouts.LAYOUTS[layout].conv1d else "linear"
         special = {
             naming.embedding_name(layout): "embedding",
             naming.theirs_of(layout, "position_embedding")[0]: "positions",
-            naming.head_name(layout): "head",
+            head: "head",
         }
-        parts = dict(layouts.parts(model, layout))
+        heads = {naming.head_name(layout): head}
+        parts = {heads.get(name, name): part for name, part in layouts.parts(model, layout)}
         kinds = {name: special.get(name, matrix) for name in parts}
     else:
         causal_lm = model.causal_lm
@@ -158,6 +166,7 @@ def _lacking(adapter: Adapter, there: dict[str, Place]) -> list[str]:
         if biases and leaf == "bias" and leaf not in has:
             said.append(f"{name} is lacking, as bias is {config.bias!r}")
     names = {name for place in there for name in around(place.rpartition(".")[0])}
+    names |= {"embed_out"}  # transformers 5 has no module of that name, and PEFT does not mind
     unknown = [end for end in config.saved if not any(name.endswith(end) for name in names)]
     ends = config.tokens if isinstance(config.tokens, dict) else {}
     unknown += [end for end in ends if not any(f".{name}".endswith(f".{end}") for name in names)]
@@ -175,7 +184,7 @@ def merge(adapter: Adapter, model: "Model", base: Path, keep: bool = False) -> d
     """Change the base's weights, in a model of the adapter's config, into those of both together.
     keep: return on the host what is changed, for `restore`. ValueError if a number becomes NaN or
     infinite: then the model is spoilt."""
-    there = places(model, adapter.layout)
+    there = places(adapter, model)
     if not isinstance(model, GPTModel):
         _check_untied(adapter, model)
         check(adapter, there, base)
@@ -203,7 +212,7 @@ def merge(adapter: Adapter, model: "Model", base: Path, keep: bool = False) -> d
 
 def restore(adapter: Adapter, model: "Model", before: dict[str, Tensor]) -> None:
     """The weights that `merge` kept."""
-    there = places(model, adapter.layout)
+    there = places(adapter, model)
     for name, values in before.items():
         _put(there[name].part, values)
 
