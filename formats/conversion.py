@@ -144,16 +144,16 @@ def _write_shards(
 
 
 def _obstacle(config: GPTConfig) -> str:
-    """Which of its features are the fewest that keep a config from being some family's."""
-    for count in (1, 2):
-        for changes in itertools.combinations(_other_values(config), count):
-            fields = [name for name, _ in changes]
-            if len(set(fields)) == count and _is_somebodys(config, dict(changes)):
-                said = " and ".join(f"{name} {getattr(config, name)!r}" for name in fields)
-                return f"{said} together with the rest of it"
+    """Which one or two of a config's features keep it from being some family's."""
+    others = list(_other_values(config))
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    odd = [name for name, value in config.to_dict().items() if value != defaults[name]]
-    return f"its features together: {', '.join(odd)}"
+    odd = [(name, value) for name, value in others if getattr(config, name) != defaults[name]]
+    for changes in (*itertools.combinations(odd, 1), *itertools.combinations(odd, 2)):
+        fields = [name for name, _ in changes]
+        if len(set(fields)) == len(changes) and _is_somebodys(config, dict(changes)):
+            said = " and ".join(f"{name} {getattr(config, name)!r}" for name in fields)
+            return f"{said} together with the rest of it"
+    return f"its features together: {', '.join(dict.fromkeys(name for name, _ in odd))}"
 
 
 def _other_values(config: GPTConfig) -> Iterator[tuple[str, Any]]:
