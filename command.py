@@ -79,6 +79,8 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
 
     paths = checkpoint.expand_paths(models.checkpoint_path)
     adapters = checkpoint.expand_paths(over)
+    if models.base and all(checkpoint.info_of(path).kind != "adapter" for path in paths):
+        raise ValueError("--base is for adapters, of which --checkpoint-path names none")
     check_results_dir(models, paths + adapters)
     with (
         distributed.setup(where.device, where.timeout) as dist,

@@ -1,4 +1,4 @@
-"""PEFT adapters: the logits and the merged weights of the real peft, from the files that it writes."""
+"""PEFT adapters: logits and merged weights of the real peft, from the files that it writes."""
 
 import json
 import shutil
@@ -24,7 +24,11 @@ CASES = {  # base, whether it is tied, peft's options
     "plain": ("llama", False, dict(target_modules=ALL, lora_alpha=16)),
     "patterns": ("llama", False, dict(target_modules=["q_proj", "gate_proj"]) | PATTERNS),
     "all linear": ("llama", False, dict(target_modules="all-linear")),
-    "a pattern": ("llama", False, dict(target_modules=r".*layers\.1\.(self_attn|mlp)\.(v|up)_proj")),
+    "a pattern": (
+        "llama",
+        False,
+        dict(target_modules=r".*layers\.1\.(self_attn|mlp)\.(v|up)_proj"),
+    ),
     "one layer": ("llama", False, dict(target_modules=["k_proj"], layers_to_transform=[1])),
     "without one": (
         "llama",
@@ -75,7 +79,11 @@ CASES = {  # base, whether it is tied, peft's options
         True,
         dict(target_modules=["c_attn"], lora_bias=True, bias="lora_only", modules_to_save=["ln_f"]),
     ),
-    "qwen2": ("qwen2", True, dict(target_modules=["q_proj", "v_proj", "up_proj"], bias="lora_only")),
+    "qwen2": (
+        "qwen2",
+        True,
+        dict(target_modules=["q_proj", "v_proj", "up_proj"], bias="lora_only"),
+    ),
     "qwen2 biases": ("qwen2", True, dict(target_modules=["q_proj", "k_proj"], lora_bias=True)),
     "neox": ("neox", False, dict(target_modules=["query_key_value", "dense", "dense_h_to_4h"])),
     "neox dora": (
@@ -89,7 +97,11 @@ CASES = {  # base, whether it is tied, peft's options
         dict(target_modules=["query_key_value"], bias="all", modules_to_save=["lm_head"]),
     ),
     "cohere": ("cohere", True, dict(target_modules=["q_proj", "k_proj", "up_proj"], use_dora=True)),
-    "opt": ("opt", True, dict(target_modules=["q_proj", "fc1"], modules_to_save=["final_layer_norm"])),
+    "opt": (
+        "opt",
+        True,
+        dict(target_modules=["q_proj", "fc1"], modules_to_save=["final_layer_norm"]),
+    ),
 }
 APART = {"embedding, tied", "head, tied", "both, tied", "saved, tied", "saved both, tied"}
 APART |= {"larger vocabulary", "gpt2 positions"}
@@ -140,7 +152,9 @@ def test_logits_and_weights_are_pefts(name, bases, tmp_path):
             assert (values - merged[tensor]).abs().max() <= 1e-6, tensor
 
 
-@pytest.mark.parametrize("name", ["plain", "patterns", "dora", "gpt2 dora", "rows", "neox", "saved"])
+@pytest.mark.parametrize(
+    "name", ["plain", "patterns", "dora", "gpt2 dora", "rows", "neox", "saved"]
+)
 def test_bits_of_a_bfloat16_merge_are_pefts(name, bases, tmp_path):
     """Into weights of the model's dtype, in float32, rounded once."""
     kind, tie, options = CASES[name]
@@ -169,7 +183,7 @@ def test_a_base_of_any_format(bases, tmp_path):
 
 @pytest.mark.slow
 def test_every_familys_modules_have_transformers_names():
-    """The names of an adapter's modules are transformers' classes'; those of its files may differ."""
+    """An adapter names modules as transformers' classes do; names in files of weights may differ."""
     from test_hf_families import CASES as FAMILIES
     from test_hf_families import SIZES
 

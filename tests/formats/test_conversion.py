@@ -1,4 +1,4 @@
-"""checkpoint.py convert --to hf: transformers' own class opens what is written and gives our logits."""
+"""checkpoint.py convert --to hf: transformers' own class opens it and gives our logits."""
 
 import json
 
@@ -66,9 +66,13 @@ def test_our_own_in_shards(name, tmp_path, capsys):
     assert all(size <= 20_000 or len(t) == 1 for size, t in zip(sizes, tables.values()))
     assert {t.dtype for table in tables.values() for t in table.values()} == {torch.bfloat16}
     assert not (tmp_path / "out/manifest.json").exists()
-    assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (
+        source / "tokenizer.json"
+    ).read_bytes()
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("ab")["input_ids"]
-    ours, theirs = both_logits(checkpoint.load_model(tmp_path / "out", "float32"), tmp_path / "out", IDS)
+    ours, theirs = both_logits(
+        checkpoint.load_model(tmp_path / "out", "float32"), tmp_path / "out", IDS
+    )
     assert (ours - theirs).abs().max() <= 1e-5
     rounded = checkpoint.load_model(source, "float32")(IDS)[0]
     assert 0 < (rounded - ours).abs().max() < 0.3  # to bfloat16, and nothing else
@@ -95,7 +99,9 @@ def test_what_no_class_has_is_named_before_anything_is_written(tmp_path):
         ),
     }
     for i, (words, config) in enumerate(said.items()):
-        source = checkpoint.save_checkpoint(make_model(config), None, None, 0, i, 1.0, tmp_path / "r")
+        source = checkpoint.save_checkpoint(
+            make_model(config), None, None, 0, i, 1.0, tmp_path / "r"
+        )
         with pytest.raises(ValueError) as error:
             checkpoint.main(["convert", str(source), str(tmp_path / "out"), "--to", "hf"])
         text = str(error.value)
@@ -105,7 +111,9 @@ def test_what_no_class_has_is_named_before_anything_is_written(tmp_path):
 
 
 def test_refusals(tmp_path, monkeypatch):
-    nanogpt_file(make_model(CONFIGS["gpt2"].replace(d_ff=128, activation="gelu")), tmp_path / "a.pt")
+    nanogpt_file(
+        make_model(CONFIGS["gpt2"].replace(d_ff=128, activation="gelu")), tmp_path / "a.pt"
+    )
     words = ["convert", str(tmp_path / "a.pt"), str(tmp_path / "out")]
 
     def refused(match, *more):
