@@ -86,7 +86,7 @@ def cases(args) -> Iterator[tuple]:
 
 def evaluations(args, model: str) -> dict[str, list]:
     large = model == "7b"
-    window, tokens = (4096, 1_200_000) if large else (1024, 4_000_000)
+    window, tokens = (4096, 3_600_000) if large else (1024, 4_000_000)
     samples, tasks, new = (200, 24, 128) if large else (20, 24, 128)
     few: list = []
     if args.small:
