@@ -1,4 +1,4 @@
-"""Which modules an adapter_config.json speaks of, and by which rank: as peft's own functions say."""
+"""Which modules an adapter_config.json speaks of, and by which rank: peft's own functions say."""
 
 import itertools
 import json
@@ -90,5 +90,5 @@ def test_patterns_that_would_not_end(tmp_path):
             {"rank_pattern": {pattern: 2}},
             {"layers_to_transform": [1], "layers_pattern": pattern},
         ):
-            with pytest.raises(ValueError, match="adapter_config.json: .*(may take|no pattern)"):
+            with pytest.raises(ValueError, match=r"adapter_config.json: .*(may take|no pattern)"):
                 read(tmp_path, **values)

@@ -183,7 +183,7 @@ def test_a_base_of_any_format(bases, tmp_path):
 
 @pytest.mark.slow
 def test_every_familys_modules_have_transformers_names():
-    """An adapter names modules as transformers' classes do; names in files of weights may differ."""
+    """An adapter names modules as transformers' classes do; files of weights may not."""
     from test_hf_families import CASES as FAMILIES
     from test_hf_families import SIZES
 
