@@ -3,6 +3,7 @@
     python checkpoint.py list checkpoints/                  # in step order
     python checkpoint.py inspect checkpoints/checkpoint-1000
     python checkpoint.py convert old/ckpt.pt checkpoints/checkpoint-1000
+    python checkpoint.py convert lora/ merged/ --to hf      # an adapter, into its base
 
     ckpt = checkpoint.open("checkpoints/checkpoint-1000")   # headers only, once
     ckpt.step, ckpt.config, ckpt.tokenizer, ckpt.fingerprint
@@ -411,9 +412,11 @@ def main(argv=None):
         job.add_argument("--debug", action="store_true")
     args = p.parse_args(argv)
     if args.job == "list":
-        print_list(args.directory)
-        return
+        return inspection.print_list(list_checkpoints(args.directory), args.directory)
     config = load_config(args.config) if args.config else None
+    path = args.path if args.job == "inspect" else args.source
+    if args.base and info_of(Path(path)).kind != "adapter":
+        raise ValueError(f"{path} is no adapter: --base does not go with it")
     if args.job == "convert":
         print(cli.printable(_convert(args, config)))
         return
@@ -434,16 +437,6 @@ def _convert(args: argparse.Namespace, config: GPTConfig | None) -> Path:
     size = conversion.bytes_of(args.max_shard_size or conversion.MAX_SHARD_SIZE)
     ckpt = open(args.source, config, args.base)
     return conversion.to_hf(ckpt, Path(args.destination), args.dtype, size)
-
-
-def print_list(directory: str | Path) -> None:
-    found = list_checkpoints(directory)
-    if not found:
-        raise ValueError(f"{directory} holds no checkpoint")
-    print(f"{'step':>10}  {'kind':<12} path")
-    for info in found:
-        step, why = "-" if info.step is None else info.step, info.problem and f"  ({info.problem})"
-        print(f"{step:>10}  {info.kind:<12} {cli.printable(f'{info.path}{why}')}")
 
 
 if __name__ == "__main__":

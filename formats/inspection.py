@@ -1,10 +1,13 @@
-"""What a checkpoint holds, for people: from its handle, without reading a tensor."""
+"""What checkpoints hold, for people: from their handles, without reading a tensor."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cli
 from formats import naming
+from formats.finding import CheckpointInfo
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
@@ -36,3 +39,13 @@ def inspect(ckpt: "Checkpoint") -> dict[str, Any]:
         "config": config and config.to_dict(),
         "note": note,
     }
+
+
+def print_list(found: Sequence[CheckpointInfo], directory: str | Path) -> None:
+    """ValueError if there are none."""
+    if not found:
+        raise ValueError(f"{directory} holds no checkpoint")
+    print(f"{'step':>10}  {'kind':<12} path")
+    for info in found:
+        step, why = "-" if info.step is None else info.step, info.problem and f"  ({info.problem})"
+        print(f"{step:>10}  {info.kind:<12} {cli.printable(f'{info.path}{why}')}")

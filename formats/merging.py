@@ -194,7 +194,8 @@ def merge(adapter: Adapter, model: "Model", base: Path, keep: bool = False) -> d
         for stored in leaves.values()
         for piece in stored.pieces
     }
-    tensorfiles.check_crc(adapter.file, records - {""}) if records - {""} else None
+    if records := records - {""}:
+        tensorfiles.check_crc(adapter.file, records)
     before, extremes = {}, {}
     for module, leaves in adapter.modules.items():
         values = {leaf: read_whole(stored) for leaf, stored in leaves.items()}

@@ -124,6 +124,7 @@ def test_refusals(tmp_path, monkeypatch):
     refused("--max-shard-size must be a size such as 5GB", "--to", "hf", "--max-shard-size", "1TB!")
     refused("--max-shard-size must be a size", "--to", "hf", "--max-shard-size", "0")
     refused("--dtype and --max-shard-size go with --to hf", "--dtype", "float32")
+    refused("is no adapter: --base does not go with it", "--base", str(tmp_path))
 
     def full(*args):
         raise OSError(28, "No space left on device")
