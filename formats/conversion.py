@@ -95,9 +95,10 @@ def _loaded(ckpt: "Checkpoint", dtype: torch.dtype) -> GPTModel:
 
 
 def _dtype_of(ckpt: "Checkpoint") -> torch.dtype:
-    """Of the first tensor that has one of ours."""
-    dtypes = (t.dtype for t in ckpt.tensors.values() if isinstance(t.dtype, torch.dtype))
-    return next((dtype for dtype in dtypes if dtype in FLOATS), torch.float32)
+    """Of the embedding: norms and routers may be in another. float32 if it is none of ours."""
+    assert ckpt.config is not None and ckpt.layout is not None, "a native one, or it says why not"
+    dtype = ckpt.tensors[naming.embedding_name(ckpt.layout)].dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype in FLOATS else torch.float32
 
 
 def _ids(ckpt: "Checkpoint") -> dict[str, Any]:
