@@ -1,11 +1,11 @@
 """Numbers that lie packed in blocks, and what they stand for: GGUF's types of quantised tensors.
 
     blocks = TYPES["Q4_K"]                      # 256 numbers in 144 bytes
-    values = blocks.decode(raw)                 # uint8 [n, 144] -> float32 [n, 256], on any device
+    values = blocks.decode(raw)                 # uint8 [n, 144] -> float32 [n, 256]
 
-A block has a scale, and often a minimum, in float16, and small integers; blocks of 256 have 6-bit or
-4-bit scales of their own for each 16 or 32 numbers. The values are those of the reference, bit for
-bit: every product and difference is rounded to float32 in its order.
+A block has a scale, and often a minimum, in float16, and small integers; one of 256 numbers has a
+scale of 4, 6 or 8 bits for each 16 or 32 of them besides. The values are those of the reference,
+bit for bit: every product and difference is rounded to float32 in its order.
 
 Source: ggml-quants.c of llama.cpp. Of torch only.
 """

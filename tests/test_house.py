@@ -29,8 +29,8 @@ FLOORS = [
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/flops costs/memory costs/time "
-    "formats/foreign formats/finding formats/stored formats/inert formats/tensorfiles "
-    "formats/shards formats/text formats/pickles formats/archives formats/naming model",
+    "formats/foreign formats/finding formats/blocks formats/stored formats/pickles formats/inert "
+    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "

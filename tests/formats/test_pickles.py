@@ -29,7 +29,7 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_plain_values_are_as_pickle_has_them(protocol):
     if protocol < 4:  # sets and bytes are made by calls there
         values = {k: v for k, v in PLAIN.items() if k not in ("set", "frozen", "bytes")}
