@@ -7,6 +7,7 @@ from formats import (
     dcp,
     dcp_safetensors,
     deepspeed,
+    gguf,
     huggingface,
     lightning,
     litgpt,
@@ -19,4 +20,4 @@ from formats import (
 )
 
 READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core, dcp)
-READERS += (deepspeed, meta, lightning, llama2c, llmc, pt_files)
+READERS += (deepspeed, meta, lightning, llama2c, llmc, gguf, pt_files)

@@ -62,6 +62,12 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
+    @property
+    def kinds(self) -> set[str]:
+        """How its numbers lie there: "bfloat16", or blocks by their name."""
+        plain = str(self.dtype).removeprefix("torch.")
+        return {piece.blocks.name if piece.blocks else plain for piece in self.pieces} or {plain}
+
 
 def whole(
     file: Path,
