@@ -194,7 +194,7 @@ class TiktokenTokenizer:
             if len(token) > 1 and len(parts := merge_of(token, ranks)) == 2
         ]
         # Hugging Face's regex engine reads "{1,3}+" as a repeated group and "$" as end of line
-        pattern = self.encoding._pat_str.replace("}+", "}").replace("$", r"\z")
+        pattern = re.sub(r"(\{[0-9,]+\})\+", r"\1", self.encoding._pat_str).replace("$", r"\z")
         # tiktoken takes a word that is a token whole, before any merge; so does ignore_merges
         splits = split_by(pattern)
         save_bpe(directory, vocab | specials, merges, splits, specials, ignore_merges=True)
@@ -351,9 +351,13 @@ def _tokenizer_from_file(path: Path) -> "Tokenizer":
         import tiktoken
 
         ranks, specials, pattern = vocabularies.of_tiktoken_pickle(path)
-        made = {"mergeable_ranks": ranks, "special_tokens": specials, "pat_str": pattern}
-        make = functools.partial(tiktoken.Encoding, path.name, **made)
-        return TiktokenTokenizer(_made(make, path))
+        encoding = _made(
+            lambda: tiktoken.Encoding(
+                path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+            ),
+            path,
+        )
+        return TiktokenTokenizer(encoding)
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -373,7 +377,8 @@ def _made(make: Callable[[], Any], path: Path) -> Any:
     except BaseException as error:  # Rust's panics are no Exceptions
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        raise ValueError(f"tokenizer {str(path)!r}: is damaged: {first_line(error)}") from None
+        reason = str(error).partition("\n")[0][:300]
+        raise ValueError(f"tokenizer {str(path)!r}: is damaged: {reason}") from None
 
 
 def _settings(path: Path) -> dict:

@@ -14,10 +14,12 @@ from formats import (
     llama2c,
     llmc,
     meta,
+    nanochat,
     native,
     olmo_core,
     pt_files,
 )
 
 READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core, dcp)
-READERS += (deepspeed, meta, lightning, llama2c, llmc, gguf, pt_files)
+READERS += (deepspeed, meta, lightning, llama2c, llmc, gguf, nanochat)
+READERS += (pt_files,)

@@ -115,10 +115,10 @@ def _bpe(held: dict, vocab: dict[str, int], added: list[dict], path: Path) -> di
 def _sentencepiece(held: dict, vocab: dict[str, int], added: list[dict], path: Path) -> dict:
     """SentencePiece's BPE, as Llama 2 has it: pairs merge in the order of their piece's score."""
     scores = held.get("tokenizer.ggml.scores")
-    numbers = isinstance(scores, list) and all(type(score) is float for score in scores)
-    if not numbers or len(scores) != len(vocab):
+    numbers = scores if isinstance(scores, list) else []
+    if len(numbers) != len(vocab) or any(type(score) is not float for score in numbers):
         raise ValueError(f"{path}: its tokenizer lacks a score for each of {len(vocab):,} pieces")
-    of = dict(zip(vocab, scores))
+    of = dict(zip(vocab, numbers))
     known = {token["content"] for token in added}
     pairs = [
         (-of[piece], vocab[piece[:cut]], vocab[piece[cut:]], [piece[:cut], piece[cut:]])

@@ -4,12 +4,15 @@ write_model(path, theirs, "gemma2")              # a transformers model
 write_tensors(path, {"token_embd.weight": ("Q4_K", array)}, "llama", metadata)
 """
 
+import json
 import math
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
+
+from byte_bpe import byte_alphabet
 
 PERMUTED = ("llama", "olmo", "granite", "smollm3", "arcee")  # halves of q and k become pairs
 PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
@@ -160,3 +163,62 @@ def write_tensors(path, tensors, arch, metadata, **options):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def gpt2_vocabulary(folder):
+    """Metadata of GPT-2's byte-level BPE, from its vocab.json and merges.txt."""
+    vocab = json.loads((folder / "vocab.json").read_text())
+    merges = (folder / "merges.txt").read_text().splitlines()
+    tokens = sorted(vocab, key=vocab.get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if t == "<|endoftext|>" else 1 for t in tokens],
+        "tokenizer.ggml.merges": [m for m in merges if m and not m.startswith("#version")],
+        "tokenizer.ggml.bos_token_id": len(tokens) - 1,
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def sentencepiece_vocabulary(folder):
+    """A SentencePiece BPE of GPT-2's tokens that are text, each scored by its rank."""
+    vocab = json.loads((folder / "vocab.json").read_text())
+    letters = dict(zip(byte_alphabet(), range(256)))
+    pieces = {}
+    for token in sorted(vocab, key=vocab.get):
+        data = bytes(letters.get(letter, 0) for letter in token)
+        text = data.decode("utf-8", errors="replace").replace(" ", "▁")
+        if "\ufffd" not in text and "\0" not in text and text.isprintable():
+            pieces.setdefault(text, float(-len(pieces)))
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<|user|>"]
+    pieces = {text: score for text, score in pieces.items() if text not in special}
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [*special, *pieces],
+        "tokenizer.ggml.scores": [*[0.0] * len(special), *pieces.values()],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, 4, *[1] * len(pieces)],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+
+
+def write_vocabulary(path, vocabulary):
+    """A Llama of one tiny layer with this vocabulary."""
+    C, V = 32, len(vocabulary["tokenizer.ggml.tokens"])
+    shapes = {f"blk.0.attn_{x}.weight": (C, C) for x in ("q", "k", "v", "output")}
+    shapes |= {f"blk.0.ffn_{x}.weight": (C, C) for x in ("gate", "up", "down")}
+    shapes |= {f"blk.0.{x}_norm.weight": (C,) for x in ("attn", "ffn")}
+    shapes |= {"output_norm.weight": (C,), "token_embd.weight": (V, C)}
+    said = {"block_count": 1, "context_length": 64, "embedding_length": C}
+    said |= {"feed_forward_length": C, "attention.head_count": 2}
+    said |= {"attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": C // 2}
+    tensors = {name: ("F32", np.ones(shape, np.float32)) for name, shape in shapes.items()}
+    metadata = {f"llama.{key}": value for key, value in said.items()} | vocabulary
+    return write_tensors(path, tensors, "llama", metadata)

@@ -2,21 +2,34 @@
 the transformers models that they were made of."""
 
 import copy
+import json
 import shutil
 import struct
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
+from builders import ROOT, torchrun
 
 import checkpoint
+import evaluation
 from formats import blocks, gguf_config, gguf_file, stored
 from model import GPTModel
+from tokenizer import build_tokenizer
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
-from gguf_files import converted, described, write_model, write_tensors  # noqa: E402
+from gguf_files import (  # noqa: E402
+    converted,
+    described,
+    gpt2_vocabulary,
+    sentencepiece_vocabulary,
+    write_model,
+    write_tensors,
+    write_vocabulary,
+)
 
 V, T = 97, 40
 SIZES = dict(
@@ -365,3 +378,100 @@ def test_layers_that_say_the_same_are_one_number(tmp_path):
     theirs = made("llama", SMALL)
     path = write_model(tmp_path / "a.gguf", theirs, "llama", **{"attention.head_count": [4, 4]})
     assert checkpoint.open(path).config.n_heads == 4
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def test_ids_are_those_of_llama_cpp(tmp_path, data_dir):
+    """For every way of splitting that it and we know, over hard texts. Only Qwen's own tokenizer
+    composes its text first (NFC), which llama.cpp leaves out."""
+    known = json.loads((ROOT / "tests/fixtures/llama_cpp_tokens.json").read_text())
+    texts, folder = known.pop("texts"), data_dir / "tokenizers/gpt2"
+    for rule, wanted in known.items():
+        kind, _, prefix = rule.partition(" ")
+        if kind == "sentencepiece":
+            vocabulary = sentencepiece_vocabulary(folder)
+            vocabulary["tokenizer.ggml.add_space_prefix"] = prefix == "True"
+        else:
+            vocabulary = gpt2_vocabulary(folder) | {"tokenizer.ggml.pre": rule}
+        tokenizer = build_tokenizer(write_vocabulary(tmp_path / "a.gguf", vocabulary))
+        for text, ids in zip(texts, wanted, strict=True):
+            if rule != "qwen2" or unicodedata.is_normalized("NFC", text):
+                assert tokenizer.encode(text) == ids, (rule, text)
+            assert rule == "qwen2" or tokenizer.decode(ids) == text, (rule, text)
+        assert tokenizer.adds_bos == (kind == "sentencepiece")
+
+
+def test_a_tokenizer_goes_along(tmp_path, data_dir):
+    """With the handle, into a converted directory, to eval.py's door and to train.py's."""
+    vocabulary = gpt2_vocabulary(data_dir / "tokenizers/gpt2")
+    more = {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": True}
+    more["tokenizer.chat_template"] = "{{ messages[0].content }}"
+    path = write_vocabulary(tmp_path / "a.gguf", vocabulary | more)
+    ckpt = checkpoint.open(path)
+    assert ckpt.tokenizer == path
+    tokenizer = evaluation.pick_tokenizer(None, ckpt, needed=True)
+    assert tokenizer is evaluation.open_tokenizer(path)
+    theirs = build_tokenizer(data_dir / "tokenizers/gpt2")
+    text = (data_dir / "text/wikitext2-raw-test.txt").read_text()[:50_000]
+    assert tokenizer.encode(text) == theirs.encode(text)
+    assert (tokenizer.token_bytes() == theirs.token_bytes()).all()
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (50256, 50256)
+    assert tokenizer.adds_bos and tokenizer.special_ids == (50256,)
+    assert tokenizer.tok.chat_template == more["tokenizer.chat_template"]
+    assert ckpt.facts == {"bos_token_id": 50256, "eos_token_id": 50256}
+    made = checkpoint.open(checkpoint.convert(path, tmp_path / "checkpoint-1"))
+    again = build_tokenizer(made.tokenizer)
+    assert again.encode(text) == theirs.encode(text) and again.adds_bos
+    model = GPTModel(ckpt.config)
+    checkpoint.load_weights(path, model)
+    wanted = ckpt.load("float32").state_dict()
+    assert all(torch.equal(t, wanted[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"tokenizer.ggml.pre": "default"}, "splits text as 'default', which is not known here"),
+        ({"tokenizer.ggml.model": "bert"}, "of the kind 'bert', which is not known here"),
+        ({"tokenizer.ggml.tokens": ["a", "a"]}, "holds a token twice"),
+        ({"tokenizer.ggml.token_type": [1]}, "not one type for each"),
+        ({"tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.pre": "gpt-2"}, "is damaged"),
+        ({"tokenizer.ggml.eos_token_id": 9, "tokenizer.ggml.pre": "gpt-2"}, "eos_token_id 9 is"),
+        ({"tokenizer.ggml.model": "llama"}, "lacks a score for each of 3 pieces"),
+    ],
+)
+def test_tokenizers_that_are_refused(tmp_path, change, match):
+    vocabulary = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "c"]}
+    path = write_vocabulary(
+        tmp_path / "a.gguf", vocabulary | {"tokenizer.ggml.merges": [""]} | change
+    )
+    with pytest.raises(ValueError, match=match) as error:
+        build_tokenizer(path)
+    assert "\n" not in str(error.value) and "a.gguf" in str(error.value)
+    assert checkpoint.load_model(path, "float32") is not None  # with another tokenizer
+
+
+@pytest.mark.slow
+def test_evaluated_and_trained_on(tmp_path, data_dir):
+    """eval.py's loss is that of the converted directory; train.py goes on from the file."""
+    theirs = made("llama", dict(vocab_size=50257, tie_word_embeddings=True))
+    vocabulary = gpt2_vocabulary(data_dir / "tokenizers/gpt2") | {"tokenizer.ggml.pre": "gpt-2"}
+    tensors = {n: ("F32", a) for n, a in converted(theirs, "llama").items()}
+    said = {f"llama.{k}": v for k, v in described(theirs, "llama").items()}
+    path = write_tensors(tmp_path / "a.gguf", tensors, "llama", said | vocabulary)
+    text = tmp_path / "text.txt"
+    text.write_text((data_dir / "text/tinyshakespeare.txt").read_text()[:20_000])
+    losses = []
+    for one in (path, checkpoint.convert(path, tmp_path / "checkpoint-1")):
+        options = ["--val-data", text, "--device", "cpu", "--results-dir", tmp_path / "results"]
+        out = torchrun(0, "eval.py", "--checkpoint-path", one, *options)
+        losses += [line for line in out.stdout.splitlines() if line.startswith("avg_loss")]
+    assert losses[0] == losses[1]
+    options = ["--train-data", text, "--num-steps", 1, "--batch-size", 2, "--seq-len", 32]
+    folder = tmp_path / "trained"
+    options += ["--checkpoint-path", folder, "--device", "cpu", "--save-steps", 1]
+    torchrun(0, "train.py", "--init-from", path, *options)
+    assert checkpoint.list_checkpoints(folder)[-1].step == 1
