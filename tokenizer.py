@@ -345,12 +345,12 @@ def _tokenizer_from_directory(path: Path) -> "Tokenizer":
 
 def _tokenizer_from_file(path: Path) -> "Tokenizer":
     """That of a GGUF file, or a tiktoken encoding that nanochat pickled."""
-    from formats import vocabularies
+    from formats.vocabularies import of_gguf, of_tiktoken_pickle
 
     if path.suffix == ".pkl":
         import tiktoken
 
-        ranks, specials, pattern = vocabularies.of_tiktoken_pickle(path)
+        ranks, specials, pattern = of_tiktoken_pickle(path)
         encoding = _made(
             lambda: tiktoken.Encoding(
                 path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
@@ -361,7 +361,7 @@ def _tokenizer_from_file(path: Path) -> "Tokenizer":
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    definition, about = vocabularies.of_gguf(path)
+    definition, about = of_gguf(path)
     text = json.dumps(definition)
     backend = _made(lambda: tokenizers.Tokenizer.from_str(text), path)
     tok = PreTrainedTokenizerFast(

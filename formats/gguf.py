@@ -27,6 +27,7 @@ PLAIN = {
     "BF16": torch.bfloat16,
     "F64": torch.float64,
 }
+SPLIT = {"no": 0, "count": 1}  # of a model in parts; and what is meant where nothing is said
 
 
 def recognises(path: Path) -> bool:
@@ -70,13 +71,17 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
             problem = f"{path}: {error}"[:1000]
     if about.plus_one:
         tensors = {n: _less_one(t) if n.endswith("norm.weight") else t for n, t in tensors.items()}
-    tensors = {n: t for n, t in tensors.items() if not n.startswith(("rope_f", "rope_freqs"))}
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("rope_f")}
+    try:
+        tensors = dialects.under_ours(tensors, _dialect(tensors, about), config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     ids = {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "eos_token_id")}
     return Opened(
         path=path,
         kind="gguf",
         format=FORMAT,
-        tensors=dialects.under_ours(tensors, _dialect(tensors, about), config),
+        tensors=tensors,
         layout="native",
         files=tuple(container.path for container in held),
         config=config,
@@ -109,9 +114,6 @@ def _metadata(held: list[Container], path: Path) -> dict[str, Any]:
     if len(held) > 1 and total != there:
         raise ValueError(f"{path}: its parts hold {there:,} tensors, and should {total!r:.30}")
     return metadata
-
-
-SPLIT = {"no": 0, "count": 1}
 
 
 def _tensors(held: list[Container], path: Path) -> dict[str, Stored]:

@@ -222,7 +222,8 @@ def _rope_scaling(
     said: dict[str, Any], tensors: dict[str, Stored], fields: dict[str, Any]
 ) -> dict[str, Any] | None:
     scaling = {k.rpartition(".")[2]: v for k, v in said.items() if k.startswith("rope.scaling.")}
-    kind, factor = scaling.pop("type", "none"), scaling.pop("factor", None)
+    kind, old = scaling.pop("type", "none"), said.get("rope.scale_linear", 1)
+    factor = scaling.pop("factor", old)
     original = scaling.pop("original_context_length", fields["max_position_embeddings"])
     attention = _decimal(scaling.pop("attn_factor", 1.0), "rope.scaling.attn_factor")
     scaling.pop("finetuned", None)
@@ -234,8 +235,8 @@ def _rope_scaling(
         found = {f"{n}_factor": values for n, values in factors.items()}
         found |= {"rope_type": "longrope", "attention_factor": attention}
         found["original_max_position_embeddings"] = original
-    elif kind == "linear" or (kind == "none" and said.get("rope.scale_linear", 1) != 1):
-        found = {"rope_type": "linear", "factor": _decimal(factor or said["rope.scale_linear"], "")}
+    elif kind == "linear" or (kind == "none" and old != 1):
+        found = {"rope_type": "linear", "factor": _decimal(factor, "rope.scaling.factor")}
     elif kind == "yarn" and attention == 1:
         found = {"rope_type": "yarn", "factor": _decimal(factor, "rope.scaling.factor")}
         found["original_max_position_embeddings"] = original

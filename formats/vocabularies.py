@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from byte_bpe import BYTE_LEVEL, added_token, bpe_definition, split_by
-from formats import gguf_file, pickles
+from formats.gguf_file import parts
+from formats.gguf_file import read as read_gguf
+from formats.pickles import Names
+from formats.pickles import read as read_pickle
 from inputs import read_small
 
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # of tokenizer.ggml.token_type
@@ -59,7 +62,7 @@ COMPOSED = ("qwen2", "deepseek-r1-qwen")  # NFC comes first
 def of_gguf(path: Path) -> tuple[dict, dict[str, Any]]:
     """(the object of a tokenizer.json, the names of its special tokens and its chat template) of a
     GGUF file. ValueError where it holds none, or one of a kind that is not known."""
-    held = gguf_file.read(gguf_file.parts(path)[0]).metadata
+    held = read_gguf(parts(path)[0]).metadata
     kind, tokens = held.get("tokenizer.ggml.model"), held.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
         what = f"of the kind {kind!r:.60}, which is not known here" if kind else "missing"
@@ -161,8 +164,8 @@ MAX_PICKLE = 64 << 20  # one of 100,000 tokens has 2 MB
 
 def of_tiktoken_pickle(path: Path) -> tuple[dict[bytes, int], dict[str, int], str]:
     """(ranks, special tokens, the pattern that splits text) of a pickled tiktoken.Encoding."""
-    names: pickles.Names = {"tiktoken.core.Encoding": None}
-    encoding = pickles.read(read_small(path, MAX_PICKLE), str(path), names)
+    names: Names = {"tiktoken.core.Encoding": None}
+    encoding = read_pickle(read_small(path, MAX_PICKLE), str(path), names)
     state = getattr(encoding, "state", None)
     if not isinstance(state, dict) or encoding.name != "tiktoken.core.Encoding":
         raise ValueError(f"{path} is no pickled tiktoken.Encoding")

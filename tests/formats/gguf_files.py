@@ -134,6 +134,38 @@ def write_model(path, theirs, arch, **changes):
     return write_tensors(path, {n: ("F32", a) for n, a in tensors.items()}, arch, values)
 
 
+def write_native(path, model):
+    """A Llama of ours, its widest matrices in Q8_0, with a vocabulary of letters."""
+    c, tensors = model.config, {"token_embd.weight": model.token_embedding.weight}
+    tensors |= {"output_norm.weight": model.ln_f.weight, "output.weight": model.lm_head.weight}
+    for i, block in enumerate(model.blocks):
+        at, D = f"blk.{i}.", c.head_dim
+        sides = [n * D for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
+        q, k, v = block.attn.qkv_proj.weight.split(sides)
+        gate, up = block.mlp.fc1.weight.chunk(2)
+        tensors |= {
+            at + "attn_norm.weight": block.ln1.weight,
+            at + "ffn_norm.weight": block.ln2.weight,
+        }
+        tensors |= {at + "attn_q.weight": permuted(q, c.n_heads), at + "attn_v.weight": v}
+        tensors |= {at + "attn_k.weight": permuted(k, c.n_kv_heads), at + "ffn_gate.weight": gate}
+        tensors |= {at + "ffn_up.weight": up, at + "ffn_down.weight": block.mlp.fc2.weight}
+        tensors |= {at + "attn_output.weight": block.attn.out_proj.weight}
+    said = {"block_count": c.n_layers, "context_length": c.max_position_embeddings}
+    said |= {"embedding_length": c.d_model, "feed_forward_length": c.d_ff}
+    said |= {"attention.head_count": c.n_heads, "attention.head_count_kv": c.n_kv_heads}
+    said |= {"attention.layer_norm_rms_epsilon": c.norm_eps, "rope.freq_base": c.rope_theta}
+    said = {f"llama.{key}": value for key, value in said.items()}
+    letters = [chr(0x100 + i) for i in range(c.vocab_size)]
+    said |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
+    said |= {"tokenizer.ggml.tokens": letters, "tokenizer.ggml.bos_token_id": 1}
+    typed = {
+        name: ("Q8_0" if "ffn_gate" in name else "F32", t.detach().numpy())
+        for name, t in tensors.items()
+    }
+    return write_tensors(path, typed, "llama", said)
+
+
 def add(writer, key, value):
     """A metadata entry of the type that its Python value has."""
     if isinstance(value, bool):
