@@ -18,8 +18,7 @@ from formats.pickles import Names
 from formats.pickles import read as read_pickle
 from inputs import read_small
 
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # of tokenizer.ggml.token_type
-NORMAL = 1
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
 
 GPT2 = [BYTE_LEVEL | {"use_regex": True}]
 DIGITS = [{"type": "Digits", "individual_digits": True}, *GPT2]

@@ -98,6 +98,23 @@ def test_what_would_run_something_is_refused_even_among_anything(function, args)
         assert "\n" not in str(error.value)
 
 
+def test_what_a_name_would_run():
+    for name in ("posix.system", "builtins.eval", "operator.attrgetter", "torch.load", "a.b.popen"):
+        assert pickles.runs_code(name), name
+    for name in ("builtins.max", "builtins.set", "functools.partial", "numpy.dtype", "osmosis.x"):
+        assert not pickles.runs_code(name), name
+
+
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_items_are_counted(monkeypatch, protocol):
+    data = pickle.dumps([[]] * 10 + list(range(5000)), protocol)
+    assert len(pickles.read(data, "here", {})) == 5010
+    monkeypatch.setattr(pickles, "MAX_STEPS", 4000)
+    with pytest.raises(ValueError, match="here has too many items"):
+        pickles.read(data, "here", {})
+    assert len(pickles.read(data, "here", {}, most=40_000)) == 5010
+
+
 def test_any_bytes_end_in_one_line():
     """Every truncation, and thousands of flipped bytes, of a real one."""
     data = pickle.dumps({"a": [1, 2.5, "x", (1, 2)], "b": {"c": collections.OrderedDict(d=1)}}, 4)
