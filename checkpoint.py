@@ -126,9 +126,8 @@ class Checkpoint:
         self.problem = opened.problem
         self.name = formats.name_of(self.path)
         self.step = formats.step_in_name(self.name) if opened.step is None else opened.step
-        self.tokenizer: Path | None = find_tokenizer(self.path) or (
-            base.tokenizer if base else None
-        )
+        own = opened.tokenizer or find_tokenizer(self.path)
+        self.tokenizer: Path | None = own or (base.tokenizer if base else None)
         self._as_opened = self._state_of_files()
 
     @cached_property

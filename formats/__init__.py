@@ -40,6 +40,7 @@ class Opened:
     manifest: Path | None = None  # states the sha256 of all files, so that its own stands for them
     hint: str = ""  # said if the tensors do not fit the config
     adapter: Any = None  # merging.Adapter: what is merged into the weights once they are loaded
+    tokenizer: Path | None = None  # a file that it lies in, where that is no directory's
     rearranged: bool = False  # by the heads of `config`: without one, the rows are not in our order
 
 

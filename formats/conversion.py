@@ -25,7 +25,7 @@ from formats import huggingface, layouts, naming, native, tensorfiles
 from formats.stored import FLOATS
 from hf_convert import config_to_hf
 from model import GPTModel
-from tokenizer import TOKENIZER_COPIES
+from tokenizer import TOKENIZER_COPIES, build_tokenizer
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
@@ -107,6 +107,8 @@ def _ids(ckpt: "Checkpoint") -> dict[str, Any]:
 
 
 def _copy_tokenizer(ckpt: "Checkpoint", directory: Path) -> None:
+    if ckpt.tokenizer and os.path.isfile(ckpt.tokenizer):
+        build_tokenizer(ckpt.tokenizer).save(directory)
     for name in TOKENIZER_COPIES:
         if ckpt.tokenizer and os.path.isfile(ckpt.tokenizer / name):
             shutil.copy(ckpt.tokenizer / name, directory)

@@ -33,7 +33,7 @@ def inspect(ckpt: "Checkpoint") -> dict[str, Any]:
         "loss": ckpt.facts.get("loss"),
         "left_out": ckpt.facts.get("left_out"),
         "parameters": sum(sizes.values()),
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ckpt.tensors.values()}),
+        "dtypes": sorted({kind for t in ckpt.tensors.values() for kind in t.kinds}),
         "layout": ckpt.layout,
         "tokenizer": ckpt.tokenizer and str(ckpt.tokenizer),
         "config": config and config.to_dict(),
