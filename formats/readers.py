@@ -12,11 +12,19 @@ from formats import (
     litgpt,
     llama2c,
     llmc,
+    megatron,
     meta,
     native,
     olmo_core,
     pt_files,
 )
 
-READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core, dcp)
-READERS += (deepspeed, meta, lightning, llama2c, llmc, pt_files)
+READERS: tuple[ModuleType, ...] = (
+    native,
+    dcp_safetensors,
+    huggingface,
+    litgpt,
+    olmo_core,
+    megatron,
+)
+READERS += (dcp, deepspeed, meta, lightning, llama2c, llmc, pt_files)

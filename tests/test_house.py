@@ -34,8 +34,8 @@ FLOORS = [
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
-    "formats/lightning formats/llama2c formats/llmc formats/pt_files "
-    "formats/readers",
+    "formats/lightning formats/llama2c formats/llmc formats/megatron_args formats/megatron "
+    "formats/pt_files formats/readers",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "

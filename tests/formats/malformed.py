@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import megatron_files
 import torch
 from checkpoint_files import CONFIGS, make_model, nanogpt_file, rosetrainer_config
 from checkpoint_files import rosetrainer_state as state_of
@@ -32,6 +33,7 @@ from formats import stored, tensorfiles
 MEMORY = 1 << 30  # bytes of address space beyond what is there at the start
 SECONDS = 300  # for any one checkpoint, which takes some ms
 SHARE, FIELDS = 35, 8  # of the quick run: % of what is done to files, fields of each file
+PICKLED = (".pt", ".bin")
 Damage = Callable[[Path], None]
 
 DEEP: list = []
@@ -114,6 +116,10 @@ def make_good(folder: Path) -> dict[str, Path]:
     good["bare"] = folder / "bare/step-10.safetensors"
     shutil.copy(good["native llama"] / "model.safetensors", good["bare"])
     shutil.copy(good["native llama"] / "config.json", folder / "bare")
+    config = CONFIGS["llama"]
+    theirs = megatron_files.core_state(make_model(config))
+    good["megatron"] = megatron_files.ranks(folder / "megatron", theirs, config, 2, 1)
+    good["torch_dist"] = megatron_files.torch_dist(folder / "dist", theirs, config, 1, 1, 0)
     return good
 
 
@@ -139,7 +145,7 @@ def cut(source: Path, target: Path, index: bool) -> Path:
 
 def damages(good: Path, rng: random.Random, everything: bool) -> Iterator[tuple[str, Damage]]:
     """(what, a function that does it to a copy) over the ways to damage a checkpoint."""
-    files = sorted(p for p in good.iterdir() if p.is_file()) if good.is_dir() else [good]
+    files = sorted(p for p in good.rglob("*") if p.is_file()) if good.is_dir() else [good]
     for file in files:
         own, fields = [*impostors(file), *contents_of(file, rng)], []
         if file.suffix == ".json":
@@ -147,7 +153,7 @@ def damages(good: Path, rng: random.Random, everything: bool) -> Iterator[tuple[
             fields = list(fields_of_json(file))
         elif file.suffix == ".safetensors":
             fields = list(fields_of_header(file))
-        else:
+        elif file.suffix in PICKLED:
             own += damaged_zips(file)
             fields = list(fields_of_pickle(file))
         yield from own if everything else rng.sample(own, SHARE * len(own) // 100)
@@ -159,7 +165,11 @@ def writing(file: Path, data: bytes) -> Damage:
 
 
 def place(root: Path, file: Path) -> Path:
-    return root / file.name if root.is_dir() else root
+    """In a copy, the file of a good one, whose directory is called as the copy is."""
+    if not root.is_dir():
+        return root
+    home = next(folder for folder in file.parents if folder.name == root.name)
+    return root / file.relative_to(home)
 
 
 def impostors(file: Path) -> Iterator[tuple[str, Damage]]:
@@ -287,7 +297,7 @@ def odd_values() -> dict:
 
 
 def fields_of_pickle(file: Path) -> Iterator[tuple[str, Damage]]:
-    contents = torch.load(file, weights_only=True)
+    contents = torch.load(file, weights_only=False)  # make_good's
     values = {k: v for k, v in VALUES.items() if k != "a deep list"} | odd_values()
     deep = {k: v for k, v in VALUES.items() if k == "a deep list"}
     for key in contents:
