@@ -7,6 +7,7 @@ from formats import (
     dcp,
     dcp_safetensors,
     deepspeed,
+    gguf,
     huggingface,
     lightning,
     litgpt,
@@ -14,17 +15,11 @@ from formats import (
     llmc,
     megatron,
     meta,
+    nanochat,
     native,
     olmo_core,
     pt_files,
 )
 
-READERS: tuple[ModuleType, ...] = (
-    native,
-    dcp_safetensors,
-    huggingface,
-    litgpt,
-    olmo_core,
-    megatron,
-)
-READERS += (dcp, deepspeed, meta, lightning, llama2c, llmc, pt_files)
+READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core)
+READERS += (megatron, dcp, deepspeed, meta, lightning, llama2c, llmc, gguf, nanochat, pt_files)
