@@ -35,9 +35,9 @@ FLOORS = [
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
-    "formats/lightning formats/llama2c formats/llmc formats/gguf_config formats/gguf "
-    "formats/nanochat formats/pt_files "
-    "formats/readers formats/inspection",
+    "formats/lightning formats/llama2c formats/llmc formats/megatron_args formats/megatron "
+    "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
+    "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "
