@@ -81,10 +81,9 @@ def read_gen_kwargs(text: str) -> dict:
     """lm-eval's own reading of k=v,k=v."""
     from lm_eval.utils import simple_parse_args_string
 
-    try:
-        return dict(simple_parse_args_string(text)) if text else {}
-    except ValueError:
-        raise ValueError(f"--gen-kwargs {text!r}: not of the form key=value,key=value") from None
+    if text and not all("=" in part for part in text.split(",")):
+        raise ValueError(f"--gen-kwargs {text!r}: not of the form key=value,key=value")
+    return dict(simple_parse_args_string(text)) if text else {}
 
 
 def find(options: Options):

@@ -62,7 +62,7 @@ def find_tasks(
 ) -> Asked:
     """A task or a group by its name, with lm-eval's defaults and what is asked for instead.
     ValueError where lm-eval has none of that name, or its data cannot be had."""
-    manager = _manager(include_path)
+    manager = _manager_of(name, include_path)
     try:
         loaded = manager.load([name])
     except KeyError as error:
@@ -95,12 +95,18 @@ def find_tasks(
     return Asked(name, dict(loaded["tasks"]), loaded)
 
 
-@functools.cache
-def _manager(include_path: str | None) -> TaskManager:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+def _manager_of(name: str, include_path: str | None) -> TaskManager:
+    """Of the user's tasks alone where they hold the name: reading lm-eval's own takes seconds."""
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"--include-path {include_path}: no such directory")
-    return TaskManager(include_path=include_path)
+    own = include_path and _manager(include_path, False)
+    return own if own and name in own.task_index else _manager(include_path, True)
+
+
+@functools.cache
+def _manager(include_path: str | None, include_defaults: bool) -> TaskManager:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def content_hash(asked: Asked, limit: int | None) -> str:
