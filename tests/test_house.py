@@ -21,7 +21,7 @@ FLOORS = [
     "packed",
     "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
     "tasks/answers",
-    "cli identity hf_convert",
+    "cli identity hf_convert formats/pickles formats/gguf_file formats/vocabularies",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise sandbox/kinds sandbox/frames costs/gpus "
     "backends",
@@ -29,13 +29,15 @@ FLOORS = [
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/flops costs/memory costs/time "
-    "formats/foreign formats/finding formats/stored formats/inert formats/tensorfiles "
-    "formats/shards formats/text formats/pickles formats/archives formats/naming model",
+    "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
+    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
+    "formats/adapter_config formats/merging formats/adapters formats/conversion "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
-    "formats/lightning formats/llama2c formats/llmc formats/pt_files "
-    "formats/readers",
+    "formats/lightning formats/llama2c formats/llmc formats/gguf_config formats/gguf "
+    "formats/nanochat formats/pt_files "
+    "formats/readers formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "
@@ -51,7 +53,7 @@ FLOORS = [
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
 NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
-NO_TORCH += " gsm8k_eval"
+NO_TORCH += " gsm8k_eval formats/adapter_config"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
