@@ -16,6 +16,7 @@ local files: a YAML of yours in --include-path, which may bear a known task's na
 model writes are not run here: that is humaneval_eval.py's.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,7 +87,8 @@ def read_gen_kwargs(text: str) -> dict:
     return dict(simple_parse_args_string(text)) if text else {}
 
 
-def find(options: Options):
+def find(options: Options) -> Any:
+    """The tasks.harness.Asked of options of one task."""
     from tasks import harness
 
     (name,) = options.names
@@ -242,7 +244,7 @@ def join(parts: list[dict[str, list]]) -> dict[str, list]:
     return {name: [value for part in parts for value in part[name]] for name in names}
 
 
-def samples_of(samples: dict[str, list[dict]]):
+def samples_of(samples: dict[str, list[dict]]) -> Iterator[dict]:
     for task, of_task in samples.items():
         for sample in of_task:
             yield {"id": f"{task} {sample['doc_id']}", "task": task} | sample
