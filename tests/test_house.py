@@ -39,13 +39,13 @@ FLOORS = [
     "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
-    "backends/scoring backends/continuations backends/rows backends/engine",
+    "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "
-    "tasks/word_problems tasks/drawing",
+    "tasks/word_problems tasks/drawing tasks/harness",
     "evaluation training/batches training/log training/options",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page",
-    "eval mmlu_eval humaneval_eval gsm8k_eval compute train report",
+    "eval mmlu_eval humaneval_eval gsm8k_eval harness_eval compute train report",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner",
     "sweep",
