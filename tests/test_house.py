@@ -38,7 +38,8 @@ FLOORS = [
     "formats/readers",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
-    "backends/local tasks/chat tasks/questions tasks/prompts tasks/choices tasks/programs "
+    "backends/local tasks/chat tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
+    "tasks/problems tasks/scores tasks/questions tasks/prompts tasks/choices tasks/programs "
     "tasks/word_problems tasks/drawing",
     "evaluation training/batches training/log training/options",
     "command",
@@ -50,10 +51,8 @@ FLOORS = [
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
-NO_TORCH += (
-    " tasks/questions tasks/answers tasks/word_problems tasks/drawing tasks/chat humaneval_eval"
-)
-NO_TORCH += " gsm8k_eval"
+NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
+NO_TORCH += " gsm8k_eval tasks/chat"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
