@@ -56,6 +56,8 @@ def read_all(path: str | Path) -> Problems:
         problems[problem["task_id"]] = problem
     if not problems:
         raise ValueError(f"{path}: holds no problems; {WHERE_TO_GET}")
+    if not has_plus(problems) and any("inputs" in p or "plus_test" in p for p in problems.values()):
+        raise ValueError(f"{path}: some problems have EvalPlus's tests, some have not: part them")
     return problems
 
 

@@ -137,8 +137,6 @@ def test_an_instruct_model_has_base_and_plus_verdicts(tmp_path):
     assert again["metrics"] == record["metrics"] and model.calls == calls + 1
     lines = read_lines(next((tmp_path / "results").rglob("samples.jsonl")))
     assert {line["solution"] for line in lines} == {solution for solution, *_ in found}
-    assert humaneval_eval.HUMANEVAL.recount(Options(data_path="x"), again) is None
-    again.save(tmp_path / "results")
 
 
 class Counting(Sandbox):
