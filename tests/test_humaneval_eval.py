@@ -471,6 +471,11 @@ def test_flags_that_contradict(flags, message, capsys):
 
 # every flag that says what is drawn, by which model, and where and how; a value that is no default
 OF_DRAWING = {
+    "prompt": "mbpp",
+    "chat_template": "on",
+    "system_prompt": "x",
+    "fewshot_as_turns": "--no-fewshot-as-turns",
+    "chat_template_args": "a=1",
     **{"config": "c", "tokenizer_name": "byte", "results_dir": "r", "run_name": "n"},
     **{"num_samples": "2", "max_new_tokens": "5", "temperature": "0.5", "top_p": "0.5"},
     **{"top_k": "3", "stop": "x", "seed": "7", "bos": "on", "limit": "3", "batch_size": "2"},

@@ -25,11 +25,12 @@ N_MUTANTS = {"humaneval": 8, "mbpp": 4}
 # tasks whose verdict EvalPlus 0.3.1 gives wrong whatever the program: of find_zero it counts no
 # test, and calls every solution failed, the canonical one too
 UNJUDGED = {"HumanEval/32"}
-BIG = {"timeout": 60.0, "memory_mb": 4096}
+BIG = {"timeout": 20.0, "memory_mb": 4096}
 
 
 def compare(name, problems, workers=2):
-    """(mutants, [disagreements]) of EvalPlus's verdicts and the judge's on some problems."""
+    """(mutants, [disagreements]) of EvalPlus's verdicts and the judge's on some problems: on base,
+    and on plus of what passes base."""
     theirs = json.loads((VERDICTS / f"{name}.json").read_text())
     with Sandbox(workers, **BIG) as sandbox:
         kept, left_out = split_off(problems, sandbox)
@@ -39,7 +40,8 @@ def compare(name, problems, workers=2):
             texts = [own, *mutants(own, problem["entry_point"], N_MUTANTS[name], task)]
             assert len(texts) == len(theirs[task])
             for i, (text, row) in enumerate(zip(texts, theirs[task])):
-                asked += [(task, i, s, text, v) for s, v in zip(("base", "plus"), row)]
+                suites = zip(("base", "plus") if row[0] == "pass" else ("base",), row)
+                asked += [(task, i, s, text, verdict) for s, verdict in suites]
         programs = (
             program_of(kept[task], {"solution": text}, suite) for task, _, suite, text, _ in asked
         )
@@ -48,7 +50,8 @@ def compare(name, problems, workers=2):
             task, i, suite, _, wanted = asked[at]
             if task not in UNJUDGED and verdict.passed != (wanted == "pass"):
                 apart.append((task, i, suite, wanted, verdict.result[:80]))
-    return len(asked) // 2 - len(kept), left_out, sorted(apart)
+    n = sum(i > 0 and suite == "base" for _, i, suite, *_ in asked)
+    return n, left_out, sorted(apart)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ CHEAP = {
 def test_some_verdicts_are_evalplus_own(data_dir, name):
     problems = read_problems(data_dir / FILES[name])
     n, left_out, apart = compare(name, {t: p for t, p in problems.items() if t in CHEAP[name]})
-    assert (left_out, apart) == ({}, []) and n > 20
+    assert (left_out, apart) == ({}, []) and n > 15
 
 
 @pytest.mark.slow
