@@ -21,7 +21,7 @@ FLOORS = [
     "packed",
     "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
     "tasks/answers",
-    "cli identity hf_convert formats/pickles formats/gguf_file formats/vocabularies",
+    "cli identity hf_convert chat_templates formats/pickles formats/gguf_file formats/vocabularies",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise sandbox/kinds sandbox/frames costs/gpus "
     "backends",
@@ -40,7 +40,8 @@ FLOORS = [
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
-    "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "
+    "backends/local tasks/chat tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
+    "tasks/problems tasks/scores tasks/questions tasks/prompts tasks/choices tasks/programs "
     "tasks/word_problems tasks/drawing tasks/harness",
     "evaluation training/batches training/log training/options",
     "command",
@@ -53,7 +54,7 @@ FLOORS = [
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
 NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
-NO_TORCH += " gsm8k_eval formats/adapter_config"
+NO_TORCH += " gsm8k_eval tasks/chat formats/adapter_config"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
