@@ -40,15 +40,16 @@ def _kernel():
         q, k_new, v_new, k, v, lengths, tiles, first, out, lse, stride_q, stride_k, stride_v,
         S, H, G, B, tile_width, scale, cap,
         R: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
-        E: tl.constexpr, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, M: tl.constexpr,
-        BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr,
-        CAP: tl.constexpr,
+        E: tl.constexpr, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+        M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr,
+        WINDOW: tl.constexpr, CAP: tl.constexpr,
     ):  # fmt: skip
-        """One tile of M queries, one key head, HEADS of its R query heads, which are so many GROUPS,
-        one part of the keys. OWN: a tile is a row with its own keys, the new one among them; otherwise tiles [., 1 + rows]: a prompt, and
-        its rows. LATENT: the first so many channels of a key are scored alone, the others are its
-        value. Scores, and so scale and cap, are in base 2. Long, since Triton keeps no arrays
-        between functions: the running maximum, sum and mixture live in registers throughout."""
+        """One tile of M queries, one key head, HEADS of its R query heads, which are so many
+        GROUPS, one part of the keys. OWN: a tile is a row with its own keys, the new one among
+        them; otherwise tiles [., 1 + rows]: a prompt, and its rows. LATENT: the first so many
+        channels of a key are scored alone, the others are its value. Scores, and so scale and cap,
+        are in base 2. Long, since Triton keeps no arrays between functions: the running maximum,
+        sum and mixture live in registers from start to end."""
         tile, split = tl.program_id(0), tl.program_id(2)
         g = tl.program_id(1) // GROUPS
         m, d, e = tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_L)
