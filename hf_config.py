@@ -332,7 +332,7 @@ def config_to_hf(c: Any) -> dict | None:
     """The config of GPT-2 or of Llama's kin that computes what a GPTConfig does, None where none
     does."""
     longrope = (c.rope_scaling or {}).get("rope_type") == "longrope"  # Phi-3 is known for it
-    if longrope or type(c)(**{word: getattr(c, word) for word in (*WORDS, "mlp_bias")}) != c:
+    if longrope or c.kv_lora_rank is not None or type(c)(**{word: getattr(c, word) for word in (*WORDS, "mlp_bias")}) != c:
         return None
     if c.norm == "layernorm" and c.position == "learned":
         return _gpt2_to_hf(c)
