@@ -12,6 +12,7 @@ imports torch: `compute.py` answers in a fraction of a second.
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ CHOICES = {
     "qk_norm_type": ("layernorm", "rmsnorm"),
     # each head, all with the same weights; each head, with weights of its own; all heads as one
     "qk_norm_over": ("head", "heads", "width"),
+    "router_score": ("softmax", "sigmoid"),
+    # a group of experts is as good as its best one, or as the sum of its best two
+    "expert_group_score": ("max", "top2"),
 }
 POSITIVE: tuple[str, ...] = (
     "rope_theta",
@@ -43,9 +47,10 @@ POSITIVE: tuple[str, ...] = (
     "attention_scale",
     "attention_softcap",
 )
-POSITIVE += ("logit_softcap", "embedding_scale", "residual_scale", "logit_scale")
-LAYER_LISTS = ("full_attention_layers", "no_rope_layers")
 LATENT = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+POSITIVE += ("logit_softcap", "embedding_scale", "residual_scale", "logit_scale", "router_scale")
+EXPERTS_ALONE = r"n_expert|d_ff_|dense_layers|router_|expert_|shared_gate"  # fields of a mixture
+LAYER_LISTS = ("full_attention_layers", "no_rope_layers", "dense_layers")
 
 
 # A field that __post_init__ derives from others where it is None: typed as it is afterwards
@@ -108,8 +113,21 @@ class GPTConfig:
     qk_nope_head_dim: int | None = None  # channels of a query and a key that know no position,
     qk_rope_head_dim: int | None = None  # and that positions turn: of a key, the same in all heads
     v_head_dim: int | None = None  # of latent attention's values
-    n_experts: int = 0  # 0: a dense MLP
+    n_experts: int = 0  # 0: a dense MLP; else layers are mixtures of experts, without biases
     n_experts_per_token: int = 0
+    d_ff_expert: int = _DERIVED  # None: d_ff
+    dense_layers: tuple[int, ...] = ()  # of a mixture: layers with a dense MLP of d_ff
+    router_score: str = "softmax"  # of its logits: what experts are chosen and weighed by
+    router_norm: bool = False  # weights of those chosen sum to 1, as a softmax over them alone
+    router_scale: float = 1.0  # what weights are multiplied by then
+    router_bias: bool = False  # of its logits
+    router_choice_bias: bool = False  # of scores where experts are chosen, not where weighed
+    n_expert_groups: int = 1  # of which a token chooses
+    n_expert_groups_per_token: int = 1  # and then experts of these alone
+    expert_group_score: str = "max"
+    d_ff_shared: int = 0  # width of an MLP that all tokens pass beside their experts; 0: none
+    shared_gate: bool = False  # which is weighed by the sigmoid of a projection of its own
+    router_loss: float = 0.0  # how much of the load-balancing loss training adds
 
     def __post_init__(self):
         self._check_numbers()
@@ -132,8 +150,9 @@ class GPTConfig:
     def _implied(self) -> dict[str, Any]:
         """What fields are that nobody gives, where other fields decide it."""
         of_norms = self.bias and self.norm == "layernorm" and self.norm_weight
-        biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), self.bias)
-        return {"n_kv_heads": self.n_heads, **biases, "norm_bias": of_norms}
+        biases = dict.fromkeys(("qkv_bias", "o_bias"), self.bias)
+        biases |= {"mlp_bias": self.bias and not self.n_experts, "norm_bias": of_norms}
+        return {"n_kv_heads": self.n_heads, "d_ff_expert": self.d_ff, **biases}
 
     def _check_numbers(self):
         """Types and ranges of all fields but the named choices."""
@@ -214,10 +233,7 @@ class GPTConfig:
                         f" {self.rotary_dim // 2} pairs of channels"
                     )
         self._check_norms()
-        if self.n_experts and not 1 <= self.n_experts_per_token <= self.n_experts:
-            raise ValueError(
-                f"n_experts_per_token {self.n_experts_per_token} must lie in 1..{self.n_experts}"
-            )
+        self._check_experts()
 
     def _check_norms(self):
         if self.norm_bias and not (self.norm == "layernorm" and self.norm_weight):
@@ -226,6 +242,35 @@ class GPTConfig:
             raise ValueError("norm_offset needs norms with weights")
         if self.shared_norm and not (self.parallel_residual and self.pre_norm):
             raise ValueError("shared_norm needs parallel_residual and pre_norm")
+
+    def _check_experts(self):
+        n, groups, chosen = self.n_experts, self.n_expert_groups, self.n_expert_groups_per_token
+        if self.router_loss < 0:
+            raise ValueError(f"router_loss must be 0 or more, not {self.router_loss!r}")
+        if not n:
+            plain = {f.name: f.default for f in fields(self)} | {"d_ff_expert": self.d_ff}
+            own = [name for name in plain if re.match(EXPERTS_ALONE, name)]
+            if told := [name for name in own if getattr(self, name) != plain[name]]:
+                raise ValueError(f"{told[0]} needs experts: n_experts is 0")
+            return
+        if not 1 <= self.n_experts_per_token <= n:
+            raise ValueError(f"n_experts_per_token {self.n_experts_per_token} must lie in 1..{n}")
+        if self.mlp_bias:
+            raise ValueError("mlp_bias must be false: experts have no biases")
+        if n % groups or not 1 <= chosen <= groups:
+            raise ValueError(
+                f"{n} experts must divide into n_expert_groups {groups}, of which "
+                f"n_expert_groups_per_token {chosen} are chosen"
+            )
+        if chosen * (n // groups) < self.n_experts_per_token:
+            raise ValueError(
+                f"{chosen} groups of {n // groups} experts are fewer than n_experts_per_token "
+                f"{self.n_experts_per_token}"
+            )
+        if groups > 1 and self.expert_group_score == "top2" and n // groups < 2:
+            raise ValueError(f"expert_group_score top2 needs groups of two, not {n} in {groups}")
+        if self.shared_gate and not self.d_ff_shared:
+            raise ValueError("shared_gate needs a shared expert: d_ff_shared is 0")
 
     @property
     def rotary_dim(self) -> int:
@@ -255,6 +300,10 @@ class GPTConfig:
         """The sliding window of one layer, None where it sees everything before it."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    def layer_experts(self, layer: int) -> int:
+        """How many experts a layer has, 0 where its MLP is dense."""
+        return 0 if layer in self.dense_layers else self.n_experts
+
     def layer_rope(self, layer: int) -> str | None:
         """Which rotary frequencies a layer turns by: "global", "local" or None."""
         if self.position != "rope" or layer in self.no_rope_layers:
@@ -274,7 +323,8 @@ class GPTConfig:
             ("n_kv_heads", self.n_kv_heads == self.n_heads, {"n_heads"}),
             ("qkv_bias", self.qkv_bias == self.bias, {"bias"}),
             ("o_bias", self.o_bias == self.bias, {"bias"}),
-            ("mlp_bias", self.mlp_bias == self.bias, {"bias"}),
+            ("mlp_bias", self.mlp_bias == implied["mlp_bias"], {"bias", "n_experts"}),
+            ("d_ff_expert", self.d_ff_expert == self.d_ff, {"d_ff"}),
             ("norm_bias", self.norm_bias == implied["norm_bias"], {"bias", "norm", "norm_weight"}),
         ):
             if follows and sources & changes.keys():

@@ -34,8 +34,6 @@ CONVERTED = {  # key: to the field, and back
         lambda scale: _whole(scale**-2),
     ),
 }
-
-
 # ---------------------------------------------------------------------------------------------
 # Reading
 
@@ -57,6 +55,7 @@ def fields_from_hf(hf: dict) -> dict:
 
 
 def _read(hf: dict, family: Family) -> dict:
+    hf = hf | {key: hf[other] for other, key in family.aliases if other in hf}
     for key in family.refused:
         if hf.get(key):
             raise UnsupportedArchitecture(f"{key} {hf[key]!r} has no native form")
@@ -82,7 +81,25 @@ def _read(hf: dict, family: Family) -> dict:
     for field, value in family.features.items():
         if callable(value):
             fields[field] = value(fields)
-    return fields
+    return fields | (_experts_from_hf(hf, family, fields) if "n_experts" in fields else {})
+
+
+def _experts_from_hf(hf: dict, family: Family, fields: dict) -> dict:
+    """Which layers of a mixture are dense, and how wide what all tokens pass is."""
+    n, layers = size("n_experts", fields["n_experts"]), range(fields["n_layers"])
+    if not n:
+        raise UnsupportedArchitecture("a mixture without experts has no native form")
+    found: dict[str, Any] = {}
+    if family.dense == "listed":
+        step, listed = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
+        found["dense_layers"] = tuple(i for i in layers if i in listed or (i + 1) % step)
+    elif family.dense is not None:
+        first = number("first_k_dense_replace", hf.get("first_k_dense_replace", family.dense), int)
+        found["dense_layers"] = tuple(i for i in layers if i < first)
+    if family.keys.get("d_ff_shared", ("",))[0] == "n_shared_experts":  # side by side in one MLP
+        shared = number("n_shared_experts", fields["d_ff_shared"] or 0, int)
+        found["d_ff_shared"] = shared * number("d_ff_expert", fields["d_ff_expert"], int)
+    return found
 
 
 def _layers_from_hf(hf: dict, family: Family, n: int) -> dict:
@@ -223,7 +240,20 @@ def _write(c: Any, family: Family) -> dict:
     if family.full_every or (family.no_rope == "listed" and c.sliding_window is not None):
         kinds = ("sliding_attention", "full_attention")
         hf["layer_types"] = [kinds[i in full] for i in layers]
+    if "n_experts" in family.keys:
+        hf |= _write_experts(c, family)
     return hf | _write_rope(c, family)
+
+
+def _write_experts(c: Any, family: Family) -> dict:
+    hf: dict[str, Any] = {}
+    if family.dense == "listed":
+        hf = {"decoder_sparse_step": 1, "mlp_only_layers": list(c.dense_layers)}
+    elif family.dense is not None:
+        hf = {"first_k_dense_replace": len(c.dense_layers)}
+    if family.keys.get("d_ff_shared", ("",))[0] == "n_shared_experts":
+        hf["n_shared_experts"] = c.d_ff_shared // c.d_ff_expert
+    return hf
 
 
 def _write_rope(c: Any, family: Family) -> dict:

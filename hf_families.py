@@ -36,6 +36,8 @@ class Family(NamedTuple):
     full_every: int | None = None  # each n-th layer has no window; 0: all have; None: none has
     pattern_key: str = ""  # the key that says another n
     no_rope: str = ""  # layers without: "listed", or "full" for those without a window
+    dense: int | str | None = None  # layers of a mixture: the first n, those "listed", or none
+    aliases: tuple[tuple[str, str], ...] = ()  # (another name, the key it stands for), read last
     refused: tuple[str, ...] = ()  # keys that must be absent, null or false
     needed: tuple[tuple[str, Any], ...] = ()  # keys that must be absent or say this
 
@@ -85,6 +87,18 @@ GEMMA2_KEYS = GEMMA_KEYS | {
     "activation": ("hidden_activation", "gelu_pytorch_tanh"),
     "attention_scale": ("query_pre_attn_scalar", 256),
 }
+GRANITE_KEYS = (
+    UNTIED
+    | ACT
+    | EPS
+    | BIASES
+    | {
+        "embedding_scale": ("embedding_multiplier", 1.0),
+        "attention_scale": ("attention_multiplier", 1.0),
+        "residual_scale": ("residual_multiplier", 1.0),
+        "logit_scale": ("logits_scaling", 1.0),
+    }
+)
 OLMO_KEYS = UNTIED | ACT | BIASES
 OLMO2_KEYS = OLMO_KEYS | {"norm_eps": ("rms_norm_eps", 1e-5)}
 COHERE_KEYS = TIED | ACT | BIASES | LAYER_EPS | {"logit_scale": ("logit_scale", 0.0625)}
@@ -105,6 +119,19 @@ LATENT_KEYS = {
     "v_head_dim": ("v_head_dim", 128),
 }
 INTERLEAVED = (("rope_interleave", True),)  # so that their rotary pairs are neighbours
+RENORMALISED = {"router_norm": True, "d_ff_expert": lambda fields: fields["d_ff"]}
+CHOSEN = {"n_experts_per_token": ("num_experts_per_tok", 8)}
+NORMALISED = {"router_norm": ("norm_topk_prob", False)}
+BALANCED = {"router_loss": ("router_aux_loss_coef", 0.001)}
+QWEN_MOE_KEYS = UNTIED | ACT | EPS | CHOSEN | NORMALISED | BALANCED
+# DeepSeek-V3's router: sigmoids, a bias that balances the load without a loss, groups of experts
+NO_LOSS = {"router_score": "sigmoid", "router_choice_bias": True, "expert_group_score": "top2"}
+NO_LOSS_KEYS = CHOSEN | {
+    "router_norm": ("norm_topk_prob", True),
+    "router_scale": ("routed_scaling_factor", 1.0),
+    "n_expert_groups": ("n_group", 1),
+    "n_expert_groups_per_token": ("topk_group", 1),
+}
 GLM_SIZES = (151552, 131072, 40, 32, 2, 4096, 13696)
 OLMO_SIZES = (50304, 2048, 32, 32, None, 4096, 11008)
 COHERE_SIZES = (256000, 8192, 40, 64, None, 8192, 22528)
@@ -196,17 +223,7 @@ FAMILIES = {
         "Granite",
         (32000, 2048, 32, 32, None, 4096, 11008),
         RMS,
-        UNTIED
-        | ACT
-        | EPS
-        | BIASES
-        | MLP_BIAS
-        | {
-            "embedding_scale": ("embedding_multiplier", 1.0),
-            "attention_scale": ("attention_multiplier", 1.0),
-            "residual_scale": ("residual_multiplier", 1.0),
-            "logit_scale": ("logits_scaling", 1.0),
-        },
+        GRANITE_KEYS | MLP_BIAS,
     ),
     "stablelm": Family(
         "StableLm",
@@ -334,5 +351,93 @@ FAMILIES = {
             "qk_rope_head_dim": ("qk_rope_head_dim", 32),
             "v_head_dim": ("v_head_dim", None),
         },
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        (32000, 131072, 32, 32, 8, 4096, 14336),
+        RMS | RENORMALISED,
+        UNTIED
+        | ACT
+        | BALANCED
+        | {
+            "norm_eps": ("rms_norm_eps", 1e-5),
+            "n_experts": ("num_local_experts", 8),
+            "n_experts_per_token": ("num_experts_per_tok", 2),
+        },
+        theta=1e6,
+        full_every=0,
+        aliases=(("num_experts", "num_local_experts"),),
+    ),
+    "granitemoe": Family(
+        "GraniteMoe",
+        (32000, 2048, 32, 32, None, 4096, 11008),
+        RMS | RENORMALISED,
+        GRANITE_KEYS
+        | BALANCED
+        | {
+            "n_experts": ("num_local_experts", 8),
+            "n_experts_per_token": ("num_experts_per_tok", 2),
+        },
+    ),
+    "olmoe": Family(
+        "Olmoe",
+        (50304, 4096, 16, 16, None, 2048, 2048),
+        RMS
+        | HEADS
+        | {"qk_norm": True, "qk_norm_over": "width", "d_ff_expert": lambda fields: fields["d_ff"]},
+        OLMO2_KEYS
+        | CHOSEN
+        | NORMALISED
+        | {"n_experts": ("num_experts", 64), "router_loss": ("router_aux_loss_coef", 0.01)},
+        aliases=(("num_local_experts", "num_experts"),),
+        refused=("clip_qkv",),  # which it clips behind the norms
+    ),
+    "qwen2_moe": Family(
+        "Qwen2Moe",
+        (151936, 32768, 24, 16, 16, 2048, 5632),
+        RMS | {"shared_gate": True},
+        QWEN_MOE_KEYS
+        | {
+            "qkv_bias": ("qkv_bias", True),
+            "n_experts": ("num_experts", 60),
+            "n_experts_per_token": ("num_experts_per_tok", 4),
+            "d_ff_expert": ("moe_intermediate_size", 1408),
+            "d_ff_shared": ("shared_expert_intermediate_size", 5632),
+        },
+        dense="listed",
+        refused=("use_sliding_window",),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        (151936, 32768, 24, 32, 4, 2048, 6144),
+        RMS | {"qk_norm": True},
+        QWEN_MOE_KEYS
+        | BIASES
+        | {
+            "n_experts": ("num_experts", 128),
+            "d_ff_expert": ("moe_intermediate_size", 768),
+        },
+        aliases=(("num_local_experts", "num_experts"),),
+        dense="listed",
+        refused=("use_sliding_window",),
+    ),
+    "glm4_moe": Family(
+        "Glm4Moe",
+        (151552, 131072, 46, 96, 8, 4096, 10944),
+        RMS | NO_LOSS,
+        UNTIED
+        | ACT
+        | NO_LOSS_KEYS
+        | {
+            "norm_eps": ("rms_norm_eps", 1e-5),
+            "qkv_bias": ("attention_bias", False),
+            "qk_norm": ("use_qk_norm", False),
+            "d_ff_expert": ("moe_intermediate_size", 1408),
+            "n_experts": ("n_routed_experts", 128),
+            "d_ff_shared": ("n_shared_experts", 1),
+        },
+        rotary=0.5,
+        dense=1,
+        aliases=(("num_local_experts", "n_routed_experts"),),
     ),
 }

@@ -24,20 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from config import VOCAB_MULTIPLE, GPTConfig
 from gpu_kernels import elementwise
 from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
+from mlp import MLP, Linear, Mixture
 from rotary import angles, is_long, rope_tables, rotate
 
 LATENT_EPS = 1e-6  # of the norms within latent attention, whatever norm_eps says
 HEAD_ROWS = 1024  # of logits that a soft cap holds in float32 at once
 DENSE_BYTES = 2**30  # of attention's scores, where no kernel computes them block by block
-
-
-class Linear(nn.Linear):
-    """nn.Linear that takes its input in any dtype: the weight's dtype decides."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):  # which casts x itself, without a detour
-            x = x.to(self.weight.dtype)
-        return F.linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
@@ -98,15 +90,6 @@ def latent_norm(config: GPTConfig, width: int) -> Norm:
     norm = Norm(config, width, "rmsnorm", bias=False)
     norm.eps = LATENT_EPS
     return norm
-
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -405,36 +388,6 @@ class LatentAttention(nn.Module):
         return torch.einsum("bthl,hel->bthe", mixed, self._matrices()[1])
 
 
-class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-        width = 2 * config.d_ff if config.gated_mlp else config.d_ff  # [gate; up]
-        self.fc1 = Linear(config.d_model, width, bias=config.mlp_bias)
-        self.fc2 = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        c, fc1 = self.config, self.fc1
-        activation = ACTIVATIONS[c.activation]
-        if c.gated_mlp:
-            h = fc1(x)
-            if c.activation in elementwise.ACTIVATIONS and elementwise.applies(h, h.dtype):
-                return self.fc2(elementwise.gated(h, c.activation))
-            gate, up = h.chunk(2, dim=-1)
-            return self.fc2(activation(gate) * up)
-        if c.activation == "gelu_new" and c.mlp_bias and x.is_cuda and _is_half(fc1.weight):
-            # cuBLAS applies bias and tanh GELU before it writes the product: one pass less
-            rows = x.to(fc1.weight.dtype).flatten(0, -2)
-            h = torch._addmm_activation(fc1.bias, rows, fc1.weight.t(), use_gelu=True)
-            return self.fc2(h.view(*x.shape[:-1], -1))
-        return self.fc2(activation(fc1(x)))
-
-
-def _is_half(weight) -> bool:
-    """True once the weights were cast for inference: training keeps them in float32."""
-    return weight.dtype != torch.float32 and not weight.requires_grad
-
-
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -444,6 +397,9 @@ class Block(nn.Module):
         kind = Attention if config.kv_lora_rank is None else LatentAttention
         self.attn = kind(config, layer)
         self.mlp = MLP(config)
+        self.attn = Attention(config, layer)
+        mixture = config.layer_experts(layer) > 0
+        self.mlp = Mixture(config) if mixture else MLP(config, config.d_ff)
         self.ln1_post = stream_norm(config, config.post_norm)
         self.ln2_post = stream_norm(config, config.post_norm)
         self.dropout = nn.Dropout(config.dropout)
@@ -463,7 +419,7 @@ class Block(nn.Module):
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """What goes into a branch."""
-        return norm(x, self.mlp.fc1.weight.dtype) if isinstance(norm, Norm) else norm(x)
+        return norm(x, self.mlp.dtype) if isinstance(norm, Norm) else norm(x)
 
     def _branch(self, y: Tensor) -> Tensor:
         """What a branch adds to the residual stream."""
@@ -489,8 +445,6 @@ class GPTModel(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.n_experts:
-            raise ValueError("GPTModel has no mixture of experts: transformers runs such models")
         self.config, self.activation_checkpointing = config, False
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
@@ -522,7 +476,7 @@ class GPTModel(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:
+            elif p.dim() >= 2:
                 residual = name.endswith(("out_proj.weight", "fc2.weight"))
                 scale = (2 * self.config.n_layers) ** -0.5 if residual else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
@@ -553,11 +507,16 @@ class GPTModel(nn.Module):
         return self.lm_head.weight.dtype
 
     def inference_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """The dtype of every parameter in evaluation: norms stay float32, all else `dtype`."""
-        float32 = {name for name, module in self.named_modules() if isinstance(module, Norm)}
+        """The dtype of every parameter in evaluation: norms, and what decides between experts,
+        stay float32, all else `dtype`."""
+        norms = {name for name, module in self.named_modules() if isinstance(module, Norm)}
+
+        def stays(name):
+            module, _, leaf = name.rpartition(".")
+            return module in norms or leaf == "choice_bias"
+
         return {
-            name: torch.float32 if name.rpartition(".")[0] in float32 else dtype
-            for name, _ in self.named_parameters()
+            name: torch.float32 if stays(name) else dtype for name, _ in self.named_parameters()
         }
 
     def allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:

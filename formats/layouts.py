@@ -68,28 +68,37 @@ class Part(NamedTuple):
 def parts(model: GPTModel, layout: str) -> Iterator[tuple[str, Part]]:
     """(their name, the part of our parameter that it is), over the whole GPTModel."""
     c, spec = model.config, LAYOUTS[layout]
-    heads = {"attn.q_norm": c.n_heads, "attn.k_norm": c.n_kv_heads}
-    rows = {
-        "attn.qkv_proj": [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)],
-        "mlp.fc1": [c.d_ff, c.d_ff],
-    }
     for name, p in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
         inner = block[2] if block else ""
-        theirs, tensors = spec.names(f"blocks.{{i}}.{inner}" if block else module), [p.data]
-        if inner in heads and c.qk_norm_over == "heads":
-            tensors = [p.data.view(heads[inner], c.head_dim)]
-        if len(theirs) > 1:
-            tensors = list(p.data.split(rows[inner]))
-        elif "{h}" in theirs[0]:  # a module for each head
-            tensors = list(tensors[0]) if tensors[0].dim() == 2 else tensors
-            theirs = [theirs[0].replace("{h}", str(h)) for h in range(len(tensors))]
-        for i, (their, tensor) in enumerate(zip(theirs, tensors, strict=True)):
+        theirs = spec.names(f"blocks.{{i}}.{inner}" if block else module)
+        leaf = spec.choice_bias if leaf == "choice_bias" else leaf
+        for i, (their, tensor) in enumerate(_shares(c, inner, theirs, p.data)):
             if spec.conv1d and block and tensor.dim() == 2:
                 tensor = tensor.t()
             order, dim = _order(c, spec, inner, i, tensor)
             yield f"{their.format(i=block and block[1])}.{leaf}", Part(tensor, order, dim)
+
+
+def _shares(
+    c: GPTConfig, inner: str, theirs: list[str], p: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(a name of theirs, its part) of a parameter, which several modules of theirs can share."""
+    heads = {"attn.q_norm": c.n_heads, "attn.k_norm": c.n_kv_heads}
+    if "{e}" in theirs[0]:  # modules for each expert
+        for e, own in enumerate(p):
+            yield from _shares(c, inner, [name.replace("{e}", str(e)) for name in theirs], own)
+    elif "{h}" in theirs[0]:  # a module for each head
+        own = p.view(heads[inner], c.head_dim) if c.qk_norm_over == "heads" else p[None]
+        yield from ((theirs[0].replace("{h}", str(h)), head) for h, head in enumerate(own))
+    elif inner == "attn.qkv_proj" and len(theirs) > 1:
+        rows = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
+        yield from zip(theirs, p.split(rows), strict=True)
+    elif inner in heads and c.qk_norm_over == "heads":
+        yield theirs[0], p.view(heads[inner], c.head_dim)
+    else:  # gate and up, where they are two
+        yield from zip(theirs, p.chunk(len(theirs), dim=-2 if p.dim() > 1 else 0), strict=True)
 
 
 def _order(

@@ -23,9 +23,9 @@ FLOORS = [
     "tasks/answers",
     "cli identity hf_convert",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention gpu_kernels/elementwise sandbox/kinds sandbox/frames costs/gpus "
-    "backends",
-    "formats rotary",
+    "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
+    "sandbox/frames costs/gpus backends",
+    "formats rotary mlp",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/flops costs/memory costs/time "

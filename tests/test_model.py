@@ -315,7 +315,7 @@ def test_a_soft_cap_reaches_every_cache(name, monkeypatch):
 # Shapes, names, dtypes
 
 
-@pytest.mark.parametrize("name", sorted(PARAMETERS.keys() - {"mixtral-8x7b"}))  # no native experts
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_parameters_of_full_size_presets(name):
     with torch.device("meta"):
         model = GPTModel(load_config(name))
@@ -382,11 +382,6 @@ def test_bfloat16_inference_is_close(name):
         assert not p.requires_grad
     for n, p in norms.items():
         assert torch.equal(dict(ours.named_parameters())[n], p)
-
-
-def test_mixture_of_experts_is_refused():
-    with pytest.raises(ValueError, match="mixture of experts"):
-        GPTModel(GPTConfig(V, n_experts=4, n_experts_per_token=2))
 
 
 def test_initialisation():
