@@ -47,6 +47,7 @@ POSITIVE: tuple[str, ...] = (
     "attention_scale",
     "attention_softcap",
 )
+LATENT = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 POSITIVE += ("logit_softcap", "embedding_scale", "residual_scale", "logit_scale", "router_scale")
 EXPERTS_ALONE = r"n_expert|d_ff_|dense_layers|router_|expert_|shared_gate"  # fields of a mixture
 LAYER_LISTS = ("full_attention_layers", "no_rope_layers", "dense_layers")
@@ -70,7 +71,7 @@ class GPTConfig:
     activation: str = "gelu"
 
     n_kv_heads: int = _DERIVED  # None: n_heads; fewer: grouped queries
-    head_dim: int = _DERIVED  # None: d_model / n_heads
+    head_dim: int = _DERIVED  # None: d_model / n_heads; of queries and keys
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     norm_weight: bool = True
@@ -107,6 +108,11 @@ class GPTConfig:
     tie_embeddings: bool = True
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it
     full_attention_layers: tuple[int, ...] = ()  # layers that the sliding window does not apply to
+    kv_lora_rank: int | None = None  # latent attention: keys and values are made of so few numbers
+    q_lora_rank: int | None = None  # and queries of so many; None: of the input itself
+    qk_nope_head_dim: int | None = None  # channels of a query and a key that know no position,
+    qk_rope_head_dim: int | None = None  # and that positions turn: of a key, the same in all heads
+    v_head_dim: int | None = None  # of latent attention's values
     n_experts: int = 0  # 0: a dense MLP; else layers are mixtures of experts, without biases
     n_experts_per_token: int = 0
     d_ff_expert: int = _DERIVED  # None: d_ff
@@ -128,6 +134,7 @@ class GPTConfig:
         for name, value in self._implied().items():
             if getattr(self, name) is None:
                 self._set(name, value)
+        self._check_latent()
         if self.head_dim is None:
             if self.d_model % self.n_heads:
                 raise ValueError(
@@ -175,6 +182,28 @@ class GPTConfig:
                 raise ValueError(f"{name} must be layer numbers, not {layers!r}")
             self._set(name, tuple(sorted({i for i in layers if 0 <= i < self.n_layers})))
 
+    def _check_latent(self):
+        """All sizes of latent attention, or none; its heads are as wide as their two parts."""
+        given = {name: getattr(self, name) for name in LATENT if getattr(self, name) is not None}
+        if self.kv_lora_rank is None:
+            if given:
+                raise ValueError(f"{next(iter(given))} is of latent attention: set kv_lora_rank")
+            return
+        for name in LATENT[1:]:
+            if name not in given:
+                raise ValueError(f"latent attention (kv_lora_rank) lacks {name}")
+        width = given["qk_nope_head_dim"] + given["qk_rope_head_dim"]
+        if self.head_dim not in (None, width):
+            raise ValueError(
+                f"head_dim {self.head_dim} is not qk_nope_head_dim + qk_rope_head_dim, {width}"
+            )
+        self._set("head_dim", width)
+        for name, plain in {"n_kv_heads": self.n_heads, "qk_norm": False, "clip_qkv": None}.items():
+            if getattr(self, name) != plain:
+                raise ValueError(f"latent attention knows no {name} {getattr(self, name)!r}")
+        if self.rotary_fraction != 1.0:
+            raise ValueError("rotary_fraction is 1 in latent attention: qk_rope_head_dim is turned")
+
     def _check_features(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -183,12 +212,14 @@ class GPTConfig:
             raise ValueError(
                 f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
             )
-        if self.position == "rope" and self.head_dim % 2:
+        if self.position == "rope" and self.kv_lora_rank is None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.position == "rope" and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(
                 f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} must be an "
                 f"even number of channels, not {self.head_dim * self.rotary_fraction:g}"
+                if self.kv_lora_rank is None
+                else f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}"
             )
         if self.attention_scale == self.head_dim**-0.5:
             self._set("attention_scale", None)
@@ -244,12 +275,26 @@ class GPTConfig:
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that rotary positions turn."""
+        if self.qk_rope_head_dim is not None:
+            return self.qk_rope_head_dim
         return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head's values."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     @property
     def qkv_dim(self) -> int:
         """Rows of the fused projection [q; k; v]."""
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+
+    @property
+    def cache_dim(self) -> int:
+        """Numbers that a token leaves in a layer's cache, in generation."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + self.rotary_dim
+        return 2 * self.n_kv_heads * self.head_dim
 
     def layer_window(self, layer: int) -> int | None:
         """The sliding window of one layer, None where it sees everything before it."""
@@ -271,8 +316,10 @@ class GPTConfig:
         and n_heads, n_kv_heads from n_heads, the biases of layers from bias) follows it, unless it
         is given."""
         implied = self._implied()
+        parts = {"kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"}
         for name, follows, sources in (
             ("head_dim", self.head_dim * self.n_heads == self.d_model, {"d_model", "n_heads"}),
+            ("head_dim", self.kv_lora_rank is not None, parts),
             ("n_kv_heads", self.n_kv_heads == self.n_heads, {"n_heads"}),
             ("qkv_bias", self.qkv_bias == self.bias, {"bias"}),
             ("o_bias", self.o_bias == self.bias, {"bias"}),

@@ -321,7 +321,7 @@ def config_to_hf(c: Any) -> dict | None:
     does."""
     longrope = (c.rope_scaling or {}).get("rope_type") == "longrope"  # Phi-3 is known for it
     said = {word: getattr(c, word) for word in (*WORDS, "mlp_bias")}
-    if longrope or c.n_experts or type(c)(**said) != c:
+    if longrope or c.n_experts or c.kv_lora_rank or type(c)(**said) != c:
         return None
     if c.norm == "layernorm" and c.position == "learned":
         return _gpt2_to_hf(c)

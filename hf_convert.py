@@ -20,6 +20,11 @@ def _whole(x: float) -> float:
     return round(x) if abs(x - round(x)) < 1e-6 * x else x
 
 
+# Keys that count in units of something else of the model, null being one such unit; and their kind
+UNITS = {
+    "scale_depth": (lambda fields: fields["n_layers"] ** 0.5, lambda x: float(f"{x:.12g}")),
+    "dim_model_base": (lambda fields: fields["d_model"], round),
+}
 CONVERTED = {  # key: to the field, and back
     "hidden_act": (hf_config.activation, hf_config.hf_activation),
     "hidden_activation": (hf_config.activation, hf_config.hf_activation),
@@ -54,6 +59,9 @@ def _read(hf: dict, family: Family) -> dict:
     for key in family.refused:
         if hf.get(key):
             raise UnsupportedArchitecture(f"{key} {hf[key]!r} has no native form")
+    for key, value in family.needed:
+        if hf.get(key, value) != value:
+            raise UnsupportedArchitecture(f"{key} {hf[key]!r:.60} has no native form")
     fields = {field: value for field, value in family.features.items() if not callable(value)}
     fields |= {"dropout": hf.get("attention_dropout") or 0.0, "head_dim": hf.get("head_dim")}
     for (field, key), default in zip(SIZES.items(), family.sizes, strict=True):
@@ -65,10 +73,14 @@ def _read(hf: dict, family: Family) -> dict:
         fields[field] = CONVERTED[key][0](value) if key in CONVERTED else value
     for field in ("d_model", "n_layers", "n_heads"):  # which others are made of
         size(field, fields[field])
+    for field, (key, _) in family.keys.items():
+        if key in UNITS:
+            told = fields[field]
+            fields[field] = 1.0 if told is None else number(key, told) / UNITS[key][0](fields)
+    fields |= _layers_from_hf(hf, family, fields["n_layers"]) | _rope_from_hf(hf, family)
     for field, value in family.features.items():
         if callable(value):
             fields[field] = value(fields)
-    fields |= _layers_from_hf(hf, family, fields["n_layers"]) | _rope_from_hf(hf, family)
     return fields | (_experts_from_hf(hf, family, fields) if "n_experts" in fields else {})
 
 
@@ -209,12 +221,15 @@ def config_to_hf(c: Any) -> dict | None:
 def _write(c: Any, family: Family) -> dict:
     hf = {key: getattr(c, field) for field, key in SIZES.items()}
     hf |= {"attention_dropout": c.dropout, "pad_token_id": None}  # the class's may be too large
-    if c.head_dim * c.n_heads != c.d_model:
+    if c.head_dim * c.n_heads != c.d_model and c.kv_lora_rank is None:
         hf["head_dim"] = c.head_dim
     for field, (key, _) in family.keys.items():
         value = getattr(c, field)
         if field == "attention_scale" and value is None:
             value = c.head_dim**-0.5
+        if key in UNITS:
+            unit, kind = UNITS[key]
+            value = kind(value * unit(vars(c)))
         hf[key] = CONVERTED[key][1](value) if key in CONVERTED else value
     layers, full = range(c.n_layers), set(c.full_attention_layers)
     if family.full_every is not None:

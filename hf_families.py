@@ -6,6 +6,7 @@ reads, and what an absent one means: the class's own default. hf_convert.py read
 Source: configuration_*.py and modeling_*.py of transformers 5.17.
 """
 
+import math
 from typing import Any, NamedTuple
 
 SIZES = {  # field: key of config.json, for all families, in the order of Family.sizes
@@ -38,6 +39,7 @@ class Family(NamedTuple):
     dense: int | str | None = None  # layers of a mixture: the first n, those "listed", or none
     aliases: tuple[tuple[str, str], ...] = ()  # (another name, the key it stands for), read last
     refused: tuple[str, ...] = ()  # keys that must be absent, null or false
+    needed: tuple[tuple[str, Any], ...] = ()  # keys that must be absent or say this
 
 
 def _biases(given: bool) -> dict[str, bool]:
@@ -56,6 +58,22 @@ HEADS = {"head_dim": lambda fields: fields["d_model"] // fields["n_heads"]}
 STABLELM = RMS | HEADS | {"norm": "layernorm", "norm_bias": True}
 STABLELM |= {"qk_norm_type": "layernorm", "qk_norm_over": "heads"}
 COHERE = STABLELM | {"norm_bias": False, "parallel_residual": True, "shared_norm": True}
+
+
+def _latent_scale(fields: dict) -> float | None:
+    """Of latent attention's products: YaRN's mscale_all_dim raises it. None: as usual."""
+    scaling = fields["rope_scaling"] or {}
+    every, factor = scaling.get("mscale_all_dim"), scaling.get("factor") or 1
+    if not every or factor <= 1:
+        return None
+    return fields["head_dim"] ** -0.5 * (0.1 * every * math.log(factor) + 1) ** 2
+
+
+LATENT = RMS | {  # what these classes derive
+    "n_kv_heads": lambda fields: fields["n_heads"],
+    "head_dim": lambda fields: fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"],
+    "attention_scale": _latent_scale,
+}
 
 ACT, EPS = {"activation": ("hidden_act", "silu")}, {"norm_eps": ("rms_norm_eps", 1e-6)}
 LAYER_EPS = {"norm_eps": ("layer_norm_eps", 1e-5)}
@@ -93,6 +111,14 @@ GLM_KEYS = (
         "norm_eps": ("rms_norm_eps", 1.5625e-7),
     }
 )
+LATENT_KEYS = {
+    "kv_lora_rank": ("kv_lora_rank", 512),
+    "q_lora_rank": ("q_lora_rank", 1536),
+    "qk_nope_head_dim": ("qk_nope_head_dim", 128),
+    "qk_rope_head_dim": ("qk_rope_head_dim", 64),
+    "v_head_dim": ("v_head_dim", 128),
+}
+INTERLEAVED = (("rope_interleave", True),)  # so that their rotary pairs are neighbours
 RENORMALISED = {"router_norm": True, "d_ff_expert": lambda fields: fields["d_ff"]}
 CHOSEN = {"n_experts_per_token": ("num_experts_per_tok", 8)}
 NORMALISED = {"router_norm": ("norm_topk_prob", False)}
@@ -298,6 +324,33 @@ FAMILIES = {
         | {"head_dim": ("head_dim", 128), "norm_eps": ("rms_norm_eps", 1e-5)}
         | dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("use_bias", False)),
         theta=5e5,
+    ),
+    "youtu": Family(
+        "Youtu",
+        (128256, 131072, 32, 16, 16, 2048, 6144),
+        LATENT,
+        TIED | ACT | EPS | BIASES | LATENT_KEYS,
+        needed=INTERLEAVED,
+    ),
+    "minicpm3": Family(
+        "MiniCPM3",
+        (73448, 32768, 62, 40, 40, 2560, 6400),
+        LATENT | {"v_head_dim": lambda f: f["v_head_dim"] or f["d_model"] // f["n_heads"]},
+        TIED
+        | ACT
+        | BIASES
+        | MLP_BIAS
+        | {
+            "norm_eps": ("rms_norm_eps", 1e-5),
+            "embedding_scale": ("scale_emb", 12),
+            "residual_scale": ("scale_depth", 1.4),
+            "logit_scale": ("dim_model_base", 256),
+            "kv_lora_rank": ("kv_lora_rank", 256),
+            "q_lora_rank": ("q_lora_rank", 768),
+            "qk_nope_head_dim": ("qk_nope_head_dim", 64),
+            "qk_rope_head_dim": ("qk_rope_head_dim", 32),
+            "v_head_dim": ("v_head_dim", None),
+        },
     ),
     "mixtral": Family(
         "Mixtral",

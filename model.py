@@ -27,6 +27,7 @@ from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
 from mlp import MLP, Linear, Mixture
 from rotary import angles, is_long, rope_tables, rotate
 
+LATENT_EPS = 1e-6  # of the norms within latent attention, whatever norm_eps says
 HEAD_ROWS = 1024  # of logits that a soft cap holds in float32 at once
 DENSE_BYTES = 2**30  # of attention's scores, where no kernel computes them block by block
 
@@ -84,6 +85,13 @@ def head_norm(config: GPTConfig, heads: int) -> Norm:
     return Norm(config, width, kind, bias=False, heads=heads if over == "heads" else 1)
 
 
+def latent_norm(config: GPTConfig, width: int) -> Norm:
+    """A norm of what latent attention compresses [..., width]."""
+    norm = Norm(config, width, "rmsnorm", bias=False)
+    norm.eps = LATENT_EPS
+    return norm
+
+
 # ---------------------------------------------------------------------------------------------
 # Attention
 
@@ -92,6 +100,7 @@ class Cache(Protocol):
     """What the modules ask of keys and values already computed: see backends/kvcache.py."""
 
     longest: int  # tokens that a row may reach, those before it included
+    of_latents: bool  # its keys are latents: queries must come absorbed
 
     def positions(self, T: int) -> Tensor: ...
 
@@ -121,7 +130,7 @@ def attend(  # so many parameters, since they are the terms of attention itself
     causal: bool, window: int | None = None, softcap: float | None = None,
     scale: float | None = None, lse: bool = False, mask: Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of q [B, H, T, D] over k, v [B, G, S, D]: [B, H, T, D] in q's dtype.
+    """Attention of q [B, H, T, D] over k [B, G, S, D], v [B, G, S, E]: [B, H, T, E] in q's dtype.
 
     Which kernel runs is decided here, for all but the decode step (gpu_kernels/decode_attention).
     causal: a query sees itself and the keys before it (S = T), with a window no more than `window`
@@ -130,6 +139,13 @@ def attend(  # so many parameters, since they are the terms of attention itself
     softcap). lse: (out, log-sum-exp of the scores [B, H, T] float32), so that parts over disjoint
     keys can be merged.
     """
+    if q.is_cuda and (spare := q.shape[-1] - v.shape[-1]) > 0:  # its fast kernels know one width
+        v = F.pad(v, (0, spare))
+        terms = {"window": window, "softcap": softcap, "scale": scale, "dropout": dropout}
+        if lse:
+            out, sums = attend(q, k, v, causal=causal, mask=mask, lse=True, **terms)
+            return out[..., :-spare], sums
+        return attend(q, k, v, causal=causal, mask=mask, **terms)[..., :-spare]
     T, capped = q.shape[2], softcap is not None
     causal = causal and mask is None
     reach = window if causal and window is not None and window < T else None
@@ -207,10 +223,13 @@ def _flex_attention(q, k, v, window, softcap, scale):
 
 def attention_of(config: GPTConfig, layer: int) -> dict[str, Any]:
     """What sets a layer's attention apart: options of `attend`, which every cache is given too."""
+    scale = config.attention_scale
+    if scale is None and config.kv_lora_rank is not None:  # not of the latents' width
+        scale = config.head_dim**-0.5
     return {
         "window": config.layer_window(layer),
         "softcap": config.attention_softcap,
-        "scale": config.attention_scale,
+        "scale": scale,
     }
 
 
@@ -282,12 +301,102 @@ class Attention(nn.Module):
         return flat[0].to(q.dtype).view_as(q), flat[1].to(k.dtype).view_as(k)
 
 
+class LatentAttention(nn.Module):
+    """Attention whose keys and values are made of one latent a token, [R + L] numbers: R channels
+    of a key that know the position, the same in all heads, and L that each head makes the N other
+    channels of its key and the E of its value from (DeepSeek-AI 2024).
+
+    Where a cache keeps latents alone, nothing is made of them: a head's queries are taken through
+    its key matrix instead, and its mixture of latents through its value matrix.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        c, self.config, self.layer = config, config, layer
+        self.options = attention_of(config, layer)
+        assert c.kv_lora_rank and c.qk_nope_head_dim and c.qk_rope_head_dim
+        self.R, self.L = c.qk_rope_head_dim, c.kv_lora_rank
+        self.N, self.E = c.qk_nope_head_dim, c.value_dim
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.d_model, c.n_heads * c.head_dim, bias=False)
+        else:
+            self.q_down_proj = Linear(c.d_model, c.q_lora_rank, bias=c.qkv_bias)
+            self.q_down_norm = latent_norm(c, c.q_lora_rank)
+            self.q_up_proj = Linear(c.q_lora_rank, c.n_heads * c.head_dim, bias=False)
+        self.kv_down_proj = Linear(c.d_model, self.R + self.L, bias=c.qkv_bias)
+        self.kv_down_norm = latent_norm(c, self.L)
+        self.kv_up_proj = Linear(self.L, c.n_heads * (self.N + self.E), bias=False)
+        self.out_proj = Linear(c.n_heads * self.E, c.d_model, bias=c.o_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: list[Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        c, (B, T, _) = self.config, x.shape
+        q = self._queries(x).view(B, T, c.n_heads, c.head_dim)  # of each head [R; N]
+        turned, latent = self.kv_down_proj(x).split([self.R, self.L], dim=-1)
+        turned = turned[:, :, None]
+        if rope is not None:
+            q, turned = rotate(q, *rope), rotate(turned, *rope)
+        latent = self._normed(self.kv_down_norm, latent)[:, :, None]
+        if cache is not None and cache.of_latents:
+            q, k = self._absorbed(q), torch.cat((turned, latent), dim=-1)  # [B, T, heads or 1, R+L]
+            q, k, v = (x.transpose(1, 2) for x in (q, k, latent))
+            y = self._values(cache.attend(self.layer, q, k, v, **self.options).transpose(1, 2))
+            return self.out_proj(y.reshape(B, T, -1))
+        q, k, v = (x.transpose(1, 2) for x in (q, *self._expanded(turned, latent)))
+        if cache is not None:
+            kept = torch.cat((turned, latent), dim=-1).transpose(1, 2)
+            y = cache.attend(self.layer, q, k, v, latent=kept, **self.options)
+        else:
+            own = None if mask is None else mask[self.layer]
+            dropout = c.dropout if self.training else 0.0
+            y = attend(q, k, v, causal=True, mask=own, dropout=dropout, **self.options)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        if self.config.q_lora_rank is None:
+            return self.q_proj(x)
+        return self.q_up_proj(self._normed(self.q_down_norm, self.q_down_proj(x)))
+
+    @staticmethod
+    def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x.contiguous(), x.dtype).to(x.dtype)
+
+    def _expanded(self, turned: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """k [B, T, H, R + N], v [B, T, H, E] of the two parts of latents [B, T, 1, R], [.., L]."""
+        made = self.kv_up_proj(latent).unflatten(-1, (-1, self.N + self.E)).squeeze(2)
+        k, v = made.split([self.N, self.E], dim=-1)
+        return torch.cat((turned.expand(-1, -1, k.shape[2], -1), k), dim=-1), v
+
+    def _matrices(self) -> list[Tensor]:
+        """What each head makes its key and its value with, [H, N, L] and [H, E, L]."""
+        heads = self.kv_up_proj.weight.unflatten(0, (-1, self.N + self.E))
+        return list(heads.split([self.N, self.E], dim=1))
+
+    def _absorbed(self, q: Tensor) -> Tensor:
+        """Queries [B, T, H, R + N] of expanded keys as queries of latents [B, T, H, R + L]."""
+        turned, plain = q.split([self.R, self.N], dim=-1)
+        absorbed = torch.einsum("bthn,hnl->bthl", plain, self._matrices()[0])
+        return torch.cat((turned, absorbed), dim=-1)
+
+    def _values(self, mixed: Tensor) -> Tensor:
+        """[B, T, H, E] of mixtures of latents [B, T, H, L]."""
+        return torch.einsum("bthl,hel->bthe", mixed, self._matrices()[1])
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config = config
         self.ln1 = stream_norm(config, config.pre_norm)
         self.ln2 = stream_norm(config, config.pre_norm and not config.shared_norm)
+        kind = Attention if config.kv_lora_rank is None else LatentAttention
+        self.attn = kind(config, layer)
+        self.mlp = MLP(config)
         self.attn = Attention(config, layer)
         mixture = config.layer_experts(layer) > 0
         self.mlp = Mixture(config) if mixture else MLP(config, config.d_ff)

@@ -5,9 +5,10 @@
 
 A row is a symbol, the expression that is evaluated, its unit, its meaning and its source. Symbols:
 B sequences of T tokens, s = B*T, L layers, h width, a query heads, k key/value heads, d head width,
-f MLP width, V vocabulary, E experts, K of them per token. Features that a model has or lacks (tied,
-gated, rope, …) count as 1 or 0. Bytes per number: c computing, w weight, g gradient, o optimizer
-state.
+f MLP width, V vocabulary, E experts, K of them per token. Latent attention: ql, kl numbers that
+queries, and keys and values, are made of, dr channels of positions, dv of a value. Features that a
+model has or lacks (tied, gated, rope, …) count as 1 or 0. Bytes per number: c computing, w weight,
+g gradient, o optimizer state.
 
 Shortcuts that are wrong: 4*B*T^2*h for attention leaves out the projections; 2*s*h*f is one product
 of an MLP that has two or, gated, three; the head runs forward and backward, so it counts three
@@ -25,10 +26,16 @@ from config import VOCAB_MULTIPLE, GPTConfig
 
 # fmt: off
 PARAMETERS = (
-    ("n_qk_norm", "qk_norm*norm_weight*((a + k)*d if qk_each or qk_all else 2*d)", "",
-     "norms of queries and keys in a block", "Henry 2020"),
-    ("n_attn", "h*(a + 2*k)*d + a*d*h + qkv_bias*(a + 2*k)*d + o_bias*h + n_qk_norm",
-     "", "attention of a block", "Vaswani 2017; grouped queries: Ainslie 2023"),
+    ("n_qk_norm", "norm_weight*(qk_norm*((a + k)*d if qk_each or qk_all else 2*d) + ql + kl)", "",
+     "norms of queries and keys in a block, or of latents", "Henry 2020"),
+    ("n_in", "h*(((ql or a*d) + kl + dr) if latent else (a + 2*k)*d)", "",
+     "attention's matrices that read the stream", "latent: DeepSeek-AI 2024"),
+    ("n_qkv", "n_in + ql*a*d + kl*a*(d - dr + dv)", "", "matrices that make q, k and v", ""),
+    ("w_qkv", "a*(3*d - dr + dv) if latent else (a + 2*k)*d", "", "numbers of q, k and v", ""),
+    ("n_sides", "3*h + 2*(ql + kl) + dr + a*(2*d - dr + 2*dv) if latent else 2*(a + k)*d + 4*h", "",
+     "ins and outs of attention's matrices", ""),
+    ("n_attn", "n_qkv + a*dv*h + qkv_bias*(ql + kl + dr if latent else (a + 2*k)*d) + o_bias*h"
+     " + n_qk_norm", "", "attention of a block", "Vaswani 2017; grouped queries: Ainslie 2023"),
     ("n_expert", "(2 + gated)*h*f + mlp_bias*((1 + gated)*f + h)",
      "", "one MLP or expert", "gated: Shazeer 2020"),
     ("n_mlp", "max(E, 1)*n_expert + h*E", "", "MLP of a block, router included", "Jiang 2024"),
@@ -38,21 +45,21 @@ PARAMETERS = (
     ("n_head", "(1 - tied)*V*h + head_bias*V", "", "LM head, no matrix where tied", "Press 2017"),
     ("N", "n_embed + L*n_block + (1 + embedding_norm)*n_norm + n_head", "", "all parameters", ""),
     ("N_active", "N - L*(E - K)*n_expert", "", "used by one token", "Jiang 2024"),
-    ("n_linear", "h*(a + 2*k)*d + a*d*h + max(E, 1)*(2 + gated)*h*f", "", "block's matrices", ""),
+    ("n_linear", "n_qkv + a*dv*h + max(E, 1)*(2 + gated)*h*f", "", "block's matrices", ""),
     ("n_norms", "(norms*L + 1 + embedding_norm)*n_norm + L*n_qk_norm", "", "all norms", ""),
-    ("n_lora", "r*(a*d + 2*k*d + a*d + 4*h + max(E, 1)*(2 + gated)*(h + f))",
-     "", "adapters of a block: in + out of q, k, v, out, MLP", "Hu 2021"),
+    ("n_lora", "r*(n_sides + max(E, 1)*(2 + gated)*(h + f))",
+     "", "adapters of a block: in + out of its matrices", "Hu 2021"),
 )
 
 FLOPS = (
-    ("p_block", "h*(a + 2*k)*d + a*d*h + max(K, 1)*(2 + gated)*h*f + h*E",
+    ("p_block", "n_qkv + a*dv*h + max(K, 1)*(2 + gated)*h*f + h*E",
      "", "products a token meets in a block", ""),
     ("P_full", "L*B*T**2", "", "query-key pairs, full mask", ""),
     ("P_causal", "B*(L_full*pairs(T, T) + L_window*pairs(T, window))",
      "", "attended pairs: pairs(T, w) = sum of min(t, w)", "windows: Beltagy 2020"),
     ("F_linear", "2*s*L*p_block", "FLOP", "projections, MLP, router", "Kaplan 2020"),
-    ("F_attention", "4*a*d*P_full", "FLOP", "QK' and AV", "Narayanan 2021"),
-    ("F_attention_causal", "4*a*d*P_causal", "FLOP", "QK' and AV, attended pairs", "Dao 2022"),
+    ("F_attention", "2*a*(d + dv)*P_full", "FLOP", "QK' and AV", "Narayanan 2021"),
+    ("F_attention_causal", "2*a*(d + dv)*P_causal", "FLOP", "QK' and AV, attended", "Dao 2022"),
     ("F_head", "2*s*h*V", "FLOP", "LM head", "Narayanan 2021"),
     ("F_forward", "F_linear + F_attention + F_head", "FLOP", "forward, full mask", ""),
     ("F_forward_causal", "F_linear + F_attention_causal + F_head", "FLOP", "forward, causal", ""),
@@ -60,12 +67,12 @@ FLOPS = (
     ("F_training_causal", "3*F_forward_causal", "FLOP", "the same, causal", ""),
     ("F_recompute", "full_recompute*(F_linear + F_attention - spared*2*s*L*max(K, 1)*h*f)",
      "FLOP", "one more forward of the blocks; torch skips an unread last product", "Chen 2016"),
-    ("F_executed", "3*(F_linear + F_head) + (3 + 0.5*flash)*F_attention + F_recompute",
+    ("F_executed", "3*(F_linear + F_head + F_attention) + flash*2*a*d*P_full + F_recompute",
      "FLOP", "run in a step: flash's backward computes the scores again", "Dao 2022"),
-    ("F_lora", "2*s*L*r*(2*a*d + 2*k*d + 4*h + max(K, 1)*(2 + gated)*(h + f))",
+    ("F_lora", "2*s*L*r*(n_sides + max(K, 1)*(2 + gated)*(h + f))",
      "FLOP", "adapters, forward", "Hu 2021"),
     ("F_training_lora", "2*(F_linear + F_head) + 3*F_attention + 3*F_lora"
-     " - 2*s*(h*(a + 2*k)*d + 3*r*h)",
+     " - 2*s*(n_in + (3 - latent)*r*h)",
      "FLOP", "frozen base: no weight gradients, nothing flows into block 0's input", "Hu 2021"),
     ("rule_2N", "2*N_active*s", "FLOP", "rule of thumb for a forward", "Kaplan 2020"),
     ("rule_6N", "6*N_active*s", "FLOP", "rule of thumb for a step", "Kaplan 2020"),
@@ -82,7 +89,7 @@ OPTIMIZERS = {  # bytes of state: n_train parameters, n_matrix of them in the bl
 }
 
 STATE = (
-    ("n_factors", "L*((a + 2*k)*d + a*d + 2*h + max(E, 1)*((2 + gated)*f + 2*h)) + n_norms"
+    ("n_factors", "L*(n_sides - (not latent)*2*h + max(E, 1)*((2 + gated)*f + 2*h)) + n_norms"
      " + (2 - tied)*(V + h) + learned*(T_max + h)", "", "rows and columns", ""),
     ("n_train", "(not lora)*N + lora*L*n_lora", "", "trained parameters", ""),
     ("n_matrix", "(not lora)*L*n_linear", "", "of which matrices in blocks", ""),
@@ -93,9 +100,11 @@ STATE = (
     ("M_master", "master*4*n_train/n_o", "byte", "float32 copies", "Micikevicius 2018"),
 )
 
+LATENT = ("latent*h*(ql or a*d)", "ql*a*d", "h*(kl + dr)", "kl*a*(d - dr + dv)")
 MATRICES = {  # of a block, in the order of their allocation
-    "roseval": ("h*(a + 2*k)*d", "a*d*h", "(1 + gated)*h*f", "f*h"),
-    "transformers": ("h*a*d", "h*k*d", "h*k*d", "a*d*h", "max(E, 1)*gated*h*f", "max(E, 1)*h*f",
+    "roseval": ("(not latent)*n_in", *LATENT, "a*dv*h", "(1 + gated)*h*f", "f*h"),
+    "transformers": ("(not latent)*h*a*d", "(not latent)*h*k*d", "(not latent)*h*k*d", *LATENT,
+                     "a*dv*h", "max(E, 1)*gated*h*f", "max(E, 1)*h*f",
                      "max(E, 1)*f*h"),
 }
 MATRICES["megatron"] = MATRICES["roseval"]
@@ -117,12 +126,16 @@ ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in se
     "roseval": (  # a float32 residual stream; fused RMSNorm
         ("A_residual", "4*hr", "byte", "residual stream", ""),
         ("A_norms", "norm_inputs*A_residual", "byte", "norm inputs", ""),
-        ("A_inputs", "(2 - (c == 4)*shared_norm)*c*hr", "byte", "inputs of qkv and fc1", ""),
-        ("A_qkv", "c*(a + 2*k)*d*(1 + clipped) + rope*c*(a + k)*d", "byte",
+        ("A_inputs", "(2 - (c == 4)*shared_norm + latent*(c < 4))*c*hr", "byte",
+         "inputs of qkv and fc1", ""),
+        ("A_latent", "latent*c*a*(3*d if widened else 3*d - dr + dv)", "byte",
+         "q, k, v of latents; kernels want v as wide as k", "DeepSeek-AI 2024"),
+        ("A_qkv", "A_latent if latent else c*(a + 2*k)*d*(1 + clipped) + rope*c*(a + k)*d", "byte",
          "q, k, v; before they are clipped; q, k as rotated", ""),
         ("A_qk_norm", "qk_norm*(4*((c < 4) + qk_each*norm_weight)*(a + k)*d"
-         " + (8 - 4*qk_rms)*(2 if qk_all else a + k))", "byte", "query and key norms", ""),
-        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
+         " + (8 - 4*qk_rms)*(2 if qk_all else a + k)) + (4 + c)*(ql + kl) + 4*((ql > 0) + latent)",
+         "byte", "norms of queries and keys, or of latents", ""),
+        ("A_attention", "c*a*dv + widened*c*a*d", "byte", "attention's output", "Dao 2022"),
         ("A_mlp", "c*f*(2 + 2*gated - (relu and not gated))", "byte", "around the activation", ""),
     ),
     "transformers": (  # residual in the weights' dtype, RMSNorm and tanh GELU by elementary steps
@@ -130,9 +143,10 @@ ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in se
         ("A_norms", "2*((not (rms and lora))*A_residual + rms*4*hr)", "byte",
          "norm inputs; normalised, which a frozen weight does not ask for", ""),
         ("A_inputs", "c*hr*(2 + 3*autocast*rms)", "byte", "inputs of q, k, v, gate, up", ""),
-        ("A_qkv", "c*(a + 2*k)*d", "byte", "q, k, v", ""),
-        ("A_qk_norm", "qk_norm*((4 + c)*(a + k)*d + 4*(a + k))", "byte", "query, key norms", ""),
-        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
+        ("A_qkv", "c*w_qkv", "byte", "q, k, v", ""),
+        ("A_qk_norm", "qk_norm*((4 + c)*(a + k)*d + 4*(a + k)) + (4 + c)*(ql + kl)", "byte",
+         "norms of queries and keys, or of latents", ""),
+        ("A_attention", "c*a*dv", "byte", "attention's output", "Dao 2022"),
         ("A_mlp", "max(K, 1)*f*(2*c + 2*c*gated + (3*c + 6*autocast)*(tanh and not gated))"
          " + 2*K*c*h", "byte", "around the activation", ""),
     ),
@@ -140,9 +154,9 @@ ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in se
         ("A_residual", "hr*max(c, 4*autocast)", "byte", "residual stream", ""),
         ("A_norms", "2*A_residual", "byte", "norm inputs", ""),
         ("A_inputs", "2*c*hr", "byte", "inputs of qkv and fc1", ""),
-        ("A_qkv", "c*(a + 2*k)*d", "byte", "q, k, v", ""),
-        ("A_qk_norm", "qk_norm*2*c*(a + k)*d", "byte", "query and key norms", ""),
-        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
+        ("A_qkv", "c*w_qkv", "byte", "q, k, v", ""),
+        ("A_qk_norm", "2*c*(qk_norm*(a + k)*d + ql + kl)", "byte", "norms of queries and keys", ""),
+        ("A_attention", "c*a*dv", "byte", "attention's output", "Dao 2022"),
         ("A_mlp", "max(K, 1)*c*f*(2 + 2*gated)", "byte", "around the activation", ""),
     ),
 }
@@ -194,11 +208,13 @@ STEP = (
 )
 
 INFERENCE = (
-    ("M_cache", "2*L*k*d*c*s", "byte", "keys and values", "Pope 2022"),
-    ("R_cache", "slack(2*L, k*d*c*s)", "byte", "rest of the allocator's blocks: the cache",
-     "CUDACachingAllocator"),
-    ("W_attention", "s*(8*h + c*(a + 2*k)*d + rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d)",
-     "byte", "prefill, at the rotation of q", ""),
+    ("M_cache", "L*kv*c*s", "byte", "keys and values, or the latents that they are made of",
+     "Pope 2022; DeepSeek-AI 2024"),
+    ("R_cache", "slack(L*(2 - latent), kv/(2 - latent)*c*s)", "byte",
+     "rest of the allocator's blocks: the cache", "CUDACachingAllocator"),
+    ("W_attention", "s*(8*h + c*w_qkv + (c*a*(2*d if widened else dv) if latent else"
+     " rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d))",
+     "byte", "prefill, at the rotation of q, or at attention over what latents became", ""),
     ("W_mlp", "s*(12*h + (2*c*h + c*f if tanh and mlp_bias and c < 4 else c*f*(2 + 2*gated)))",
      "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
     ("W_decode", "B*(Vp*c + V*4*(1 + capped))", "byte", "logits of B tokens, and in float32", ""),
@@ -209,10 +225,13 @@ INFERENCE = (
 )
 
 PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes moved, kernels
-    ("qkv", "2*s*h*(a + 2*k)*d", "w_block*h*(a + 2*k)*d + c*s*(h + (a + 2*k)*d)", "1"),
-    ("attention", "4*a*d*P_pass", "c*(2*s*a*d + 2*B*X*k*d)",
+    ("qkv", "2*s*n_qkv", "w_block*n_qkv + c*s*(h + w_qkv + 2*(ql + kl))",
+     "1 if not latent else 4 + 2*(ql > 0) + 2*(T == 1)"),
+    ("attention", "2*a*P_pass*(2*kl + dr if absorbed else d + dv)",
+     "c*(s*a*(2*kl + dr if absorbed else d + dv) + B*X*(kv if absorbed or not latent else"
+     " a*(d + dv)))",
      "10 + 3*(L_window > 0) if T == 1 else 3"),  # decode merges parts of the keys
-    ("out", "2*s*a*d*h", "w_block*a*d*h + c*s*(a*d + h)", "1"),
+    ("out", "2*s*a*dv*h", "w_block*a*dv*h + c*s*(a*dv + h)", "1"),
     ("router", "2*s*h*E", "w*h*E", "(E > 0)*4"),
     ("up", "2*s*max(K, 1)*(1 + gated)*h*f",
      "w_block*touched*(1 + gated)*h*f + c*s*max(K, 1)*(h + (1 + gated)*f)", "1"),
@@ -303,6 +322,10 @@ def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
         "a": c.n_heads,
         "k": c.n_kv_heads,
         "d": c.head_dim,
+        **{"dv": c.value_dim, "kv": c.cache_dim, "latent": int(c.kv_lora_rank is not None)},
+        **{"kl": c.kv_lora_rank or 0, "ql": c.q_lora_rank or 0, "dr": c.qk_rope_head_dim or 0},
+        "widened": int(c.value_dim < c.head_dim),
+        "absorbed": int(c.kv_lora_rank is not None and seq_len == 1),
         "f": c.d_ff,
         "V": c.vocab_size,
         "T_max": c.max_position_embeddings,

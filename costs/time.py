@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from config import GPTConfig
 from costs.flops import estimate_flops
-from costs.formulas import PASS, Setup, model_symbols, pairs, solve
+from costs.formulas import PARAMETERS, PASS, Setup, model_symbols, pairs, solve
 from costs.gpus import GPU
 
 
@@ -45,7 +45,8 @@ def pass_seconds(
 ) -> dict:
     """Seconds of one forward of `new` tokens in each of `batch` sequences, which then hold
     `context` tokens each: in all, by operation, and what limits most of them."""
-    v, ceilings = model_symbols(c, batch, new) | setup.symbols(), ceilings or Ceilings()
+    v = solve(PARAMETERS, model_symbols(c, batch, new) | setup.symbols())
+    ceilings = ceilings or Ceilings()
     before = context - new
     windows = [c.layer_window(layer) or context for layer in range(c.n_layers)]
     seen = sum(min(w, context) for w in windows) / c.n_layers

@@ -39,6 +39,8 @@ PAIRS = {
     "backwards": lambda R: torch.arange(R).view(2, -1).flip(0).flatten(),
 }
 
+LATENTS = ("attn.q_proj", "attn.q_up_proj", "attn.kv_down_proj")  # with rotary channels
+
 
 class Part(NamedTuple):
     """The part of our parameter that one tensor of theirs is."""
@@ -106,6 +108,8 @@ def _order(
     if spec.by_head and inner == "attn.qkv_proj":
         rows = torch.arange(3 * c.n_heads * c.head_dim)
         return rows.view(3, c.n_heads, c.head_dim).transpose(0, 1).flatten(), 0
+    if spec.turned_last and inner in LATENTS:
+        return _latent_order(c, spec, inner), 0
     turned = inner in ("attn.q_norm", "attn.k_norm") or (inner == "attn.qkv_proj" and i < 2)
     if not (spec.pairs and turned and c.position == "rope"):
         return None, 0
@@ -113,6 +117,18 @@ def _order(
     dim = tensor.dim() - 1 if inner != "attn.qkv_proj" else 0
     starts = torch.arange(0, tensor.shape[dim], c.head_dim)
     return (starts[:, None] + head).flatten(), dim
+
+
+def _latent_order(c: GPTConfig, spec: Layout, inner: str) -> torch.Tensor:
+    """Of rows whose rotary channels are first with us and last with them: of each head's queries,
+    or of a latent."""
+    assert c.qk_nope_head_dim and c.kv_lora_rank
+    R = c.rotary_dim
+    others = c.kv_lora_rank if inner == "attn.kv_down_proj" else c.qk_nope_head_dim
+    turned = PAIRS[spec.pairs](R) if spec.pairs else torch.arange(R)
+    one = torch.cat((R + torch.arange(others), turned))
+    heads = 1 if inner == "attn.kv_down_proj" else c.n_heads
+    return (torch.arange(heads)[:, None] * (R + others) + one).flatten()
 
 
 def views(model: GPTModel, layout: str) -> Iterator[tuple[str, torch.Tensor]]:

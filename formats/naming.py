@@ -8,6 +8,7 @@ A layout is known by a whole first block of its names. Families that share names
 under them, so the model_type of a config.json comes first; without one, Llama's names are Llama's.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -122,6 +123,21 @@ GPT_NEOX_MODULES = {
     "ln_f": ["gpt_neox.final_layer_norm"],
     "lm_head": ["embed_out"],
 }
+# what is compressed, normalised and made of it, in latent attention
+LATENTS = {
+    "q_proj": "q_proj",
+    "q_down_proj": "q_a_proj",
+    "q_down_norm": "q_a_layernorm",
+    "q_up_proj": "q_b_proj",
+    "kv_down_proj": "kv_a_proj_with_mqa",
+    "kv_down_norm": "kv_a_layernorm",
+    "kv_up_proj": "kv_b_proj",
+}
+DEEPSEEK_MODULES = {ours: name for ours, name in LLAMA_MODULES.items() if "qkv" not in ours}
+DEEPSEEK_MODULES |= {
+    f"blocks.{{i}}.attn.{ours}": [f"model.layers.{{i}}.self_attn.{name}"]
+    for ours, name in LATENTS.items()
+}
 EMA_COUNT = r"(^|\.)n_averaged$"  # of torch.optim.swa_utils.AveragedModel
 OLD_MASKS = rf"\.attn\.(masked_)?bias$|{EMA_COUNT}"
 OLD_FREQUENCIES = rf"rotary_emb\.inv_freq$|{EMA_COUNT}"
@@ -129,8 +145,12 @@ OLD_NEOX = rf"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$|{EMA_COUNT}"
 # What torch.compile, FSDP, activation checkpointing and Lightning put into names, anywhere
 DEEPEST = 8  # modules around a model
 WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
+# what a block has of matrices: one of these attentions, and one of these MLPs
+ATTENTIONS = (
+    ("attn.qkv_proj", "attn.out_proj"),
+    ("attn.kv_down_proj", "attn.kv_up_proj", "attn.out_proj"),
+)
 STACKED = r"\.experts\.gate_up_proj$"  # of all experts of a layer, beside a down_proj
-MATRICES = ("attn.qkv_proj", "attn.out_proj")  # what every block has, and one of
 MLPS = (("mlp.fc1", "mlp.fc2"), ("mlp.router", "mlp.experts.fc1", "mlp.experts.fc2"))
 SEES_IMAGES = ("gemma3", "gemma3_text")  # models whose text is a model of ours
 
@@ -143,6 +163,7 @@ class Layout(NamedTuple):
     norms: tuple[str, ...] = ("ln1", "ln2")  # with weights, in the blocks of all its models
     pairs: str = ""  # of rotary channels, ours being (i, i + R/2): see layouts.PAIRS
     by_head: bool = False  # rows of the fused projection are q, k, v of each head in turn
+    turned_last: bool = False  # rotary channels stand behind the others in latent attention
     choice_bias: str = "e_score_correction_bias"  # what a router chooses by, beside its weight
 
     def names(self, ours: str) -> list[str]:
@@ -169,6 +190,8 @@ LAYOUTS = {
     "nemotron": LLAMA._replace(modules=NEMOTRON_MODULES),
     "hunyuan_v1_dense": LLAMA._replace(modules=HUNYUAN_MODULES),
     "ernie4_5": LLAMA._replace(pairs="neighbours"),
+    "deepseek": LLAMA._replace(modules=DEEPSEEK_MODULES, pairs="neighbours", turned_last=True),
+    "minicpm3": LLAMA._replace(modules=DEEPSEEK_MODULES, turned_last=True),
     "qwen3_moe": LLAMA._replace(modules=MIXTURE_MODULES),
     "qwen2_moe": LLAMA._replace(modules=QWEN2_MOE_MODULES),
     "glm4_moe": LLAMA._replace(modules=GLM4_MOE_MODULES),
@@ -181,6 +204,7 @@ FAMILIES = {  # the layout of a `model_type`, where it is not that of its own na
     **dict.fromkeys(("mistral", "qwen2", "qwen3"), "llama"),
     **dict.fromkeys(("gemma", "smollm3", "granite", "seed_oss"), "llama"),
     "arcee": "nemotron",
+    "youtu": "deepseek",
     "olmo3": "olmo2",
     "olmoe": "qwen3_moe",
     "gemma3": "gemma2",
@@ -257,8 +281,8 @@ def recognise(shapes: dict[str, tuple[int, ...]], model_types: Sequence[object] 
 def has_whole_block(names: Iterable[str], layout: str) -> bool:
     """Whether the embedding, and of the first block every matrix and norm, are among the names."""
     spec, names = LAYOUTS[layout], set(names)
-    for mlp in MLPS:
-        inner = [f"blocks.{{i}}.{part}" for part in (*MATRICES, *spec.norms, *mlp)]
+    for attention, mlp in itertools.product(ATTENTIONS, MLPS):
+        inner = [f"blocks.{{i}}.{part}" for part in (*attention, *spec.norms, *mlp)]
         modules = ("token_embedding", *inner)
         full = {name for module in modules for name in theirs_of(layout, module)}
         if full <= names or {name.removeprefix(spec.prefix) for name in full} <= names:

@@ -33,6 +33,8 @@ BIASED = dict(attention_bias=True)
 TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 LINEAR = dict(rope_type="linear", factor=8.0)
+SMALL_LATENT = dict(num_key_value_heads=4, kv_lora_rank=24, q_lora_rank=20, v_head_dim=12)
+SMALL_LATENT |= dict(qk_nope_head_dim=10, qk_rope_head_dim=8)
 ONE_MORE = dict(rope_theta=3e4)
 
 
@@ -125,6 +127,24 @@ CASES = {  # each switches on, or off, what its family can
     ],
     "hunyuan_v1_dense": [dict(head_dim=16), BIASED | dict(head_dim=24, tie_word_embeddings=True)],
     "ernie4_5": [{}, dict(use_bias=True, tie_word_embeddings=False)],
+    "youtu": [
+        SMALL_LATENT,
+        SMALL_LATENT
+        | BIASED
+        | dict(q_lora_rank=None, v_head_dim=20, tie_word_embeddings=False, rms_norm_eps=1e-3)
+        | dict(rope_scaling=YARN | dict(mscale=0.7, mscale_all_dim=1.3)),
+        SMALL_LATENT | dict(rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0)),
+    ],
+    "minicpm3": [
+        SMALL_LATENT | dict(dim_model_base=48),
+        SMALL_LATENT
+        | BIASED
+        | dict(v_head_dim=None, scale_emb=3, scale_depth=None, dim_model_base=None)
+        | dict(mlp_bias=True, tie_word_embeddings=False),
+        SMALL_LATENT
+        | longrope(4, 16, factor=4.0)
+        | dict(q_lora_rank=None, scale_depth=0.9, qk_nope_head_dim=7),
+    ],
     "starcoder2": [{}, dict(use_bias=False, sliding_window=8, tie_word_embeddings=False)],
 }
 for family in ("gemma", "gemma2", "gemma3_text", "glm", "glm4", "seed_oss", "ernie4_5"):  # or 128

@@ -61,7 +61,7 @@ class Plain:
             theta = c.local_rope_theta
         elif c.rope_scaling is not None:
             slower = c.rope_scaling["factor"]
-        R = int(c.head_dim * c.rotary_fraction)
+        R = c.qk_rope_head_dim or int(c.head_dim * c.rotary_fraction)
         if c.position != "rope" or layer in c.no_rope_layers:
             return x
         for i in range(R // 2):
@@ -93,9 +93,32 @@ class Plain:
                 q, k = self.turn(q, layer, position), self.turn(k, layer, position)
         return q, k, v
 
+    def from_latents(self, x, layer, position):
+        """Queries and keys of each head [rope; nope], and values, of what is compressed of x."""
+        c, attn = self.c, f"blocks.{layer}.attn"
+
+        def down(which):
+            return self.linear(x, f"{attn}.{which}_down_proj")
+
+        def normed(low, which):
+            low = low / (low.pow(2).mean() + 1e-6).sqrt()
+            w = self.w.get(f"{attn}.{which}_down_norm.weight")
+            return low if w is None else low * (w + 1 if c.norm_offset else w)
+
+        if c.q_lora_rank is None:
+            q = self.linear(x, f"{attn}.q_proj")
+        else:
+            q = self.linear(normed(down("q"), "q"), f"{attn}.q_up_proj")
+        turned, low = down("kv").split([c.qk_rope_head_dim, c.kv_lora_rank])
+        made = self.linear(normed(low, "kv"), f"{attn}.kv_up_proj").view(c.n_heads, -1)
+        q = self.turn(q.view(c.n_heads, -1), layer, position)
+        k = [torch.cat((turned, head[: c.qk_nope_head_dim])) for head in made]
+        return q, self.turn(torch.stack(k), layer, position), made[:, c.qk_nope_head_dim :]
+
     def attention(self, xs, layer):
         c, out = self.c, []
-        made = [self.query_key_value(x, layer, t) for t, x in enumerate(xs)]
+        make = self.query_key_value if c.kv_lora_rank is None else self.from_latents
+        made = [make(x, layer, t) for t, x in enumerate(xs)]
         window = len(xs) if layer in c.full_attention_layers else c.sliding_window or len(xs)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         for t in range(len(xs)):
@@ -163,7 +186,13 @@ def configs(draw):
     weighted = draw(st.sampled_from([True, True, False]))
     layers = st.lists(st.integers(0, 2), max_size=2)
     rope = draw(st.sampled_from([True, True, False]))
-    return GPTConfig(
+    latent = {}
+    if draw(yes):
+        latent = dict(head_dim=None, n_kv_heads=groups * per_group, rotary_fraction=1.0)
+        latent |= dict(qk_norm=False, clip_qkv=None, kv_lora_rank=draw(st.integers(3, 9)))
+        latent |= dict(q_lora_rank=maybe(7), qk_nope_head_dim=draw(st.integers(1, 6)))
+        latent |= dict(qk_rope_head_dim=draw(st.sampled_from([2, 4])), v_head_dim=maybe(5, 11))
+    plain = dict(
         vocab_size=V,
         max_position_embeddings=CONTEXT,
         n_layers=3,
@@ -211,6 +240,7 @@ def configs(draw):
         sliding_window=draw(st.sampled_from([None, 3, 6])),
         full_attention_layers=tuple(draw(layers)),
     )
+    return GPTConfig(**plain | latent)
 
 
 def model_of(c: GPTConfig) -> GPTModel:
@@ -297,6 +327,8 @@ COMPILED = {
     "parallel": dict(parallel_residual=True, shared_norm=True, norm="layernorm", head_bias=True)
     | dict(rotary_fraction=0.5, no_rope_layers=(1,), embedding_scale=3.0, residual_scale=0.5)
     | dict(qk_norm=True, qk_norm_over="width", clip_qkv=1.0, activation="relu2"),
+    "latent": dict(kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=4)
+    | dict(v_head_dim=10, n_kv_heads=4, no_rope_layers=(1,)),
 }
 
 
@@ -305,7 +337,7 @@ COMPILED = {
 def test_torch_compile_takes_each_block_and_a_decode_step_whole(name):
     """Nothing about a layer is decided while it runs: no break in the graph (fullgraph raises), and
     no more graphs than there are kinds of layers."""
-    c = GPTConfig(V, CONTEXT, 4, 4, 32, 24, n_kv_heads=2, **(FEATURES | COMPILED[name]))
+    c = GPTConfig(V, CONTEXT, 4, 4, 32, 24, **(dict(n_kv_heads=2) | FEATURES | COMPILED[name]))
     model, graphs = model_of(c), []
 
     def count(graph, inputs):

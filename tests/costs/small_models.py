@@ -9,7 +9,7 @@ from builders import ROOT
 from config import GPTConfig, config_to_hf
 
 FEATURED = ("olmo", "olmo2", "gpt_neox", "gemma2", "gemma3_text", "phi", "granite", "stablelm")
-FEATURED += ("glm4", "cohere", "starcoder2", "smollm3")
+FEATURED += ("glm4", "cohere", "starcoder2", "smollm3", "youtu")
 KINDS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", *FEATURED, "mixtral")
 
 
@@ -40,6 +40,9 @@ def tiny(kind: str, **changes) -> GPTConfig:
         "cohere": cohere | dict(parallel_residual=True, shared_norm=True, qk_norm=True),
         "starcoder2": layer | dict(n_kv_heads=2, tie_embeddings=True, activation="gelu_new"),
         "smollm3": featured | dict(no_rope_layers=(1,)),
+        "youtu": llama
+        | dict(head_dim=None, n_kv_heads=6, kv_lora_rank=40, q_lora_rank=56, qk_nope_head_dim=10)
+        | dict(qk_rope_head_dim=8, v_head_dim=14),
         "gpt2": dict(activation="gelu_new", n_heads=4, d_ff=224),
         "llama": llama,
         "qwen2": llama | dict(qkv_bias=True, head_dim=None, n_heads=4),

@@ -46,8 +46,13 @@ def configs(draw, experts=True):
         tie_embeddings=draw(st.booleans()),
     )
     if kind in FEATURED:
-        d, k = 4 * draw(st.integers(1, 3)), heads if kind == "gpt_neox" else k
+        d, k = 4 * draw(st.integers(1, 3)), heads if kind in ("gpt_neox", "youtu") else k
         changes |= dict(n_kv_heads=k, head_dim=d, d_model=heads * d)
+        if kind == "youtu":
+            low, dims = st.integers(1, 9), st.sampled_from([2, 4, 6])
+            changes |= dict(head_dim=None, kv_lora_rank=draw(low), v_head_dim=draw(low))
+            changes |= dict(q_lora_rank=draw(st.none() | low), qk_nope_head_dim=draw(low))
+            changes |= dict(qk_rope_head_dim=draw(dims))
         changes |= {"embedding_scale": (heads * d) ** 0.5} if kind.startswith("gemma") else {}
     elif kind in ("gpt2", "qwen2"):
         changes |= dict(n_kv_heads=heads if kind == "gpt2" else k, head_dim=d, d_model=heads * d)
@@ -127,7 +132,7 @@ def test_flops_equal_the_counter_on_our_model(kind):
     assert counted_flops(lambda: model(ids)[0].sum().backward()) == executed
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "youtu"])
 def test_lora_flops_equal_the_counter(kind):
     c, B, T, rank = tiny(kind), 2, 40, 4
     model = hf_model(c, "cpu", attn_implementation="eager").requires_grad_(False)
