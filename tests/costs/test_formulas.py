@@ -7,14 +7,14 @@ from small_models import KINDS, MEGATRON, hf_model, megatron, tiny, to_pure
 import model as model_file
 from backends import scoring
 from config import GPTConfig
-from costs import formulas
-from costs.formulas import Setup, solve_all
+from costs import formulas, symbols
+from costs.symbols import Setup, solve_all
 from model import GPTModel
 
 
 def test_constants_are_those_of_the_files_that_need_torch():
-    assert formulas.VOCAB_MULTIPLE == model_file.VOCAB_MULTIPLE
-    assert formulas.CHUNK_TOKENS == scoring.CHUNK_TOKENS
+    assert symbols.VOCAB_MULTIPLE == model_file.VOCAB_MULTIPLE
+    assert symbols.CHUNK_TOKENS == scoring.CHUNK_TOKENS
 
 
 def test_rest_of_the_allocators_blocks():
