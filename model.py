@@ -396,8 +396,6 @@ class Block(nn.Module):
         self.ln2 = stream_norm(config, config.pre_norm and not config.shared_norm)
         kind = Attention if config.kv_lora_rank is None else LatentAttention
         self.attn = kind(config, layer)
-        self.mlp = MLP(config)
-        self.attn = Attention(config, layer)
         mixture = config.layer_experts(layer) > 0
         self.mlp = Mixture(config) if mixture else MLP(config, config.d_ff)
         self.ln1_post = stream_norm(config, config.post_norm)
