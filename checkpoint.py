@@ -384,7 +384,8 @@ def convert(source: str | Path, destination: str | Path, config: GPTConfig | Non
     ckpt = open(source, config)
     if not ckpt.native:
         raise ValueError(f"{source} is of an architecture that transformers alone has")
-    dtype = next(iter(ckpt.tensors.values())).dtype
+    assert ckpt.config is not None and ckpt.layout is not None, "a native one, or it says why not"
+    dtype = ckpt.tensors[naming.embedding_name(ckpt.layout)].dtype
     model = ckpt.load(dtype)
     assert isinstance(model, GPTModel), "native"
     ids = {key: ckpt.facts.get(key) for key in huggingface.TOKEN_IDS}

@@ -205,7 +205,9 @@ def write_weights(
     if tokenizer is not None:
         tokenizer.save(directory)
     config.save_pretrained(directory, **about)
-    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype)
+    bias = naming.LAYOUTS[layout].choice_bias  # whose rounding would change which experts serve
+    whole = {name: t.dtype for name, t in views.items() if name.endswith(f".{bias}")}
+    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype, whole)
 
 
 def _write_manifest(directory: Path, about: dict[str, Any]) -> None:
