@@ -3,7 +3,7 @@
     fields_from_hf({"model_type": "gemma2", "hidden_size": 3584, ...})   # {"d_model": 3584, ...}
     config_to_hf(GPTConfig(norm="rmsnorm", ...))                     # None if no class computes it
 
-GPT-2, Llama and its next of kin are hf_config.py's; of all others a row of hf_families.FAMILIES
+GPT-2, Llama and its next of kin are hf_config.py's; of all others a row of FAMILIES
 says what to read and to write. A config belongs to the first family that reads back what it writes
 of it. A value that would change the function computed, and that we have no word for, is refused.
 Plain Python, no torch.
@@ -12,8 +12,12 @@ Plain Python, no torch.
 from typing import Any
 
 import hf_config
+import hf_families
+import hf_mixtures
 from hf_config import UnsupportedArchitecture, number, size
-from hf_families import FAMILIES, SIZES, Family
+from hf_families import SIZES, Family
+
+FAMILIES = {**hf_families.FAMILIES, **hf_mixtures.FAMILIES}
 
 
 def _whole(x: float) -> float:
@@ -93,12 +97,23 @@ def _experts_from_hf(hf: dict, family: Family, fields: dict) -> dict:
     if family.dense == "listed":
         step, listed = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
         found["dense_layers"] = tuple(i for i in layers if i in listed or (i + 1) % step)
+    elif family.dense == "typed":
+        types = hf.get("mlp_layer_types") or ["dense" if i == 0 else "sparse" for i in layers]
+        if len(types) != len(layers) or not {*types} <= {"dense", "sparse"}:
+            raise ValueError(f"mlp_layer_types must say dense or sparse of {len(layers)} layers")
+        found["dense_layers"] = tuple(i for i in layers if types[i] == "dense")
     elif family.dense is not None:
         first = number("first_k_dense_replace", hf.get("first_k_dense_replace", family.dense), int)
         found["dense_layers"] = tuple(i for i in layers if i < first)
     if family.keys.get("d_ff_shared", ("",))[0] == "n_shared_experts":  # side by side in one MLP
         shared = number("n_shared_experts", fields["d_ff_shared"] or 0, int)
         found["d_ff_shared"] = shared * number("d_ff_expert", fields["d_ff_expert"], int)
+    if family.title == "DeepseekV2":  # which heeds its groups of experts by one method alone
+        method = hf.get("topk_method", "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            raise UnsupportedArchitecture(f"topk_method {method!r:.60} of {family.title}")
+        if method == "greedy":
+            found |= {"n_expert_groups": 1, "n_expert_groups_per_token": 1}
     return found
 
 
@@ -249,10 +264,15 @@ def _write_experts(c: Any, family: Family) -> dict:
     hf: dict[str, Any] = {}
     if family.dense == "listed":
         hf = {"decoder_sparse_step": 1, "mlp_only_layers": list(c.dense_layers)}
+    elif family.dense == "typed":
+        types = [c.layer_experts(i) for i in range(c.n_layers)]
+        hf = {"mlp_layer_types": ["sparse" if n else "dense" for n in types]}
     elif family.dense is not None:
         hf = {"first_k_dense_replace": len(c.dense_layers)}
     if family.keys.get("d_ff_shared", ("",))[0] == "n_shared_experts":
         hf["n_shared_experts"] = c.d_ff_shared // c.d_ff_expert
+    if family.title == "DeepseekV2":
+        hf["topk_method"] = "greedy" if c.n_expert_groups == 1 else "group_limited_greedy"
     return hf
 
 

@@ -1,4 +1,5 @@
-"""The families of Hugging Face's models beside GPT-2 and Llama's kin, as a table.
+"""The families of Hugging Face's models beside GPT-2 and Llama's kin, as a table: those without
+experts and latent attention, which hf_mixtures.py has.
 
 A row of FAMILIES says what the models of a `model_type` share, which keys of config.json its class
 reads, and what an absent one means: the class's own default. hf_convert.py reads and writes by it.
@@ -6,7 +7,6 @@ reads, and what an absent one means: the class's own default. hf_convert.py read
 Source: configuration_*.py and modeling_*.py of transformers 5.17.
 """
 
-import math
 from typing import Any, NamedTuple
 
 SIZES = {  # field: key of config.json, for all families, in the order of Family.sizes
@@ -36,7 +36,7 @@ class Family(NamedTuple):
     full_every: int | None = None  # each n-th layer has no window; 0: all have; None: none has
     pattern_key: str = ""  # the key that says another n
     no_rope: str = ""  # layers without: "listed", or "full" for those without a window
-    dense: int | str | None = None  # layers of a mixture: the first n, those "listed", or none
+    dense: int | str | None = None  # layers of a mixture: the first n, those "listed" or "typed"
     aliases: tuple[tuple[str, str], ...] = ()  # (another name, the key it stands for), read last
     refused: tuple[str, ...] = ()  # keys that must be absent, null or false
     needed: tuple[tuple[str, Any], ...] = ()  # keys that must be absent or say this
@@ -58,22 +58,6 @@ HEADS = {"head_dim": lambda fields: fields["d_model"] // fields["n_heads"]}
 STABLELM = RMS | HEADS | {"norm": "layernorm", "norm_bias": True}
 STABLELM |= {"qk_norm_type": "layernorm", "qk_norm_over": "heads"}
 COHERE = STABLELM | {"norm_bias": False, "parallel_residual": True, "shared_norm": True}
-
-
-def _latent_scale(fields: dict) -> float | None:
-    """Of latent attention's products: YaRN's mscale_all_dim raises it. None: as usual."""
-    scaling = fields["rope_scaling"] or {}
-    every, factor = scaling.get("mscale_all_dim"), scaling.get("factor") or 1
-    if not every or factor <= 1:
-        return None
-    return fields["head_dim"] ** -0.5 * (0.1 * every * math.log(factor) + 1) ** 2
-
-
-LATENT = RMS | {  # what these classes derive
-    "n_kv_heads": lambda fields: fields["n_heads"],
-    "head_dim": lambda fields: fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"],
-    "attention_scale": _latent_scale,
-}
 
 ACT, EPS = {"activation": ("hidden_act", "silu")}, {"norm_eps": ("rms_norm_eps", 1e-6)}
 LAYER_EPS = {"norm_eps": ("layer_norm_eps", 1e-5)}
@@ -111,27 +95,6 @@ GLM_KEYS = (
         "norm_eps": ("rms_norm_eps", 1.5625e-7),
     }
 )
-LATENT_KEYS = {
-    "kv_lora_rank": ("kv_lora_rank", 512),
-    "q_lora_rank": ("q_lora_rank", 1536),
-    "qk_nope_head_dim": ("qk_nope_head_dim", 128),
-    "qk_rope_head_dim": ("qk_rope_head_dim", 64),
-    "v_head_dim": ("v_head_dim", 128),
-}
-INTERLEAVED = (("rope_interleave", True),)  # so that their rotary pairs are neighbours
-RENORMALISED = {"router_norm": True, "d_ff_expert": lambda fields: fields["d_ff"]}
-CHOSEN = {"n_experts_per_token": ("num_experts_per_tok", 8)}
-NORMALISED = {"router_norm": ("norm_topk_prob", False)}
-BALANCED = {"router_loss": ("router_aux_loss_coef", 0.001)}
-QWEN_MOE_KEYS = UNTIED | ACT | EPS | CHOSEN | NORMALISED | BALANCED
-# DeepSeek-V3's router: sigmoids, a bias that balances the load without a loss, groups of experts
-NO_LOSS = {"router_score": "sigmoid", "router_choice_bias": True, "expert_group_score": "top2"}
-NO_LOSS_KEYS = CHOSEN | {
-    "router_norm": ("norm_topk_prob", True),
-    "router_scale": ("routed_scaling_factor", 1.0),
-    "n_expert_groups": ("n_group", 1),
-    "n_expert_groups_per_token": ("topk_group", 1),
-}
 GLM_SIZES = (151552, 131072, 40, 32, 2, 4096, 13696)
 OLMO_SIZES = (50304, 2048, 32, 32, None, 4096, 11008)
 COHERE_SIZES = (256000, 8192, 40, 64, None, 8192, 22528)
@@ -324,120 +287,5 @@ FAMILIES = {
         | {"head_dim": ("head_dim", 128), "norm_eps": ("rms_norm_eps", 1e-5)}
         | dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("use_bias", False)),
         theta=5e5,
-    ),
-    "youtu": Family(
-        "Youtu",
-        (128256, 131072, 32, 16, 16, 2048, 6144),
-        LATENT,
-        TIED | ACT | EPS | BIASES | LATENT_KEYS,
-        needed=INTERLEAVED,
-    ),
-    "minicpm3": Family(
-        "MiniCPM3",
-        (73448, 32768, 62, 40, 40, 2560, 6400),
-        LATENT | {"v_head_dim": lambda f: f["v_head_dim"] or f["d_model"] // f["n_heads"]},
-        TIED
-        | ACT
-        | BIASES
-        | MLP_BIAS
-        | {
-            "norm_eps": ("rms_norm_eps", 1e-5),
-            "embedding_scale": ("scale_emb", 12),
-            "residual_scale": ("scale_depth", 1.4),
-            "logit_scale": ("dim_model_base", 256),
-            "kv_lora_rank": ("kv_lora_rank", 256),
-            "q_lora_rank": ("q_lora_rank", 768),
-            "qk_nope_head_dim": ("qk_nope_head_dim", 64),
-            "qk_rope_head_dim": ("qk_rope_head_dim", 32),
-            "v_head_dim": ("v_head_dim", None),
-        },
-    ),
-    "mixtral": Family(
-        "Mixtral",
-        (32000, 131072, 32, 32, 8, 4096, 14336),
-        RMS | RENORMALISED,
-        UNTIED
-        | ACT
-        | BALANCED
-        | {
-            "norm_eps": ("rms_norm_eps", 1e-5),
-            "n_experts": ("num_local_experts", 8),
-            "n_experts_per_token": ("num_experts_per_tok", 2),
-        },
-        theta=1e6,
-        full_every=0,
-        aliases=(("num_experts", "num_local_experts"),),
-    ),
-    "granitemoe": Family(
-        "GraniteMoe",
-        (32000, 2048, 32, 32, None, 4096, 11008),
-        RMS | RENORMALISED,
-        GRANITE_KEYS
-        | BALANCED
-        | {
-            "n_experts": ("num_local_experts", 8),
-            "n_experts_per_token": ("num_experts_per_tok", 2),
-        },
-    ),
-    "olmoe": Family(
-        "Olmoe",
-        (50304, 4096, 16, 16, None, 2048, 2048),
-        RMS
-        | HEADS
-        | {"qk_norm": True, "qk_norm_over": "width", "d_ff_expert": lambda fields: fields["d_ff"]},
-        OLMO2_KEYS
-        | CHOSEN
-        | NORMALISED
-        | {"n_experts": ("num_experts", 64), "router_loss": ("router_aux_loss_coef", 0.01)},
-        aliases=(("num_local_experts", "num_experts"),),
-        refused=("clip_qkv",),  # which it clips behind the norms
-    ),
-    "qwen2_moe": Family(
-        "Qwen2Moe",
-        (151936, 32768, 24, 16, 16, 2048, 5632),
-        RMS | {"shared_gate": True},
-        QWEN_MOE_KEYS
-        | {
-            "qkv_bias": ("qkv_bias", True),
-            "n_experts": ("num_experts", 60),
-            "n_experts_per_token": ("num_experts_per_tok", 4),
-            "d_ff_expert": ("moe_intermediate_size", 1408),
-            "d_ff_shared": ("shared_expert_intermediate_size", 5632),
-        },
-        dense="listed",
-        refused=("use_sliding_window",),
-    ),
-    "qwen3_moe": Family(
-        "Qwen3Moe",
-        (151936, 32768, 24, 32, 4, 2048, 6144),
-        RMS | {"qk_norm": True},
-        QWEN_MOE_KEYS
-        | BIASES
-        | {
-            "n_experts": ("num_experts", 128),
-            "d_ff_expert": ("moe_intermediate_size", 768),
-        },
-        aliases=(("num_local_experts", "num_experts"),),
-        dense="listed",
-        refused=("use_sliding_window",),
-    ),
-    "glm4_moe": Family(
-        "Glm4Moe",
-        (151552, 131072, 46, 96, 8, 4096, 10944),
-        RMS | NO_LOSS,
-        UNTIED
-        | ACT
-        | NO_LOSS_KEYS
-        | {
-            "norm_eps": ("rms_norm_eps", 1e-5),
-            "qkv_bias": ("attention_bias", False),
-            "qk_norm": ("use_qk_norm", False),
-            "d_ff_expert": ("moe_intermediate_size", 1408),
-            "n_experts": ("n_routed_experts", 128),
-            "d_ff_shared": ("n_shared_experts", 1),
-        },
-        rotary=0.5,
-        dense=1,
-        aliases=(("num_local_experts", "n_routed_experts"),),
     ),
 }

@@ -14,8 +14,6 @@ from pathlib import Path
 # Whose names these are: a pattern that some name matches, and one that none does.
 NAMES: tuple[tuple[str, str, str], ...] = (
     ("those of a PEFT adapter, to be merged into its model first", r"\.lora_\w+", ""),
-    ("those of weights quantised by bitsandbytes", r"\.weight\.(absmax|quant_)|\.SCB$", ""),
-    ("those of weights quantised by GPTQ or AWQ", r"\.(qweight|qzeros)$", ""),
     ("nanochat's", r"\bh\.\d+\.attn\.c_q\.", ""),
     ("litgpt's", r"\bh\.\d+\.(norm_1|attn\.qkv|attn\.attn|mlp\.fc_1)\.", ""),
     ("Meta's (Llama, llama2.c, torchtitan)", r"layers\.\d+\.attention\.(wq|qkv_linear)\b", ""),
@@ -25,10 +23,19 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("GPT-J's", r"\bh\.\d+\.mlp\.fc_in\.", ""),
     ("OPT's", r"decoder\.layers\.\d+\.self_attn\.", ""),
     ("those of a mixture of experts", r"\.experts\.|\.block_sparse_moe\.", ""),
-    ("DeepSeek's (latent attention)", r"\.kv_a_proj_with_mqa\.", ""),
     ("those of layer norms, as StableLM has them", r"layers\.\d+\.input_layernorm\.bias", ""),
     ("those of a model with a part for images", r"(^|\.)(vision_tower|visual|vision_model)\.", ""),
 )
+# Who made numbers of fewer bits and scales of weights, by what is beside or in place of these
+QUANTISED = {
+    r"\.weight_scale_inv$": "FP8 with a scale for each block: cast it to bfloat16 first, as "
+    "DeepSeek-V3's fp8_cast_bf16.py does",
+    r"\.weight\.(absmax|quant_)|\.SCB$": "bitsandbytes: name the original",
+    r"\.(qweight|qzeros)$": "GPTQ or AWQ: name the original",
+    r"_proj_(blocks|scales)$": "MXFP4: name a copy in bfloat16",
+    r"\.(weight|input)_(packed|scale|scale_2|zero_point)$": "compressed-tensors or ModelOpt: name "
+    "the original",
+}
 ADAPTER = "a PEFT adapter: merge it into its model first, with merge_and_unload() and "
 ADAPTER += "save_pretrained()"
 DEEPSPEED = "a directory of DeepSpeed's without the directory of a tag, such as global_step100"
@@ -47,10 +54,18 @@ FILES = {
 def whose(names: Iterable[str]) -> str | None:
     """Whose weights have such names, as far as that is known here."""
     text = "\n".join(names)
+    if how := quantised(text.splitlines()):
+        return f"those of weights quantised by {how}"
     for owner, some, none in NAMES:
         if re.search(some, text, re.M) and not (none and re.search(none, text, re.M)):
             return owner
     return None
+
+
+def quantised(names: Iterable[str]) -> str | None:
+    """By whom weights of such names were quantised, and what to do; None if they were not."""
+    text = "\n".join(names)
+    return next((how for some, how in QUANTISED.items() if re.search(some, text, re.M)), None)
 
 
 def what_is(path: Path) -> str | None:

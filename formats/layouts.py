@@ -26,7 +26,7 @@ from torch import nn
 
 import cli
 from config import GPTConfig
-from formats import shown, tensorfiles
+from formats import foreign, shown, tensorfiles
 from formats.naming import LAYOUTS, Layout, head_name, theirs_of, whose
 from formats.stored import FLOATS, Staging, Stored, check_sums, read
 from model import GPTModel
@@ -193,6 +193,8 @@ def check_fits(
 ) -> None:
     """Every tensor of a GPTModel, of its shape and a float type, and no others; ValueError says
     which, and `hint`. Before anything is allocated on the word of a config."""
+    if how := foreign.quantised(tensors):
+        raise ValueError(f"{path} holds weights quantised by {how}")
     if layout is not None:
         check_sizes(model.config, tensors, layout, path, hint)
     layout = layout or "native"

@@ -133,7 +133,7 @@ LATENTS = {
     "kv_down_norm": "kv_a_layernorm",
     "kv_up_proj": "kv_b_proj",
 }
-DEEPSEEK_MODULES = {ours: name for ours, name in LLAMA_MODULES.items() if "qkv" not in ours}
+DEEPSEEK_MODULES = {ours: name for ours, name in GLM4_MOE_MODULES.items() if "qkv" not in ours}
 DEEPSEEK_MODULES |= {
     f"blocks.{{i}}.attn.{ours}": [f"model.layers.{{i}}.self_attn.{name}"]
     for ours, name in LATENTS.items()
@@ -204,7 +204,7 @@ FAMILIES = {  # the layout of a `model_type`, where it is not that of its own na
     **dict.fromkeys(("mistral", "qwen2", "qwen3"), "llama"),
     **dict.fromkeys(("gemma", "smollm3", "granite", "seed_oss"), "llama"),
     "arcee": "nemotron",
-    "youtu": "deepseek",
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), "deepseek"),
     "olmo3": "olmo2",
     "olmoe": "qwen3_moe",
     "gemma3": "gemma2",

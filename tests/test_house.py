@@ -21,7 +21,8 @@ FLOORS = [
     "packed",
     "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
     "tasks/answers",
-    "cli identity hf_convert",
+    "cli identity hf_mixtures",
+    "hf_convert",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
     "sandbox/frames costs/gpus backends",
