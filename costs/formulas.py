@@ -140,6 +140,9 @@ ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in se
         ("A_attention", "c*a*dv + widened*c*a*d", "byte", "attention's output", "Dao 2022"),
         ("A_mlp", "c*f_met*(2 + 2*gated - (relu and not gated))", "byte",
          "around the activation", ""),
+        ("A_experts", "m*(K*h*(c + 4) + 4*E + 28*K + router_norm*4*(K + 1) + shared_gate*c*(h + 1)"
+         " + (c < 4)*h*(4 - c + c*((fs > 0) + autocast*shared_gate)))", "byte",
+         "tokens by expert, what comes of them, and the router's choices", ""),
     ),
     "transformers": (  # residual in the weights' dtype, RMSNorm and tanh GELU by elementary steps
         ("A_residual", "hr*max(c, 4*autocast)", "byte", "residual stream", ""),
@@ -150,8 +153,9 @@ ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in se
         ("A_qk_norm", "qk_norm*((4 + c)*(a + k)*d + 4*(a + k)) + (4 + c)*(ql + kl)", "byte",
          "norms of queries and keys, or of latents", ""),
         ("A_attention", "c*a*dv", "byte", "attention's output", "Dao 2022"),
-        ("A_mlp", "f_met*(2*c + 2*c*gated + (3*c + 6*autocast)*(tanh and not gated))"
-         " + 2*m*K*c*h", "byte", "around the activation", ""),
+        ("A_mlp", "f_met*(2*c + 2*c*gated + (3*c + 6*autocast)*(tanh and not gated))",
+         "byte", "around the activation", ""),
+        ("A_experts", "2*m*K*c*h", "byte", "tokens by expert, and what comes of them", ""),
     ),
     "megatron": (  # residual in the weights' dtype, or autocast's float32: nanoGPT, Megatron-LM
         ("A_residual", "hr*max(c, 4*autocast)", "byte", "residual stream", ""),
@@ -161,6 +165,7 @@ ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in se
         ("A_qk_norm", "2*c*(qk_norm*(a + k)*d + ql + kl)", "byte", "norms of queries and keys", ""),
         ("A_attention", "c*a*dv", "byte", "attention's output", "Dao 2022"),
         ("A_mlp", "c*f_met*(2 + 2*gated)", "byte", "around the activation", ""),
+        ("A_experts", "2*m*K*c*h", "byte", "tokens by expert, and what comes of them", ""),
     ),
 }
 
@@ -186,7 +191,7 @@ STEP = (
     ("A_scores", "math*a*T*(c + drop*(1 + c))", "byte", "eager attention only", "Korthikanti 2022"),
     ("A_lora", "lora*c*r*(6 + gated)", "byte", "between the halves of adapters", ""),
     ("A_statistics", "norms*(8 - 4*rms) + flash*4*a", "byte", "of norms; log-sum-exp", "Dao 2022"),
-    ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_dropout"
+    ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_experts + A_dropout"
      " + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)",
      "byte", "saved by a block", "Korthikanti 2022"),
     ("A_kept", "s*A_residual if full_recompute else A_block", "byte", "until the backward",

@@ -32,7 +32,7 @@ CHUNK_TOKENS = 8192  # rows of logits that scoring.py holds: 0.8 GB of GPT-2's i
 
 SWITCHES: tuple[str, ...] = ("qkv_bias", "o_bias", "mlp_bias", "head_bias", "qk_norm", "norm_bias")
 SWITCHES += ("norm_weight", "norm_offset", "shared_norm", "embedding_norm")
-SWITCHES += ("shared_gate",)  # as GPTConfig's fields
+SWITCHES += ("shared_gate", "router_norm")  # as GPTConfig's fields
 
 
 def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
