@@ -141,11 +141,12 @@ def attend(  # so many parameters, since they are the terms of attention itself
     """
     if q.is_cuda and (spare := q.shape[-1] - v.shape[-1]) > 0:  # its fast kernels know one width
         v = F.pad(v, (0, spare))
-        terms = {"window": window, "softcap": softcap, "scale": scale, "dropout": dropout}
+        terms: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
+        terms |= {"causal": causal, "mask": mask, "dropout": dropout}
         if lse:
-            out, sums = attend(q, k, v, causal=causal, mask=mask, lse=True, **terms)
+            out, sums = attend(q, k, v, lse=True, **terms)
             return out[..., :-spare], sums
-        return attend(q, k, v, causal=causal, mask=mask, **terms)[..., :-spare]
+        return attend(q, k, v, **terms)[..., :-spare]
     T, capped = q.shape[2], softcap is not None
     causal = causal and mask is None
     reach = window if causal and window is not None and window < T else None

@@ -42,8 +42,8 @@ def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = No
 
 def _room(model: GPTModel, rows: int, heads: int, length: int, width: int) -> list[torch.Tensor]:
     """Zeros [rows, heads, length, width] for each layer."""
-    like = {"dtype": model.dtype, "device": model.device}
-    return [torch.zeros(rows, heads, length, width, **like) for _ in range(model.config.n_layers)]
+    shape, n_layers = (rows, heads, length, width), model.config.n_layers
+    return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(n_layers)]
 
 
 def _rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], ...]:
@@ -90,6 +90,7 @@ class Filling:
         """latent [n, 1, T, R + L]: what k and v were made of, if they were."""
         T, values = q.shape[2], self.v[layer]
         if values is None:
+            assert latent is not None, "of a model whose cache has no room for values"
             self.k[layer][self.slots, :, :T] = latent
         else:
             self.k[layer][self.slots, :, :T] = k
