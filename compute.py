@@ -27,17 +27,10 @@ from types import ModuleType
 
 from config import GPTConfig, load_config, load_yaml, presets
 from costs.flops import count_parameters, estimate_flops
-from costs.formulas import (
-    ACTIVATIONS,
-    CUDA_CONTEXT,
-    DTYPE_NAMES,
-    DTYPES,
-    OPTIMIZERS,
-    Setup,
-    tables,
-)
+from costs.formulas import ACTIVATIONS, OPTIMIZERS
 from costs.gpus import GPU, GPUS, find_gpu, mfu
 from costs.memory import estimate_memory, fewest_gpus, fits_table, largest_fits, usable_memory
+from costs.symbols import CUDA_CONTEXT, DTYPE_NAMES, DTYPES, Setup, tables
 from costs.time import TRAINING_MFU, Ceilings, pass_seconds, roofline, training_time, turning_batch
 from hf_config import number
 

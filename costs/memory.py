@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from config import GPTConfig
-from costs.formulas import ACTIVATIONS, CUDA_CONTEXT, STEP, Setup, tables
+from costs.formulas import ACTIVATIONS, STEP
 from costs.gpus import GPU
+from costs.symbols import CUDA_CONTEXT, Setup, tables
 
 STATES = ("weights", "adapters", "gradients", "optimizer", "master")
 

@@ -29,7 +29,7 @@ FLOORS = [
     "formats rotary mlp",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/formulas costs/flops costs/memory costs/time "
+    "sandbox/judge costs/formulas costs/symbols costs/flops costs/memory costs/time "
     "formats/foreign formats/finding formats/stored formats/inert formats/tensorfiles "
     "formats/shards formats/text formats/pickles formats/archives formats/naming model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
@@ -50,7 +50,9 @@ FLOORS = [
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
-NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
+NO_TORCH += (
+    " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time tasks/programs"
+)
 NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
 NO_TORCH += " gsm8k_eval"
 # Names that packages have which users may have installed: a file or folder of that name would

@@ -13,7 +13,6 @@ from backends.kvcache import DecodeCache
 from benchmarks import memory as memory_benchmark
 from config import load_config
 from costs.flops import count_parameters
-from costs.formulas import Setup, solve_all
 from costs.gpus import find_gpu
 from costs.memory import (
     estimate_memory,
@@ -22,6 +21,7 @@ from costs.memory import (
     largest_fits,
     usable_memory,
 )
+from costs.symbols import Setup, solve_all
 from gpu_kernels import cross_entropy
 from model import GPTModel
 
