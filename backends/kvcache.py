@@ -11,12 +11,12 @@
     cache.advance(active)                                   # [B]: 1 where the row keeps that token
 
 What the model asks of any of them is `positions(T)`, `attend(layer, q, k, v, **options)`, the
-options being model.attention_of's, and `longest`: the tokens that a row may reach in all, by which
-LongRoPE's frequencies are chosen.
+options being attention.attention_of's, and `longest`: the tokens that a row may reach in all, by
+which LongRoPE's frequencies are chosen.
 
-Latent attention's values have a width of their own, E. In generation only latents are kept, for
-all heads one of R + L numbers a token, and queries come to them absorbed (model.LatentAttention);
-a shared prefix lies expanded, since many tokens go over it and it is there once.
+Latent attention's values have a width of their own, E. In generation only latents are kept, one of
+R + L numbers a token for all heads, and queries come to them absorbed (`LatentAttention`); a shared
+prefix lies expanded, since many tokens go over it and it is there once.
 
 Shapes: B rows, T tokens, N prompts of at most P tokens, S own tokens of a row at most, H query
 heads, G key/value heads, D head_dim
@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from attention import attend
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
-from model import GPTModel, attend
+from model import GPTModel
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = None) -> np.ndarray:

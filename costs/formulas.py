@@ -191,8 +191,8 @@ STEP = (
     ("A_scores", "math*a*T*(c + drop*(1 + c))", "byte", "eager attention only", "Korthikanti 2022"),
     ("A_lora", "lora*c*r*(6 + gated)", "byte", "between the halves of adapters", ""),
     ("A_statistics", "norms*(8 - 4*rms) + flash*4*a", "byte", "of norms; log-sum-exp", "Dao 2022"),
-    ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_experts + A_dropout"
-     " + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)",
+    ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_experts"
+     " + A_dropout + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)",
      "byte", "saved by a block", "Korthikanti 2022"),
     ("A_kept", "s*A_residual if full_recompute else A_block", "byte", "until the backward",
      "Chen 2016"),
