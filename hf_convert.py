@@ -9,6 +9,7 @@ of it. A value that would change the function computed, and that we have no word
 Plain Python, no torch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import hf_config
@@ -25,7 +26,7 @@ def _whole(x: float) -> float:
 
 
 # Keys that count in units of something else of the model, null being one such unit; and their kind
-UNITS = {
+UNITS: dict[str, tuple[Callable, Callable]] = {
     "scale_depth": (lambda fields: fields["n_layers"] ** 0.5, lambda x: float(f"{x:.12g}")),
     "dim_model_base": (lambda fields: fields["d_model"], round),
 }

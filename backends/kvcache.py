@@ -11,12 +11,12 @@
     cache.advance(active)                                   # [B]: 1 where the row keeps that token
 
 What the model asks of any of them is `positions(T)`, `attend(layer, q, k, v, **options)`, the
-options being model.attention_of's, and `longest`: the tokens that a row may reach in all, by which
-LongRoPE's frequencies are chosen.
+options being attention.attention_of's, and `longest`: the tokens that a row may reach in all, by
+which LongRoPE's frequencies are chosen.
 
-Latent attention's values have a width of their own, E. In generation only latents are kept, for
-all heads one of R + L numbers a token, and queries come to them absorbed (model.LatentAttention);
-a shared prefix lies expanded, since many tokens go over it and it is there once.
+Latent attention's values have a width of their own, E. In generation only latents are kept, one of
+R + L numbers a token for all heads, and queries come to them absorbed (`LatentAttention`); a shared
+prefix lies expanded, since many tokens go over it and it is there once.
 
 Shapes: B rows, T tokens, N prompts of at most P tokens, S own tokens of a row at most, H query
 heads, G key/value heads, D head_dim
@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from attention import attend
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
-from model import GPTModel, attend
+from model import GPTModel
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = None) -> np.ndarray:
@@ -42,8 +43,8 @@ def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = No
 
 def _room(model: GPTModel, rows: int, heads: int, length: int, width: int) -> list[torch.Tensor]:
     """Zeros [rows, heads, length, width] for each layer."""
-    like = {"dtype": model.dtype, "device": model.device}
-    return [torch.zeros(rows, heads, length, width, **like) for _ in range(model.config.n_layers)]
+    shape, n_layers = (rows, heads, length, width), model.config.n_layers
+    return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(n_layers)]
 
 
 def _rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], ...]:
@@ -90,6 +91,7 @@ class Filling:
         """latent [n, 1, T, R + L]: what k and v were made of, if they were."""
         T, values = q.shape[2], self.v[layer]
         if values is None:
+            assert latent is not None, "of a model whose cache has no room for values"
             self.k[layer][self.slots, :, :T] = latent
         else:
             self.k[layer][self.slots, :, :T] = k

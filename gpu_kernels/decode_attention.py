@@ -205,7 +205,7 @@ def plan_tiles(
     return torch.from_numpy(tiles)
 
 
-def decode_attention(  # one step's tensors, and the terms that model.attend has as well
+def decode_attention(  # one step's tensors, and the terms that attention.attend has as well
     q: torch.Tensor,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
@@ -225,7 +225,7 @@ def decode_attention(  # one step's tensors, and the terms that model.attend has
     are filled; prompts: the same [N, G, P, D] and [N]; row_prompt [B]: each row's; tiles:
     plan_tiles(row_prompt). v, and v_new, may have another width E <= D; v None: the last E channels
     of k, and v_new of k_new. read_limit: an upper bound of the rows' lengths + 1 (torch only).
-    window, softcap, scale: as in model.attend. Returns parts [X, B, H, E] and the base-2
+    window, softcap, scale: as in attention.attend. Returns parts [X, B, H, E] and the base-2
     log-sum-exp of their scores [X, B, H], both float32, for `merge_parts`.
     """
     if not q.is_cuda:

@@ -26,7 +26,8 @@ FLOORS = [
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
     "sandbox/frames costs/gpus backends",
-    "formats rotary mlp",
+    "formats rotary mlp norms",
+    "attention",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/symbols costs/flops costs/memory costs/time "
@@ -65,12 +66,12 @@ OUR_SHADOWS = {"train"}  # no package of that name is known
 # What may be larger than usual, and why.
 LONG_FILES: dict[str, str] = {
     "dataset": "streams, their windows, and rosetrainer's datasets for code written against them",
-    "model": "the whole model, for all that write and read it; a quarter is docstrings and hints",
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "gpu_kernels/decode_attention._kernel": "one Triton kernel: it cannot be cut",
 }
 MANY_PARAMETERS: dict[str, str] = {
+    "attention.attend": "the terms of attention itself",
     "backends/engine.generate": "a job's terms, each with a default",
     "backends/scoring.score_windows": "a pass and what it is counted by; train.py calls it too",
     "formats/native.save_checkpoint": "rosetrainer's signature and what was added with defaults",
@@ -79,7 +80,6 @@ MANY_PARAMETERS: dict[str, str] = {
     "gpu_kernels/decode_attention._decode_triton": "an operator's schema knows tensors alone",
     "gpu_kernels/decode_attention._launch": "a Triton kernel's arguments",
     "gpu_kernels/decode_attention.decode_attention": "one step's tensors, and attention's terms",
-    "model.attend": "the terms of attention itself",
     "results.new_record": "the fields of a record, by name",
 }
 LINES, FUNCTION_LINES, PARAMETERS = 450, 60, 8

@@ -83,7 +83,8 @@ def test_what_it_writes(both, data_dir):
     prompts = [tokenizer.encode(text) for text in texts]
     assert len(prompts) == 24 and len({len(ids) for ids in prompts}) > 5
     backend = Local(ours, own_tokenizer)
-    samples = backend.generate(prompts, Sampling(max_new_tokens=NEW_TOKENS), end_ids=())
+    end = tokenizer.eos_token_id
+    samples = backend.generate(prompts, Sampling(max_new_tokens=NEW_TOKENS), end_ids=(end,))
     found = {sample.prompt_index: sample.token_ids for sample in samples}
     wanted = {}
     for i, prompt in enumerate(prompts):
@@ -92,11 +93,11 @@ def test_what_it_writes(both, data_dir):
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=transformers.GenerationConfig(
-                max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None
+                max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=end, eos_token_id=end
             ),
         )
-        wanted[i] = written[0, len(prompt) :].tolist()
+        wanted[i] = [token for token in written[0, len(prompt) :].tolist() if token != end]
     same = sum(wanted[i] == found[i] for i in wanted)
-    print(f"\n{same} of {len(wanted)} greedy texts of {NEW_TOKENS} tokens are the same")
-    assert all(len(ids) == NEW_TOKENS for ids in wanted.values())
-    assert found == wanted
+    tokens = sum(map(len, wanted.values()))
+    print(f"\n{same} of {len(wanted)} greedy texts are the same, {tokens} tokens in all")
+    assert found == wanted and tokens > len(wanted) * NEW_TOKENS / 2

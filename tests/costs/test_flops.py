@@ -35,6 +35,11 @@ def test_parameters_equal_published_counts():
     counted = {name: count_parameters(load_config(name))["total"] for name in PARAMETERS}
     assert counted == PARAMETERS
     assert count_parameters(load_config("mixtral-8x7b"))["active"] == 12_879_925_248
+    # 2.4 and 37 billion without the embedding, as their makers count
+    for name, billions in (("deepseek-v2-lite", 2.45), ("deepseek-v3", 36.6)):
+        n = count_parameters(load_config(name))
+        without = n["active"] - n["embedding"]
+        assert without / 1e9 == pytest.approx(billions, abs=0.05)
     nanogpt = load_config("gpt2").replace(bias=False, qkv_bias=False)
     assert count_parameters(nanogpt)["total"] == 124_337_664
 
