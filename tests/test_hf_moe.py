@@ -4,6 +4,7 @@ import pytest
 import torch
 from family_checks import (
     IDS,
+    SIZES,
     check_caches,
     check_logits,
     check_padded_logits,
@@ -12,6 +13,8 @@ from family_checks import (
 )
 
 import checkpoint
+from config import config_from_hf
+from hf_config import UnsupportedArchitecture
 from hf_mixtures import FAMILIES
 
 transformers = pytest.importorskip("transformers")
@@ -158,3 +161,45 @@ def test_converted_in_bfloat16_a_router_chooses_as_before(pairs, tmp_path):
     for key, t in wanted.items():
         assert state[key].dtype == t.dtype and torch.equal(state[key], t), key
     assert {wanted[key].dtype for key in biases} == {torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------
+# Keys of config.json
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_absent_key_means_what_it_means_to_transformers(name):
+    """One after the other is left out of values of which none is a class's own."""
+    said = dict(mlp_only_layers=[2], decoder_sparse_step=2, first_k_dense_replace=3, topk_group=2)
+    said |= dict(num_experts_per_tok=3, router_aux_loss_coef=0.3, norm_topk_prob=True, n_group=4)
+    said |= dict(shared_expert_intermediate_size=40, n_shared_experts=3, routed_scaling_factor=2.0)
+    said |= dict(moe_intermediate_size=24, use_qk_norm=True, qkv_bias=False, attention_bias=True)
+    said |= {FAMILIES[name].keys["n_experts"][0]: 24}
+    for absent in (None, *(key for key in said if key != "n_group")):  # two groups of one are none
+        values = {key: value for key, value in (SIZES | said).items() if key != absent}
+        theirs = transformers.AutoConfig.for_model(name, **values)
+        ours = config_from_hf({"model_type": name} | values)
+        assert ours == config_from_hf(theirs.to_dict()), absent
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
+def test_experts_are_counted_under_both_names(name, key):
+    """transformers 4 wrote one, transformers 5 the other."""
+    config = config_from_hf({"model_type": name, key: 20, "num_hidden_layers": 2})
+    assert config.n_experts == 20
+    theirs = transformers.AutoConfig.for_model(name, **{key: 20, "num_hidden_layers": 2})
+    assert config == config_from_hf(theirs.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "what"),
+    [
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window True"),
+        ("olmoe", {"clip_qkv": 8.0}, r"clip_qkv 8\.0"),
+        ("qwen2_moe", {"num_experts": 0}, "a mixture without experts"),
+    ],
+)
+def test_what_a_mixture_cannot_say_is_left_to_transformers(name, changes, what):
+    with pytest.raises(UnsupportedArchitecture, match=what):
+        config_from_hf({"model_type": name} | changes)
