@@ -1,7 +1,7 @@
-"""Latent attention on CUDA: the decode kernel over latents against plain operations, attention whose
-values are narrower than its keys against the dense form, scores of one pass and after a shared
-prefix as on the CPU, and generation from latents against a loop without a cache, which makes keys
-and values of them.
+"""Latent attention on CUDA: the decode kernel over latents against plain operations, attention
+whose values are narrower than its keys against the dense form, scores of one pass and after a
+shared prefix as on the CPU, and generation from latents against a loop without a cache, which makes
+keys and values of them.
 
     python -m pytest -q tests/gpu/test_latent_gpu.py        # minutes: it compiles
 """
@@ -39,10 +39,9 @@ CASES = [
 
 @pytest.mark.parametrize("dtype,bound", [("float32", 1e-5), ("bfloat16", 6e-3), ("float16", 1e-3)])
 @pytest.mark.parametrize("B,N,H,R,L,S,P", CASES)
-@pytest.mark.parametrize("window,softcap", [(None, None), (40, None), (None, 3.0)])
-def test_kernel_over_latents_equals_plain_operations(
-    B, N, H, R, L, S, P, window, softcap, dtype, bound
-):
+@pytest.mark.parametrize("terms", [{}, {"window": 40}, {"softcap": 3.0}])
+def test_kernel_over_latents_equals_plain_operations(B, N, H, R, L, S, P, terms, dtype, bound):
+    terms = {"window": None, "softcap": None, "scale": 0.7 * (R + L) ** -0.5} | terms
     dtype, generator = getattr(torch, dtype), torch.Generator("cuda").manual_seed(B + S)
 
     def normal(*shape):
@@ -57,15 +56,15 @@ def test_kernel_over_latents_equals_plain_operations(
     prompt_lengths[-1] = P
     row_prompt = g.integers(0, N, B)
     tiles = decode_attention.plan_tiles(row_prompt, N, H, dtype, L).cuda()
-    where, scale = torch.tensor(row_prompt, device="cuda"), 0.7 * (R + L) ** -0.5
+    where = torch.tensor(row_prompt, device="cuda")
     exact, exact_new, exact_k, exact_prompt = (x.double() for x in (q, new, k, prompt_k))
     wanted, _ = decode_attention._decode_torch(
         exact, exact_new, exact_new[..., R:], (exact_k, None, lengths),
-        (exact_prompt, None, prompt_lengths), where, S, window, softcap, scale,
+        (exact_prompt, None, prompt_lengths), where, S, *terms.values(),
     )  # fmt: skip
     parts = decode_attention.decode_attention(
         q, new, new[..., R:], (k, None, lengths), (prompt_k, None, prompt_lengths), where, tiles, S,
-        window=window, softcap=softcap, scale=scale,
+        **terms,
     )  # fmt: skip
     got = decode_attention.merge_parts(*parts)
     assert got.shape == (B, H, L)
@@ -204,13 +203,8 @@ def test_bfloat16_generation_under_a_graph_repeats_itself():
     model, prompts = model_of("experts", torch.bfloat16), prompts_of(*range(5, 25))
     drawn = Sampling(40, temperature=1.0, top_p=0.95, seed=0)
     options = {"batch_size": 16, "n_samples": 2, "units": [range(20)]}
-    first, second = (
-        {
-            (s.prompt_index, s.sample_index): s.token_ids
-            for s in generate(model, prompts, drawn, **options)
-        }
-        for _ in range(2)
-    )
+    runs = [list(generate(model, prompts, drawn, **options)) for _ in range(2)]
+    first, second = ({(s.prompt_index, s.sample_index): s.token_ids for s in run} for run in runs)
     assert first == second and len(first) == 40
 
 
