@@ -234,6 +234,11 @@ class GPTModel(nn.Module):
                 x = block(x, rope, mask, cache)
         return self.ln_f(x)
 
+    def router_loads(self) -> Tensor:
+        """[L, 2, E]: `Mixture.load` of each mixture of experts in the last pass of training."""
+        mixtures = (block.mlp for block in self.blocks if isinstance(block.mlp, Mixture))
+        return torch.stack([mlp.load for mlp in mixtures if mlp.load is not None])
+
     def _ropes(self, positions: Tensor, length: int) -> dict[str | None, tuple[Tensor, Tensor]]:
         """cos and sin of these positions by kind of layer, in a pass that reaches `length`."""
         sources = {"global": "global", "local": "local"}

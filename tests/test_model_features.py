@@ -133,14 +133,48 @@ class Plain:
             out.append(self.linear(torch.cat(heads), f"blocks.{layer}.attn.out_proj"))
         return out
 
-    def mlp(self, x, layer):
-        h = self.linear(x, f"blocks.{layer}.mlp.fc1")
-        if self.c.gated_mlp:
-            gate, up = h.chunk(2)
-            h = self.act(gate) * up
-        else:
-            h = self.act(h)
-        return self.linear(h, f"blocks.{layer}.mlp.fc2")
+    def mlp(self, x, name, expert=None):
+        """expert: which of the matrices that are stacked."""
+        fc1, fc2 = (self.w[f"{name}.{fc}.weight"] for fc in ("fc1", "fc2"))
+        if expert is not None:
+            return fc2[expert] @ self.act_of(fc1[expert] @ x)
+        return self.linear(self.act_of(self.linear(x, f"{name}.fc1")), f"{name}.fc2")
+
+    def act_of(self, h):
+        if not self.c.gated_mlp:
+            return self.act(h)
+        gate, up = h.chunk(2)
+        return self.act(gate) * up
+
+    def mixture(self, x, name):
+        """Experts one by one, chosen by sorting."""
+        c, E = self.c, self.c.n_experts
+        logits = self.linear(x, f"{name}.router")
+        scores = logits.sigmoid() if c.router_score == "sigmoid" else logits.softmax(0)
+        choice = scores + self.w.get(f"{name}.router.choice_bias", 0)
+        size = E // c.n_expert_groups
+        best = 2 if c.expert_group_score == "top2" and c.n_expert_groups > 1 else 1
+        of_groups = [
+            sum(sorted(choice[g * size : (g + 1) * size].tolist())[-best:])
+            for g in range(c.n_expert_groups)
+        ]
+        kept = sorted(range(c.n_expert_groups), key=lambda g: -of_groups[g])
+        kept = kept[: c.n_expert_groups_per_token]
+        chosen = sorted((e for e in range(E) if e // size in kept), key=lambda e: -choice[e])
+        chosen = chosen[: c.n_experts_per_token]
+        total = sum(scores[e] for e in chosen) if c.router_norm else 1
+        y = sum(
+            scores[e] / total * c.router_scale * self.mlp(x, f"{name}.experts", e) for e in chosen
+        )
+        if c.d_ff_shared:
+            gate = self.linear(x, f"{name}.shared_gate").sigmoid() if c.shared_gate else 1
+            y = y + gate * self.mlp(x, f"{name}.shared")
+        return y
+
+    def branch(self, x, layer):
+        name = f"blocks.{layer}.mlp"
+        dense = self.c.n_experts == 0 or layer in self.c.dense_layers
+        return self.mlp(x, name) if dense else self.mixture(x, name)
 
     def logits(self, ids):
         c = self.c
@@ -157,7 +191,7 @@ class Plain:
             if not c.shared_norm:
                 source = xs if c.parallel_residual else after
                 read = [self.stream(x, f"{name}.ln2", c.pre_norm) for x in source]
-            ys = [self.stream(self.mlp(x, layer), f"{name}.ln2_post", c.post_norm) for x in read]
+            ys = [self.stream(self.branch(x, layer), f"{name}.ln2_post", c.post_norm) for x in read]
             xs = [x + c.residual_scale * y for x, y in zip(after, ys)]
         hidden = torch.stack([self.stream(x, "ln_f") for x in xs])
         logits = hidden @ self.w["lm_head.weight"].T * c.logit_scale
@@ -172,6 +206,33 @@ class Plain:
 
 # ---------------------------------------------------------------------------------------------
 # Random features
+
+
+@st.composite
+def mixtures(draw):
+    """Fields of a mixture of experts, two times of three."""
+    if draw(st.sampled_from([True, False, False])):
+        return dict(mlp_bias=draw(st.booleans()))
+    groups, size = draw(st.integers(1, 3)), draw(st.integers(2, 3))
+    kept = draw(st.integers(1, groups))
+    shared = draw(st.sampled_from([0, 7]))
+    return dict(
+        n_experts=groups * size,
+        n_experts_per_token=draw(st.integers(1, kept * size)),
+        d_ff_expert=draw(st.integers(3, 9)),
+        dense_layers=tuple(draw(st.lists(st.integers(0, 2), max_size=1))),
+        router_score=draw(st.sampled_from(["softmax", "sigmoid"])),
+        router_norm=draw(st.booleans()),
+        router_scale=draw(st.sampled_from([1.0, 2.5])),
+        router_bias=draw(st.booleans()),
+        router_choice_bias=draw(st.booleans()),
+        n_expert_groups=groups,
+        n_expert_groups_per_token=kept,
+        expert_group_score=draw(st.sampled_from(["max", "top2"])),
+        d_ff_shared=shared,
+        shared_gate=shared > 0 and draw(st.booleans()),
+        mlp_bias=False,
+    )
 
 
 @st.composite
@@ -223,7 +284,7 @@ def configs(draw):
         bias=draw(yes),
         qkv_bias=draw(yes),
         o_bias=draw(yes),
-        mlp_bias=draw(yes),
+        **draw(mixtures()),
         head_bias=draw(yes),
         qk_norm=draw(yes),
         qk_norm_type=draw(st.sampled_from(["layernorm", "rmsnorm"])),
@@ -299,9 +360,12 @@ def test_random_features_train(c):
         hidden = model.hidden(IDS)[:, :-1].flatten(0, 1)
         model.nll(hidden, IDS[:, 1:].flatten()).mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
-    unused = {n for n, g in gradients[0].items() if g is None}
+    unused = {n for n, g in gradients[0].items() if g is None and "choice_bias" not in n}
     assert not unused, unused
     for name, g in gradients[0].items():
+        if name.endswith("choice_bias"):
+            assert g is None
+            continue
         assert g.isfinite().all() and torch.equal(g, gradients[1][name]), name
     assert GPTConfig.from_dict(c.to_dict()) == c
 
@@ -327,6 +391,8 @@ COMPILED = {
     "parallel": dict(parallel_residual=True, shared_norm=True, norm="layernorm", head_bias=True)
     | dict(rotary_fraction=0.5, no_rope_layers=(1,), embedding_scale=3.0, residual_scale=0.5)
     | dict(qk_norm=True, qk_norm_over="width", clip_qkv=1.0, activation="relu2"),
+    "mixture": dict(n_experts=6, n_experts_per_token=2, d_ff_shared=7, dense_layers=(1,))
+    | dict(router_norm=True, n_expert_groups=3, n_expert_groups_per_token=2),
     "latent": dict(kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=4)
     | dict(v_head_dim=10, n_kv_heads=4, no_rope_layers=(1,)),
 }
