@@ -1,6 +1,6 @@
 """Any causal language model that transformers has, behind GPTModel's interface.
 
-Checkpoint.load falls back to it where GPTModel cannot express a config: mixtures of experts,
+Checkpoint.load falls back to it where GPTModel cannot express a config: gpt-oss, Llama 4, PhiMoE,
 Falcon, Bloom, OPT and so on. It is evaluated like any other, without a KV cache.
 
 No code but transformers' own runs, whatever a directory says: not the modules that its auto_map

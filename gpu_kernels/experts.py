@@ -69,7 +69,7 @@ def groups(x: Tensor, fc2: Tensor) -> bool:
     return x.shape[1] % 8 == 0 and fc2.shape[2] % 8 == 0 and _has_groups(x.device.index)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _has_groups(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
