@@ -66,14 +66,21 @@ def attend(  # so many parameters, since they are the terms of attention itself
     softcap). lse: (out, log-sum-exp of the scores [B, H, T] float32), so that parts over disjoint
     keys can be merged.
     """
-    if q.is_cuda and (spare := q.shape[-1] - v.shape[-1]) > 0:  # its fast kernels know one width
-        v = F.pad(v, (0, spare))
-        terms: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
-        terms |= {"causal": causal, "mask": mask, "dropout": dropout}
+    D, E = q.shape[-1], v.shape[-1]
+    if q.is_cuda and D != E:  # its fast kernels know one width: zeros change no score and no sum
+        terms: dict[str, Any] = {"window": window, "softcap": softcap, "mask": mask}
+        terms |= {
+            "causal": causal,
+            "dropout": dropout,
+            "scale": D**-0.5 if scale is None else scale,
+        }
+        q, k, v = (
+            F.pad(x, (0, n)) if n > 0 else x for x, n in ((q, E - D), (k, E - D), (v, D - E))
+        )
         if lse:
             out, sums = attend(q, k, v, lse=True, **terms)
-            return out[..., :-spare], sums
-        return attend(q, k, v, **terms)[..., :-spare]
+            return out[..., :E], sums
+        return attend(q, k, v, **terms)[..., :E]
     T, capped = q.shape[2], softcap is not None
     causal = causal and mask is None
     reach = window if causal and window is not None and window < T else None

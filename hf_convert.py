@@ -18,6 +18,7 @@ import hf_mixtures
 from hf_config import UnsupportedArchitecture, number, size
 from hf_families import SIZES, Family
 
+ALIKE = {"kimi_k2": "deepseek_v3"}  # whose code files of these bring along
 FAMILIES = {**hf_families.FAMILIES, **hf_mixtures.FAMILIES}
 
 
@@ -51,6 +52,7 @@ def fields_from_hf(hf: dict) -> dict:
         hf = hf["text_config"] | {"model_type": "gemma3_text"}
         model_type = "gemma3_text"
         hf_config.refuse_strange(hf)
+    model_type = ALIKE.get(str(model_type), model_type)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         return hf_config.fields_from_hf(hf)
     try:

@@ -220,9 +220,9 @@ INFERENCE = (
      "Pope 2022; DeepSeek-AI 2024"),
     ("R_cache", "slack(L*(2 - latent), kv/(2 - latent)*c*s)", "byte",
      "rest of the allocator's blocks: the cache", "CUDACachingAllocator"),
-    ("W_attention", "s*(8*h + c*w_qkv + (c*a*(2*d if widened else dv) if latent else"
-     " rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d))",
-     "byte", "prefill, at the rotation of q, or at attention over what latents became", ""),
+    ("W_attention", "s*(8*h + c*w_qkv + (c*(2*kv + widened*a*d + max(widened*a*d, a*dv + h))"
+     " if latent else rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d))",
+     "byte", "prefill, at the rotation of q, or at the output of latent attention", ""),
     ("W_dense", "s*(12*h + (2*c*h + c*f if tanh and mlp_bias and c < 4 else c*f*(2 + 2*gated)))",
      "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
     ("W_experts", "s*(16*h + c*h + K*c*(2*h + fe*(2 + 2*gated)))", "byte",

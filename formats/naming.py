@@ -204,7 +204,9 @@ FAMILIES = {  # the layout of a `model_type`, where it is not that of its own na
     **dict.fromkeys(("mistral", "qwen2", "qwen3"), "llama"),
     **dict.fromkeys(("gemma", "smollm3", "granite", "seed_oss"), "llama"),
     "arcee": "nemotron",
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), "deepseek"),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "youtu"), "deepseek"
+    ),
     "olmo3": "olmo2",
     "olmoe": "qwen3_moe",
     "gemma3": "gemma2",

@@ -150,6 +150,27 @@ def test_greedy_text_from_latents_is_that_without_a_cache(pairs, name, i):
         assert found[index] == ids[len(prompt) :], index
 
 
+def test_kimi_k2_is_a_deepseek_v3(pairs, tmp_path):
+    """Its model_type is its own, its code DeepSeek's."""
+    _, folder, ours = pairs("deepseek_v3", 1)
+    values = json.loads((folder / "config.json").read_text()) | {"model_type": "kimi_k2"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    assert torch.equal(checkpoint.load_model(tmp_path, "float32")(IDS)[0], ours(IDS)[0])
+
+
+@pytest.mark.parametrize("name", ["youtu", "minicpm3", "deepseek_v3"])
+@torch.no_grad()
+def test_weights_alone_need_the_config_of_their_family(pairs, tmp_path, name):
+    _, folder, ours = pairs(name, 0)
+    file = tmp_path / "weights.safetensors"
+    file.symlink_to(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"has no config, .* those of a model_type .*{name}"):
+        checkpoint.load_model(file, "float32")
+    loaded = checkpoint.load_model(file, "float32", config=ours.config)
+    assert torch.equal(loaded(IDS)[0], ours(IDS)[0])
+
+
 # ---------------------------------------------------------------------------------------------
 # What is refused
 
