@@ -53,7 +53,7 @@ from formats.finding import CheckpointInfo, find_tokenizer
 from formats.readers import READERS
 from model import GPTModel
 from packed import require_file
-from tokenizer import TOKENIZER_COPIES
+from tokenizer import TOKENIZER_COPIES, build_tokenizer
 from transformers_model import TransformersModel, load_transformers, transformers_sizes
 
 # ---------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class Checkpoint:
         self.problem = opened.problem
         self.name = formats.name_of(self.path)
         self.step = formats.step_in_name(self.name) if opened.step is None else opened.step
-        self.tokenizer = find_tokenizer(self.path)
+        self.tokenizer = opened.tokenizer or find_tokenizer(self.path)
         self._as_opened = self._state_of_files()
 
     @cached_property
@@ -367,7 +367,7 @@ def inspect(path: str | Path, config: GPTConfig | None = None) -> dict[str, Any]
         "loss": ckpt.facts.get("loss"),
         "left_out": ckpt.facts.get("left_out"),
         "parameters": sum(sizes.values()),
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ckpt.tensors.values()}),
+        "dtypes": sorted({kind for t in ckpt.tensors.values() for kind in t.kinds}),
         "layout": ckpt.layout,
         "tokenizer": ckpt.tokenizer and str(ckpt.tokenizer),
         "config": config and config.to_dict(),
@@ -392,6 +392,8 @@ def convert(source: str | Path, destination: str | Path, config: GPTConfig | Non
     about = {"step": ckpt.step, "converted": ckpt.path.name}
     with native.appearing(final, about) as directory:
         write_weights(model, model.config, directory, dtype=dtype, **ids)
+        if ckpt.tokenizer and os.path.isfile(ckpt.tokenizer):
+            build_tokenizer(ckpt.tokenizer).save(directory)
         for name in TOKENIZER_COPIES:
             if ckpt.tokenizer and os.path.isfile(ckpt.tokenizer / name):
                 shutil.copy(ckpt.tokenizer / name, directory)

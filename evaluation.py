@@ -290,6 +290,9 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
     if Path(name).is_dir():
         files = [Path(name) / file for file in TOKENIZER_COPIES]
         key = tuple((f.name, hashlib.sha256(f.read_bytes()).digest()) for f in files if f.is_file())
+    elif Path(name).is_file():
+        there = Path(name).stat()
+        key = (key, there.st_size, there.st_mtime_ns, there.st_ino)
     if key not in _tokenizers:
         _tokenizers[key] = build_tokenizer(name)
     return _tokenizers[key]

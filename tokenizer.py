@@ -4,6 +4,7 @@
     build_tokenizer("byte")                          # built in: 256 bytes and <|endoftext|>
     build_tokenizer("gpt2")                          # any tiktoken encoding
     build_tokenizer("checkpoints/checkpoint-1000")   # a local directory with tokenizer files
+    build_tokenizer("model-Q4_K_M.gguf")             # a GGUF's own, or nanochat's tokenizer.pkl
     build_tokenizer("Qwen/Qwen2.5-0.5B")             # a Hugging Face hub name
 
 Every tokenizer has
@@ -24,14 +25,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from byte_bpe import BYTE_LEVEL, EOT, byte_alphabet, merge_of, save_bpe
+from byte_bpe import BOS, BYTE_LEVEL, EOT, byte_alphabet, merge_of, save_bpe, split_by
 from cli import first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
@@ -40,7 +41,7 @@ SAYS_THE_CLASS: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "c
 # all that goes along with a copy
 TOKENIZER_COPIES: tuple[str, ...] = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
 TOKENIZER_COPIES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-KINDS = ("tokenizer_config.json", "config.json")
+HOLD_TOKENIZERS = (".gguf", ".pkl")  # files of others that one lies in
 # Where a long text can be cut without changing its tokens, for tokenizers that say so with
 # `splits_at_newline`: after a newline between a visible character and a letter, digit or other
 # non-ASCII character. There the patterns of GPT-2, cl100k, o200k, Llama 3, Qwen and DeepSeek all
@@ -56,7 +57,8 @@ ACROSS_A_BREAK = "\n[A-Za-z0-9\xc3-\xf4]"  # in a token's bytes: it would reach 
 
 
 def build_tokenizer(name: str | os.PathLike) -> "Tokenizer":
-    """The tokenizer called `name`: "byte", a tiktoken encoding, a local directory or a hub name.
+    """The tokenizer called `name`: "byte", a tiktoken encoding, a local directory or file, or a hub
+    name.
 
     A bare name of a tiktoken encoding means tiktoken even if a directory is called the same; write
     `./gpt2` for the directory. Raises ValueError, in one line, for a name that leads nowhere.
@@ -70,6 +72,8 @@ def build_tokenizer(name: str | os.PathLike) -> "Tokenizer":
         return TiktokenTokenizer(_tiktoken_encoding(name))
     if Path(name).is_dir():
         return _tokenizer_from_directory(Path(name))
+    if Path(name).is_file() and Path(name).suffix in HOLD_TOKENIZERS:
+        return _tokenizer_from_file(Path(name))
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"tokenizer {name!r}: no such directory")
     return HuggingFaceTokenizer(_hub_tokenizer(name), name)
@@ -113,14 +117,14 @@ class ByteTokenizer:
 class TiktokenTokenizer:
     """A tiktoken.Encoding; the gaps in its ids are `special_ids` too."""
 
-    bos_token_id = None
     adds_bos = False
 
     def __init__(self, encoding: Any):
         self.encoding = encoding
         self.name = encoding.name
         self.vocab_size = encoding.n_vocab
-        self.eos_token_id = encoding._special_tokens.get(EOT)
+        self.bos_token_id = encoding._special_tokens.get(BOS)
+        self.eos_token_id = encoding._special_tokens.get(EOT, self.bos_token_id)
 
     @functools.cached_property
     def splits_at_newline(self) -> bool:
@@ -190,15 +194,9 @@ class TiktokenTokenizer:
             if len(token) > 1 and len(parts := merge_of(token, ranks)) == 2
         ]
         # Hugging Face's regex engine reads "{1,3}+" as a repeated group and "$" as end of line
-        pattern = self.encoding._pat_str.replace("}+", "}").replace("$", r"\z")
-        split = {
-            "type": "Split",
-            "pattern": {"Regex": pattern},
-            "behavior": "Isolated",
-            "invert": False,
-        }
+        pattern = re.sub(r"(\{[0-9,]+\})\+", r"\1", self.encoding._pat_str).replace("$", r"\z")
         # tiktoken takes a word that is a token whole, before any merge; so does ignore_merges
-        splits = [split, BYTE_LEVEL]
+        splits = split_by(pattern)
         save_bpe(directory, vocab | specials, merges, splits, specials, ignore_merges=True)
 
 
@@ -343,6 +341,44 @@ def _tokenizer_from_directory(path: Path) -> "Tokenizer":
             f"it names code of its own ({code}), which is never run" if code else first_line(error)
         )
         raise ValueError(f"tokenizer {str(path)!r}: transformers cannot open it: {why}") from error
+
+
+def _tokenizer_from_file(path: Path) -> "Tokenizer":
+    """That of a GGUF file, or a tiktoken encoding that nanochat pickled."""
+    from formats.vocabularies import of_gguf, of_tiktoken_pickle
+
+    if path.suffix == ".pkl":
+        import tiktoken
+
+        ranks, specials, pattern = of_tiktoken_pickle(path)
+        encoding = _made(
+            lambda: tiktoken.Encoding(
+                path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+            ),
+            path,
+        )
+        return TiktokenTokenizer(encoding)
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    definition, about = of_gguf(path)
+    text = json.dumps(definition)
+    backend = _made(lambda: tokenizers.Tokenizer.from_str(text), path)
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **about
+    )
+    return HuggingFaceTokenizer(tok, str(path))
+
+
+def _made(make: Callable[[], Any], path: Path) -> Any:
+    """What a library makes of a vocabulary that somebody else wrote."""
+    try:
+        return make()
+    except BaseException as error:  # Rust's panics are no Exceptions
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = str(error).partition("\n")[0][:300]
+        raise ValueError(f"tokenizer {str(path)!r}: is damaged: {reason}") from None
 
 
 def _settings(path: Path) -> dict:

@@ -39,6 +39,7 @@ class Opened:
     facts: dict[str, Any] = field(default_factory=dict)  # epoch, loss, tokens, token ids, …
     manifest: Path | None = None  # states the sha256 of all files, so that its own stands for them
     hint: str = ""  # said if the tensors do not fit the config
+    tokenizer: Path | None = None  # a file that it lies in, where that is no directory's
     rearranged: bool = False  # by the heads of `config`: without one, the rows are not in our order
 
 

@@ -46,7 +46,6 @@ DIRECTORIES = {  # the name of a file that tells what its directory is
     r"flax_model\.msgpack|tf_model\.h5": "weights of Flax or TensorFlow, which are not read",
 }
 FILES = {
-    ".gguf": "a GGUF file, which is not read",
     ".nemo": "an archive of NeMo 1, which is not read",
 }
 
