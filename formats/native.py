@@ -167,14 +167,18 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def appearing(final: Path, about: dict[str, Any]) -> Iterator[Path]:
+def appearing(final: Path, about: dict[str, Any] | None) -> Iterator[Path]:
     """A directory to fill, which becomes `final`, whole or not at all. about: what its manifest
-    states beyond the files."""
+    states beyond the files; None: it has none."""
     temporary = final.parent / f".tmp-{final.name}-{os.getpid()}"
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _write_manifest(temporary, about)
+        if about is not None:
+            _write_manifest(temporary, about)
+        else:
+            for path in (*temporary.iterdir(), temporary):
+                fsync(path)
         _put_in_place(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -205,9 +209,8 @@ def write_weights(
     if tokenizer is not None:
         tokenizer.save(directory)
     config.save_pretrained(directory, **about)
-    bias = naming.LAYOUTS[layout].choice_bias  # whose rounding would change which experts serve
-    whole = {name: t.dtype for name, t in views.items() if name.endswith(f".{bias}")}
-    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype, whole)
+    unrounded = layouts.never_rounded(views, layout)
+    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype, unrounded)
 
 
 def _write_manifest(directory: Path, about: dict[str, Any]) -> None:
