@@ -27,17 +27,10 @@ from types import ModuleType
 
 from config import GPTConfig, load_config, load_yaml, presets
 from costs.flops import count_parameters, estimate_flops
-from costs.formulas import (
-    ACTIVATIONS,
-    CUDA_CONTEXT,
-    DTYPE_NAMES,
-    DTYPES,
-    OPTIMIZERS,
-    Setup,
-    tables,
-)
+from costs.formulas import ACTIVATIONS, OPTIMIZERS
 from costs.gpus import GPU, GPUS, find_gpu, mfu
 from costs.memory import estimate_memory, fewest_gpus, fits_table, largest_fits, usable_memory
+from costs.symbols import CUDA_CONTEXT, DTYPE_NAMES, DTYPES, Setup, tables
 from costs.time import TRAINING_MFU, Ceilings, pass_seconds, roofline, training_time, turning_batch
 from hf_config import number
 
@@ -428,8 +421,12 @@ def main(argv=None) -> None:
         return print(json.dumps(report, indent=2))
     if args.explain:
         return explain(c, batch_size, seq_len, setup)
-    print(f"{cli.printable(args.config)}: {c.n_layers} layers, width {c.d_model}, {c.n_heads} heads"
-          f" ({c.n_kv_heads} of keys and values) of {c.head_dim}, MLP {c.d_ff}")  # fmt: skip
+    heads = f"{c.n_heads} heads ({c.n_kv_heads} of keys and values) of {c.head_dim}"
+    if c.kv_lora_rank is not None:
+        heads = f"{c.n_heads} heads of {c.head_dim}, values of {c.value_dim}"
+        heads += f", made of latents of {c.kv_lora_rank} + {c.rotary_dim}"
+    print(f"{cli.printable(args.config)}: {c.n_layers} layers, width {c.d_model}, {heads}"
+          f", MLP {c.d_ff}")  # fmt: skip
     if args.fits:
         return print_fits(c, gpu, batch_size, seq_len, setup)
     print_model(c, flops, batch_size, seq_len)

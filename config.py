@@ -12,6 +12,7 @@ imports torch: `compute.py` answers in a fraction of a second.
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ CHOICES = {
     "qk_norm_type": ("layernorm", "rmsnorm"),
     # each head, all with the same weights; each head, with weights of its own; all heads as one
     "qk_norm_over": ("head", "heads", "width"),
+    "router_score": ("softmax", "sigmoid"),
+    # a group of experts is as good as its best one, or as the sum of its best two
+    "expert_group_score": ("max", "top2"),
 }
 POSITIVE: tuple[str, ...] = (
     "rope_theta",
@@ -43,8 +47,10 @@ POSITIVE: tuple[str, ...] = (
     "attention_scale",
     "attention_softcap",
 )
-POSITIVE += ("logit_softcap", "embedding_scale", "residual_scale", "logit_scale")
-LAYER_LISTS = ("full_attention_layers", "no_rope_layers")
+LATENT = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+POSITIVE += ("logit_softcap", "embedding_scale", "residual_scale", "logit_scale", "router_scale")
+EXPERTS_ALONE = r"n_expert|d_ff_|dense_layers|router_|expert_|shared_gate"  # fields of a mixture
+LAYER_LISTS = ("full_attention_layers", "no_rope_layers", "dense_layers")
 
 
 # A field that __post_init__ derives from others where it is None: typed as it is afterwards
@@ -65,7 +71,7 @@ class GPTConfig:
     activation: str = "gelu"
 
     n_kv_heads: int = _DERIVED  # None: n_heads; fewer: grouped queries
-    head_dim: int = _DERIVED  # None: d_model / n_heads
+    head_dim: int = _DERIVED  # None: d_model / n_heads; of queries and keys
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     norm_weight: bool = True
@@ -102,14 +108,33 @@ class GPTConfig:
     tie_embeddings: bool = True
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it
     full_attention_layers: tuple[int, ...] = ()  # layers that the sliding window does not apply to
-    n_experts: int = 0  # 0: a dense MLP
+    kv_lora_rank: int | None = None  # latent attention: keys and values are made of so few numbers
+    q_lora_rank: int | None = None  # and queries of so many; None: of the input itself
+    qk_nope_head_dim: int | None = None  # channels of a query and a key that know no position,
+    qk_rope_head_dim: int | None = None  # and that positions turn: of a key, the same in all heads
+    v_head_dim: int | None = None  # of latent attention's values
+    n_experts: int = 0  # 0: a dense MLP; else layers are mixtures of experts, without biases
     n_experts_per_token: int = 0
+    d_ff_expert: int = _DERIVED  # None: d_ff
+    dense_layers: tuple[int, ...] = ()  # of a mixture: layers with a dense MLP of d_ff
+    router_score: str = "softmax"  # of its logits: what experts are chosen and weighed by
+    router_norm: bool = False  # weights of those chosen sum to 1, as a softmax over them alone
+    router_scale: float = 1.0  # what weights are multiplied by then
+    router_bias: bool = False  # of its logits
+    router_choice_bias: bool = False  # of scores where experts are chosen, not where weighed
+    n_expert_groups: int = 1  # of which a token chooses
+    n_expert_groups_per_token: int = 1  # and then experts of these alone
+    expert_group_score: str = "max"
+    d_ff_shared: int = 0  # width of an MLP that all tokens pass beside their experts; 0: none
+    shared_gate: bool = False  # which is weighed by the sigmoid of a projection of its own
+    router_loss: float = 0.0  # how much of the load-balancing loss training adds
 
     def __post_init__(self):
         self._check_numbers()
         for name, value in self._implied().items():
             if getattr(self, name) is None:
                 self._set(name, value)
+        self._check_latent()
         if self.head_dim is None:
             if self.d_model % self.n_heads:
                 raise ValueError(
@@ -125,8 +150,9 @@ class GPTConfig:
     def _implied(self) -> dict[str, Any]:
         """What fields are that nobody gives, where other fields decide it."""
         of_norms = self.bias and self.norm == "layernorm" and self.norm_weight
-        biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), self.bias)
-        return {"n_kv_heads": self.n_heads, **biases, "norm_bias": of_norms}
+        biases = dict.fromkeys(("qkv_bias", "o_bias"), self.bias)
+        biases |= {"mlp_bias": self.bias and not self.n_experts, "norm_bias": of_norms}
+        return {"n_kv_heads": self.n_heads, "d_ff_expert": self.d_ff, **biases}
 
     def _check_numbers(self):
         """Types and ranges of all fields but the named choices."""
@@ -156,6 +182,28 @@ class GPTConfig:
                 raise ValueError(f"{name} must be layer numbers, not {layers!r}")
             self._set(name, tuple(sorted({i for i in layers if 0 <= i < self.n_layers})))
 
+    def _check_latent(self):
+        """All sizes of latent attention, or none; its heads are as wide as their two parts."""
+        given = {name: getattr(self, name) for name in LATENT if getattr(self, name) is not None}
+        if self.kv_lora_rank is None:
+            if given:
+                raise ValueError(f"{next(iter(given))} is of latent attention: set kv_lora_rank")
+            return
+        for name in LATENT[1:]:
+            if name not in given:
+                raise ValueError(f"latent attention (kv_lora_rank) lacks {name}")
+        width = given["qk_nope_head_dim"] + given["qk_rope_head_dim"]
+        if self.head_dim not in (None, width):
+            raise ValueError(
+                f"head_dim {self.head_dim} is not qk_nope_head_dim + qk_rope_head_dim, {width}"
+            )
+        self._set("head_dim", width)
+        for name, plain in {"n_kv_heads": self.n_heads, "qk_norm": False, "clip_qkv": None}.items():
+            if getattr(self, name) != plain:
+                raise ValueError(f"latent attention knows no {name} {getattr(self, name)!r}")
+        if self.rotary_fraction != 1.0:
+            raise ValueError("rotary_fraction is 1 in latent attention: qk_rope_head_dim is turned")
+
     def _check_features(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -164,12 +212,14 @@ class GPTConfig:
             raise ValueError(
                 f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
             )
-        if self.position == "rope" and self.head_dim % 2:
+        if self.position == "rope" and self.kv_lora_rank is None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.position == "rope" and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(
                 f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} must be an "
                 f"even number of channels, not {self.head_dim * self.rotary_fraction:g}"
+                if self.kv_lora_rank is None
+                else f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}"
             )
         if self.attention_scale == self.head_dim**-0.5:
             self._set("attention_scale", None)
@@ -183,10 +233,7 @@ class GPTConfig:
                         f" {self.rotary_dim // 2} pairs of channels"
                     )
         self._check_norms()
-        if self.n_experts and not 1 <= self.n_experts_per_token <= self.n_experts:
-            raise ValueError(
-                f"n_experts_per_token {self.n_experts_per_token} must lie in 1..{self.n_experts}"
-            )
+        self._check_experts()
 
     def _check_norms(self):
         if self.norm_bias and not (self.norm == "layernorm" and self.norm_weight):
@@ -196,19 +243,66 @@ class GPTConfig:
         if self.shared_norm and not (self.parallel_residual and self.pre_norm):
             raise ValueError("shared_norm needs parallel_residual and pre_norm")
 
+    def _check_experts(self):
+        n, groups, chosen = self.n_experts, self.n_expert_groups, self.n_expert_groups_per_token
+        if self.router_loss < 0:
+            raise ValueError(f"router_loss must be 0 or more, not {self.router_loss!r}")
+        if not n:
+            plain = {f.name: f.default for f in fields(self)} | {"d_ff_expert": self.d_ff}
+            own = [name for name in plain if re.match(EXPERTS_ALONE, name)]
+            if told := [name for name in own if getattr(self, name) != plain[name]]:
+                raise ValueError(f"{told[0]} needs experts: n_experts is 0")
+            return
+        if not 1 <= self.n_experts_per_token <= n:
+            raise ValueError(f"n_experts_per_token {self.n_experts_per_token} must lie in 1..{n}")
+        if self.mlp_bias:
+            raise ValueError("mlp_bias must be false: experts have no biases")
+        if n % groups or not 1 <= chosen <= groups:
+            raise ValueError(
+                f"{n} experts must divide into n_expert_groups {groups}, of which "
+                f"n_expert_groups_per_token {chosen} are chosen"
+            )
+        if chosen * (n // groups) < self.n_experts_per_token:
+            raise ValueError(
+                f"{chosen} groups of {n // groups} experts are fewer than n_experts_per_token "
+                f"{self.n_experts_per_token}"
+            )
+        if groups > 1 and self.expert_group_score == "top2" and n // groups < 2:
+            raise ValueError(f"expert_group_score top2 needs groups of two, not {n} in {groups}")
+        if self.shared_gate and not self.d_ff_shared:
+            raise ValueError("shared_gate needs a shared expert: d_ff_shared is 0")
+
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that rotary positions turn."""
+        if self.qk_rope_head_dim is not None:
+            return self.qk_rope_head_dim
         return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head's values."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     @property
     def qkv_dim(self) -> int:
         """Rows of the fused projection [q; k; v]."""
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
 
+    @property
+    def cache_dim(self) -> int:
+        """Numbers that a token leaves in a layer's cache, in generation."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + self.rotary_dim
+        return 2 * self.n_kv_heads * self.head_dim
+
     def layer_window(self, layer: int) -> int | None:
         """The sliding window of one layer, None where it sees everything before it."""
         return None if layer in self.full_attention_layers else self.sliding_window
+
+    def layer_experts(self, layer: int) -> int:
+        """How many experts a layer has, 0 where its MLP is dense."""
+        return 0 if layer in self.dense_layers else self.n_experts
 
     def layer_rope(self, layer: int) -> str | None:
         """Which rotary frequencies a layer turns by: "global", "local" or None."""
@@ -222,12 +316,15 @@ class GPTConfig:
         and n_heads, n_kv_heads from n_heads, the biases of layers from bias) follows it, unless it
         is given."""
         implied = self._implied()
+        parts = {"kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"}
         for name, follows, sources in (
             ("head_dim", self.head_dim * self.n_heads == self.d_model, {"d_model", "n_heads"}),
+            ("head_dim", self.kv_lora_rank is not None, parts),
             ("n_kv_heads", self.n_kv_heads == self.n_heads, {"n_heads"}),
             ("qkv_bias", self.qkv_bias == self.bias, {"bias"}),
             ("o_bias", self.o_bias == self.bias, {"bias"}),
-            ("mlp_bias", self.mlp_bias == self.bias, {"bias"}),
+            ("mlp_bias", self.mlp_bias == implied["mlp_bias"], {"bias", "n_experts"}),
+            ("d_ff_expert", self.d_ff_expert == self.d_ff, {"d_ff"}),
             ("norm_bias", self.norm_bias == implied["norm_bias"], {"bias", "norm", "norm_weight"}),
         ):
             if follows and sources & changes.keys():

@@ -31,7 +31,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cli import progress
-from costs.formulas import CHUNK_TOKENS
+from costs.symbols import CHUNK_TOKENS
 from formats.shards import open_shard
 from formats.text import text_groups
 from gpu_kernels.cross_entropy import IGNORE

@@ -32,6 +32,7 @@ ROPE_SCALING_NUMBERS: tuple[str, ...] = ("low_freq_factor", "high_freq_factor")
 ROPE_SCALING_NUMBERS += ("attention_factor", "mscale", "mscale_all_dim")
 # No model has more, and what is built layer by layer must end
 MOST_LAYERS, MOST = 10_000, 2**31 - 1
+MAY_BE_ZERO = ("n_experts", "n_experts_per_token", "d_ff_shared")
 
 
 class UnsupportedArchitecture(ValueError):
@@ -54,11 +55,11 @@ def number(name: str, value: Any, kind: type = float) -> int | float:
 
 
 def size(name: str, value: Any) -> int:
-    """A positive integer that a model could have; a number of experts may be 0."""
+    """A positive integer that a model could have; what a model may lack can be 0."""
     taken = -1
     with contextlib.suppress(ValueError):
         taken = int(number(name, value, int))
-    if taken < (0 if name.startswith("n_experts") else 1):
+    if taken < (0 if name in MAY_BE_ZERO else 1):
         raise ValueError(f"{name} must be a positive integer, not {value!r:.100}")
     most = MOST_LAYERS if name in ("n_layers", "num_hidden_layers") else MOST
     if taken > most:
@@ -140,13 +141,6 @@ _MISTRAL = _LLAMA | dict(
     max_position_embeddings=131072,
     sliding_window=4096,
 )
-_MIXTRAL = _MISTRAL | dict(
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    sliding_window=None,
-    num_local_experts=8,
-    num_experts_per_tok=2,
-)
 _QWEN2 = _LLAMA | dict(
     vocab_size=151936,
     intermediate_size=22016,
@@ -160,14 +154,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "llama": _LLAMA,
     "mistral": _MISTRAL,
-    "mixtral": _MIXTRAL,
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | dict(head_dim=128),
 }
 NOT_READ: dict[str, tuple[str, ...]] = {
     "llama": ("sliding_window",),
     "mistral": ("attention_bias", "mlp_bias"),
-    "mixtral": ("attention_bias", "mlp_bias", "layer_types"),
     "qwen2": ("attention_bias", "mlp_bias"),
     "qwen3": ("mlp_bias",),
 }
@@ -179,7 +171,6 @@ ALIASES: dict[str, dict[str, str]] = {
         num_attention_heads="n_head",
         num_hidden_layers="n_layer",
     ),
-    "mixtral": dict(num_experts="num_local_experts"),
 }
 
 
@@ -249,7 +240,6 @@ def _llama_from_hf(hf: dict, model_type: str) -> dict:
     theta, scaling = _rope_from_hf(hf)
     attention_bias, mlp_bias = _flag(hf, "attention_bias"), _flag(hf, "mlp_bias")
     window, full_layers = _window_from_hf(hf, model_type)
-    moe = model_type == "mixtral"
     n_heads, n_kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     return dict(
         vocab_size=hf["vocab_size"],
@@ -275,8 +265,6 @@ def _llama_from_hf(hf: dict, model_type: str) -> dict:
         tie_embeddings=_flag(hf, "tie_word_embeddings"),
         sliding_window=window,
         full_attention_layers=full_layers,
-        n_experts=hf["num_local_experts"] if moe else 0,
-        n_experts_per_token=hf["num_experts_per_tok"] if moe else 0,
     )
 
 
@@ -332,7 +320,8 @@ def config_to_hf(c: Any) -> dict | None:
     """The config of GPT-2 or of Llama's kin that computes what a GPTConfig does, None where none
     does."""
     longrope = (c.rope_scaling or {}).get("rope_type") == "longrope"  # Phi-3 is known for it
-    if longrope or type(c)(**{word: getattr(c, word) for word in (*WORDS, "mlp_bias")}) != c:
+    said = {word: getattr(c, word) for word in (*WORDS, "mlp_bias")}
+    if longrope or c.n_experts or c.kv_lora_rank or type(c)(**said) != c:
         return None
     if c.norm == "layernorm" and c.position == "learned":
         return _gpt2_to_hf(c)
@@ -342,7 +331,7 @@ def config_to_hf(c: Any) -> dict | None:
 
 
 def _gpt2_to_hf(c) -> dict | None:
-    plain = c.bias and c.qkv_bias and c.mlp_bias and not (c.gated_mlp or c.qk_norm or c.n_experts)
+    plain = c.bias and c.qkv_bias and c.mlp_bias and not (c.gated_mlp or c.qk_norm)
     square = c.n_kv_heads == c.n_heads and c.head_dim * c.n_heads == c.d_model
     if not (plain and square and c.sliding_window is None):
         return None
@@ -388,7 +377,7 @@ def _llama_to_hf(c) -> dict | None:
     }
     if family == "llama":
         hf |= {"attention_bias": c.bias, "mlp_bias": c.mlp_bias}
-    if family in ("mistral", "mixtral"):
+    if family == "mistral":
         hf |= {"sliding_window": c.sliding_window}
     if family in ("qwen2", "qwen3"):
         full = set(c.full_attention_layers)
@@ -401,11 +390,6 @@ def _llama_to_hf(c) -> dict | None:
                 for i in range(c.n_layers)
             ],
         }
-    if family == "mixtral":
-        hf |= {
-            "num_local_experts": c.n_experts,
-            "num_experts_per_tok": c.n_experts_per_token,
-        }
     return hf
 
 
@@ -413,14 +397,11 @@ def _llama_family(c) -> str | None:
     """Which of transformers' Llama-style classes has exactly these features."""
     windowed = c.sliding_window is not None
     if c.qk_norm:
-        plain = c.qkv_bias == c.bias and not (c.mlp_bias or c.n_experts)
+        plain = c.qkv_bias == c.bias and not c.mlp_bias
         return "qwen3" if plain else None
     if c.mlp_bias != c.bias:
-        plain = not (windowed or c.n_experts) and c.qkv_bias == c.bias
+        plain = not windowed and c.qkv_bias == c.bias
         return "llama" if plain else None
-    if c.n_experts:
-        ok = not (c.bias or c.qkv_bias or c.full_attention_layers)
-        return "mixtral" if ok else None
     if c.qkv_bias and not c.bias:
         return "qwen2" if c.head_dim * c.n_heads == c.d_model else None
     if c.qkv_bias != c.bias:

@@ -3,23 +3,34 @@
     fields_from_hf({"model_type": "gemma2", "hidden_size": 3584, ...})   # {"d_model": 3584, ...}
     config_to_hf(GPTConfig(norm="rmsnorm", ...))                     # None if no class computes it
 
-GPT-2, Llama and its next of kin are hf_config.py's; of all others a row of hf_families.FAMILIES
+GPT-2, Llama and its next of kin are hf_config.py's; of all others a row of FAMILIES
 says what to read and to write. A config belongs to the first family that reads back what it writes
 of it. A value that would change the function computed, and that we have no word for, is refused.
 Plain Python, no torch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import hf_config
+import hf_families
+import hf_mixtures
 from hf_config import UnsupportedArchitecture, number, size
-from hf_families import FAMILIES, SIZES, Family
+from hf_families import SIZES, Family
+
+ALIKE = {"kimi_k2": "deepseek_v3"}  # whose code files of these bring along
+FAMILIES = {**hf_families.FAMILIES, **hf_mixtures.FAMILIES}
 
 
 def _whole(x: float) -> float:
     return round(x) if abs(x - round(x)) < 1e-6 * x else x
 
 
+# Keys that count in units of something else of the model, null being one such unit; and their kind
+UNITS: dict[str, tuple[Callable, Callable]] = {
+    "scale_depth": (lambda fields: fields["n_layers"] ** 0.5, lambda x: float(f"{x:.12g}")),
+    "dim_model_base": (lambda fields: fields["d_model"], round),
+}
 CONVERTED = {  # key: to the field, and back
     "hidden_act": (hf_config.activation, hf_config.hf_activation),
     "hidden_activation": (hf_config.activation, hf_config.hf_activation),
@@ -29,8 +40,6 @@ CONVERTED = {  # key: to the field, and back
         lambda scale: _whole(scale**-2),
     ),
 }
-
-
 # ---------------------------------------------------------------------------------------------
 # Reading
 
@@ -43,6 +52,7 @@ def fields_from_hf(hf: dict) -> dict:
         hf = hf["text_config"] | {"model_type": "gemma3_text"}
         model_type = "gemma3_text"
         hf_config.refuse_strange(hf)
+    model_type = ALIKE.get(str(model_type), model_type)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         return hf_config.fields_from_hf(hf)
     try:
@@ -52,9 +62,13 @@ def fields_from_hf(hf: dict) -> dict:
 
 
 def _read(hf: dict, family: Family) -> dict:
+    hf = hf | {key: hf[other] for other, key in family.aliases if other in hf}
     for key in family.refused:
         if hf.get(key):
             raise UnsupportedArchitecture(f"{key} {hf[key]!r} has no native form")
+    for key, value in family.needed:
+        if hf.get(key, value) != value:
+            raise UnsupportedArchitecture(f"{key} {hf[key]!r:.60} has no native form")
     fields = {field: value for field, value in family.features.items() if not callable(value)}
     fields |= {"dropout": hf.get("attention_dropout") or 0.0, "head_dim": hf.get("head_dim")}
     for (field, key), default in zip(SIZES.items(), family.sizes, strict=True):
@@ -66,10 +80,44 @@ def _read(hf: dict, family: Family) -> dict:
         fields[field] = CONVERTED[key][0](value) if key in CONVERTED else value
     for field in ("d_model", "n_layers", "n_heads"):  # which others are made of
         size(field, fields[field])
+    for field, (key, _) in family.keys.items():
+        if key in UNITS:
+            told = fields[field]
+            fields[field] = 1.0 if told is None else number(key, told) / UNITS[key][0](fields)
+    fields |= _layers_from_hf(hf, family, fields["n_layers"]) | _rope_from_hf(hf, family)
     for field, value in family.features.items():
         if callable(value):
             fields[field] = value(fields)
-    return fields | _layers_from_hf(hf, family, fields["n_layers"]) | _rope_from_hf(hf, family)
+    return fields | (_experts_from_hf(hf, family, fields) if "n_experts" in fields else {})
+
+
+def _experts_from_hf(hf: dict, family: Family, fields: dict) -> dict:
+    """Which layers of a mixture are dense, and how wide what all tokens pass is."""
+    n, layers = size("n_experts", fields["n_experts"]), range(fields["n_layers"])
+    if not n:
+        raise UnsupportedArchitecture("a mixture without experts has no native form")
+    found: dict[str, Any] = {}
+    if family.dense == "listed":
+        step, listed = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
+        found["dense_layers"] = tuple(i for i in layers if i in listed or (i + 1) % step)
+    elif family.dense == "typed":
+        types = hf.get("mlp_layer_types") or ["dense" if i == 0 else "sparse" for i in layers]
+        if len(types) != len(layers) or not {*types} <= {"dense", "sparse"}:
+            raise ValueError(f"mlp_layer_types must say dense or sparse of {len(layers)} layers")
+        found["dense_layers"] = tuple(i for i in layers if types[i] == "dense")
+    elif family.dense is not None:
+        first = number("first_k_dense_replace", hf.get("first_k_dense_replace", family.dense), int)
+        found["dense_layers"] = tuple(i for i in layers if i < first)
+    if family.keys.get("d_ff_shared", ("",))[0] == "n_shared_experts":  # side by side in one MLP
+        shared = number("n_shared_experts", fields["d_ff_shared"] or 0, int)
+        found["d_ff_shared"] = shared * number("d_ff_expert", fields["d_ff_expert"], int)
+    if family.title == "DeepseekV2":  # which heeds its groups of experts by one method alone
+        method = hf.get("topk_method", "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            raise UnsupportedArchitecture(f"topk_method {method!r:.60} of {family.title}")
+        if method == "greedy":
+            found |= {"n_expert_groups": 1, "n_expert_groups_per_token": 1}
+    return found
 
 
 def _layers_from_hf(hf: dict, family: Family, n: int) -> dict:
@@ -191,12 +239,15 @@ def config_to_hf(c: Any) -> dict | None:
 def _write(c: Any, family: Family) -> dict:
     hf = {key: getattr(c, field) for field, key in SIZES.items()}
     hf |= {"attention_dropout": c.dropout, "pad_token_id": None}  # the class's may be too large
-    if c.head_dim * c.n_heads != c.d_model:
+    if c.head_dim * c.n_heads != c.d_model and c.kv_lora_rank is None:
         hf["head_dim"] = c.head_dim
     for field, (key, _) in family.keys.items():
         value = getattr(c, field)
         if field == "attention_scale" and value is None:
             value = c.head_dim**-0.5
+        if key in UNITS:
+            unit, kind = UNITS[key]
+            value = kind(value * unit(vars(c)))
         hf[key] = CONVERTED[key][1](value) if key in CONVERTED else value
     layers, full = range(c.n_layers), set(c.full_attention_layers)
     if family.full_every is not None:
@@ -207,7 +258,25 @@ def _write(c: Any, family: Family) -> dict:
     if family.full_every or (family.no_rope == "listed" and c.sliding_window is not None):
         kinds = ("sliding_attention", "full_attention")
         hf["layer_types"] = [kinds[i in full] for i in layers]
+    if "n_experts" in family.keys:
+        hf |= _write_experts(c, family)
     return hf | _write_rope(c, family)
+
+
+def _write_experts(c: Any, family: Family) -> dict:
+    hf: dict[str, Any] = {}
+    if family.dense == "listed":
+        hf = {"decoder_sparse_step": 1, "mlp_only_layers": list(c.dense_layers)}
+    elif family.dense == "typed":
+        types = [c.layer_experts(i) for i in range(c.n_layers)]
+        hf = {"mlp_layer_types": ["sparse" if n else "dense" for n in types]}
+    elif family.dense is not None:
+        hf = {"first_k_dense_replace": len(c.dense_layers)}
+    if family.keys.get("d_ff_shared", ("",))[0] == "n_shared_experts":
+        hf["n_shared_experts"] = c.d_ff_shared // c.d_ff_expert
+    if family.title == "DeepseekV2":
+        hf["topk_method"] = "greedy" if c.n_expert_groups == 1 else "group_limited_greedy"
+    return hf
 
 
 def _write_rope(c: Any, family: Family) -> dict:

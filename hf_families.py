@@ -1,4 +1,5 @@
-"""The families of Hugging Face's models beside GPT-2 and Llama's kin, as a table.
+"""The families of Hugging Face's models beside GPT-2 and Llama's kin, as a table: those without
+experts and latent attention, which hf_mixtures.py has.
 
 A row of FAMILIES says what the models of a `model_type` share, which keys of config.json its class
 reads, and what an absent one means: the class's own default. hf_convert.py reads and writes by it.
@@ -35,7 +36,10 @@ class Family(NamedTuple):
     full_every: int | None = None  # each n-th layer has no window; 0: all have; None: none has
     pattern_key: str = ""  # the key that says another n
     no_rope: str = ""  # layers without: "listed", or "full" for those without a window
+    dense: int | str | None = None  # layers of a mixture: the first n, those "listed" or "typed"
+    aliases: tuple[tuple[str, str], ...] = ()  # (another name, the key it stands for), read last
     refused: tuple[str, ...] = ()  # keys that must be absent, null or false
+    needed: tuple[tuple[str, Any], ...] = ()  # keys that must be absent or say this
 
 
 def _biases(given: bool) -> dict[str, bool]:
@@ -67,6 +71,18 @@ GEMMA2_KEYS = GEMMA_KEYS | {
     "activation": ("hidden_activation", "gelu_pytorch_tanh"),
     "attention_scale": ("query_pre_attn_scalar", 256),
 }
+GRANITE_KEYS = (
+    UNTIED
+    | ACT
+    | EPS
+    | BIASES
+    | {
+        "embedding_scale": ("embedding_multiplier", 1.0),
+        "attention_scale": ("attention_multiplier", 1.0),
+        "residual_scale": ("residual_multiplier", 1.0),
+        "logit_scale": ("logits_scaling", 1.0),
+    }
+)
 OLMO_KEYS = UNTIED | ACT | BIASES
 OLMO2_KEYS = OLMO_KEYS | {"norm_eps": ("rms_norm_eps", 1e-5)}
 COHERE_KEYS = TIED | ACT | BIASES | LAYER_EPS | {"logit_scale": ("logit_scale", 0.0625)}
@@ -170,17 +186,7 @@ FAMILIES = {
         "Granite",
         (32000, 2048, 32, 32, None, 4096, 11008),
         RMS,
-        UNTIED
-        | ACT
-        | EPS
-        | BIASES
-        | MLP_BIAS
-        | {
-            "embedding_scale": ("embedding_multiplier", 1.0),
-            "attention_scale": ("attention_multiplier", 1.0),
-            "residual_scale": ("residual_multiplier", 1.0),
-            "logit_scale": ("logits_scaling", 1.0),
-        },
+        GRANITE_KEYS | MLP_BIAS,
     ),
     "stablelm": Family(
         "StableLm",

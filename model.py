@@ -11,231 +11,22 @@ Numerics: the residual stream, the norms and the softmax are float32. Linear lay
 run in their weights' dtype (`for_inference` casts the weights once) or, in training, autocast's.
 """
 
-from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol, overload
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from attention import Attention, Cache, LatentAttention
 from config import VOCAB_MULTIPLE, GPTConfig
-from gpu_kernels import elementwise
 from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
-from rotary import angles, is_long, rope_tables, rotate
+from mlp import MLP, Linear, Mixture
+from norms import Norm, stream_norm
+from rotary import angles, is_long, rope_tables
 
 HEAD_ROWS = 1024  # of logits that a soft cap holds in float32 at once
-DENSE_BYTES = 2**30  # of attention's scores, where no kernel computes them block by block
-
-
-class Linear(nn.Linear):
-    """nn.Linear that takes its input in any dtype: the weight's dtype decides."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):  # which casts x itself, without a detour
-            x = x.to(self.weight.dtype)
-        return F.linear(x, self.weight, self.bias)
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, in float32, of x [..., width]. With weight w:
-    times w, or 1 + w. heads: x [..., heads, width], with a weight of its own for each head."""
-
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-
-    def __init__(self, config: GPTConfig, width: int, kind: str, bias: bool, heads: int = 1):
-        super().__init__()
-        self.layer_norm, self.eps, self.offset = kind == "layernorm", config.norm_eps, 0.0
-        self.width, self.heads = width, heads
-        if config.norm_weight:
-            self.offset = 1.0 if config.norm_offset else 0.0
-            self.weight = nn.Parameter(torch.full((heads * width,), 1.0 - self.offset))
-        else:
-            self.register_parameter("weight", None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
-
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """float32; or in `dtype`, that of the products it goes into, where one kernel does both."""
-        fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH
-        if dtype is not None and fits and elementwise.applies(x, dtype):
-            rms, offset = not self.layer_norm, self.offset
-            return elementwise.norm(
-                x, self.weight, self.bias, self.eps, rms=rms, offset=offset, dtype=dtype
-            )
-        x, shape = x.float(), (self.width,)
-        weight: Tensor | None = self.weight
-        if weight is not None and self.offset:
-            weight = weight + self.offset
-        own = None if self.heads == 1 or weight is None else weight.view(self.heads, self.width)
-        shared = weight if own is None else None
-        if self.layer_norm:
-            x = F.layer_norm(x, shape, shared, self.bias, self.eps)
-        else:
-            x = F.rms_norm(x, shape, shared, self.eps)
-        return x if own is None else x * own
-
-
-def stream_norm(config: GPTConfig, wanted: bool = True) -> nn.Module:
-    """A norm [..., C] of the residual stream or of what is added to it; nothing if not wanted."""
-    if not wanted:
-        return nn.Identity()
-    return Norm(config, config.d_model, config.norm, config.norm_bias)
-
-
-def head_norm(config: GPTConfig, heads: int) -> Norm:
-    """A norm of queries or keys [..., heads, D]; over the width of all heads [..., heads * D]."""
-    kind, over = config.qk_norm_type, config.qk_norm_over
-    width = config.head_dim * (heads if over == "width" else 1)
-    return Norm(config, width, kind, bias=False, heads=heads if over == "heads" else 1)
-
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
-
-
-# ---------------------------------------------------------------------------------------------
-# Attention
-
-
-class Cache(Protocol):
-    """What the modules ask of keys and values already computed: see backends/kvcache.py."""
-
-    longest: int  # tokens that a row may reach, those before it included
-
-    def positions(self, T: int) -> Tensor: ...
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor: ...
-
-
-@overload
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *,
-    causal: bool, window: int | None = None, softcap: float | None = None,
-    scale: float | None = None, lse: Literal[False] = False, mask: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor: ...  # fmt: skip
-
-
-@overload
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *,
-    causal: bool, window: int | None = None, softcap: float | None = None,
-    scale: float | None = None, lse: Literal[True], mask: Tensor | None = None,
-    dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-
-def attend(  # so many parameters, since they are the terms of attention itself
-    q: Tensor, k: Tensor, v: Tensor, *,
-    causal: bool, window: int | None = None, softcap: float | None = None,
-    scale: float | None = None, lse: bool = False, mask: Tensor | None = None, dropout: float = 0.0,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of q [B, H, T, D] over k, v [B, G, S, D]: [B, H, T, D] in q's dtype.
-
-    Which kernel runs is decided here, for all but the decode step (gpu_kernels/decode_attention).
-    causal: a query sees itself and the keys before it (S = T), with a window no more than `window`
-    keys. mask [T, S] or [B, 1, T, S]: True where a query sees a key, instead of causal and window.
-    scale: of the products, D ** -0.5 unless given. softcap: scores become softcap * tanh(score /
-    softcap). lse: (out, log-sum-exp of the scores [B, H, T] float32), so that parts over disjoint
-    keys can be merged.
-    """
-    T, capped = q.shape[2], softcap is not None
-    causal = causal and mask is None
-    reach = window if causal and window is not None and window < T else None
-    plain = mask is None and reach is None and not (capped or dropout)
-    if lse and plain and q.is_cuda and q.dtype != torch.float32:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        out, sums, *_ = flash(q, k, v, 0.0, causal, scale=scale)
-        return out, sums[..., :T]
-    # flex's kernel for 256 channels of float32 is compiled for minutes, if it ever ends
-    blocks = q.is_cuda and not (lse or dropout or (q.dtype == torch.float32 and q.shape[-1] > 128))
-    if causal and (reach is not None or capped) and blocks:
-        return _flex_attention(q, k, v, reach, softcap, scale)
-    if causal and (reach is not None or capped or lse):
-        i = torch.arange(T, device=q.device)
-        mask = i[:, None] >= i
-        if reach is not None:
-            mask = mask & (i[:, None] - i < reach)
-    if capped or lse:  # which scaled_dot_product_attention does not know
-        out, sums = _dense_attention(q, k, v, mask, softcap, scale, dropout)
-        return (out, sums) if lse else out
-    gqa, causal = q.shape[1] != k.shape[1], causal and mask is None
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
-    )
-
-
-def _dense_attention(q, k, v, mask, softcap, scale, dropout):
-    """(out, lse) with all scores [B, H, T, S] in memory, in float32; without gradients those of as
-    many queries as DENSE_BYTES hold."""
-    (B, H, T, D), S = q.shape, k.shape[2]
-    if k.shape[1] != H:
-        k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
-    scale, k, v = D**-0.5 if scale is None else scale, k.float(), v.float()
-    step = T if torch.is_grad_enabled() else min(T, max(1, DENSE_BYTES // (4 * B * H * S)))
-    parts = []
-    for start in range(0, T, step):
-        scores = (q[:, :, start : start + step].float() @ k.transpose(-1, -2)) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[..., start : start + step, :], float("-inf"))
-        lse = scores.logsumexp(-1)
-        weights = (scores - lse[..., None]).exp()
-        if dropout:
-            weights = F.dropout(weights, dropout)
-        parts.append(((weights @ v).to(q.dtype), lse))
-    if len(parts) == 1:
-        return parts[0]
-    outs, sums = zip(*parts)
-    return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
-
-
-_BLOCK_MASKS, _COMPILED = {}, {}
-
-
-def _flex_attention(q, k, v, window, softcap, scale):
-    """Causal attention by blocks: those out of the window are never computed."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    T, gqa, mask = q.shape[2], q.shape[1] != k.shape[1], lambda b, h, i, j: i >= j
-    if window is not None:
-        mask = lambda b, h, i, j: (i >= j) & (i - j < window)  # noqa: E731
-    key = (T, window, q.device)
-    if key not in _BLOCK_MASKS:
-        _BLOCK_MASKS[key] = create_block_mask(mask, None, None, T, T, device=q.device)
-    if "flex" not in _COMPILED:
-        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
-    capped = None
-    if softcap is not None:
-        capped = lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)  # noqa: E731
-    return _COMPILED["flex"](
-        q, k, v, score_mod=capped, block_mask=_BLOCK_MASKS[key], scale=scale, enable_gqa=gqa
-    )
-
-
-def attention_of(config: GPTConfig, layer: int) -> dict[str, Any]:
-    """What sets a layer's attention apart: options of `attend`, which every cache is given too."""
-    return {
-        "window": config.layer_window(layer),
-        "softcap": config.attention_softcap,
-        "scale": config.attention_scale,
-    }
-
-
-def attention_without_plans() -> AbstractContextManager[None]:
-    """Within it, attention takes many shapes well: cuDNN, which PyTorch prefers on Hopper, first
-    makes a plan for each new one, a tenth of a second that only repeated shapes pay back."""
-    kinds = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-    return sdpa_kernel(list(kinds))
 
 
 def inductor_options() -> dict:
@@ -252,91 +43,16 @@ def inductor_options() -> dict:
 # The model. Names and registration order are rosetrainer's, so its optimizer states fit as well
 
 
-class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.options = attention_of(config, layer)
-        inner = config.n_heads * config.head_dim
-        self.qkv_proj = Linear(config.d_model, config.qkv_dim, bias=config.qkv_bias)  # [q; k; v]
-        self.out_proj = Linear(inner, config.d_model, bias=config.o_bias)
-        if config.qk_norm:
-            self.q_norm = head_norm(config, config.n_heads)
-            self.k_norm = head_norm(config, config.n_kv_heads)
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: list[Tensor] | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        c, (B, T, _) = self.config, x.shape
-        heads = self.qkv_proj(x).view(B, T, -1, c.head_dim)
-        if c.clip_qkv is not None:
-            heads = heads.clamp(-c.clip_qkv, c.clip_qkv)
-        q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)  # [B, T, heads, D]
-        if c.qk_norm and not c.qk_norm_after_rope:
-            q, k = self._normed(q, k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        if c.qk_norm and c.qk_norm_after_rope:
-            q, k = self._normed(q, k)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if cache is not None:
-            y = cache.attend(self.layer, q, k, v, **self.options)
-        else:
-            own = None if mask is None else mask[self.layer]
-            dropout = c.dropout if self.training else 0.0
-            y = attend(q, k, v, causal=True, mask=own, dropout=dropout, **self.options)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q, k [B, T, heads, D], each normalised."""
-        if self.config.qk_norm_over != "width":
-            return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
-        flat = self.q_norm(q.flatten(2)), self.k_norm(k.flatten(2))
-        return flat[0].to(q.dtype).view_as(q), flat[1].to(k.dtype).view_as(k)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-        width = 2 * config.d_ff if config.gated_mlp else config.d_ff  # [gate; up]
-        self.fc1 = Linear(config.d_model, width, bias=config.mlp_bias)
-        self.fc2 = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        c, fc1 = self.config, self.fc1
-        activation = ACTIVATIONS[c.activation]
-        if c.gated_mlp:
-            h = fc1(x)
-            if c.activation in elementwise.ACTIVATIONS and elementwise.applies(h, h.dtype):
-                return self.fc2(elementwise.gated(h, c.activation))
-            gate, up = h.chunk(2, dim=-1)
-            return self.fc2(activation(gate) * up)
-        if c.activation == "gelu_new" and c.mlp_bias and x.is_cuda and _is_half(fc1.weight):
-            # cuBLAS applies bias and tanh GELU before it writes the product: one pass less
-            rows = x.to(fc1.weight.dtype).flatten(0, -2)
-            h = torch._addmm_activation(fc1.bias, rows, fc1.weight.t(), use_gelu=True)
-            return self.fc2(h.view(*x.shape[:-1], -1))
-        return self.fc2(activation(fc1(x)))
-
-
-def _is_half(weight) -> bool:
-    """True once the weights were cast for inference: training keeps them in float32."""
-    return weight.dtype != torch.float32 and not weight.requires_grad
-
-
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config = config
         self.ln1 = stream_norm(config, config.pre_norm)
         self.ln2 = stream_norm(config, config.pre_norm and not config.shared_norm)
-        self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        kind = Attention if config.kv_lora_rank is None else LatentAttention
+        self.attn = kind(config, layer)
+        mixture = config.layer_experts(layer) > 0
+        self.mlp = Mixture(config) if mixture else MLP(config, config.d_ff)
         self.ln1_post = stream_norm(config, config.post_norm)
         self.ln2_post = stream_norm(config, config.post_norm)
         self.dropout = nn.Dropout(config.dropout)
@@ -356,7 +72,7 @@ class Block(nn.Module):
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """What goes into a branch."""
-        return norm(x, self.mlp.fc1.weight.dtype) if isinstance(norm, Norm) else norm(x)
+        return norm(x, self.mlp.dtype) if isinstance(norm, Norm) else norm(x)
 
     def _branch(self, y: Tensor) -> Tensor:
         """What a branch adds to the residual stream."""
@@ -382,8 +98,6 @@ class GPTModel(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.n_experts:
-            raise ValueError("GPTModel has no mixture of experts: transformers runs such models")
         self.config, self.activation_checkpointing = config, False
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
@@ -415,7 +129,7 @@ class GPTModel(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:
+            elif p.dim() >= 2:
                 residual = name.endswith(("out_proj.weight", "fc2.weight"))
                 scale = (2 * self.config.n_layers) ** -0.5 if residual else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
@@ -446,11 +160,16 @@ class GPTModel(nn.Module):
         return self.lm_head.weight.dtype
 
     def inference_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """The dtype of every parameter in evaluation: norms stay float32, all else `dtype`."""
-        float32 = {name for name, module in self.named_modules() if isinstance(module, Norm)}
+        """The dtype of every parameter in evaluation: norms, and what decides between experts,
+        stay float32, all else `dtype`."""
+        norms = {name for name, module in self.named_modules() if isinstance(module, Norm)}
+
+        def stays(name):
+            module, _, leaf = name.rpartition(".")
+            return module in norms or leaf == "choice_bias"
+
         return {
-            name: torch.float32 if name.rpartition(".")[0] in float32 else dtype
-            for name, _ in self.named_parameters()
+            name: torch.float32 if stays(name) else dtype for name, _ in self.named_parameters()
         }
 
     def allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -514,6 +233,11 @@ class GPTModel(nn.Module):
             else:
                 x = block(x, rope, mask, cache)
         return self.ln_f(x)
+
+    def router_loads(self) -> Tensor:
+        """[L, 2, E]: `Mixture.load` of each mixture of experts in the last pass of training."""
+        mixtures = (block.mlp for block in self.blocks if isinstance(block.mlp, Mixture))
+        return torch.stack([mlp.load for mlp in mixtures if mlp.load is not None])
 
     def _ropes(self, positions: Tensor, length: int) -> dict[str | None, tuple[Tensor, Tensor]]:
         """cos and sin of these positions by kind of layer, in a pass that reaches `length`."""

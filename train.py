@@ -37,6 +37,7 @@ from costs.flops import estimate_flops
 from dataset import TokenStream, Windows, build_tokenizer, open_stream
 from distributed import Dist, print0
 from durable import check_writable
+from mlp import balance_loss
 from model import GPTModel
 from tokenizer import Tokenizer
 from training.batches import TrainBatches
@@ -228,14 +229,16 @@ def train(
     for step in steps:
         # dropout of a step depends on (seed, step, rank) alone, so a resumed run draws the same
         torch.manual_seed((run.seed * 1_000_003 + step) * 65_537 + dist.rank)
-        loss = backward(loss_fn, micro_batches, accum, amp, dist)
+        loss, router_loss = backward(
+            loss_fn, micro_batches, accum, amp, dist, model.config.router_loss
+        )
         norm = clip(model, optimization.grad_clip_norm)
         state.optimizer.step()
         state.scheduler.step()
         state.optimizer.zero_grad(set_to_none=True)
         dist.bump()
         state.step = done = step + 1
-        log.step(done, loss, norm, float(state.scheduler.get_last_lr()[0]))
+        log.step(done, loss, norm, float(state.scheduler.get_last_lr()[0]), router_loss)
 
         val_loss = None
         if val_stream is not None and (done == last or done % optimization.eval_steps == 0):
@@ -249,16 +252,34 @@ def train(
 
 
 class Loss(nn.Module):
-    """Mean cross-entropy of next tokens: what DDP wraps and torch.compile compiles."""
+    """Mean cross-entropy of next tokens, and for a mixture of experts what its router is to lose:
+    what DDP wraps and torch.compile compiles."""
 
     def __init__(self, model: GPTModel):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """input_ids, targets [B, T]; nats a token, a scalar."""
+    def forward(
+        self, input_ids: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """input_ids, targets [B, T]; nats a token, and the load-balancing loss or None: scalars."""
         hidden = self.model.hidden(input_ids).flatten(0, 1)
-        return self.model.nll(hidden, targets.flatten()).mean()
+        loss = self.model.nll(hidden, targets.flatten()).mean()
+        if not self.model.config.router_loss:
+            return loss, None
+        return loss, balance_loss(of_all_ranks(self.model.router_loads()))
+
+
+@torch.compiler.disable
+def of_all_ranks(loads: torch.Tensor) -> torch.Tensor:
+    """`Mixture.load` of all layers, [L, 2, E], with the share of tokens that chose an expert taken
+    over all ranks. It has no gradient, and the loss is linear in the rest, so that the mean of the
+    ranks' losses is the loss of their tokens together."""
+    if not torch.distributed.is_initialized():
+        return loads
+    share = loads[:, 0].detach().clone()
+    torch.distributed.all_reduce(share)
+    return torch.stack((share / torch.distributed.get_world_size(), loads[:, 1]), dim=1)
 
 
 def wrap(model: GPTModel, compile: str, dist: Dist) -> nn.Module:
@@ -298,9 +319,11 @@ def backward(
     accum: int,
     amp: torch.autocast,
     dist: Dist,
-) -> torch.Tensor:
-    """This rank's mean loss over `accum` micro-batches, and its gradients, meaned over ranks."""
-    total = torch.zeros((), device=dist.device)
+    weight: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """This rank's mean losses over `accum` micro-batches, as Loss has them; and the gradients of
+    the first + weight times the second, meaned over ranks."""
+    total, router_total = torch.zeros(2, device=dist.device)
     for micro_step in range(accum):
         input_ids, targets = next(micro_batches)
         without_ranks: AbstractContextManager[None] = nullcontext()
@@ -308,10 +331,12 @@ def backward(
             without_ranks = loss_fn.no_sync()  # they meet in the last pass
         with without_ranks:
             with amp:
-                loss = loss_fn(input_ids, targets) / accum
-            loss.backward()
-        total += loss.detach()
-    return total
+                loss, router_loss = loss_fn(input_ids, targets)
+            objective = loss if router_loss is None else loss + weight * router_loss
+            (objective / accum).backward()
+        total += loss.detach() / accum
+        router_total += 0 if router_loss is None else router_loss.detach() / accum
+    return total, router_total if weight else None
 
 
 def clip(model: GPTModel, max_norm: float) -> torch.Tensor:

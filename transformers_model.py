@@ -1,6 +1,6 @@
 """Any causal language model that transformers has, behind GPTModel's interface.
 
-Checkpoint.load falls back to it where GPTModel cannot express a config: mixtures of experts,
+Checkpoint.load falls back to it where GPTModel cannot express a config: gpt-oss, Llama 4, PhiMoE,
 Falcon, Bloom, OPT and so on. It is evaluated like any other, without a KV cache.
 
 No code but transformers' own runs, whatever a directory says: not the modules that its auto_map
@@ -129,7 +129,10 @@ class TransformersModel(nn.Module):
         """Final hidden states [B, T, C] of input_ids [B, T]."""
         assert cache is None, "supports_cache is False"
         more = {} if positions is None else {"position_ids": positions.view(-1, input_ids.shape[1])}
-        return self.causal_lm.base_model(input_ids, use_cache=False, **more).last_hidden_state
+        body = self.causal_lm.base_model
+        if body is self.causal_lm:  # Llama 4's, whose prefix is that of a model with images
+            body = self.causal_lm.model
+        return body(input_ids, use_cache=False, **more).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., V] of hidden [..., C]."""

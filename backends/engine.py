@@ -290,7 +290,7 @@ def default_batch_size(model: Model, longest_prompt: int, max_new_tokens: int) -
     if model.device.type != "cuda" or not model.supports_cache:
         return 16
     c = model.config
-    token = 2 * c.n_layers * c.n_kv_heads * c.head_dim * model.dtype.itemsize
+    token = c.n_layers * c.cache_dim * model.dtype.itemsize
     total = torch.cuda.get_device_properties(model.device).total_memory
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     room = 0.85 * total - weights - 4e9  # logits, activations of a prefill

@@ -11,8 +11,12 @@
     cache.advance(active)                                   # [B]: 1 where the row keeps that token
 
 What the model asks of any of them is `positions(T)`, `attend(layer, q, k, v, **options)`, the
-options being model.attention_of's, and `longest`: the tokens that a row may reach in all, by which
-LongRoPE's frequencies are chosen.
+options being attention.attention_of's, and `longest`: the tokens that a row may reach in all, by
+which LongRoPE's frequencies are chosen.
+
+Latent attention's values have a width of their own, E. In generation only latents are kept, one of
+R + L numbers a token for all heads, and queries come to them absorbed (`LatentAttention`); a shared
+prefix lies expanded, since many tokens go over it and it is there once.
 
 Shapes: B rows, T tokens, N prompts of at most P tokens, S own tokens of a row at most, H query
 heads, G key/value heads, D head_dim
@@ -24,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from attention import attend
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
-from model import GPTModel, attend
+from model import GPTModel
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = None) -> np.ndarray:
@@ -36,18 +41,37 @@ def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = No
     return padded
 
 
-def _room(model: GPTModel, rows: int, length: int) -> list[torch.Tensor]:
-    """Zeros [rows, G, length, D] for each layer."""
+def _room(model: GPTModel, rows: int, heads: int, length: int, width: int) -> list[torch.Tensor]:
+    """Zeros [rows, heads, length, width] for each layer."""
+    shape, n_layers = (rows, heads, length, width), model.config.n_layers
+    return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(n_layers)]
+
+
+def _rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], ...]:
+    """For keys, and for values."""
     c = model.config
-    shape = (rows, c.n_kv_heads, length, c.head_dim)
-    return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(c.n_layers)]
+    widths = (c.head_dim, c.value_dim)
+    return tuple(_room(model, rows, c.n_kv_heads, length, width) for width in widths)
+
+
+def _latent_rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], list[None]]:
+    """For latents, whose last L numbers are values as well."""
+    c = model.config
+    return _room(model, rows, 1, length, c.cache_dim), [None] * c.n_layers
 
 
 class Filling:
-    """What one call of `hidden` needs to fill slots [n] of k, v [N, G, P, D] with prompts."""
+    """What one call of `hidden` needs to fill slots [n] of k, v [N, G, P, D] with prompts; or of
+    latents k [N, 1, P, R + L], where v are None."""
+
+    of_latents = False  # a prompt's tokens see each other's keys and values
 
     def __init__(
-        self, k: list[torch.Tensor], v: list[torch.Tensor], slots: torch.Tensor, longest: int
+        self,
+        k: list[torch.Tensor],
+        v: Sequence[torch.Tensor | None],
+        slots: torch.Tensor,
+        longest: int,
     ):
         self.k, self.v, self.slots, self.longest = k, v, slots, longest
 
@@ -55,11 +79,23 @@ class Filling:
         return torch.arange(T, device=self.slots.device)[None]
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        latent: torch.Tensor | None = None,
+        **options: Any,
     ) -> torch.Tensor:
-        T = q.shape[2]
-        self.k[layer][self.slots, :, :T] = k
-        self.v[layer][self.slots, :, :T] = v
+        """latent [n, 1, T, R + L]: what k and v were made of, if they were."""
+        T, values = q.shape[2], self.v[layer]
+        if values is None:
+            assert latent is not None, "of a model whose cache has no room for values"
+            self.k[layer][self.slots, :, :T] = latent
+        else:
+            self.k[layer][self.slots, :, :T] = k
+            values[self.slots, :, :T] = v
         return attend(q, k, v, causal=True, **options)
 
 
@@ -77,10 +113,12 @@ class PrefixCache:
     nothing is kept of a row. For each layer k, v [1, G, P, D]. longest: tokens of the prefix and
     the longest row; the model's context unless given."""
 
+    of_latents = False
+
     def __init__(self, model: GPTModel, prefix_len: int, longest: int | None = None):
         self.prefix_len, self.device = prefix_len, model.device
         self.longest = model.max_positions if longest is None else longest
-        self.k, self.v = _room(model, 1, prefix_len), _room(model, 1, prefix_len)
+        self.k, self.v = _rooms(model, 1, prefix_len)
 
     def filling(self) -> Filling:
         slots = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -97,6 +135,7 @@ class PrefixCache:
         v: torch.Tensor,
         *,
         window: int | None = None,
+        latent: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """q [B, H, T, D] over the prefix and the rows' own k, v [B, G, T, D], causally."""
@@ -111,7 +150,7 @@ class PrefixCache:
         queries = q.transpose(1, 2).reshape(1, B * T, H, D).transpose(1, 2)  # a view
         k, v = self.k[layer], self.v[layer]
         out, lse = attend(queries, k, v, causal=False, lse=True, **options)
-        out = out.transpose(1, 2).view(B, T, H, D).transpose(1, 2)
+        out = out.transpose(1, 2).reshape(B, T, H, -1).transpose(1, 2)
         return out, lse.view(H, B, T).transpose(0, 1)
 
     def _attend_window(self, layer, q, k, v, window, options):
@@ -129,8 +168,9 @@ class DecodeCache:
     """Prompts, kept once each, and the own tokens of rows that go on from them, one a step.
 
     For each layer: prompt_k, prompt_v [N, G, P, D], of which prompt_lengths [N] are filled; k, v
-    [B, G, S, D], of which lengths [B] are. A decode step is captured once as a CUDA graph: what
-    changes from step to step stays in the same tensors and is changed in place.
+    [B, G, S, D], of which lengths [B] are. Latents lie in prompt_k and k, [., 1, ., R + L], and
+    there are no v. A decode step is captured once as a CUDA graph: what changes from step to step
+    stays in the same tensors and is changed in place.
     """
 
     def __init__(
@@ -146,15 +186,15 @@ class DecodeCache:
             return torch.zeros(n, dtype=torch.int64, device=model.device)
 
         c = model.config
-        self.dtype, self.device, self.heads_per_key = (
-            model.dtype,
-            model.device,
-            c.n_heads // c.n_kv_heads,
-        )
+        self.dtype, self.device = model.dtype, model.device
+        self.of_latents = c.kv_lora_rank is not None
+        self.heads_per_key = c.n_heads if self.of_latents else c.n_heads // c.n_kv_heads
+        self.value_dim = c.kv_lora_rank or c.value_dim
+        rooms = _latent_rooms if self.of_latents else _rooms
         self.n_prompts, self.prompt_len, self.max_len = n_prompts, prompt_len, max_len
         self.read_limit, self.longest = max_len, longest or prompt_len + max_len
-        self.prompt_k, self.prompt_v = (_room(model, n_prompts, prompt_len) for _ in range(2))
-        self.k, self.v = (_room(model, n_rows, max_len) for _ in range(2))
+        self.prompt_k, self.prompt_v = rooms(model, n_prompts, prompt_len)
+        self.k, self.v = rooms(model, n_rows, max_len)
         self.prompt_lengths = integers(n_prompts)
         self.lengths, self.row_prompt = integers(n_rows), integers(n_rows)
         self.tiles = self._plan_tiles([0] * n_rows).to(model.device)
@@ -213,7 +253,8 @@ class DecodeCache:
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        """q [B, H, 1, D] over everything before it and k, v [B, G, 1, D], which are stored."""
+        """q [B, H, 1, D] over everything before it and k, v [B, G, 1, D], which are stored; q of
+        latents k, whose last numbers v are, where those are kept."""
         assert q.shape[2] == 1, f"rows take one token at a time, not {q.shape[2]}"
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
         own = self.k[layer], self.v[layer], self.lengths
@@ -225,4 +266,4 @@ class DecodeCache:
 
     def _plan_tiles(self, prompts) -> torch.Tensor:
         """Rows that continue the same prompt, together: see gpu_kernels/decode_attention.py."""
-        return plan_tiles(prompts, self.n_prompts, self.heads_per_key, self.dtype)
+        return plan_tiles(prompts, self.n_prompts, self.heads_per_key, self.dtype, self.value_dim)

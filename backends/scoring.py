@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from costs.formulas import CHUNK_TOKENS
+from costs.symbols import CHUNK_TOKENS
 from gpu_kernels.cross_entropy import IGNORE
 from model import inductor_options
 from transformers_model import Model

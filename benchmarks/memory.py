@@ -273,9 +273,13 @@ def measure_training(case: Case) -> dict:
         enabled=case.kind == "lora" or (case.kind == "train" and case.precision == "autocast"),
     )
     if case.implementation == "roseval":
-        loss_fn, targets = train.Loss(model), ids.clone()
+        losses, targets = train.Loss(model), ids.clone()
         if case.compiled:
-            loss_fn.compile(dynamic=False)
+            losses.compile(dynamic=False)
+
+        def loss_fn(ids, targets):
+            return losses(ids, targets)[0]
+
     else:
 
         def loss_fn(ids, labels):

@@ -34,7 +34,7 @@ import compute
 from backends.kvcache import DecodeCache
 from benchmarks.generation import random_model
 from config import load_config
-from costs import formulas
+from costs import formulas, symbols
 
 # torch's CPU threads exist before the fork; the child neither waits for them nor takes their locks
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -175,7 +175,7 @@ def forked(function, *arguments) -> dict:
 
 
 def predict(kind, config, B, T, gpu, ceilings) -> dict:
-    setup = formulas.Setup(training=False, dtype="bf16")
+    setup = symbols.Setup(training=False, dtype="bf16")
     new = T if kind == "prefill" else 1
     context = T if kind == "prefill" else T + 1
     return compute.pass_seconds(load_config(config), gpu, B, new, context, setup, False, ceilings)

@@ -8,7 +8,8 @@ FLOPs with the full attention mask.
 """
 
 from config import GPTConfig
-from costs.formulas import PARAMETERS, Setup, model_symbols, solve, solve_all
+from costs.formulas import PARAMETERS, solve
+from costs.symbols import Setup, model_symbols, solve_all
 
 
 def count_parameters(config: GPTConfig) -> dict[str, int]:

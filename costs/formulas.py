@@ -1,13 +1,16 @@
 """Every formula of compute.py, one row each, and the symbols that they are solved with.
 
-    values = solve(PARAMETERS + FLOPS, model_symbols(config, batch_size, seq_len) | setup.symbols())
+    values = solve(PARAMETERS + FLOPS, model_symbols(config, batch_size, seq_len))   # symbols.py
     values["N"], values["F_forward"]
 
 A row is a symbol, the expression that is evaluated, its unit, its meaning and its source. Symbols:
 B sequences of T tokens, s = B*T, L layers, h width, a query heads, k key/value heads, d head width,
-f MLP width, V vocabulary, E experts, K of them per token. Features that a model has or lacks (tied,
-gated, rope, …) count as 1 or 0. Bytes per number: c computing, w weight, g gradient, o optimizer
-state.
+f MLP width, V vocabulary. Mixtures: L_moe layers, a share m of all, with E experts of width fe, K
+of them per token, and an MLP of width fs for all tokens; f_held and f_met are the widths that a
+layer holds and a token meets, in the mean of all layers. Latent attention: ql, kl numbers that
+queries, and keys and values, are made of, dr channels of positions, dv of a value. Features that a
+model has or lacks (tied, gated, rope, …) count as 1 or 0. Bytes per number: c computing, w weight,
+g gradient, o optimizer state.
 
 Shortcuts that are wrong: 4*B*T^2*h for attention leaves out the projections; 2*s*h*f is one product
 of an MLP that has two or, gated, three; the head runs forward and backward, so it counts three
@@ -15,57 +18,64 @@ times in training; key/value caches hold two tensors, of k heads and not a.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
-
-from config import VOCAB_MULTIPLE, GPTConfig
 
 # ---------------------------------------------------------------------------------------------
 # The tables: symbol, expression, unit, meaning, source
 
 # fmt: off
 PARAMETERS = (
-    ("n_qk_norm", "qk_norm*norm_weight*((a + k)*d if qk_each or qk_all else 2*d)", "",
-     "norms of queries and keys in a block", "Henry 2020"),
-    ("n_attn", "h*(a + 2*k)*d + a*d*h + qkv_bias*(a + 2*k)*d + o_bias*h + n_qk_norm",
-     "", "attention of a block", "Vaswani 2017; grouped queries: Ainslie 2023"),
-    ("n_expert", "(2 + gated)*h*f + mlp_bias*((1 + gated)*f + h)",
-     "", "one MLP or expert", "gated: Shazeer 2020"),
-    ("n_mlp", "max(E, 1)*n_expert + h*E", "", "MLP of a block, router included", "Jiang 2024"),
+    ("n_qk_norm", "norm_weight*(qk_norm*((a + k)*d if qk_each or qk_all else 2*d) + ql + kl)", "",
+     "norms of queries and keys in a block, or of latents", "Henry 2020"),
+    ("n_in", "h*(((ql or a*d) + kl + dr) if latent else (a + 2*k)*d)", "",
+     "attention's matrices that read the stream", "latent: DeepSeek-AI 2024"),
+    ("n_qkv", "n_in + ql*a*d + kl*a*(d - dr + dv)", "", "matrices that make q, k and v", ""),
+    ("w_qkv", "a*(3*d - dr + dv) if latent else (a + 2*k)*d", "", "numbers of q, k and v", ""),
+    ("n_sides", "3*h + 2*(ql + kl) + dr + a*(2*d - dr + 2*dv) if latent else 2*(a + k)*d + 4*h", "",
+     "ins and outs of attention's matrices", ""),
+    ("n_attn", "n_qkv + a*dv*h + qkv_bias*(ql + kl + dr if latent else (a + 2*k)*d) + o_bias*h"
+     " + n_qk_norm", "", "attention of a block", "Vaswani 2017; grouped queries: Ainslie 2023"),
+    ("n_dense", "(2 + gated)*h*f + mlp_bias*((1 + gated)*f + h)",
+     "", "a dense MLP", "gated: Shazeer 2020"),
+    ("n_expert", "(2 + gated)*h*fe", "", "one expert", "Shazeer 2017"),
+    ("n_mixture", "E*n_expert + (2 + gated)*h*fs + shared_gate*h + E*(h + router_biases)",
+     "", "experts, what all tokens pass, and the router", "Jiang 2024; shared: DeepSeek-AI 2024"),
+    ("n_mlps", "(L - L_moe)*n_dense + L_moe*n_mixture", "", "MLPs of all layers", ""),
     ("n_norm", "h*(norm_weight + norm_bias)", "", "one norm", "Ba 2016; Zhang 2019"),
-    ("n_block", "n_attn + n_mlp + norms*n_norm", "", "one block", ""),
+    ("n_block", "n_attn + n_mlps//L + norms*n_norm", "", "a block, the mean of all", ""),
     ("n_embed", "V*h + learned*T_max*h", "", "token and position embeddings", ""),
     ("n_head", "(1 - tied)*V*h + head_bias*V", "", "LM head, no matrix where tied", "Press 2017"),
-    ("N", "n_embed + L*n_block + (1 + embedding_norm)*n_norm + n_head", "", "all parameters", ""),
-    ("N_active", "N - L*(E - K)*n_expert", "", "used by one token", "Jiang 2024"),
-    ("n_linear", "h*(a + 2*k)*d + a*d*h + max(E, 1)*(2 + gated)*h*f", "", "block's matrices", ""),
+    ("N", "n_embed + L*(n_attn + norms*n_norm) + n_mlps + (1 + embedding_norm)*n_norm + n_head",
+     "", "all parameters", ""),
+    ("N_active", "N - L_moe*(E - K)*n_expert", "", "used by one token", "Jiang 2024"),
+    ("n_linear", "n_qkv + a*dv*h + (2 + gated)*h*f_held", "", "block's matrices", ""),
     ("n_norms", "(norms*L + 1 + embedding_norm)*n_norm + L*n_qk_norm", "", "all norms", ""),
-    ("n_lora", "r*(a*d + 2*k*d + a*d + 4*h + max(E, 1)*(2 + gated)*(h + f))",
-     "", "adapters of a block: in + out of q, k, v, out, MLP", "Hu 2021"),
+    ("n_lora", "r*(n_sides + (2 + gated)*(mlps_held*h + f_held))",
+     "", "adapters of a block: in + out of its matrices", "Hu 2021"),
 )
 
 FLOPS = (
-    ("p_block", "h*(a + 2*k)*d + a*d*h + max(K, 1)*(2 + gated)*h*f + h*E",
-     "", "products a token meets in a block", ""),
+    ("p_blocks", "L*(n_qkv + a*dv*h) + (2 + gated)*h*F_met + L_moe*h*(E + shared_gate)",
+     "", "products a token meets in the blocks", ""),
     ("P_full", "L*B*T**2", "", "query-key pairs, full mask", ""),
     ("P_causal", "B*(L_full*pairs(T, T) + L_window*pairs(T, window))",
      "", "attended pairs: pairs(T, w) = sum of min(t, w)", "windows: Beltagy 2020"),
-    ("F_linear", "2*s*L*p_block", "FLOP", "projections, MLP, router", "Kaplan 2020"),
-    ("F_attention", "4*a*d*P_full", "FLOP", "QK' and AV", "Narayanan 2021"),
-    ("F_attention_causal", "4*a*d*P_causal", "FLOP", "QK' and AV, attended pairs", "Dao 2022"),
+    ("F_linear", "2*s*p_blocks", "FLOP", "projections, MLP, router", "Kaplan 2020"),
+    ("F_attention", "2*a*(d + dv)*P_full", "FLOP", "QK' and AV", "Narayanan 2021"),
+    ("F_attention_causal", "2*a*(d + dv)*P_causal", "FLOP", "QK' and AV, attended", "Dao 2022"),
     ("F_head", "2*s*h*V", "FLOP", "LM head", "Narayanan 2021"),
     ("F_forward", "F_linear + F_attention + F_head", "FLOP", "forward, full mask", ""),
     ("F_forward_causal", "F_linear + F_attention_causal + F_head", "FLOP", "forward, causal", ""),
     ("F_training", "3*F_forward", "FLOP", "model FLOPs of a step", "PaLM: Chowdhery 2022, app. B"),
     ("F_training_causal", "3*F_forward_causal", "FLOP", "the same, causal", ""),
-    ("F_recompute", "full_recompute*(F_linear + F_attention - spared*2*s*L*max(K, 1)*h*f)",
+    ("F_recompute", "full_recompute*(F_linear + F_attention - spared*2*s*h*F_spared)",
      "FLOP", "one more forward of the blocks; torch skips an unread last product", "Chen 2016"),
-    ("F_executed", "3*(F_linear + F_head) + (3 + 0.5*flash)*F_attention + F_recompute",
+    ("F_executed", "3*(F_linear + F_head + F_attention) + flash*2*a*d*P_full + F_recompute",
      "FLOP", "run in a step: flash's backward computes the scores again", "Dao 2022"),
-    ("F_lora", "2*s*L*r*(2*a*d + 2*k*d + 4*h + max(K, 1)*(2 + gated)*(h + f))",
+    ("F_lora", "2*s*L*r*(n_sides + (2 + gated)*(mlps_met*h + f_met))",
      "FLOP", "adapters, forward", "Hu 2021"),
     ("F_training_lora", "2*(F_linear + F_head) + 3*F_attention + 3*F_lora"
-     " - 2*s*(h*(a + 2*k)*d + 3*r*h)",
+     " - 2*s*(n_in + (3 - latent)*r*h)",
      "FLOP", "frozen base: no weight gradients, nothing flows into block 0's input", "Hu 2021"),
     ("rule_2N", "2*N_active*s", "FLOP", "rule of thumb for a forward", "Kaplan 2020"),
     ("rule_6N", "6*N_active*s", "FLOP", "rule of thumb for a step", "Kaplan 2020"),
@@ -82,7 +92,7 @@ OPTIMIZERS = {  # bytes of state: n_train parameters, n_matrix of them in the bl
 }
 
 STATE = (
-    ("n_factors", "L*((a + 2*k)*d + a*d + 2*h + max(E, 1)*((2 + gated)*f + 2*h)) + n_norms"
+    ("n_factors", "L*(n_sides - (not latent)*2*h + (2 + gated)*f_held + 2*mlps_held*h) + n_norms"
      " + (2 - tied)*(V + h) + learned*(T_max + h)", "", "rows and columns", ""),
     ("n_train", "(not lora)*N + lora*L*n_lora", "", "trained parameters", ""),
     ("n_matrix", "(not lora)*L*n_linear", "", "of which matrices in blocks", ""),
@@ -93,10 +103,11 @@ STATE = (
     ("M_master", "master*4*n_train/n_o", "byte", "float32 copies", "Micikevicius 2018"),
 )
 
+LATENT = ("latent*h*(ql or a*d)", "ql*a*d", "h*(kl + dr)", "kl*a*(d - dr + dv)")
 MATRICES = {  # of a block, in the order of their allocation
-    "roseval": ("h*(a + 2*k)*d", "a*d*h", "(1 + gated)*h*f", "f*h"),
-    "transformers": ("h*a*d", "h*k*d", "h*k*d", "a*d*h", "max(E, 1)*gated*h*f", "max(E, 1)*h*f",
-                     "max(E, 1)*f*h"),
+    "roseval": ("(not latent)*n_in", *LATENT, "a*dv*h", "(1 + gated)*h*f_held", "f_held*h"),
+    "transformers": ("(not latent)*h*a*d", "(not latent)*h*k*d", "(not latent)*h*k*d", *LATENT,
+                     "a*dv*h", "gated*h*f_held", "h*f_held", "f_held*h"),
 }
 MATRICES["megatron"] = MATRICES["roseval"]
 
@@ -117,33 +128,44 @@ ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in se
     "roseval": (  # a float32 residual stream; fused RMSNorm
         ("A_residual", "4*hr", "byte", "residual stream", ""),
         ("A_norms", "norm_inputs*A_residual", "byte", "norm inputs", ""),
-        ("A_inputs", "(2 - (c == 4)*shared_norm)*c*hr", "byte", "inputs of qkv and fc1", ""),
-        ("A_qkv", "c*(a + 2*k)*d*(1 + clipped) + rope*c*(a + k)*d", "byte",
+        ("A_inputs", "(2 - (c == 4)*shared_norm + latent*(c < 4))*c*hr", "byte",
+         "inputs of qkv and fc1", ""),
+        ("A_latent", "latent*c*a*(3*d if widened else 3*d - dr + dv)", "byte",
+         "q, k, v of latents; kernels want v as wide as k", "DeepSeek-AI 2024"),
+        ("A_qkv", "A_latent if latent else c*(a + 2*k)*d*(1 + clipped) + rope*c*(a + k)*d", "byte",
          "q, k, v; before they are clipped; q, k as rotated", ""),
         ("A_qk_norm", "qk_norm*(4*((c < 4) + qk_each*norm_weight)*(a + k)*d"
-         " + (8 - 4*qk_rms)*(2 if qk_all else a + k))", "byte", "query and key norms", ""),
-        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
-        ("A_mlp", "c*f*(2 + 2*gated - (relu and not gated))", "byte", "around the activation", ""),
+         " + (8 - 4*qk_rms)*(2 if qk_all else a + k)) + (4 + c)*(ql + kl) + 4*((ql > 0) + latent)",
+         "byte", "norms of queries and keys, or of latents", ""),
+        ("A_attention", "c*a*dv + widened*c*a*d", "byte", "attention's output", "Dao 2022"),
+        ("A_mlp", "c*f_met*(2 + 2*gated - (relu and not gated))", "byte",
+         "around the activation", ""),
+        ("A_experts", "m*(K*h*(c + 4) + 4*E + 28*K + router_norm*4*(K + 1) + shared_gate*c*(h + 1)"
+         " + (c < 4)*h*(4 - c + c*((fs > 0) + autocast*shared_gate)))", "byte",
+         "tokens by expert, what comes of them, and the router's choices", ""),
     ),
     "transformers": (  # residual in the weights' dtype, RMSNorm and tanh GELU by elementary steps
         ("A_residual", "hr*max(c, 4*autocast)", "byte", "residual stream", ""),
         ("A_norms", "2*((not (rms and lora))*A_residual + rms*4*hr)", "byte",
          "norm inputs; normalised, which a frozen weight does not ask for", ""),
         ("A_inputs", "c*hr*(2 + 3*autocast*rms)", "byte", "inputs of q, k, v, gate, up", ""),
-        ("A_qkv", "c*(a + 2*k)*d", "byte", "q, k, v", ""),
-        ("A_qk_norm", "qk_norm*((4 + c)*(a + k)*d + 4*(a + k))", "byte", "query, key norms", ""),
-        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
-        ("A_mlp", "max(K, 1)*f*(2*c + 2*c*gated + (3*c + 6*autocast)*(tanh and not gated))"
-         " + 2*K*c*h", "byte", "around the activation", ""),
+        ("A_qkv", "c*w_qkv", "byte", "q, k, v", ""),
+        ("A_qk_norm", "qk_norm*((4 + c)*(a + k)*d + 4*(a + k)) + (4 + c)*(ql + kl)", "byte",
+         "norms of queries and keys, or of latents", ""),
+        ("A_attention", "c*a*dv", "byte", "attention's output", "Dao 2022"),
+        ("A_mlp", "f_met*(2*c + 2*c*gated + (3*c + 6*autocast)*(tanh and not gated))",
+         "byte", "around the activation", ""),
+        ("A_experts", "2*m*K*c*h", "byte", "tokens by expert, and what comes of them", ""),
     ),
     "megatron": (  # residual in the weights' dtype, or autocast's float32: nanoGPT, Megatron-LM
         ("A_residual", "hr*max(c, 4*autocast)", "byte", "residual stream", ""),
         ("A_norms", "2*A_residual", "byte", "norm inputs", ""),
         ("A_inputs", "2*c*hr", "byte", "inputs of qkv and fc1", ""),
-        ("A_qkv", "c*(a + 2*k)*d", "byte", "q, k, v", ""),
-        ("A_qk_norm", "qk_norm*2*c*(a + k)*d", "byte", "query and key norms", ""),
-        ("A_attention", "c*a*d", "byte", "attention's output", "Dao 2022"),
-        ("A_mlp", "max(K, 1)*c*f*(2 + 2*gated)", "byte", "around the activation", ""),
+        ("A_qkv", "c*w_qkv", "byte", "q, k, v", ""),
+        ("A_qk_norm", "2*c*(qk_norm*(a + k)*d + ql + kl)", "byte", "norms of queries and keys", ""),
+        ("A_attention", "c*a*dv", "byte", "attention's output", "Dao 2022"),
+        ("A_mlp", "c*f_met*(2 + 2*gated)", "byte", "around the activation", ""),
+        ("A_experts", "2*m*K*c*h", "byte", "tokens by expert, and what comes of them", ""),
     ),
 }
 
@@ -169,14 +191,14 @@ STEP = (
     ("A_scores", "math*a*T*(c + drop*(1 + c))", "byte", "eager attention only", "Korthikanti 2022"),
     ("A_lora", "lora*c*r*(6 + gated)", "byte", "between the halves of adapters", ""),
     ("A_statistics", "norms*(8 - 4*rms) + flash*4*a", "byte", "of norms; log-sum-exp", "Dao 2022"),
-    ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_dropout"
-     " + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)",
+    ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_experts"
+     " + A_dropout + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)",
      "byte", "saved by a block", "Korthikanti 2022"),
     ("A_kept", "s*A_residual if full_recompute else A_block", "byte", "until the backward",
      "Chen 2016"),
     ("A_shared", "s*(16 + drop*hr) + (rope > 0)*4*T*d", "byte", "token ids, dropout, angles", ""),
     ("A_ends", "s*(A_residual + 8 - 4*rms + c*hr)", "byte", "final norm, head's input", ""),
-    ("A_backward", "s*(A_residual + max(c*hr + c*f, 2*gated*c*f))", "byte",
+    ("A_backward", "s*(A_residual + max(c*hr + c*f_met, 2*gated*c*f_met))", "byte",
      "gradients passing through a block", ""),
     ("M_held", "held*s*V*c", "byte", "logits that the caller keeps", ""),
     ("M_casts", "autocast*2*n_linear", "byte", "16-bit casts of a block's weights", ""),
@@ -194,13 +216,18 @@ STEP = (
 )
 
 INFERENCE = (
-    ("M_cache", "2*L*k*d*c*s", "byte", "keys and values", "Pope 2022"),
-    ("R_cache", "slack(2*L, k*d*c*s)", "byte", "rest of the allocator's blocks: the cache",
-     "CUDACachingAllocator"),
-    ("W_attention", "s*(8*h + c*(a + 2*k)*d + rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d)",
-     "byte", "prefill, at the rotation of q", ""),
-    ("W_mlp", "s*(12*h + (2*c*h + c*f if tanh and mlp_bias and c < 4 else c*f*(2 + 2*gated)))",
+    ("M_cache", "L*kv*c*s", "byte", "keys and values, or the latents that they are made of",
+     "Pope 2022; DeepSeek-AI 2024"),
+    ("R_cache", "slack(L*(2 - latent), kv/(2 - latent)*c*s)", "byte",
+     "rest of the allocator's blocks: the cache", "CUDACachingAllocator"),
+    ("W_attention", "s*(8*h + c*w_qkv + (c*(2*kv + widened*a*d + max(widened*a*d, a*dv + h))"
+     " if latent else rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d))",
+     "byte", "prefill, at the rotation of q, or at the output of latent attention", ""),
+    ("W_dense", "s*(12*h + (2*c*h + c*f if tanh and mlp_bias and c < 4 else c*f*(2 + 2*gated)))",
      "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
+    ("W_experts", "s*(16*h + c*h + K*c*(2*h + fe*(2 + 2*gated)))", "byte",
+     "of a mixture: tokens sorted by expert, and what comes of them", ""),
+    ("W_mlp", "max((L > L_moe)*W_dense, (m > 0)*W_experts)", "byte", "the larger of the two", ""),
     ("W_decode", "B*(Vp*c + V*4*(1 + capped))", "byte", "logits of B tokens, and in float32", ""),
     ("W_logits", "W_decode + s*4*h", "byte", "beside the last hidden states", ""),
     ("W_prefill", "max(W_attention, W_mlp, W_logits)", "byte", "workspace of a prefill", ""),
@@ -209,16 +236,20 @@ INFERENCE = (
 )
 
 PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes moved, kernels
-    ("qkv", "2*s*h*(a + 2*k)*d", "w_block*h*(a + 2*k)*d + c*s*(h + (a + 2*k)*d)", "1"),
-    ("attention", "4*a*d*P_pass", "c*(2*s*a*d + 2*B*X*k*d)",
+    ("qkv", "2*s*n_qkv", "w_block*n_qkv + c*s*(h + w_qkv + 2*(ql + kl))",
+     "1 if not latent else 4 + 2*(ql > 0) + 2*(T == 1)"),
+    ("attention", "2*a*P_pass*(2*kl + dr if absorbed else d + dv)",
+     "c*(s*a*(2*kl + dr if absorbed else d + dv) + B*X*(kv if absorbed or not latent else"
+     " a*(d + dv)))",
      "10 + 3*(L_window > 0) if T == 1 else 3"),  # decode merges parts of the keys
-    ("out", "2*s*a*d*h", "w_block*a*d*h + c*s*(a*d + h)", "1"),
-    ("router", "2*s*h*E", "w*h*E", "(E > 0)*4"),
-    ("up", "2*s*max(K, 1)*(1 + gated)*h*f",
-     "w_block*touched*(1 + gated)*h*f + c*s*max(K, 1)*(h + (1 + gated)*f)", "1"),
-    ("down", "2*s*max(K, 1)*f*h", "w_block*touched*f*h + c*s*max(K, 1)*(h + f)", "1"),
-    ("elementwise", "0", "s*(32*h + 4*rope*(a + k)*d + 3*c*f) if compiled else"
-     " s*(48*h + 48*rope*(a + k)*d + 28*qk_norm*(a + k)*d + 4*c*k*d + c*f*(2 + 3*gated))",
+    ("out", "2*s*a*dv*h", "w_block*a*dv*h + c*s*(a*dv + h)", "1"),
+    ("router", "2*s*h*E*m", "m*(w*h*E + s*(6*h + 8*E + K*(6 + c)*h))",  # sorts, sums of experts
+     "(m > 0)*(24 + (2 if compiled else 4*K))"),
+    ("up", "2*s*(1 + gated)*h*f_met",
+     "w_block*(1 + gated)*h*f_read + c*s*(mlps_met*h + (1 + gated)*f_met)", "1 + (fs > 0)"),
+    ("down", "2*s*f_met*h", "w_block*f_read*h + c*s*(f_met + mlps_met*h)", "1 + (fs > 0)"),
+    ("elementwise", "0", "s*(32*h + 4*rope*(a + k)*d + 3*c*f_met) if compiled else"
+     " s*(48*h + 48*rope*(a + k)*d + 28*qk_norm*(a + k)*d + 4*c*k*d + c*f_met*(2 + 3*gated))",
      "(4 if compiled else 7 + 18*rope + 6*qk_norm + gated)"),
     ("head", "2*B*h*V", "w*h*V + c*B*V", "8 + 9*(rope > 0)"),  # once, with embeddings, angles
 )
@@ -271,180 +302,3 @@ def solve(rows: Iterable[tuple], symbols: dict) -> dict:
     for symbol, expression, *_ in rows:
         values[symbol] = eval(_compiled(expression), names, values)
     return values
-
-
-# ---------------------------------------------------------------------------------------------
-# The symbols: of the model, and of how it is run
-
-DTYPES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625}  # bytes a weight
-DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-CUDA_CONTEXT = 500 * 2**20  # driver, kernels, handles: outside torch's counters
-CHUNK_TOKENS = 8192  # rows of logits that scoring.py holds: 0.8 GB of GPT-2's in bfloat16
-
-
-SWITCHES: tuple[str, ...] = ("qkv_bias", "o_bias", "mlp_bias", "head_bias", "qk_norm", "norm_bias")
-SWITCHES += ("norm_weight", "norm_offset", "shared_norm", "embedding_norm")  # as GPTConfig's fields
-
-
-def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
-    """A model's sizes and switches (0 or 1), and those of its input, as the formulas name them."""
-    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    windowed = sum(c.layer_window(layer) is not None for layer in range(c.n_layers))
-    turned = sum(c.layer_rope(layer) is not None for layer in range(c.n_layers))
-    return {name: int(getattr(c, name)) for name in SWITCHES} | {
-        "B": batch_size,
-        "T": seq_len,
-        "s": batch_size * seq_len,
-        "L": c.n_layers,
-        "h": c.d_model,
-        "hr": c.d_model,
-        "a": c.n_heads,
-        "k": c.n_kv_heads,
-        "d": c.head_dim,
-        "f": c.d_ff,
-        "V": c.vocab_size,
-        "T_max": c.max_position_embeddings,
-        "E": c.n_experts,
-        "K": c.n_experts_per_token,
-        "window": c.sliding_window or seq_len,
-        "L_window": windowed,
-        "L_full": c.n_layers - windowed,
-        "gated": int(c.gated_mlp),
-        **{"qk_each": int(c.qk_norm_over == "heads"), "qk_all": int(c.qk_norm_over == "width")},
-        "qk_rms": int(c.qk_norm_type == "rmsnorm"),
-        "clipped": int(c.clip_qkv is not None),
-        "capped": int(c.logit_softcap is not None),
-        "rms": int(c.norm == "rmsnorm"),
-        "norms": 2 * c.pre_norm - c.shared_norm + 2 * c.post_norm,  # of a block
-        "norm_inputs": (2 - c.parallel_residual) * c.pre_norm + 2 * c.post_norm,
-        "learned": int(c.position == "learned"),
-        "rope": 1 if turned == c.n_layers else turned / c.n_layers,  # share of the layers
-        "relu": int(c.activation == "relu"),
-        "tanh": int(c.activation == "gelu_new"),
-        "drop": int(c.dropout > 0),
-        "spared": int(not (c.dropout or c.post_norm)),  # nothing reads what a block ends with
-        "tied": int(c.tie_embeddings),
-    }
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How a model is run; the defaults are train.py's.
-
-    int8 and int4 hold the blocks' linear weights in 8 or 4.5 bits (NF4: a float32 scale per 64) and
-    all else in 16; they train through LoRA alone. "selective" recomputation drops the attention
-    scores, which flash attention never keeps.
-    """
-
-    dtype: str = "bf16"
-    training: bool = True
-    optimizer: str = "adamw"
-    fused: bool = True  # else foreach
-    precision: str = "autocast"  # float32 weights, cast as used; pure; master-weights
-    gradients: str | None = None  # "fp32": beside 16-bit weights, as Megatron-LM has them
-    recompute: str = "none"
-    attention: str = "flash"  # math: scores are kept
-    held_logits: bool = False  # the caller keeps them: logits, loss = model(ids, labels=ids)
-    implementation: str = "roseval"
-    accumulate: bool = False  # gradients of earlier micro-batches live through the forward
-    lora_rank: int = 0
-    dp: int = 1
-    zero: int = 0  # 3 is FSDP
-    tp: int = 1
-    sequence_parallel: bool = False
-    workspace: int = 32 * 2**20  # bytes of cuBLAS a handle (Hopper): forward and backward have one
-
-    def __post_init__(self):
-        object.__setattr__(self, "dtype", DTYPE_NAMES.get(self.dtype, self.dtype))
-        choices = {
-            "dtype": tuple(DTYPES),
-            "optimizer": tuple(OPTIMIZERS),
-            "precision": ("autocast", "pure", "master-weights"),
-            "gradients": (None, "fp32"),
-            "recompute": ("none", "selective", "full"),
-            "attention": ("flash", "math"),
-            "implementation": tuple(ACTIVATIONS),
-            "zero": (0, 1, 2, 3),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        for name in ("dp", "tp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be 0 or more, not {self.lora_rank}")
-        if self.training and self.dtype in ("int8", "int4") and not self.lora_rank:
-            raise ValueError(f"{self.dtype} weights do not train: add a LoRA rank")
-
-    def symbols(self) -> dict:
-        """Bytes per number and switches (0 or 1), as the formulas name them."""
-        c = 4 if self.dtype == "fp32" else 2
-        mixed = self.precision if self.training and c == 2 and not self.lora_rank else "pure"
-        w = 4 if mixed == "autocast" else c
-        if self.zero == 3 and mixed == "autocast":
-            mixed = "gathered"  # FSDP's mixed precision: float32 shards, blocks gathered in 16 bits
-        ours = self.implementation == "roseval"
-        return {
-            "c": c,
-            "w": w,
-            "w_norm": 4 if ours else w,
-            "w_block": DTYPES[self.dtype] if self.dtype in ("int8", "int4") else w,
-            "g": 4 if self.lora_rank or self.gradients else w,
-            "o": 4 if self.lora_rank or mixed == "master-weights" else w,
-            "autocast": int(mixed == "autocast"),
-            "master": int(mixed == "master-weights"),
-            "adam": int(self.optimizer == "adamw"),
-            "fused": int(self.fused),
-            "full_recompute": int(self.recompute == "full"),
-            "math": int(self.attention == "math" and self.recompute == "none"),
-            "flash": int(self.attention == "flash"),
-            "held": int(self.held_logits),
-            "chunk": CHUNK_TOKENS,
-            "lora": int(self.lora_rank > 0),
-            "r": self.lora_rank,
-            "n": self.dp,
-            "zero": self.zero,
-            "n_w": self.dp if self.zero == 3 else 1,
-            "n_g": self.dp if self.zero >= 2 else 1,
-            "n_o": self.dp if self.zero >= 1 else 1,
-        }
-
-
-def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tuple]:
-    """(title, rows, values) of every table: FLOPs of the whole model, memory of one GPU."""
-    whole, t = model_symbols(c, batch_size, seq_len) | setup.symbols(), setup.tp
-    if c.n_heads % t or c.d_ff % t:
-        raise ValueError(f"tp {t} does not divide n_heads {c.n_heads} and d_ff {c.d_ff}")
-    shard: dict[str, float] = {
-        "a": c.n_heads // t,
-        "k": max(c.n_kv_heads // t, 1),
-        "f": c.d_ff // t,
-    }
-    shard |= {"V": -(-c.vocab_size // t)}
-    if setup.sequence_parallel:
-        shard["hr"] = c.d_model / t
-    expression, meaning, source = OPTIMIZERS[setup.optimizer]
-    optimizer = ("M_optimizer", f"({expression})/n_o", "byte", meaning, source)
-    kind = "transformers" if c.n_experts else setup.implementation  # GPTModel has no experts
-    fused = kind == "roseval" and not (setup.held_logits or c.head_bias or c.logit_softcap)
-    memory = (*STATE, optimizer, *rounding(MATRICES[kind]), *ACTIVATIONS[kind])
-    memory += (*LOSS["roseval" if fused else "elementary"], *STEP)
-    multiple = VOCAB_MULTIPLE if kind == "roseval" else 1
-    shard |= {"Vp": -(-shard["V"] // multiple) * multiple}
-    rank = solve(PARAMETERS + memory + INFERENCE, whole | shard)
-    whole = solve(PARAMETERS + FLOPS, whole)
-    return [
-        ("Parameters", PARAMETERS, whole),
-        ("FLOPs", FLOPS, whole),
-        ("Memory of a training step, one GPU", memory, rank),
-        ("Memory of inference, one GPU", INFERENCE, rank),
-    ]
-
-
-def solve_all(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> dict:
-    """The value of every formula by symbol; parameters and FLOPs are those of the whole model."""
-    parts = tables(c, batch_size, seq_len, setup)
-    return parts[-1][2] | parts[0][2]

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from config import GPTConfig
-from costs.formulas import ACTIVATIONS, CUDA_CONTEXT, STEP, Setup, tables
+from costs.formulas import ACTIVATIONS, STEP
 from costs.gpus import GPU
+from costs.symbols import CUDA_CONTEXT, Setup, tables
 
 STATES = ("weights", "adapters", "gradients", "optimizer", "master")
 
@@ -133,7 +134,8 @@ def training_timeline(v: dict, setup: Setup) -> list[tuple[str, dict]]:
 def _inference(v: dict, setup: Setup) -> dict:
     """`estimate_memory` without training; v as in `training_timeline`."""
     loaded = {"weights": v["M_weights"] + v["M_adapters"], "rounding": v["R_w"]}
-    cached = loaded | {"kv cache": v["M_cache"], "cublas": setup.workspace}
+    kept = "latent cache" if v["latent"] else "kv cache"
+    cached = loaded | {kept: v["M_cache"], "cublas": setup.workspace}
     cached["rounding"] += v["R_cache"]
     prefill = cached | {"workspace": v["W_prefill"]}
     decode = cached | {"workspace": v["W_decode"]}

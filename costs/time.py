@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from config import GPTConfig
 from costs.flops import estimate_flops
-from costs.formulas import PASS, Setup, model_symbols, pairs, solve
+from costs.formulas import PARAMETERS, PASS, pairs, solve
 from costs.gpus import GPU
+from costs.symbols import Setup, model_symbols
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,20 @@ class Ceilings:
 TRAINING_MFU = 0.40  # assumed of a well-tuned dense run; give --mfu where it is known
 
 
+def experts_touched(c: GPTConfig, tokens: int) -> float:
+    """Experts of a layer that `tokens` tokens are expected to go through, if all are as likely."""
+    if not c.n_experts:
+        return 0.0
+    return c.n_experts * (1 - (1 - c.n_experts_per_token / c.n_experts) ** tokens)
+
+
+def mean_width_read(c: GPTConfig, tokens: int) -> float:
+    """Width of the MLP that a pass of `tokens` reads, in the mean of all layers."""
+    moe = sum(c.layer_experts(layer) > 0 for layer in range(c.n_layers))
+    mixture = experts_touched(c, tokens) * c.d_ff_expert + c.d_ff_shared
+    return ((c.n_layers - moe) * c.d_ff + moe * mixture) / c.n_layers
+
+
 def pass_seconds(
     c: GPTConfig,
     gpu: GPU,
@@ -45,13 +60,14 @@ def pass_seconds(
 ) -> dict:
     """Seconds of one forward of `new` tokens in each of `batch` sequences, which then hold
     `context` tokens each: in all, by operation, and what limits most of them."""
-    v, ceilings = model_symbols(c, batch, new) | setup.symbols(), ceilings or Ceilings()
+    v = solve(PARAMETERS, model_symbols(c, batch, new) | setup.symbols())
+    ceilings = ceilings or Ceilings()
     before = context - new
     windows = [c.layer_window(layer) or context for layer in range(c.n_layers)]
     seen = sum(min(w, context) for w in windows) / c.n_layers
     full = sum(pairs(context, w) - pairs(before, w) for w in windows) / c.n_layers
-    touched = c.n_experts and c.n_experts * (1 - (1 - v["K"] / v["E"]) ** v["s"])
-    v |= {"X": seen, "P_pass": batch * full, "touched": touched or 1, "compiled": int(compiled)}
+    v |= {"X": seen, "P_pass": batch * full, "compiled": int(compiled)}
+    v["f_read"] = mean_width_read(c, batch * new)
     peak = gpu.fp32_flops if v["c"] == 4 else gpu.bf16_flops
     seconds, bound = {}, {"compute": 0.0, "memory": 0.0, "launch": 0.0}
     for name, flops, size, kernels in PASS:

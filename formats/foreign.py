@@ -25,10 +25,19 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("GPT-J's", r"\bh\.\d+\.mlp\.fc_in\.", ""),
     ("OPT's", r"decoder\.layers\.\d+\.self_attn\.", ""),
     ("those of a mixture of experts", r"\.experts\.|\.block_sparse_moe\.", ""),
-    ("DeepSeek's (latent attention)", r"\.kv_a_proj_with_mqa\.", ""),
     ("those of layer norms, as StableLM has them", r"layers\.\d+\.input_layernorm\.bias", ""),
     ("those of a model with a part for images", r"(^|\.)(vision_tower|visual|vision_model)\.", ""),
 )
+# Who made numbers of fewer bits and scales of weights, by what is beside or in place of these
+QUANTISED = {
+    r"\.weight_scale_inv$": "FP8 with a scale for each block: cast it to bfloat16 first, as "
+    "DeepSeek-V3's fp8_cast_bf16.py does",
+    r"\.weight\.(absmax|quant_)|\.SCB$": "bitsandbytes: name the original",
+    r"\.(qweight|qzeros)$": "GPTQ or AWQ: name the original",
+    r"_proj_(blocks|scales)$": "MXFP4: name a copy in bfloat16",
+    r"\.(weight|input)_(packed|scale|scale_2|zero_point)$": "compressed-tensors or ModelOpt: name "
+    "the original",
+}
 DEEPSPEED = "a directory of DeepSpeed's without the directory of a tag, such as global_step100"
 DIRECTORIES = {  # the name of a file that tells what its directory is
     r"zero_to_fp32\.py": DEEPSPEED,
@@ -42,10 +51,18 @@ FILES = {
 def whose(names: Iterable[str]) -> str | None:
     """Whose weights have such names, as far as that is known here."""
     text = "\n".join(names)
+    if how := quantised(text.splitlines()):
+        return f"those of weights quantised by {how}"
     for owner, some, none in NAMES:
         if re.search(some, text, re.M) and not (none and re.search(none, text, re.M)):
             return owner
     return None
+
+
+def quantised(names: Iterable[str]) -> str | None:
+    """By whom weights of such names were quantised, and what to do; None if they were not."""
+    text = "\n".join(names)
+    return next((how for some, how in QUANTISED.items() if re.search(some, text, re.M)), None)
 
 
 def what_is(path: Path) -> str | None:

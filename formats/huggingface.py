@@ -211,7 +211,6 @@ def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored
         if given is None and values:
             _refuse_too_large(values, tensors, file)
             config = GPTConfig.from_json(values, str(file))
-            native = not config.n_experts or not directory
     except UnsupportedArchitecture as error:
         problem, native = str(error)[:1000], not directory
     except ValueError as error:

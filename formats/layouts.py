@@ -26,7 +26,7 @@ from torch import nn
 
 import cli
 from config import GPTConfig
-from formats import shown, tensorfiles
+from formats import foreign, shown, tensorfiles
 from formats.naming import LAYOUTS, Layout, head_name, theirs_of, whose
 from formats.stored import FLOATS, Staging, Stored, check_sums, read
 from model import GPTModel
@@ -38,6 +38,8 @@ PAIRS = {
     "neighbours": lambda R: torch.arange(R).view(2, -1).t().flatten(),
     "backwards": lambda R: torch.arange(R).view(2, -1).flip(0).flatten(),
 }
+
+LATENTS = ("attn.q_proj", "attn.q_up_proj", "attn.kv_down_proj")  # with rotary channels
 
 
 class Part(NamedTuple):
@@ -66,28 +68,37 @@ class Part(NamedTuple):
 def parts(model: GPTModel, layout: str) -> Iterator[tuple[str, Part]]:
     """(their name, the part of our parameter that it is), over the whole GPTModel."""
     c, spec = model.config, LAYOUTS[layout]
-    heads = {"attn.q_norm": c.n_heads, "attn.k_norm": c.n_kv_heads}
-    rows = {
-        "attn.qkv_proj": [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)],
-        "mlp.fc1": [c.d_ff, c.d_ff],
-    }
     for name, p in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
         inner = block[2] if block else ""
-        theirs, tensors = spec.names(f"blocks.{{i}}.{inner}" if block else module), [p.data]
-        if inner in heads and c.qk_norm_over == "heads":
-            tensors = [p.data.view(heads[inner], c.head_dim)]
-        if len(theirs) > 1:
-            tensors = list(p.data.split(rows[inner]))
-        elif "{h}" in theirs[0]:  # a module for each head
-            tensors = list(tensors[0]) if tensors[0].dim() == 2 else tensors
-            theirs = [theirs[0].replace("{h}", str(h)) for h in range(len(tensors))]
-        for i, (their, tensor) in enumerate(zip(theirs, tensors, strict=True)):
+        theirs = spec.names(f"blocks.{{i}}.{inner}" if block else module)
+        leaf = spec.choice_bias if leaf == "choice_bias" else leaf
+        for i, (their, tensor) in enumerate(_shares(c, inner, theirs, p.data)):
             if spec.conv1d and block and tensor.dim() == 2:
                 tensor = tensor.t()
             order, dim = _order(c, spec, inner, i, tensor)
             yield f"{their.format(i=block and block[1])}.{leaf}", Part(tensor, order, dim)
+
+
+def _shares(
+    c: GPTConfig, inner: str, theirs: list[str], p: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(a name of theirs, its part) of a parameter, which several modules of theirs can share."""
+    heads = {"attn.q_norm": c.n_heads, "attn.k_norm": c.n_kv_heads}
+    if "{e}" in theirs[0]:  # modules for each expert
+        for e, own in enumerate(p):
+            yield from _shares(c, inner, [name.replace("{e}", str(e)) for name in theirs], own)
+    elif "{h}" in theirs[0]:  # a module for each head
+        own = p.view(heads[inner], c.head_dim) if c.qk_norm_over == "heads" else p[None]
+        yield from ((theirs[0].replace("{h}", str(h)), head) for h, head in enumerate(own))
+    elif inner == "attn.qkv_proj" and len(theirs) > 1:
+        rows = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
+        yield from zip(theirs, p.split(rows), strict=True)
+    elif inner in heads and c.qk_norm_over == "heads":
+        yield theirs[0], p.view(heads[inner], c.head_dim)
+    else:  # gate and up, where they are two
+        yield from zip(theirs, p.chunk(len(theirs), dim=-2 if p.dim() > 1 else 0), strict=True)
 
 
 def _order(
@@ -97,6 +108,8 @@ def _order(
     if spec.by_head and inner == "attn.qkv_proj":
         rows = torch.arange(3 * c.n_heads * c.head_dim)
         return rows.view(3, c.n_heads, c.head_dim).transpose(0, 1).flatten(), 0
+    if spec.turned_last and inner in LATENTS:
+        return _latent_order(c, spec, inner), 0
     turned = inner in ("attn.q_norm", "attn.k_norm") or (inner == "attn.qkv_proj" and i < 2)
     if not (spec.pairs and turned and c.position == "rope"):
         return None, 0
@@ -106,10 +119,29 @@ def _order(
     return (starts[:, None] + head).flatten(), dim
 
 
+def _latent_order(c: GPTConfig, spec: Layout, inner: str) -> torch.Tensor:
+    """Of rows whose rotary channels are first with us and last with them: of each head's queries,
+    or of a latent."""
+    assert c.qk_nope_head_dim and c.kv_lora_rank
+    R = c.rotary_dim
+    others = c.kv_lora_rank if inner == "attn.kv_down_proj" else c.qk_nope_head_dim
+    turned = PAIRS[spec.pairs](R) if spec.pairs else torch.arange(R)
+    one = torch.cat((R + torch.arange(others), turned))
+    heads = 1 if inner == "attn.kv_down_proj" else c.n_heads
+    return (torch.arange(heads)[:, None] * (R + others) + one).flatten()
+
+
 def views(model: GPTModel, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
     """(their name, their tensor), over the whole GPTModel: views of our parameters, in which they
     can be read and written; copies where their order is another."""
     return ((name, part.get()) for name, part in parts(model, layout))
+
+
+def never_rounded(tensors: dict[str, torch.Tensor], layout: str) -> dict[str, torch.dtype]:
+    """The dtypes of those that are written as they are, whatever the others become: what a router
+    chooses by, of which a rounded one would choose other experts."""
+    bias = f".{LAYOUTS[layout].choice_bias}"
+    return {name: t.dtype for name, t in tensors.items() if name.endswith(bias)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -168,6 +200,8 @@ def check_fits(
 ) -> None:
     """Every tensor of a GPTModel, of its shape and a float type, and no others; ValueError says
     which, and `hint`. Before anything is allocated on the word of a config."""
+    if how := foreign.quantised(tensors):
+        raise ValueError(f"{path} holds weights quantised by {how}")
     if layout is not None:
         check_sizes(model.config, tensors, layout, path, hint)
     layout = layout or "native"

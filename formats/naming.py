@@ -8,13 +8,15 @@ A layout is known by a whole first block of its names. Families that share names
 under them, so the model_type of a config.json comes first; without one, Llama's names are Llama's.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from formats import foreign, shown
+from formats import foreign, shown, stored
 from formats.stored import Stored
 
+GATED = ("gate", "up")
 GPT2_MODULES = {
     "token_embedding": ["transformer.wte"],
     "position_embedding": ["transformer.wpe"],
@@ -77,6 +79,39 @@ HUNYUAN_MODULES = LLAMA_MODULES | {
     "blocks.{i}.attn.q_norm": ["model.layers.{i}.self_attn.query_layernorm"],
     "blocks.{i}.attn.k_norm": ["model.layers.{i}.self_attn.key_layernorm"],
 }
+MIXTURE_MODULES = LLAMA_MODULES | {  # an expert each, E of them
+    "blocks.{i}.mlp.router": ["model.layers.{i}.mlp.gate"],
+    "blocks.{i}.mlp.experts.fc1": [f"model.layers.{{i}}.mlp.experts.{{e}}.{x}_proj" for x in GATED],
+    "blocks.{i}.mlp.experts.fc2": ["model.layers.{i}.mlp.experts.{e}.down_proj"],
+}
+QWEN2_MOE_MODULES = MIXTURE_MODULES | {
+    "blocks.{i}.mlp.shared.fc1": [f"model.layers.{{i}}.mlp.shared_expert.{x}_proj" for x in GATED],
+    "blocks.{i}.mlp.shared.fc2": ["model.layers.{i}.mlp.shared_expert.down_proj"],
+    "blocks.{i}.mlp.shared_gate": ["model.layers.{i}.mlp.shared_expert_gate"],
+}
+GLM4_MOE_MODULES = MIXTURE_MODULES | {
+    "blocks.{i}.mlp.shared.fc1": [f"model.layers.{{i}}.mlp.shared_experts.{x}_proj" for x in GATED],
+    "blocks.{i}.mlp.shared.fc2": ["model.layers.{i}.mlp.shared_experts.down_proj"],
+}
+MIXTRAL_MODULES = LLAMA_MODULES | {
+    "blocks.{i}.mlp.router": ["model.layers.{i}.block_sparse_moe.gate"],
+    "blocks.{i}.mlp.experts.fc1": [
+        f"model.layers.{{i}}.block_sparse_moe.experts.{{e}}.{w}" for w in ("w1", "w3")
+    ],
+    "blocks.{i}.mlp.experts.fc2": ["model.layers.{i}.block_sparse_moe.experts.{e}.w2"],
+}
+GRANITEMOE_MODULES = LLAMA_MODULES | {  # stacked as ours are
+    "blocks.{i}.mlp.router": ["model.layers.{i}.block_sparse_moe.router.layer"],
+    "blocks.{i}.mlp.experts.fc1": ["model.layers.{i}.block_sparse_moe.input_linear"],
+    "blocks.{i}.mlp.experts.fc2": ["model.layers.{i}.block_sparse_moe.output_linear"],
+}
+GRANITEMOE_MEMORY = LLAMA_MODULES | {  # as transformers 5 has them, and trainers that save that
+    "blocks.{i}.mlp.router": ["model.layers.{i}.block_sparse_moe.router"],
+    "blocks.{i}.mlp.experts.fc1": [
+        f"model.layers.{{i}}.block_sparse_moe.experts.{{e}}.{x}_proj" for x in GATED
+    ],
+    "blocks.{i}.mlp.experts.fc2": ["model.layers.{i}.block_sparse_moe.experts.{e}.down_proj"],
+}
 GPT_NEOX_MODULES = {
     "token_embedding": ["gpt_neox.embed_in"],
     "blocks.{i}.ln1": ["gpt_neox.layers.{i}.input_layernorm"],
@@ -88,6 +123,21 @@ GPT_NEOX_MODULES = {
     "ln_f": ["gpt_neox.final_layer_norm"],
     "lm_head": ["embed_out"],
 }
+# what is compressed, normalised and made of it, in latent attention
+LATENTS = {
+    "q_proj": "q_proj",
+    "q_down_proj": "q_a_proj",
+    "q_down_norm": "q_a_layernorm",
+    "q_up_proj": "q_b_proj",
+    "kv_down_proj": "kv_a_proj_with_mqa",
+    "kv_down_norm": "kv_a_layernorm",
+    "kv_up_proj": "kv_b_proj",
+}
+DEEPSEEK_MODULES = {ours: name for ours, name in GLM4_MOE_MODULES.items() if "qkv" not in ours}
+DEEPSEEK_MODULES |= {
+    f"blocks.{{i}}.attn.{ours}": [f"model.layers.{{i}}.self_attn.{name}"]
+    for ours, name in LATENTS.items()
+}
 EMA_COUNT = r"(^|\.)n_averaged$"  # of torch.optim.swa_utils.AveragedModel
 OLD_MASKS = rf"\.attn\.(masked_)?bias$|{EMA_COUNT}"
 OLD_FREQUENCIES = rf"rotary_emb\.inv_freq$|{EMA_COUNT}"
@@ -95,7 +145,13 @@ OLD_NEOX = rf"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$|{EMA_COUNT}"
 # What torch.compile, FSDP, activation checkpointing and Lightning put into names, anywhere
 DEEPEST = 8  # modules around a model
 WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
-MATRICES = ("attn.qkv_proj", "attn.out_proj", "mlp.fc1", "mlp.fc2")  # what every block has
+# what a block has of matrices: one of these attentions, and one of these MLPs
+ATTENTIONS = (
+    ("attn.qkv_proj", "attn.out_proj"),
+    ("attn.kv_down_proj", "attn.kv_up_proj", "attn.out_proj"),
+)
+STACKED = r"\.experts\.gate_up_proj$"  # of all experts of a layer, beside a down_proj
+MLPS = (("mlp.fc1", "mlp.fc2"), ("mlp.router", "mlp.experts.fc1", "mlp.experts.fc2"))
 SEES_IMAGES = ("gemma3", "gemma3_text")  # models whose text is a model of ours
 
 
@@ -107,6 +163,8 @@ class Layout(NamedTuple):
     norms: tuple[str, ...] = ("ln1", "ln2")  # with weights, in the blocks of all its models
     pairs: str = ""  # of rotary channels, ours being (i, i + R/2): see layouts.PAIRS
     by_head: bool = False  # rows of the fused projection are q, k, v of each head in turn
+    turned_last: bool = False  # rotary channels stand behind the others in latent attention
+    choice_bias: str = "e_score_correction_bias"  # what a router chooses by, beside its weight
 
     def names(self, ours: str) -> list[str]:
         return self.modules.get(ours, [ours])
@@ -115,7 +173,7 @@ class Layout(NamedTuple):
 LLAMA = Layout(LLAMA_MODULES, "model.", ignored=OLD_FREQUENCIES)
 POST = ("ln1_post", "ln2_post")
 LAYOUTS = {
-    "native": Layout({}, norms=()),  # which our features can do without
+    "native": Layout({}, norms=(), choice_bias="choice_bias"),  # which our features can do without
     "gpt2": Layout(GPT2_MODULES, "transformer.", conv1d=True, ignored=OLD_MASKS),
     "nanogpt": Layout(GPT2_MODULES, "transformer.", ignored=OLD_MASKS),
     "llama": LLAMA,
@@ -132,18 +190,32 @@ LAYOUTS = {
     "nemotron": LLAMA._replace(modules=NEMOTRON_MODULES),
     "hunyuan_v1_dense": LLAMA._replace(modules=HUNYUAN_MODULES),
     "ernie4_5": LLAMA._replace(pairs="neighbours"),
+    "deepseek": LLAMA._replace(modules=DEEPSEEK_MODULES, pairs="neighbours", turned_last=True),
+    "minicpm3": LLAMA._replace(modules=DEEPSEEK_MODULES, turned_last=True),
+    "qwen3_moe": LLAMA._replace(modules=MIXTURE_MODULES),
+    "qwen2_moe": LLAMA._replace(modules=QWEN2_MOE_MODULES),
+    "glm4_moe": LLAMA._replace(modules=GLM4_MOE_MODULES),
+    "mixtral": LLAMA._replace(modules=MIXTRAL_MODULES),
+    "granitemoe": LLAMA._replace(modules=GRANITEMOE_MODULES),
+    "granitemoe_memory": LLAMA._replace(modules=GRANITEMOE_MEMORY),
     "gpt_neox": Layout(GPT_NEOX_MODULES, "gpt_neox.", ignored=OLD_NEOX, by_head=True),
 }
 FAMILIES = {  # the layout of a `model_type`, where it is not that of its own name
-    **dict.fromkeys(("mistral", "qwen2", "qwen3", "mixtral"), "llama"),
+    **dict.fromkeys(("mistral", "qwen2", "qwen3"), "llama"),
     **dict.fromkeys(("gemma", "smollm3", "granite", "seed_oss"), "llama"),
     "arcee": "nemotron",
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "youtu"), "deepseek"
+    ),
     "olmo3": "olmo2",
+    "olmoe": "qwen3_moe",
     "gemma3": "gemma2",
     "gemma3_text": "gemma2",
     "cohere2": "cohere",
     "glm4": "glm",
 }
+# What transformers 5 calls the weights in memory, where it is not what it writes
+IN_MEMORY = {"mixtral": "qwen3_moe", "granitemoe": "granitemoe_memory"}
 
 
 def of_family(model_type: object) -> str | None:
@@ -154,7 +226,7 @@ def of_family(model_type: object) -> str | None:
 
 def theirs_of(layout: str, module: str, block: int = 0) -> list[str]:
     """The names that the weight of one of our modules has in a layout, under full names."""
-    return [f"{name.format(i=block)}.weight" for name in LAYOUTS[layout].names(module)]
+    return [f"{name.format(i=block, e=0)}.weight" for name in LAYOUTS[layout].names(module)]
 
 
 def embedding_name(layout: str) -> str:
@@ -175,7 +247,7 @@ def identify(
     """A file's table under the full names of its layout, and which layout that is: None, and the
     names as they are, where no layout has them. model_types: those that its config.json and a
     given config speak of; the first that has such names counts."""
-    tensors = table = strip_wrappers(tensors)
+    tensors = table = one_by_one(strip_wrappers(tensors))
     if any(model_type in SEES_IMAGES for model_type in model_types):
         tensors = table = text_only(tensors)
     layout = recognise(_shapes(table), model_types)
@@ -183,19 +255,20 @@ def identify(
         shared = next(iter(table), "").partition(".")[0] + "."
         if layout is not None or not all(name.startswith(shared) for name in table):
             break
-        table = {name.removeprefix(shared): stored for name, stored in table.items()}
+        table = {name.removeprefix(shared): entry for name, entry in table.items()}
         layout = recognise(_shapes(table), model_types)
     return (tensors if layout is None else canonical(table, layout)), layout
 
 
 def _shapes(table: dict[str, Stored]) -> dict[str, tuple[int, ...]]:
-    return {name: stored.shape for name, stored in table.items()}
+    return {name: entry.shape for name, entry in table.items()}
 
 
 def recognise(shapes: dict[str, tuple[int, ...]], model_types: Sequence[object] = ()) -> str | None:
     """The layout that a file's names, and for GPT-2 the direction of its matrices, speak of. An
     embedding is not enough: litgpt's and nanochat's have GPT-2's name, Phi's has Llama's."""
     families = [layout for kind in model_types if (layout := of_family(kind))]
+    families += [IN_MEMORY[layout] for layout in families if layout in IN_MEMORY]
     for layout in (*(families or ["llama"]), "native", "gpt2"):
         if has_whole_block(shapes, layout):
             break
@@ -210,9 +283,13 @@ def recognise(shapes: dict[str, tuple[int, ...]], model_types: Sequence[object] 
 def has_whole_block(names: Iterable[str], layout: str) -> bool:
     """Whether the embedding, and of the first block every matrix and norm, are among the names."""
     spec, names = LAYOUTS[layout], set(names)
-    inner = (f"blocks.{{i}}.{part}" for part in (*MATRICES, *spec.norms))
-    full = {name for module in ("token_embedding", *inner) for name in theirs_of(layout, module)}
-    return full <= names or {name.removeprefix(spec.prefix) for name in full} <= names
+    for attention, mlp in itertools.product(ATTENTIONS, MLPS):
+        inner = [f"blocks.{{i}}.{part}" for part in (*attention, *spec.norms, *mlp)]
+        modules = ("token_embedding", *inner)
+        full = {name for module in modules for name in theirs_of(layout, module)}
+        if full <= names or {name.removeprefix(spec.prefix) for name in full} <= names:
+            return True
+    return False
 
 
 def whose(names: Iterable[str], layout: str | None = None) -> str | None:
@@ -232,14 +309,15 @@ def model_types_of(names: list[str], layout: str | None = None) -> list[str]:
     alike = {o for o in LAYOUTS if likeness[o] == best and has_whole_block(names, o)}
     if alike & {layout, "llama", "native", "gpt2", "nanogpt"}:
         return []
-    return [kind for kind in {**LAYOUTS, **FAMILIES} if of_family(kind) in alike]
+    kinds = [kind for kind in {**LAYOUTS, **FAMILIES} if kind != IN_MEMORY["granitemoe"]]
+    return [kind for kind in kinds if of_family(kind) in alike]
 
 
 def _likeness(patterns: set[str], layout: str) -> tuple[int, int]:
     """(how many kinds of modules a layout has names for, minus how many of its own are lacking)."""
     modules = {name.rpartition(".")[0] for name in full_names(patterns, layout)}
     table = LAYOUTS[layout].modules.values()
-    known = {name.replace("{h}", "{i}") for theirs in table for name in theirs}
+    known = {re.sub(r"\{[he]\}", "{i}", name) for theirs in table for name in theirs}
     return len(modules & known), -len(known - modules)
 
 
@@ -263,10 +341,38 @@ def full_names(names: Iterable[str], layout: str) -> list[str]:
 
 
 def canonical(table: dict, layout: str) -> dict:
-    """The same table under full names, without buffers."""
+    """The same table under full names, without buffers, and without the layers behind the last that
+    guess at tokens further ahead (DeepSeek-V3's, GLM-4.5's)."""
     ignored = LAYOUTS[layout].ignored
+    ahead = [re.escape(name.partition("eh_proj.")[0]) for name in table if ".eh_proj." in name]
+    ignored = "|".join([ignored, *(f"^{layer}" for layer in ahead)])
     full = zip(full_names(table, layout), table.items(), strict=True)
     return {name: entry for name, (old, entry) in full if not re.search(ignored, old)}
+
+
+def one_by_one(table: dict[str, Stored]) -> dict[str, Stored]:
+    """The same table with an entry for each matrix of each expert where a file stacks them as
+    transformers 5 has them in memory: gate and up in one, [E, 2F, C] or [E, C, 2F]."""
+    stacks = [name for name in table if re.search(STACKED, name)]
+    if not stacks:
+        return table
+    found = {name: entry for name, entry in table.items() if name not in stacks}
+    for name in stacks:
+        inner = name.removesuffix("gate_up_proj")
+        down = table.get(f"{inner}down_proj")
+        up = table[name]
+        if down is None or not len(up.shape) == len(down.shape) == 3:
+            found[name] = up
+            continue
+        turned = up.shape[1] == down.shape[2]
+        up_each, down_each = stored.unstacked(up, turned), stored.unstacked(down, turned)
+        for e, (both, one) in enumerate(zip(up_each, down_each, strict=True)):
+            half = both.shape[0] // 2
+            found[f"{inner}{e}.gate_proj.weight"] = stored.rows(both, [range(half)])
+            found[f"{inner}{e}.up_proj.weight"] = stored.rows(both, [range(half, 2 * half)])
+            found[f"{inner}{e}.down_proj.weight"] = one
+        del found[f"{inner}down_proj"]
+    return found
 
 
 def text_only(table: dict[str, Stored]) -> dict[str, Stored]:
@@ -287,15 +393,15 @@ def strip_wrappers(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """Names without what DDP puts before each of them, and FSDP, torch.compile and activation
     checkpointing anywhere in them."""
     table: dict[str, Stored] = {}
-    for name, stored in tensors.items():
+    for name, entry in tensors.items():
         bare = re.sub(rf"(^|(?<=\.))(({WRAPPERS})\.)+", "", name)
         if bare in table:
-            file = stored.pieces[0].file
+            file = entry.pieces[0].file
             raise ValueError(f"{file} holds {shown(bare)} twice, wrapped and not")
-        table[bare] = stored
+        table[bare] = entry
     for _ in range(DEEPEST):
         wrapped = [name for name in table if not re.search(EMA_COUNT, name)]
         if not (wrapped and all(name.startswith("module.") for name in wrapped)):
             break
-        table = {name.removeprefix("module."): stored for name, stored in table.items()}
+        table = {name.removeprefix("module."): entry for name, entry in table.items()}
     return table

@@ -209,7 +209,8 @@ def write_weights(
     if tokenizer is not None:
         tokenizer.save(directory)
     config.save_pretrained(directory, **about)
-    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype)
+    unrounded = layouts.never_rounded(views, layout)
+    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype, unrounded)
 
 
 def _write_manifest(directory: Path, about: dict[str, Any]) -> None:

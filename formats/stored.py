@@ -5,6 +5,7 @@
     for where, values in read(stored):
         weight[where] = values                       # some MB at a time, any dtype, any device
 
+    unstacked(stored)                            # each tensor of a stack of them
     rows(stored, [range(0, 8, 2), range(1, 8, 2)])   # another order of its rows: a table, no bytes
     beside([q, k, v])                                # one below the other, or next to (dim=1)
 
@@ -180,6 +181,26 @@ def beside(name: str, parts: Iterable[Stored], dim: int = 0) -> Stored:
         base += part.shape[dim]
     shape = (*parts[0].shape[:dim], base, *parts[0].shape[dim + 1 :])
     return Stored(parts[0].dtype, shape, tuple(pieces))
+
+
+def unstacked(stored: Stored, turned: bool = False) -> list[Stored]:
+    """The tensors that are stacked along the first dimension; turned: with their last two
+    dimensions the other way round."""
+    size = stored.dtype.itemsize if isinstance(stored.dtype, torch.dtype) else 0
+    pieces: list[list[Piece]] = [[] for _ in range(stored.shape[0])]
+    order = (*range(1, len(stored.shape) - 2), -1, -2) if turned else range(1, len(stored.shape))
+    for piece in stored.pieces:
+        strides = piece.strides or _packed(piece.shape)
+        own = tuple(strides[d] for d in order)
+        shape = tuple(piece.shape[d] for d in order)
+        start = tuple(piece.start[d] for d in order)
+        moved = None if own == _packed(shape) else own
+        for i in range(piece.shape[0]):
+            at = piece.offset + i * strides[0] * size
+            part = piece._replace(offset=at, start=start, shape=shape, strides=moved)
+            pieces[piece.start[0] + i].append(part)
+    shape = tuple(stored.shape[d] for d in order)
+    return [Stored(stored.dtype, shape, tuple(own)) for own in pieces]
 
 
 def ranges(flat: Stored, at: int, shape: tuple[int, ...], first: int, last: int) -> Iterator[Piece]:

@@ -313,19 +313,27 @@ def refuse_nonfinite(extremes: dict[str, torch.Tensor], path: Path) -> None:
         )
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """One tensor at a time: the library's save_file wants all of them contiguous on the host."""
+def write_safetensors(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    others: dict[str, torch.dtype] | None = None,
+) -> None:
+    """One tensor at a time: the library's save_file wants all of them contiguous on the host.
+    others: the dtypes of those that are not written as `dtype`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    code = next(c for c, d in SAFETENSORS_DTYPES.items() if d == dtype)
-    for name, t in tensors.items():
-        end = offset + t.numel() * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(t.shape), "data_offsets": [offset, end]}
+    offset, codes = 0, {d: code for code, d in SAFETENSORS_DTYPES.items()}
+    dtypes = {name: (others or {}).get(name, dtype) for name in tensors}
+    names = sorted(tensors, key=lambda name: -dtypes[name].itemsize)  # so that all are aligned
+    for name in names:
+        t, own = tensors[name], dtypes[name]
+        end = offset + t.numel() * own.itemsize
+        header[name] = {"dtype": codes[own], "shape": list(t.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
-        for t in tensors.values():
-            host = t.detach().to("cpu", dtype).contiguous()
+        for name in names:
+            host = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
             f.write(host.view(-1).view(torch.uint8).numpy().data)

@@ -7,9 +7,10 @@ Keys lie in two places: prompts, each kept once however many rows continue it, a
 tokens. On CUDA one Triton kernel reads both, each for exactly as long as it is filled: lengths are
 read on the device, so that one CUDA graph serves a whole job. Rows that continue the same prompt
 are queries of one matrix product over its keys. Elsewhere plain torch operations do the same.
+Latents, whose last channels are their values too, are given without values and are read once.
 
-Shapes: B rows, H query heads, G key/value heads, R = H / G, D head_dim, N prompts of at most P
-tokens, S own tokens of a row at most, X parts to be merged
+Shapes: B rows, H query heads, G key/value heads, R = H / G, D head_dim, E of values, N prompts of
+at most P tokens, S own tokens of a row at most, X parts to be merged
 """
 
 import functools
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer are split along the keys
 MAX_SPLITS = 16
-MANY_QUERIES = 64  # query rows of one tile where many rows share a prompt; 16 where few do
+MANY_QUERIES = 64  # query rows of one tile where many rows share a prompt; 16 where few do,
+WIDE = 256  # or where values are wider than this: each query's mixture of them lies in registers
 BLOCK_BYTES = 16384  # keys of one step of the kernel's loop
 WARPS, STAGES = 4, 2
 LOG2_E = 1.4426950408889634
@@ -37,30 +39,39 @@ def _kernel():
     def attend(
         q, k_new, v_new, k, v, lengths, tiles, first, out, lse, stride_q, stride_k, stride_v,
         S, H, G, B, tile_width, scale, cap,
-        R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
-        BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr,
-        CAP: tl.constexpr,
+        R: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
+        E: tl.constexpr, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+        M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr,
+        WINDOW: tl.constexpr, CAP: tl.constexpr,
     ):  # fmt: skip
-        """One tile of M queries, one key head, one part of the keys. OWN: a tile is a row with its
-        own keys, the new one among them; otherwise tiles [., 1 + rows]: a prompt, and its rows.
-        Scores, and so scale and cap, are in base 2. Long, since Triton keeps no arrays between
-        functions: the running maximum, sum and mixture live in registers from start to end."""
-        tile, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
+        """One tile of M queries, one key head, HEADS of its R query heads, which are so many
+        GROUPS, one part of the keys. OWN: a tile is a row with its own keys, the new one among
+        them; otherwise tiles [., 1 + rows]: a prompt, and its rows. LATENT: the first so many
+        channels of a key are scored alone, the others are its value. Scores, and so scale and cap,
+        are in base 2. Long, since Triton keeps no arrays between functions: the running maximum,
+        sum and mixture live in registers from start to end."""
+        tile, split = tl.program_id(0), tl.program_id(2)
+        g = tl.program_id(1) // GROUPS
+        m, d, e = tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_L)
+        own_head = tl.program_id(1) % GROUPS * HEADS + m % HEADS
         if OWN:
             keys = tile
             row = tile + 0 * m
-            real = m < R
+            real = (m < HEADS) & (own_head < R)
         else:
             keys = tl.load(tiles + tile * tile_width)
-            inside = m // R < tile_width - 1
-            row = tl.load(tiles + tile * tile_width + 1 + m // R, mask=inside, other=-1)
-            real = row >= 0
-        in_d = d < D
-        head = g * R + m % R
-        q_at = q + row[:, None].to(tl.int64) * stride_q + head[:, None] * D + d[None, :]
-        queries = tl.load(q_at, mask=real[:, None] & in_d[None, :], other=0.0)
-        base = (keys.to(tl.int64) * G + g) * S * D
+            inside = m // HEADS < tile_width - 1
+            row = tl.load(tiles + tile * tile_width + 1 + m // HEADS, mask=inside, other=-1)
+            real = (row >= 0) & (own_head < R)
+        in_d, in_e = d < D - LATENT, e < LATENT
+        head = g * R + own_head
+        q_at = q + row[:, None].to(tl.int64) * stride_q + head[:, None] * D
+        queries = tl.load(q_at + LATENT + d[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
+        if LATENT:
+            first_queries = tl.load(
+                q_at + e[None, :], mask=real[:, None] & in_e[None, :], other=0.0
+            )
+        base = (keys.to(tl.int64) * G + g) * S
         n = tl.minimum(tl.load(lengths + keys), S).to(tl.int32)
         n = tl.where(tl.max(row) >= 0, n, 0)  # a tile without rows has nothing to do
         share = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_N) * BLOCK_N
@@ -74,17 +85,23 @@ def _kernel():
         mixed = tl.zeros([M, BLOCK_D], tl.float32)
         if OWN:  # noqa: SIM102 (decided when the kernel is compiled)
             if split == 0:  # the new key: scored here, then stored for the steps to come
-                new_k = tl.load(
-                    k_new + tile.to(tl.int64) * stride_k + g * D + d, mask=in_d, other=0.0
-                )
-                new_v = tl.load(
-                    v_new + tile.to(tl.int64) * stride_v + g * D + d, mask=in_d, other=0.0
-                )
-                slot = base + tl.minimum(n, S - 1).to(tl.int64) * D + d
-                tl.store(k + slot, new_k, mask=in_d)
-                tl.store(v + slot, new_v, mask=in_d)
+                slot = base + tl.minimum(n, S - 1).to(tl.int64)
+                new_at = k_new + tile.to(tl.int64) * stride_k + g * D
+                new_k = tl.load(new_at + LATENT + d, mask=in_d, other=0.0)
+                tl.store(k + slot * D + LATENT + d, new_k, mask=in_d)
                 products = queries.to(tl.float32) * new_k.to(tl.float32)[None, :]
-                top = tl.sum(products, axis=1) * scale
+                top = tl.sum(products, axis=1)
+                new_v = new_k
+                if LATENT:
+                    first_k = tl.load(new_at + e, mask=in_e, other=0.0)
+                    tl.store(k + slot * D + e, first_k, mask=in_e)
+                    products = first_queries.to(tl.float32) * first_k.to(tl.float32)[None, :]
+                    top += tl.sum(products, axis=1)
+                else:
+                    new_at = v_new + tile.to(tl.int64) * stride_v + g * E
+                    new_v = tl.load(new_at + d, mask=d < E, other=0.0)
+                    tl.store(v + slot * E + d, new_v, mask=d < E)
+                top = top * scale
                 if CAP:
                     top = cap * (2.0 * tl.sigmoid(2.0 * top / cap) - 1.0)  # tanh
                 total += 1.0
@@ -92,9 +109,15 @@ def _kernel():
         for start in range(low, high, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             there = column < high
-            k_at = k + base + column[None, :].to(tl.int64) * D + d[:, None]
-            block = tl.load(k_at, mask=there[None, :] & in_d[:, None], other=0.0)
-            scores = tl.dot(queries, block, input_precision="ieee") * scale
+            k_at = k + (base + column[None, :].to(tl.int64)) * D
+            block = tl.load(
+                k_at + LATENT + d[:, None], mask=there[None, :] & in_d[:, None], other=0.0
+            )
+            scores = tl.dot(queries, block, input_precision="ieee")
+            if LATENT:
+                part = tl.load(k_at + e[:, None], mask=there[None, :] & in_e[:, None], other=0.0)
+                scores += tl.dot(first_queries, part, input_precision="ieee")
+            scores = scores * scale
             if CAP:
                 scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
             seen = there[None, :]
@@ -106,8 +129,11 @@ def _kernel():
             fade = tl.exp2(top - finite)
             weights = tl.exp2(scores - finite[:, None])
             total = total * fade + tl.sum(weights, axis=1)
-            v_at = v + base + column[:, None].to(tl.int64) * D + d[None, :]
-            block = tl.load(v_at, mask=there[:, None] & in_d[None, :], other=0.0)
+            if LATENT:
+                block = tl.trans(block)
+            else:
+                v_at = v + (base + column[:, None].to(tl.int64)) * E + d[None, :]
+                block = tl.load(v_at, mask=there[:, None] & (d < E)[None, :], other=0.0)
             mixed = mixed * fade[:, None]
             mixed += tl.dot(weights.to(block.dtype), block, input_precision="ieee")
             top = new_top
@@ -115,43 +141,57 @@ def _kernel():
         divisor = tl.where(seen_any, total, 1.0)
         at = (split * B + row.to(tl.int64)) * H + head
         tl.store(lse + at, tl.where(seen_any, top + tl.log2(divisor), float("-inf")), mask=real)
-        out_at = out + at[:, None] * D + d[None, :]
-        tl.store(out_at, mixed / divisor[:, None], mask=real[:, None] & in_d[None, :])
+        out_at = out + at[:, None] * E + d[None, :]
+        tl.store(out_at, mixed / divisor[:, None], mask=real[:, None] & (d < E)[None, :])
 
     return attend
 
 
-def _splits(tiles: int, G: int, length: int) -> int:
-    """Parts into which the keys are cut, so that few rows still occupy the whole GPU."""
-    return max(1, min(PROGRAMS // (tiles * G), MAX_SPLITS, -(-length // 64)))
+def _splits(tiles: int, heads: int, length: int) -> int:
+    """Parts into which the keys are cut, so that few rows still occupy the whole GPU; heads:
+    programs that each tile has beside."""
+    return max(1, min(PROGRAMS // (tiles * heads), MAX_SPLITS, -(-length // 64)))
 
 
-def _launch(own, n_tiles, q, new, k, v, lengths, tiles, first, out, lse, splits, M, scale, softcap):
+def _power_of_2(n: int) -> int:
+    """At least n, and at least 16, as tl.dot wants it."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _heads(R: int, E: int) -> tuple[int, int]:
+    """Query heads of a key head that one program takes, and how many such groups they are."""
+    heads = R if E <= WIDE else min(R, 16)
+    return heads, -(-R // heads)
+
+
+def _launch(own, n_tiles, q, new, k, v, lengths, tiles, first, out, lse, splits, scale, softcap):
     """One call of the kernel; its own arguments, which say themselves what they are."""
-    B, H, D = q.shape
-    G, S = k.shape[1:3]
-    block_d = max(16, 1 << (D - 1).bit_length())
+    (B, H, D), E = q.shape, new[1].shape[-1]
+    (G, S), latent = k.shape[1:3], D - E if v is None else 0
+    (heads, groups), rows = _heads(H // G, E), 1 if own else tiles.shape[1] - 1
+    block_d = _power_of_2(D - latent)
     block_n = max(16, min(128, BLOCK_BYTES // (block_d * q.element_size())))
-    _kernel()[(n_tiles, G, splits)](
-        q, *new, k, v, lengths, tiles, first, out, lse,
+    _kernel()[(n_tiles, G * groups, splits)](
+        q, *new, k, k if v is None else v, lengths, tiles, first, out, lse,
         q.stride(0), new[0].stride(0), new[1].stride(0),
         S, H, G, B, tiles.shape[1], scale * LOG2_E, softcap * LOG2_E,
-        R=H // G, D=D, BLOCK_D=block_d, M=M, BLOCK_N=block_n, SPLITS=splits, OWN=own,
-        WINDOW=first is not None, CAP=softcap > 0, num_warps=WARPS, num_stages=STAGES,
+        R=H // G, HEADS=heads, GROUPS=groups, D=D, E=E, LATENT=latent, BLOCK_D=block_d,
+        BLOCK_L=_power_of_2(latent), M=_power_of_2(heads * rows), BLOCK_N=block_n, SPLITS=splits,
+        OWN=own, WINDOW=first is not None, CAP=softcap > 0, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
 
 def plan_tiles(
-    row_prompt: Sequence[int] | np.ndarray, N: int, R: int, dtype: torch.dtype
+    row_prompt: Sequence[int] | np.ndarray, N: int, R: int, dtype: torch.dtype, E: int = 0
 ) -> torch.Tensor:
     """[n, 1 + rows] int32: a prompt and rows that continue it, -1 where there is none.
 
     row_prompt: the prompt, of N, that each of B rows continues; R: query heads for each key head.
-    Every row is in exactly one tile; the shape depends on B, N, R and dtype alone.
+    E: the values' width. Every row is in exactly one tile; the shape depends on the rest alone.
     """
     B = len(row_prompt)
     many = R * B > 16 * N and dtype != torch.float32  # float32 has no tensor cores to fill
-    width = max(1, (MANY_QUERIES if many else 16) // R)
+    width = max(1, (MANY_QUERIES if many and E <= WIDE else 16) // R)
     tiles = np.full((min(B, B // width + N), 1 + width), -1, dtype=np.int32)
     tiles[:, 0] = 0
     rows_of = {}
@@ -165,12 +205,12 @@ def plan_tiles(
     return torch.from_numpy(tiles)
 
 
-def decode_attention(  # one step's tensors, and the terms that model.attend has as well
+def decode_attention(  # one step's tensors, and the terms that attention.attend has as well
     q: torch.Tensor,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    own: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    prompts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    own: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
+    prompts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
     row_prompt: torch.Tensor,
     tiles: torch.Tensor,
     read_limit: int,
@@ -183,8 +223,9 @@ def decode_attention(  # one step's tensors, and the terms that model.attend has
 
     q [B, H, D]; k_new, v_new [B, G, D]; own: k, v [B, G, S, D] and lengths [B], of which so many
     are filled; prompts: the same [N, G, P, D] and [N]; row_prompt [B]: each row's; tiles:
-    plan_tiles(row_prompt). read_limit: an upper bound of the rows' lengths + 1 (torch only).
-    window, softcap, scale: as in model.attend. Returns parts [X, B, H, D] and the base-2
+    plan_tiles(row_prompt). v, and v_new, may have another width E <= D; v None: the last E channels
+    of k, and v_new of k_new. read_limit: an upper bound of the rows' lengths + 1 (torch only).
+    window, softcap, scale: as in attention.attend. Returns parts [X, B, H, E] and the base-2
     log-sum-exp of their scores [X, B, H], both float32, for `merge_parts`.
     """
     if not q.is_cuda:
@@ -204,10 +245,10 @@ def _decode_triton(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     lengths: torch.Tensor,
     prompt_k: torch.Tensor,
-    prompt_v: torch.Tensor,
+    prompt_v: torch.Tensor | None,
     prompt_lengths: torch.Tensor,
     row_prompt: torch.Tensor,
     tiles: torch.Tensor,
@@ -217,34 +258,33 @@ def _decode_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes k, v in place. Compiled, it is an operator, whose schema knows tensors and numbers
     only: hence so many. window, softcap 0: none."""
-    B, R = len(q), q.shape[1] // k.shape[1]
     q, k_new, v_new = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k_new, v_new))
-    n_own, n_prompt = _parts(q, k, prompt_k, tiles)
-    out, lse = _empty(q, n_own + n_prompt)
+    n_own, n_prompt = _parts(q, k, prompt_k, tiles, v_new)
+    out, lse = _empty(q, v_new, n_own + n_prompt)
     first = lengths - (window - 1) if window else None
-    M = max(16, 1 << (R - 1).bit_length())
     new = (k_new, v_new)
-    _launch(True, B, q, new, k, v, lengths, tiles, first, out, lse, n_own, M, scale, softcap)
+    _launch(True, len(q), q, new, k, v, lengths, tiles, first, out, lse, n_own, scale, softcap)
     if n_prompt:
         if first is not None:
             first = first + prompt_lengths[row_prompt]
-        M = max(16, 1 << (R * (tiles.shape[1] - 1) - 1).bit_length())
         _launch(
             False, len(tiles), q, new, prompt_k, prompt_v, prompt_lengths, tiles, first,
-            out[n_own:], lse[n_own:], n_prompt, M, scale, softcap,
+            out[n_own:], lse[n_own:], n_prompt, scale, softcap,
         )  # fmt: skip
     return out, lse
 
 
-def _parts(q, k, prompt_k, tiles):
+def _parts(q, k, prompt_k, tiles, v_new):
     """Parts of a row's own keys and of its prompt's."""
     G, S, P = k.shape[1], k.shape[2], prompt_k.shape[2]
-    return _splits(len(q), G, S), _splits(len(tiles), G, P) if P else 0
+    programs = G * _heads(q.shape[1] // G, v_new.shape[-1])[1]
+    return _splits(len(q), programs, S), _splits(len(tiles), programs, P) if P else 0
 
 
-def _empty(q, parts):
-    out = q.new_empty((parts, *q.shape), dtype=torch.float32)
-    return out, q.new_empty((parts, *q.shape[:2]), dtype=torch.float32)
+def _empty(q, v_new, parts):
+    shape = (parts, *q.shape[:2])
+    out = q.new_empty((*shape, v_new.shape[-1]), dtype=torch.float32)
+    return out, q.new_empty(shape, dtype=torch.float32)
 
 
 _operator = torch.library.custom_op("roseval::decode_attention", mutates_args=("k", "v"))(
@@ -254,7 +294,7 @@ _operator = torch.library.custom_op("roseval::decode_attention", mutates_args=("
 
 @_operator.register_fake
 def _(q, k_new, v_new, k, v, lengths, prompt_k, pv, pl, rp, tiles, window, softcap, scale):
-    return _empty(q, sum(_parts(q, k, prompt_k, tiles)))
+    return _empty(q, v_new, sum(_parts(q, k, prompt_k, tiles, v_new)))
 
 
 def _decode_torch(
@@ -265,7 +305,11 @@ def _decode_torch(
     (B, H, D), G = q.shape, k.shape[1]
     rows = torch.arange(B, device=q.device)
     slots = lengths.clamp(max=k.shape[2] - 1)
-    k[rows, :, slots], v[rows, :, slots] = k_new, v_new
+    k[rows, :, slots], E = k_new, v_new.shape[-1]
+    if v is None:
+        v, prompt_v = k[..., D - E :], prompt_k[..., D - E :]
+    else:
+        v[rows, :, slots] = v_new
     k, v = k[:, :, :read_limit], v[:, :, :read_limit]
     P, before = prompt_k.shape[2], prompt_lengths[row_prompt][:, None]
     key = torch.arange(P + k.shape[2], device=q.device)
@@ -288,11 +332,11 @@ def _decode_torch(
         out = scores.softmax(-1) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    return out.reshape(1, B, H, D).float(), q.new_zeros((1, B, H), dtype=torch.float32)
+    return out.reshape(1, B, H, E).float(), q.new_zeros((1, B, H), dtype=torch.float32)
 
 
 def merge_parts(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Attention [B, H, D], float32, from that over disjoint keys [X, B, H, D] and base-2 lse."""
+    """Attention [B, H, E], float32, from that over disjoint keys [X, B, H, E] and base-2 lse."""
     if len(out) == 1:
         return out[0]
     share = torch.exp2(lse - lse.amax(dim=0))

@@ -8,9 +8,9 @@ Eager PyTorch makes two to fourteen passes of each, casts to and from float32 am
 inductor fuses them as well as these do. So they serve whatever runs too short, or in too many
 shapes, to be compiled: choice questions, few prompts, a first result in seconds. Arithmetic is
 float32 and rounded where PyTorch rounds; every row is computed alone and in a fixed order, so that
-bits do not depend on its neighbours. model.py and rotary.py hold the plain twins, and ask `applies`
-first. On an H100, 16,384 rows of a 7B (benchmarks/elementwise.py): norm and cast 0.41 -> 0.16 ms,
-rotary of q and k 2.6 -> 0.21, gated SiLU 1.0 -> 0.39.
+bits do not depend on its neighbours. model.py and rotary.py hold plain twins, and ask `applies`
+first; `activate` does it for the MLPs. On an H100, 16,384 rows of a 7B (benchmarks/elementwise.py):
+norm and cast 0.41 -> 0.16 ms, rotary of q and k 2.6 -> 0.21, gated SiLU 1.0 -> 0.39.
 
 Shapes: B sequences, T tokens, C d_model, H heads, D head_dim, R rotary channels, F d_ff
 """
@@ -18,9 +18,17 @@ Shapes: B sequences, T tokens, C d_model, H heads, D head_dim, R rotary channels
 import functools
 
 import torch
+from torch.nn import functional
 
 # by their numbers in the kernel; what is not here stays with PyTorch
 ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu": 2, "relu": 3}
+PLAIN = {
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
 COLUMNS = 1024  # of a gated row that one program takes
 MAX_WIDTH = 16384  # of a norm whose row one program holds in registers
 
@@ -34,6 +42,16 @@ def applies(x: torch.Tensor, dtype: torch.dtype) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
+
+
+def activate(h: torch.Tensor, activation: str, is_gated: bool) -> torch.Tensor:
+    """activation(gate) * up of h [..., 2F], gate first, or activation(h): [..., F]."""
+    if not is_gated:
+        return PLAIN[activation](h)
+    if activation in ACTIVATIONS and applies(h, h.dtype):
+        return gated(h, activation)
+    gate, up = h.chunk(2, dim=-1)
+    return PLAIN[activation](gate) * up
 
 
 # The Triton kernels are built on first use: there is no Triton where there is no GPU

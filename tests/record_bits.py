@@ -36,7 +36,7 @@ def make_fixtures(root: Path) -> None:
     config = {k: v for k, v in model.config.to_dict().items() if k in ROSETRAINER}
     (root / "old").mkdir()
     torch.save({"model": model.state_dict(), "step": 5, "config": config}, root / "old/a.pt")
-    save_mixtral(root / "mixtral")
+    save_phimoe(root / "phimoe")
     text = "def f(x):\n    return x + 1\n" * 9
     (root / "a.txt").write_text(text)
     (root / "b.txt").write_text("naïve café — 数据 🙂\n" * 7)
@@ -58,12 +58,12 @@ def make_fixtures(root: Path) -> None:
 ROSETRAINER = set(list(GPTConfig.__dataclass_fields__)[:8])
 
 
-def save_mixtral(folder: Path) -> None:
+def save_phimoe(folder: Path) -> None:
     """A model that only transformers runs today."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import PhimoeConfig, PhimoeForCausalLM
 
     torch.manual_seed(0)
-    config = MixtralConfig(
+    config = PhimoeConfig(
         vocab_size=257,
         hidden_size=32,
         intermediate_size=32,
@@ -73,7 +73,7 @@ def save_mixtral(folder: Path) -> None:
         num_local_experts=2,
         max_position_embeddings=256,
     )
-    MixtralForCausalLM(config).save_pretrained(folder)
+    PhimoeForCausalLM(config).save_pretrained(folder)
 
 
 EVAL = ["--seq-len", "32", "--batch-size", "4", "--tokenizer-name", "byte"]
@@ -93,7 +93,7 @@ CASES = {  # name: (script, flags)
         "eval.py",
         ["--checkpoint-path", "{r}/old/a.pt", *SHARD, *EVAL, "--windows", "random", "--bf16"],
     ),
-    "eval transformers": ("eval.py", ["--checkpoint-path", "{r}/mixtral", *SHARD, *EVAL]),
+    "eval transformers": ("eval.py", ["--checkpoint-path", "{r}/phimoe", *SHARD, *EVAL]),
     "mmlu both": (
         "mmlu_eval.py",
         [
@@ -111,7 +111,7 @@ CASES = {  # name: (script, flags)
     ),
     "mmlu transformers": (
         "mmlu_eval.py",
-        ["--checkpoint-path", "{r}/mixtral", *MMLU, "--num-few-shot", "1"],
+        ["--checkpoint-path", "{r}/phimoe", *MMLU, "--num-few-shot", "1"],
     ),
     "humaneval greedy": (
         "humaneval_eval.py",
@@ -127,7 +127,7 @@ CASES = {  # name: (script, flags)
     "humaneval transformers": (
         "humaneval_eval.py",
         [
-            *("--checkpoint-path", "{r}/mixtral", *PROGRAMS, "--num-samples", "2"),
+            *("--checkpoint-path", "{r}/phimoe", *PROGRAMS, "--num-samples", "2"),
             *("--temperature", "0.8"),
         ],
     ),

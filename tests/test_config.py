@@ -14,6 +14,7 @@ from hf_convert import config_to_hf
 LLAMA = dict(norm="rmsnorm", position="rope", gated_mlp=True, bias=False, activation="silu")
 SIZES = dict(vocab_size=97, max_position_embeddings=64, n_layers=3, n_heads=4, d_model=64, d_ff=96)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+EXPERTS = {"n_experts": 4, "n_experts_per_token": 2}
 ROUND_TRIPS = {
     "gpt2": GPTConfig(**SIZES, activation="gelu_new"),
     "gpt2 erf untied": GPTConfig(**SIZES, activation="gelu", tie_embeddings=False, dropout=0.0),
@@ -25,7 +26,9 @@ ROUND_TRIPS = {
         **SIZES, **LLAMA, qkv_bias=True, sliding_window=8, full_attention_layers=(0,)
     ),
     "qwen3": GPTConfig(**SIZES, **LLAMA, qk_norm=True, head_dim=32, tie_embeddings=False),
-    "mixtral": GPTConfig(**SIZES, **LLAMA, n_experts=4, n_experts_per_token=2),
+    "mixtral": GPTConfig(
+        **SIZES, **LLAMA, n_experts=4, n_experts_per_token=2, router_norm=True, router_loss=0.1
+    ),
 }
 NO_HUGGING_FACE_FORM = {
     "gpt2 without biases": GPTConfig(**SIZES, bias=False),
@@ -144,6 +147,25 @@ def test_gpt2_attention_variants_are_refused():
         ({"norm": "batchnorm"}, "norm must be one of"),
         ({"position": "alibi"}, "position must be one of"),
         ({"n_experts": 4}, "n_experts_per_token 0 must lie in 1..4"),
+        (EXPERTS | {"n_experts_per_token": 5}, "n_experts_per_token 5 must lie in 1..4"),
+        (EXPERTS | {"mlp_bias": True}, "mlp_bias must be false: experts have no biases"),
+        (EXPERTS | {"n_expert_groups": 3}, "4 experts must divide into n_expert_groups 3"),
+        (EXPERTS | {"n_expert_groups_per_token": 2}, "n_expert_groups 1, of which"),
+        (EXPERTS | {"n_expert_groups": 4}, "1 groups of 1 experts are fewer than n_experts_per_t"),
+        (
+            EXPERTS
+            | {"n_expert_groups": 4, "n_expert_groups_per_token": 2, "expert_group_score": "top2"},
+            "top2 needs groups of two",
+        ),
+        (EXPERTS | {"expert_group_score": "sum"}, "expert_group_score must be one of"),
+        (EXPERTS | {"router_score": "relu"}, "router_score must be one of"),
+        (EXPERTS | {"router_scale": 0}, "router_scale must be positive"),
+        (EXPERTS | {"router_loss": -1}, "router_loss must be 0 or more"),
+        (EXPERTS | {"shared_gate": True}, "shared_gate needs a shared expert"),
+        (EXPERTS | {"dense_layers": [0.5]}, "dense_layers must be layer numbers"),
+        ({"d_ff_shared": 8}, "d_ff_shared needs experts: n_experts is 0"),
+        ({"router_norm": True}, "router_norm needs experts"),
+        ({"d_ff_expert": 8}, "d_ff_expert needs experts"),
     ],
 )
 def test_bad_fields(fields, match):

@@ -1,37 +1,34 @@
 """Every family beside GPT-2's and Llama's against transformers' own eager model, from its files."""
 
-import copy
-import json
-
 import numpy as np
 import pytest
 import torch
+from family_checks import (
+    IDS,
+    SIZES,
+    T,
+    V,
+    biases_of_choices,
+    check_caches,
+    check_logits,
+    check_padded_logits,
+    check_saved,
+    make_pair,
+    tolerance,
+)
 
 import checkpoint
 from backends.continuations import Continuations, plan_batches, score_continuations
-from backends.kvcache import DecodeCache, PrefixCache
 from config import GPTConfig, config_from_hf
 from distributed import Dist
 from formats import naming, stored
 from hf_config import UnsupportedArchitecture
+from hf_convert import FAMILIES as ALL_FAMILIES
 from hf_families import FAMILIES
 from model import GPTModel
 
 transformers = pytest.importorskip("transformers")
 
-V, T = 97, 40
-SIZES = dict(
-    vocab_size=V,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
-)
 WIDE = dict(head_dim=32)
 BIASED = dict(attention_bias=True)
 TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
@@ -137,7 +134,6 @@ NAMES = [(name, i) for name, cases in CASES.items() for i in range(len(cases))]
 # What has no feature of its own is written as a family that is simpler
 SIMPLER = {("phi3", 0): "llama", ("glm", 1): "llama", ("granite", 0): "llama"}
 SIMPLER |= {("seed_oss", 0): "glm", ("ernie4_5", 0): "llama", ("ernie4_5", 1): "smollm3"}
-IDS = torch.randint(0, V, (3, T), generator=torch.Generator().manual_seed(0))
 
 
 def test_every_family_is_compared():
@@ -151,18 +147,9 @@ def pairs(tmp_path_factory):
 
     def pair(name, i):
         if (name, i) not in made:
-            case = copy.deepcopy(CASES[name][i])  # transformers writes into it
-            config = transformers.AutoConfig.for_model(name, **(SIZES | case))
-            torch.manual_seed(1)
-            theirs = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager"
-            ).eval()
-            with torch.no_grad():
-                for p in theirs.parameters():
-                    p.add_(torch.randn_like(p) * 0.12)
             folder = tmp_path_factory.mktemp(f"{name}-{i}")
-            theirs.save_pretrained(folder)
-            made[name, i] = theirs, folder, checkpoint.load_model(folder, "float32")
+            theirs, ours = make_pair(name, CASES[name][i], folder)
+            made[name, i] = theirs, folder, ours
         return made[name, i]
 
     return pair
@@ -175,107 +162,48 @@ def make_llama():
     return GPTModel(GPTConfig(**sizes, **rest, bias=False, activation="silu")).eval()
 
 
-def tolerance(logits):
-    return 1e-5 * max(1.0, logits.std().item())
-
-
 @pytest.mark.parametrize("name, i", NAMES)
-@torch.no_grad()
 def test_logits(pairs, name, i):
     theirs, _, ours = pairs(name, i)
-    assert isinstance(ours, GPTModel)
-    wanted = theirs(IDS).logits
-    assert 0.1 < wanted.std() < 30, "logits of order 1, or the comparison says little"
-    assert (ours(IDS)[0] - wanted).abs().max() <= tolerance(wanted)
-    nats = ours.nll(ours.hidden(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-    logprobs = wanted[:, :-1].log_softmax(-1).flatten(0, 1)
-    assert (nats + logprobs.gather(1, IDS[:, 1:].reshape(-1, 1))[:, 0]).abs().max() < 1e-4
+    check_logits(theirs, ours)
 
 
 @pytest.mark.parametrize("name, i", NAMES)
 @pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
 def test_padded_logits(pairs, name, i, side):
     theirs, _, ours = pairs(name, i)
-    real = torch.ones(3, T, dtype=torch.int64)
-    for row, count in enumerate((0, 5, 17)):
-        real[row, slice(None, count) if side == "left" else slice(T - count, None)] = 0
-    positions = torch.arange(T).expand(3, T)  # ours count from the row's start, padding included
-    wanted = theirs(IDS, attention_mask=real, position_ids=positions).logits
-    difference = (ours(IDS, attention_mask=real)[0] - wanted)[real.bool()]
-    assert difference.abs().max() <= tolerance(wanted)
+    check_padded_logits(theirs, ours, side)
 
 
 @pytest.mark.parametrize("name, i", NAMES)
-@torch.no_grad()
 def test_logits_through_every_cache(pairs, name, i):
-    """Prompts of several lengths prefilled, then decoded; and rows after a shared prefix."""
     theirs, _, ours = pairs(name, i)
-    wanted, lengths, steps = theirs(IDS).logits, [21, 5, 13], 12
-    decode = DecodeCache(ours, n_prompts=3, prompt_len=21, n_rows=3, max_len=steps, longest=T)
-    filling = decode.filling([0, 1, 2], lengths)
-    hidden = ours.hidden(IDS[:, :21], cache=filling)
-    assert (ours.logits(hidden) - wanted[:, :21]).abs().max() <= tolerance(wanted)
-    decode.assign([0, 1, 2])
-    for step in range(steps):
-        at = torch.tensor(lengths)[:, None] + step
-        got = ours.logits(ours.hidden(IDS.gather(1, at), cache=decode))
-        want = wanted.gather(1, at[..., None].expand(3, 1, V))
-        assert (got - want).abs().max() <= 2 * tolerance(wanted), step
-        decode.advance(torch.ones(3, dtype=torch.int32))
-    rows = torch.cat((IDS[:1, :11].expand(3, -1), IDS[:, 11:]), dim=1)
-    wanted = theirs(rows).logits
-    prefix = PrefixCache(ours, 11, longest=T)
-    ours.hidden(rows[:1, :11], cache=prefix.filling())
-    got = ours.logits(ours.hidden(rows[:, 11:], cache=prefix))
-    assert (got - wanted[:, 11:]).abs().max() <= tolerance(wanted)
+    check_caches(theirs, ours)
 
 
 @pytest.mark.parametrize("name, i", NAMES)
-@torch.no_grad()
 def test_saved_and_loaded_by_transformers_bit_for_bit(pairs, name, i, tmp_path):
     theirs, _, ours = pairs(name, i)
-    checkpoint.write_weights(ours, ours.config, tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    again, names = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(names.values()), names
-    logits = theirs(IDS).logits
-    assert (again(IDS).logits - logits).abs().max() <= tolerance(logits)
-    state, wanted = again.state_dict(), theirs.state_dict()
-    if (name, i) in SIMPLER:
-        assert values["model_type"] == SIMPLER[name, i]
-    else:
-        assert values["model_type"] == name and state.keys() == wanted.keys()
-        assert all(torch.equal(state[key], wanted[key]) for key in wanted)
-    ckpt = checkpoint.open(tmp_path)
-    assert ckpt.config == ours.config
-    loaded = ckpt.load("float32")
-    for (key, p), (_, q) in zip(loaded.named_parameters(), ours.named_parameters(), strict=True):
-        assert torch.equal(p, q), key
-    # config.json as transformers itself writes it again, and without our own fields
-    again.config.save_pretrained(tmp_path / "theirs")
-    theirs_again = json.loads((tmp_path / "theirs/config.json").read_text())
-    theirs_again.pop("roseval", None)
-    assert GPTConfig.from_json(theirs_again, "theirs") == ours.config
-    del values["roseval"]
-    assert GPTConfig.from_json(values, "ours") == ours.config
+    check_saved(theirs, ours, tmp_path, SIMPLER.get((name, i)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_defaults_of_the_class(name):
     """What a file does not say is what transformers' class makes of its absence."""
-    theirs = transformers.AutoConfig.for_model(name)
-    assert config_from_hf({"model_type": name}) == config_from_hf(theirs.to_dict())
+    said = {"head_dim": 128} if name == "glm4_moe" else {}  # its width is no multiple of its heads
+    said |= {"num_experts_per_tok": 6} if name == "deepseek_v2" else {}  # its class's is none
+    theirs = transformers.AutoConfig.for_model(name, **said)
+    config = config_from_hf({"model_type": name} | said)
+    assert config == config_from_hf(theirs.to_dict())
     # without which transformers cannot make the models of these
     if name == "hunyuan_v1_dense":
         theirs.head_dim = theirs.hidden_size // theirs.num_attention_heads
-    if name == "nemotron":
+    if name in ("nemotron", "deepseek_v2"):
         theirs.num_key_value_heads = theirs.num_attention_heads
     with torch.device("meta"):
-        wanted = transformers.AutoModelForCausalLM.from_config(theirs).num_parameters()
-    ours = GPTModel.on_meta(config_from_hf({"model_type": name}))
+        theirs = transformers.AutoModelForCausalLM.from_config(theirs)
+    wanted = theirs.num_parameters() + sum(b.numel() for b in biases_of_choices(theirs).values())
+    ours = GPTModel.on_meta(config)
     assert sum(p.numel() for p in ours.parameters()) == wanted
 
 

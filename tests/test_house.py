@@ -21,14 +21,17 @@ FLOORS = [
     "packed",
     "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
     "tasks/answers",
-    "cli identity hf_convert chat_templates formats/pickles formats/gguf_file formats/vocabularies",
+    "cli identity hf_mixtures chat_templates formats/pickles formats/gguf_file "
+    "formats/vocabularies",
+    "hf_convert",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention gpu_kernels/elementwise sandbox/kinds sandbox/frames costs/gpus "
-    "backends",
-    "formats rotary",
+    "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
+    "sandbox/frames costs/gpus backends",
+    "formats rotary mlp norms",
+    "attention",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/formulas costs/flops costs/memory costs/time "
+    "sandbox/judge costs/formulas costs/symbols costs/flops costs/memory costs/time "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
@@ -52,7 +55,9 @@ FLOORS = [
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
-NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
+NO_TORCH += (
+    " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time tasks/programs"
+)
 NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
 NO_TORCH += " gsm8k_eval tasks/chat formats/adapter_config"
 # Names that packages have which users may have installed: a file or folder of that name would
@@ -65,12 +70,12 @@ OUR_SHADOWS = {"train"}  # no package of that name is known
 # What may be larger than usual, and why.
 LONG_FILES: dict[str, str] = {
     "dataset": "streams, their windows, and rosetrainer's datasets for code written against them",
-    "model": "the whole model, for all that write and read it; a quarter is docstrings and hints",
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "gpu_kernels/decode_attention._kernel": "one Triton kernel: it cannot be cut",
 }
 MANY_PARAMETERS: dict[str, str] = {
+    "attention.attend": "the terms of attention itself",
     "backends/engine.generate": "a job's terms, each with a default",
     "backends/scoring.score_windows": "a pass and what it is counted by; train.py calls it too",
     "formats/native.save_checkpoint": "rosetrainer's signature and what was added with defaults",
@@ -79,7 +84,6 @@ MANY_PARAMETERS: dict[str, str] = {
     "gpu_kernels/decode_attention._decode_triton": "an operator's schema knows tensors alone",
     "gpu_kernels/decode_attention._launch": "a Triton kernel's arguments",
     "gpu_kernels/decode_attention.decode_attention": "one step's tensors, and attention's terms",
-    "model.attend": "the terms of attention itself",
     "results.new_record": "the fields of a record, by name",
 }
 LINES, FUNCTION_LINES, PARAMETERS = 450, 60, 8

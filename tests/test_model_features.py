@@ -61,7 +61,7 @@ class Plain:
             theta = c.local_rope_theta
         elif c.rope_scaling is not None:
             slower = c.rope_scaling["factor"]
-        R = int(c.head_dim * c.rotary_fraction)
+        R = c.qk_rope_head_dim or int(c.head_dim * c.rotary_fraction)
         if c.position != "rope" or layer in c.no_rope_layers:
             return x
         for i in range(R // 2):
@@ -93,9 +93,32 @@ class Plain:
                 q, k = self.turn(q, layer, position), self.turn(k, layer, position)
         return q, k, v
 
+    def from_latents(self, x, layer, position):
+        """Queries and keys of each head [rope; nope], and values, of what is compressed of x."""
+        c, attn = self.c, f"blocks.{layer}.attn"
+
+        def down(which):
+            return self.linear(x, f"{attn}.{which}_down_proj")
+
+        def normed(low, which):
+            low = low / (low.pow(2).mean() + 1e-6).sqrt()
+            w = self.w.get(f"{attn}.{which}_down_norm.weight")
+            return low if w is None else low * (w + 1 if c.norm_offset else w)
+
+        if c.q_lora_rank is None:
+            q = self.linear(x, f"{attn}.q_proj")
+        else:
+            q = self.linear(normed(down("q"), "q"), f"{attn}.q_up_proj")
+        turned, low = down("kv").split([c.qk_rope_head_dim, c.kv_lora_rank])
+        made = self.linear(normed(low, "kv"), f"{attn}.kv_up_proj").view(c.n_heads, -1)
+        q = self.turn(q.view(c.n_heads, -1), layer, position)
+        k = [torch.cat((turned, head[: c.qk_nope_head_dim])) for head in made]
+        return q, self.turn(torch.stack(k), layer, position), made[:, c.qk_nope_head_dim :]
+
     def attention(self, xs, layer):
         c, out = self.c, []
-        made = [self.query_key_value(x, layer, t) for t, x in enumerate(xs)]
+        make = self.query_key_value if c.kv_lora_rank is None else self.from_latents
+        made = [make(x, layer, t) for t, x in enumerate(xs)]
         window = len(xs) if layer in c.full_attention_layers else c.sliding_window or len(xs)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         for t in range(len(xs)):
@@ -110,14 +133,48 @@ class Plain:
             out.append(self.linear(torch.cat(heads), f"blocks.{layer}.attn.out_proj"))
         return out
 
-    def mlp(self, x, layer):
-        h = self.linear(x, f"blocks.{layer}.mlp.fc1")
-        if self.c.gated_mlp:
-            gate, up = h.chunk(2)
-            h = self.act(gate) * up
-        else:
-            h = self.act(h)
-        return self.linear(h, f"blocks.{layer}.mlp.fc2")
+    def mlp(self, x, name, expert=None):
+        """expert: which of the matrices that are stacked."""
+        fc1, fc2 = (self.w[f"{name}.{fc}.weight"] for fc in ("fc1", "fc2"))
+        if expert is not None:
+            return fc2[expert] @ self.act_of(fc1[expert] @ x)
+        return self.linear(self.act_of(self.linear(x, f"{name}.fc1")), f"{name}.fc2")
+
+    def act_of(self, h):
+        if not self.c.gated_mlp:
+            return self.act(h)
+        gate, up = h.chunk(2)
+        return self.act(gate) * up
+
+    def mixture(self, x, name):
+        """Experts one by one, chosen by sorting."""
+        c, E = self.c, self.c.n_experts
+        logits = self.linear(x, f"{name}.router")
+        scores = logits.sigmoid() if c.router_score == "sigmoid" else logits.softmax(0)
+        choice = scores + self.w.get(f"{name}.router.choice_bias", 0)
+        size = E // c.n_expert_groups
+        best = 2 if c.expert_group_score == "top2" and c.n_expert_groups > 1 else 1
+        of_groups = [
+            sum(sorted(choice[g * size : (g + 1) * size].tolist())[-best:])
+            for g in range(c.n_expert_groups)
+        ]
+        kept = sorted(range(c.n_expert_groups), key=lambda g: -of_groups[g])
+        kept = kept[: c.n_expert_groups_per_token]
+        chosen = sorted((e for e in range(E) if e // size in kept), key=lambda e: -choice[e])
+        chosen = chosen[: c.n_experts_per_token]
+        total = sum(scores[e] for e in chosen) if c.router_norm else 1
+        y = sum(
+            scores[e] / total * c.router_scale * self.mlp(x, f"{name}.experts", e) for e in chosen
+        )
+        if c.d_ff_shared:
+            gate = self.linear(x, f"{name}.shared_gate").sigmoid() if c.shared_gate else 1
+            y = y + gate * self.mlp(x, f"{name}.shared")
+        return y
+
+    def branch(self, x, layer):
+        name = f"blocks.{layer}.mlp"
+        dense = self.c.n_experts == 0 or layer in self.c.dense_layers
+        return self.mlp(x, name) if dense else self.mixture(x, name)
 
     def logits(self, ids):
         c = self.c
@@ -134,7 +191,7 @@ class Plain:
             if not c.shared_norm:
                 source = xs if c.parallel_residual else after
                 read = [self.stream(x, f"{name}.ln2", c.pre_norm) for x in source]
-            ys = [self.stream(self.mlp(x, layer), f"{name}.ln2_post", c.post_norm) for x in read]
+            ys = [self.stream(self.branch(x, layer), f"{name}.ln2_post", c.post_norm) for x in read]
             xs = [x + c.residual_scale * y for x, y in zip(after, ys)]
         hidden = torch.stack([self.stream(x, "ln_f") for x in xs])
         logits = hidden @ self.w["lm_head.weight"].T * c.logit_scale
@@ -152,6 +209,33 @@ class Plain:
 
 
 @st.composite
+def mixtures(draw):
+    """Fields of a mixture of experts, two times of three."""
+    if draw(st.sampled_from([True, False, False])):
+        return dict(mlp_bias=draw(st.booleans()))
+    groups, size = draw(st.integers(1, 3)), draw(st.integers(2, 3))
+    kept = draw(st.integers(1, groups))
+    shared = draw(st.sampled_from([0, 7]))
+    return dict(
+        n_experts=groups * size,
+        n_experts_per_token=draw(st.integers(1, kept * size)),
+        d_ff_expert=draw(st.integers(3, 9)),
+        dense_layers=tuple(draw(st.lists(st.integers(0, 2), max_size=1))),
+        router_score=draw(st.sampled_from(["softmax", "sigmoid"])),
+        router_norm=draw(st.booleans()),
+        router_scale=draw(st.sampled_from([1.0, 2.5])),
+        router_bias=draw(st.booleans()),
+        router_choice_bias=draw(st.booleans()),
+        n_expert_groups=groups,
+        n_expert_groups_per_token=kept,
+        expert_group_score=draw(st.sampled_from(["max", "top2"])),
+        d_ff_shared=shared,
+        shared_gate=shared > 0 and draw(st.booleans()),
+        mlp_bias=False,
+    )
+
+
+@st.composite
 def configs(draw):
     yes = st.booleans()
 
@@ -163,7 +247,13 @@ def configs(draw):
     weighted = draw(st.sampled_from([True, True, False]))
     layers = st.lists(st.integers(0, 2), max_size=2)
     rope = draw(st.sampled_from([True, True, False]))
-    return GPTConfig(
+    latent = {}
+    if draw(yes):
+        latent = dict(head_dim=None, n_kv_heads=groups * per_group, rotary_fraction=1.0)
+        latent |= dict(qk_norm=False, clip_qkv=None, kv_lora_rank=draw(st.integers(3, 9)))
+        latent |= dict(q_lora_rank=maybe(7), qk_nope_head_dim=draw(st.integers(1, 6)))
+        latent |= dict(qk_rope_head_dim=draw(st.sampled_from([2, 4])), v_head_dim=maybe(5, 11))
+    plain = dict(
         vocab_size=V,
         max_position_embeddings=CONTEXT,
         n_layers=3,
@@ -194,7 +284,7 @@ def configs(draw):
         bias=draw(yes),
         qkv_bias=draw(yes),
         o_bias=draw(yes),
-        mlp_bias=draw(yes),
+        **draw(mixtures()),
         head_bias=draw(yes),
         qk_norm=draw(yes),
         qk_norm_type=draw(st.sampled_from(["layernorm", "rmsnorm"])),
@@ -211,6 +301,7 @@ def configs(draw):
         sliding_window=draw(st.sampled_from([None, 3, 6])),
         full_attention_layers=tuple(draw(layers)),
     )
+    return GPTConfig(**plain | latent)
 
 
 def model_of(c: GPTConfig) -> GPTModel:
@@ -269,9 +360,12 @@ def test_random_features_train(c):
         hidden = model.hidden(IDS)[:, :-1].flatten(0, 1)
         model.nll(hidden, IDS[:, 1:].flatten()).mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
-    unused = {n for n, g in gradients[0].items() if g is None}
+    unused = {n for n, g in gradients[0].items() if g is None and "choice_bias" not in n}
     assert not unused, unused
     for name, g in gradients[0].items():
+        if name.endswith("choice_bias"):
+            assert g is None
+            continue
         assert g.isfinite().all() and torch.equal(g, gradients[1][name]), name
     assert GPTConfig.from_dict(c.to_dict()) == c
 
@@ -297,6 +391,10 @@ COMPILED = {
     "parallel": dict(parallel_residual=True, shared_norm=True, norm="layernorm", head_bias=True)
     | dict(rotary_fraction=0.5, no_rope_layers=(1,), embedding_scale=3.0, residual_scale=0.5)
     | dict(qk_norm=True, qk_norm_over="width", clip_qkv=1.0, activation="relu2"),
+    "mixture": dict(n_experts=6, n_experts_per_token=2, d_ff_shared=7, dense_layers=(1,))
+    | dict(router_norm=True, n_expert_groups=3, n_expert_groups_per_token=2),
+    "latent": dict(kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=4)
+    | dict(v_head_dim=10, n_kv_heads=4, no_rope_layers=(1,)),
 }
 
 
@@ -305,7 +403,7 @@ COMPILED = {
 def test_torch_compile_takes_each_block_and_a_decode_step_whole(name):
     """Nothing about a layer is decided while it runs: no break in the graph (fullgraph raises), and
     no more graphs than there are kinds of layers."""
-    c = GPTConfig(V, CONTEXT, 4, 4, 32, 24, n_kv_heads=2, **(FEATURES | COMPILED[name]))
+    c = GPTConfig(V, CONTEXT, 4, 4, 32, 24, **(dict(n_kv_heads=2) | FEATURES | COMPILED[name]))
     model, graphs = model_of(c), []
 
     def count(graph, inputs):

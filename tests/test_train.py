@@ -13,7 +13,9 @@ from builders import ROOT, save_model, saved_checkpoint, tiny_model, token_shard
 import checkpoint
 import results
 import train
+from config import GPTConfig
 from dataset import build_tokenizer, open_stream
+from model import GPTModel
 from training.batches import TrainBatches
 from training.options import DataOptions, parse
 
@@ -150,6 +152,47 @@ def test_world_size_does_not_change_what_is_learned(shards, tmp_path):
     run(shards, tmp_path / "two", *common, n=2)
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_a_mixture_of_experts_on_two_ranks_learns_what_transformers_does(shards, tmp_path):
+    """Losses of three steps of all windows at once, the routers' with them: the share of tokens
+    that chose an expert is that of both ranks."""
+    import transformers
+
+    config = GPTConfig(
+        vocab_size=257, max_position_embeddings=32, n_layers=2, n_heads=2, d_model=32, d_ff=48,
+        dropout=0.0, activation="silu", norm="rmsnorm", position="rope", gated_mlp=True, bias=False,
+        n_experts=4, n_experts_per_token=2, router_norm=True,
+    )  # fmt: skip
+    (tmp_path / "moe.yaml").write_text(json.dumps(config.to_dict()))
+    more = ["--config", tmp_path / "moe.yaml", "--router-loss", "0.3", "--num-steps", 3]
+    torchrun(2, "train.py", *flags_of(shards, tmp_path / "run", *more, shape=[]))
+    config = config.replace(router_loss=0.3)
+    torch.manual_seed(42)
+    checkpoint.write_weights(GPTModel(config), config, tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").train()
+    stream = open_stream("fineweb_npy", [shards / "train.npy"], None)
+    batches = TrainBatches(len(stream), 32, 4, 42)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    log = [entry for entry in log_of(tmp_path / "run") if "loss" in entry]
+    for step, entry in enumerate(log):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (step + 1) / 3
+        inputs, targets = (torch.from_numpy(x) for x in batches.batch(stream, step))
+        out = model(inputs, output_router_logits=True)
+        loss = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        (loss + 0.3 * out.aux_loss).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert entry["router_loss"] == pytest.approx(out.aux_loss.item(), rel=1e-5)
+    assert len(log) == 3
 
 
 def test_the_validation_loss_is_what_eval_py_gives(shards, tmp_path):

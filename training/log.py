@@ -6,7 +6,8 @@
     log.restart_clock(done)                 # validation and saving are not training time
 
 A line of log.jsonl is {step, loss, lr, grad_norm, tokens_per_second, mfu} or {step, val_loss};
-losses are in nats a token, mfu is there on GPUs whose speed is known.
+losses are in nats a token, mfu is there on GPUs whose speed is known, and router_loss, the
+load-balancing loss of a mixture of experts, where training adds some of it.
 """
 
 import json
@@ -65,9 +66,16 @@ class Log:
             torch.cuda.synchronize(self.dist.device)
         self.clock_step, self.clock = step, time.perf_counter()
 
-    def step(self, step: int, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> None:
-        """After step number `step`, from 1: this rank's loss and the gradients' norm, both still on
-        the device. ValueError for a loss that is not finite."""
+    def step(
+        self,
+        step: int,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        lr: float,
+        router_loss: torch.Tensor | None = None,
+    ) -> None:
+        """After step number `step`, from 1: this rank's losses and the gradients' norm, all still
+        on the device. ValueError for a loss that is not finite."""
         if step % self.every and step != self.last_step:
             return
         mean_loss, grad_norm = mean_over_ranks(loss, self.dist), float(norm)  # the only device sync
@@ -83,6 +91,8 @@ class Log:
             "grad_norm": grad_norm,
             "tokens_per_second": self.tokens_per_step / seconds,
         }
+        if router_loss is not None:
+            entry["router_loss"] = mean_over_ranks(router_loss, self.dist)
         mfu = self.mfu(seconds)
         if mfu is not None:
             entry["mfu"] = mfu
@@ -90,6 +100,7 @@ class Log:
         print0(
             f"step {step}/{self.last_step}  loss {mean_loss:.4f}  lr {lr:.2e}  "
             f"norm {grad_norm:.2f}  {entry['tokens_per_second']:,.0f} tokens/s"
+            + ("" if router_loss is None else f"  router {entry['router_loss']:.4f}")
             + ("" if mfu is None else f"  mfu {mfu:.1%}")
         )
         self.clock_step, self.clock = step, time.perf_counter()

@@ -28,6 +28,9 @@ class ModelOptions:
     d_ff: int | None = option(None, type=positive_int)
     dropout: float | None = option(None, type=float)
     activation: str | None = option(None)
+    router_loss: float | None = option(
+        None, "of a mixture of experts: how much of its load-balancing loss is added", type=float
+    )
     use_activation_checkpoint: bool = option(False, "recompute blocks")
     init_from: str | None = option(
         None, "weights of any checkpoint, fresh optimizer", metavar="PATH"

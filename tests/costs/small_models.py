@@ -9,8 +9,9 @@ from builders import ROOT
 from config import GPTConfig, config_to_hf
 
 FEATURED = ("olmo", "olmo2", "gpt_neox", "gemma2", "gemma3_text", "phi", "granite", "stablelm")
-FEATURED += ("glm4", "cohere", "starcoder2", "smollm3")
-KINDS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", *FEATURED, "mixtral")
+FEATURED += ("glm4", "cohere", "starcoder2", "smollm3", "youtu")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", *FEATURED, *MIXTURES)
 
 
 def tiny(kind: str, **changes) -> GPTConfig:
@@ -23,6 +24,9 @@ def tiny(kind: str, **changes) -> GPTConfig:
     gemma |= dict(sliding_window=24, full_attention_layers=(1,), attention_scale=0.25)
     gemma |= dict(activation="gelu_new", tie_embeddings=True)
     cohere = featured | dict(norm="layernorm", qk_norm_type="layernorm", qk_norm_over="heads")
+    experts = llama | dict(n_experts=7, n_experts_per_token=3, d_ff_expert=40)
+    latent = dict(head_dim=None, n_kv_heads=6, kv_lora_rank=40, q_lora_rank=56, v_head_dim=14)
+    latent |= dict(qk_nope_head_dim=10, qk_rope_head_dim=8)
     kinds = {
         "olmo": featured | dict(norm="layernorm", norm_weight=False, clip_qkv=2.0),
         "olmo2": featured
@@ -40,12 +44,24 @@ def tiny(kind: str, **changes) -> GPTConfig:
         "cohere": cohere | dict(parallel_residual=True, shared_norm=True, qk_norm=True),
         "starcoder2": layer | dict(n_kv_heads=2, tie_embeddings=True, activation="gelu_new"),
         "smollm3": featured | dict(no_rope_layers=(1,)),
+        "youtu": llama | latent,
         "gpt2": dict(activation="gelu_new", n_heads=4, d_ff=224),
         "llama": llama,
         "qwen2": llama | dict(qkv_bias=True, head_dim=None, n_heads=4),
         "qwen3": llama | dict(qk_norm=True, tie_embeddings=True),
         "mistral": llama | dict(sliding_window=24),
-        "mixtral": llama | dict(n_experts=5, n_experts_per_token=2),
+        "mixtral": llama | dict(n_experts=5, n_experts_per_token=2, router_norm=True),
+        "qwen2_moe": experts
+        | dict(d_ff_shared=56, shared_gate=True, qkv_bias=True, dense_layers=(1,)),
+        "qwen3_moe": experts | dict(qk_norm=True, router_norm=True),
+        "glm4_moe": experts
+        | dict(router_score="sigmoid", router_choice_bias=True, router_norm=True, d_ff_shared=80)
+        | dict(expert_group_score="top2", dense_layers=(0,), rotary_fraction=0.5),
+        "deepseek_v3": experts
+        | latent
+        | dict(n_experts=8, n_expert_groups=4, n_expert_groups_per_token=2, dense_layers=(0,))
+        | dict(router_score="sigmoid", router_choice_bias=True, router_norm=True, d_ff_shared=80)
+        | dict(expert_group_score="top2"),
     }
     sizes = dict(vocab_size=131, max_position_embeddings=64, n_layers=3, d_model=96, dropout=0.0)
     return GPTConfig(**sizes | kinds[kind] | changes)

@@ -13,7 +13,6 @@ from backends.kvcache import DecodeCache
 from benchmarks import memory as memory_benchmark
 from config import load_config
 from costs.flops import count_parameters
-from costs.formulas import Setup, solve_all
 from costs.gpus import find_gpu
 from costs.memory import (
     estimate_memory,
@@ -22,6 +21,7 @@ from costs.memory import (
     largest_fits,
     usable_memory,
 )
+from costs.symbols import Setup, solve_all
 from gpu_kernels import cross_entropy
 from model import GPTModel
 
@@ -40,9 +40,13 @@ def test_zero_memory_of_a_7_5b_model_on_64_gpus():
 
 
 def test_cache_bytes_and_litgpt_weights():
-    for name, size in (("7b", 524_288), ("llama3-8b", 131_072)):
+    # of DeepSeek's, (512 + 64) numbers a layer, where keys and values were 16 or 128 heads' of 320
+    latent = ("deepseek-v2-lite", 27 * 1152), ("deepseek-v3", 61 * 1152)
+    for name, size in (("7b", 524_288), ("llama3-8b", 131_072), *latent):
         memory = estimate_memory(load_config(name), 1, 128, training=False)
         assert memory["cache_bytes_per_token"] == size
+        kept = "latent cache" if name.startswith("deepseek") else "kv cache"
+        assert memory["parts"][kept] == 128 * size
     weights = estimate_memory(load_config("7b"), 1, 1, "bf16", training=False)["parts"]["weights"]
     assert weights / 1e9 == pytest.approx(13.48, abs=0.01)
 
@@ -215,10 +219,15 @@ def test_peak_of_the_loss_under_a_soft_cap(dtype):
     assert live.peak == pytest.approx(v["M_loss_backward"], rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "youtu"])
 def test_peak_of_a_prefill_on_cpu(kind):
     """Weights, cache and the widest moment of a block; without cuBLAS's fused GELU and RMSNorm."""
-    c = tiny(kind, d_model=384, d_ff=1536, max_position_embeddings=256, head_dim=None)
+    # values as wide as keys, since on CUDA they are widened; attention is the widest moment
+    latent = dict(qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=64, kv_lora_rank=48)
+    latent |= dict(n_heads=12, n_kv_heads=12, d_ff=96)
+    latent = latent if kind == "youtu" else {}
+    sizes = dict(d_model=384, d_ff=1536, max_position_embeddings=256, head_dim=None)
+    c = tiny(kind, **sizes | latent)
     c = c.replace(norm="layernorm", activation="silu" if c.gated_mlp else "gelu")
     model, (B, T) = GPTModel(c).for_inference(torch.bfloat16), (2, 256)
     ids = torch.randint(0, c.vocab_size, (B, T))

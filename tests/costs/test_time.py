@@ -5,8 +5,8 @@ from small_models import measured
 
 from config import load_config
 from costs.flops import estimate_flops
-from costs.formulas import Setup
 from costs.gpus import find_gpu
+from costs.symbols import Setup
 from costs.time import Ceilings, pass_seconds, roofline, training_time, turning_batch
 
 

@@ -70,7 +70,9 @@ def test_sharded_pytorch_bin(tmp_path):
     refused(theirs, r"index\.json is not JSON")
 
 
-@pytest.mark.parametrize("family", ["vaultgemma", "granitemoe", "gptj", "mixtral", "opt"])
+@pytest.mark.parametrize(
+    "family", ["vaultgemma", "phimoe", "gptj", "gpt_oss", "llama4_text", "opt"]
+)
 def test_other_architectures_through_transformers(tmp_path, family):
     """Soft caps, logit scales, biased heads, experts: the same logits as the own forward."""
     transformers = pytest.importorskip("transformers")
@@ -89,9 +91,10 @@ def test_other_architectures_through_transformers(tmp_path, family):
     )
     more = {
         "vaultgemma": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": None},
-        "granitemoe": {"logits_scaling": 4.0},
         "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
-        "mixtral": {"num_local_experts": 4},
+        "phimoe": {"num_local_experts": 4},
+        "gpt_oss": {"num_local_experts": 4},
+        "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 48},
         "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     }
     config = transformers.AutoConfig.for_model(family, **(sizes | more.get(family, {})))

@@ -223,7 +223,10 @@ OTHERS = {  # what stands in the files of others: an embedding like GPT-2's or L
     "those of a PEFT adapter": "base_model.model.model.layers.0.self_attn.q_proj.lora_A",
     "GPTQ or AWQ": "model.embed_tokens model.layers.0.self_attn.q_proj.qweight",
 }
-LIKE_LLAMA = {"those of a mixture of experts": "mlp.experts.0.up_proj"}  # and all of Llama's names
+LIKE_LLAMA = {  # and all of Llama's names
+    "those of a mixture of experts": "mlp.experts.0.linear",
+    "those of a model_type qwen3_moe or olmoe": "mlp.experts.0.up_proj",
+}
 
 
 @pytest.mark.parametrize("owner", [*OTHERS, *LIKE_LLAMA])

@@ -14,7 +14,7 @@ import torch
 from builders import ROOT, saved_checkpoint, torchrun
 
 import eval as eval_script
-import model as model_module
+import mlp
 from config import load_config
 from model import GPTModel
 
@@ -114,7 +114,7 @@ def test_the_gelu_epilogue_is_the_tanh_gelu(monkeypatch):
     model = GPTModel(load_config("gpt2")).cuda().for_inference(torch.bfloat16)
     ids = torch.randint(50257, (2, 128), device="cuda")
     fused = model.hidden(ids)
-    monkeypatch.setattr(model_module, "_is_half", lambda weight: False)
+    monkeypatch.setattr(mlp, "_is_half", lambda weight: False)
     plain = model.hidden(ids)
     reference = GPTModel(model.config)
     reference.load_state_dict({k: v.float() for k, v in model.state_dict().items()})

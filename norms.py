@@ -1,0 +1,70 @@
+"""LayerNorm and RMSNorm in float32, of the residual stream, of queries and keys, of latents."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import GPTConfig
+from gpu_kernels import elementwise
+
+LATENT_EPS = 1e-6  # of the norms within latent attention, whatever norm_eps says
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, in float32, of x [..., width]. With weight w:
+    times w, or 1 + w. heads: x [..., heads, width], with a weight of its own for each head."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, config: GPTConfig, width: int, kind: str, bias: bool, heads: int = 1):
+        super().__init__()
+        self.layer_norm, self.eps, self.offset = kind == "layernorm", config.norm_eps, 0.0
+        self.width, self.heads = width, heads
+        if config.norm_weight:
+            self.offset = 1.0 if config.norm_offset else 0.0
+            self.weight = nn.Parameter(torch.full((heads * width,), 1.0 - self.offset))
+        else:
+            self.register_parameter("weight", None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """float32; or in `dtype`, that of the products it goes into, where one kernel does both."""
+        fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH
+        if dtype is not None and fits and elementwise.applies(x, dtype):
+            rms, offset = not self.layer_norm, self.offset
+            return elementwise.norm(
+                x, self.weight, self.bias, self.eps, rms=rms, offset=offset, dtype=dtype
+            )
+        x, shape = x.float(), (self.width,)
+        weight: Tensor | None = self.weight
+        if weight is not None and self.offset:
+            weight = weight + self.offset
+        own = None if self.heads == 1 or weight is None else weight.view(self.heads, self.width)
+        shared = weight if own is None else None
+        if self.layer_norm:
+            x = F.layer_norm(x, shape, shared, self.bias, self.eps)
+        else:
+            x = F.rms_norm(x, shape, shared, self.eps)
+        return x if own is None else x * own
+
+
+def stream_norm(config: GPTConfig, wanted: bool = True) -> nn.Module:
+    """A norm [..., C] of the residual stream or of what is added to it; nothing if not wanted."""
+    if not wanted:
+        return nn.Identity()
+    return Norm(config, config.d_model, config.norm, config.norm_bias)
+
+
+def head_norm(config: GPTConfig, heads: int) -> Norm:
+    """A norm of queries or keys [..., heads, D]; over the width of all heads [..., heads * D]."""
+    kind, over = config.qk_norm_type, config.qk_norm_over
+    width = config.head_dim * (heads if over == "width" else 1)
+    return Norm(config, width, kind, bias=False, heads=heads if over == "heads" else 1)
+
+
+def latent_norm(config: GPTConfig, width: int) -> Norm:
+    """A norm of what latent attention compresses [..., width]."""
+    norm = Norm(config, width, "rmsnorm", bias=False)
+    norm.eps = LATENT_EPS
+    return norm

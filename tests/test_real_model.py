@@ -1,0 +1,103 @@
+"""A real model through our own path beside transformers': the letters it picks on MMLU, and what it
+writes greedily, in float32.
+
+    ROSEVAL_DATA=… ROSEVAL_MODEL=…/smollm2-135m-instruct pytest --slow -s tests/test_real_model.py
+
+ROSEVAL_MODEL: a small model as a Hugging Face directory. SmolLM2-135M-Instruct, torch 2.13,
+transformers 5.17, two CPU cores: FIGURES
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from backends import Sampling
+from backends.local import Local
+from mmlu_eval import evaluate_mmlu
+from tasks.questions import LETTERS, load_template, read_data
+from tokenizer import build_tokenizer
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+SUBJECTS = ["abstract_algebra", "global_facts", "management", "philosophy", "sociology"]
+QUESTIONS = 50  # of each
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def both():
+    """(our model, our tokenizer, transformers' model, its tokenizer)"""
+    directory = os.environ.get("ROSEVAL_MODEL")
+    if not directory:
+        pytest.skip("needs a real model: set ROSEVAL_MODEL to a Hugging Face directory")
+    assert Path(directory).is_dir(), f"ROSEVAL_MODEL={directory} is not a folder"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ours = checkpoint.load_model(directory, "float32")
+    assert ours.is_native
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    return ours, build_tokenizer(directory), theirs, tokenizer
+
+
+@torch.no_grad()
+def test_the_letters_of_mmlu(both, data_dir):
+    """Five-shot, each prompt whole and alone on transformers' side; ours shares the examples."""
+    ours, own_tokenizer, theirs, tokenizer = both
+    data = read_data(data_dir / "mmlu", 5, subjects=SUBJECTS, limit=QUESTIONS)
+    record = evaluate_mmlu(
+        ours, own_tokenizer, data_dir / "mmlu", 5, subjects=SUBJECTS, limit=QUESTIONS
+    )
+    template = load_template("lm_eval")
+    letters = [tokenizer.encode(f" {x}", add_special_tokens=False) for x in LETTERS]
+    assert all(len(ids) == 1 for ids in letters)
+    wanted = []
+    for q in data.questions:
+        head = template.render_head(q.subject, None, data.examples[q.subject], "letter")
+        ids = tokenizer.encode(head + template.render_question(q), return_tensors="pt")
+        last = theirs(ids, logits_to_keep=1).logits[0, -1].log_softmax(-1)
+        wanted.append(last[torch.tensor(letters).flatten()])
+    wanted, found = torch.stack(wanted), torch.tensor(record.arrays["logprobs"])
+    assert len(wanted) == len(SUBJECTS) * QUESTIONS >= 200
+    same = (wanted.argmax(-1) == found.argmax(-1)).sum().item()
+    right = record["metrics"]["accuracy"]["value"]
+    print(f"\n{same} of {len(wanted)} letters are the same, log-probabilities differ by at most"
+          f" {(wanted - found).abs().max():.1e}; {right:.2%} are right")  # fmt: skip
+    assert same == len(wanted) and (wanted - found).abs().max() < 1e-3
+    assert len(set(found.argmax(-1).tolist())) > 1, "one letter for all says little"
+
+
+@torch.no_grad()
+def test_what_it_writes(both, data_dir):
+    """Word problems and the beginnings of paragraphs, in one batch of rows on our side."""
+    ours, own_tokenizer, theirs, tokenizer = both
+    problems = (data_dir / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [f"Question: {json.loads(line)['question']}\nAnswer:" for line in problems[:12]]
+    lines = (data_dir / "text" / "wikitext2-valid.txt").read_text(encoding="utf-8").splitlines()
+    texts += [line.strip()[:200].rpartition(" ")[0] for line in lines if len(line) > 400][:12]
+    prompts = [tokenizer.encode(text) for text in texts]
+    assert len(prompts) == 24 and len({len(ids) for ids in prompts}) > 5
+    backend = Local(ours, own_tokenizer)
+    end = tokenizer.eos_token_id
+    samples = backend.generate(prompts, Sampling(max_new_tokens=NEW_TOKENS), end_ids=(end,))
+    found = {sample.prompt_index: sample.token_ids for sample in samples}
+    wanted = {}
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        written = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=end, eos_token_id=end
+            ),
+        )
+        wanted[i] = [token for token in written[0, len(prompt) :].tolist() if token != end]
+    same = sum(wanted[i] == found[i] for i in wanted)
+    tokens = sum(map(len, wanted.values()))
+    print(f"\n{same} of {len(wanted)} greedy texts are the same, {tokens} tokens in all")
+    assert found == wanted and tokens > len(wanted) * NEW_TOKENS / 2
