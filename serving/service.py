@@ -253,10 +253,8 @@ class Service:
                 events.append((job, Failed(NAN)))
             else:
                 events.append((job, token))
-        for sample in progress.finished:
-            job = sample.prompt_index  # the request's name
-            if job in self._drawing:
-                events.append((job, sample))
-                if job not in self.engine.requests:
-                    self._drawing.discard(job)
+        finished = [s for s in progress.finished if s.prompt_index in self._drawing]
+        events += [(sample.prompt_index, sample) for sample in finished]
+        # only now: several samples of a request may end in one step
+        self._drawing &= self.engine.requests.keys()
         return events

@@ -163,10 +163,8 @@ def test_a_prompt_is_scored_without_an_answer(client):
 
 def test_a_chat_is_its_template_completed(client, model):
     text = "[system]be<|endoftext|>[user]hi there<|endoftext|>[assistant]"
-    messages = [
-        {"role": "system", "content": "be"},
-        {"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]},
-    ]  # fmt: skip
+    parts = [{"type": "text", "text": part} for part in ("hi ", "there")]
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": parts}]
     body = {"messages": messages, "seed": 5, "n": 2, "logprobs": True, "top_logprobs": 2}
     status, said = client.ask("/v1/chat/completions", body | {"max_tokens": 9})
     assert status == 200 and said["object"] == "chat.completion"
