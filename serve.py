@@ -73,6 +73,9 @@ class Options:
     max_body: int = cli.option(
         16 << 20, "bytes of a request at most (16777216)", type=cli.positive_int
     )
+    return_all_prompt_logprobs: bool = cli.option(
+        False, "lightllm's /generate tells those of the prompt, as OpenCompass needs"
+    )
     drain_seconds: int = cli.option(
         120, "that SIGTERM waits for what is on its way (120)", type=cli.positive_int
     )
@@ -163,8 +166,9 @@ def serve(options: Options, listener: socket.socket, served: "Served", service: 
     key = os.environ.get(KEY) or None
     if key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         cli.note(f"whoever reaches {options.host} may ask: {KEY} in the environment asks for a key")
+    door = Door(key, options.max_body, options.return_all_prompt_logprobs)
     config = uvicorn.Config(
-        make_app(served, service, Door(key, options.max_body)),
+        make_app(served, service, door),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -179,7 +183,7 @@ def serve(options: Options, listener: socket.socket, served: "Served", service: 
     shown = f"[{host}]" if ":" in host else host
     print(
         f"{cli.printable(served.name)} on http://{shown}:{port}/v1: context {served.context:,}, "
-        f"answers to {served.new_tokens:,} tokens, {service.engine.capacity.rows} rows, "
+        f"answers to {served.new_tokens:,} tokens, {service.capacity.rows} rows, "
         f"{served.dtype}, {'chats' if served.template else 'no chat template'}"
         f"{', key asked for' if key else ''}",
         flush=True,

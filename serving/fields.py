@@ -115,7 +115,11 @@ class Fields:
                 raise Refused(
                     f"{self.within}{name} is not known here", self.within + name, "unsupported"
                 )
-            if not any(value == one and type(value) in (type(one), int) for one in neutral[name]):
+            same = (
+                value == one and isinstance(value, bool) == isinstance(one, bool)
+                for one in neutral[name]
+            )
+            if not any(same):
                 raise Refused(
                     f"{self.within}{name} is not supported here: leave it out, or "
                     f"{' or '.join(map(repr, neutral[name]))}",

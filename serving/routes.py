@@ -1,6 +1,6 @@
 """The routes of serve.py: HTTP in, requests to the engine's thread, answers out.
 
-    app = make_app(served, service, Limits(...), key)        # for uvicorn
+    app = make_app(served, service, Door(key, body=16 << 20))        # for uvicorn
 
 Each route reads its body with a measure, asks, and answers in the shape of its API, errors too. A
 client that goes away frees the rows of its request at once.
@@ -24,6 +24,8 @@ from starlette.routing import Route
 from serving.answers import CHAT, COMPLETION, Answer
 from serving.asked import Asked, Served, read_chat, read_completion
 from serving.fields import Fields, Refused, read_body
+from serving.lightllm import generated, read_generate
+from serving.metrics import CONTENT_TYPE, Metrics
 from serving.service import Failed, Job, Service
 
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
@@ -34,10 +36,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 @dataclass(frozen=True)
 class Door:
     """What a request goes through first. key: that clients must show, None: no key; body: bytes of
-    one at most."""
+    one at most; scores_prompts: whether /generate tells of the prompt's tokens."""
 
     key: str | None
     body: int
+    scores_prompts: bool = False
 
     def check_key(self, request: Request) -> None:
         if self.key is None:
@@ -104,6 +107,7 @@ class Routes:
 
     def __init__(self, served: Served, service: Service, door: Door):
         self.served, self.service, self.door = served, service, door
+        self.metrics = Metrics()
 
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, read_completion, COMPLETION)
@@ -122,6 +126,22 @@ class Routes:
         async for job, event in events:
             answer.take(job.index, event)
         return await run_in_threadpool(lambda: answer_json(answer.whole()))
+
+    async def generate(self, request: Request) -> Response:
+        """lightllm's, its errors too: 417 for what is wrong with a request."""
+        try:
+            fields = await self.door.body_of(request)
+            asked, details = await run_in_threadpool(
+                read_generate, self.served, fields, self.door.scores_prompts
+            )
+            answer = Answer(self.served, asked, COMPLETION)
+            async for job, event in events_of(self.service, asked, request):
+                answer.take(job.index, event)
+        except Refused as refused:
+            status = 417 if refused.status == 400 else refused.status
+            headers = RETRY_AFTER if status == 429 else None
+            return answer_json({"message": refused.message}, status, headers)
+        return await run_in_threadpool(lambda: answer_json(generated(answer, details)))
 
     async def models(self, request: Request) -> Response:
         served = self.served
@@ -162,10 +182,14 @@ class Routes:
         return answer_json(found | {"chat_template": self.served.template})
 
     async def health(self, request: Request) -> Response:
-        return answer_json(
-            {"status": "ok"} if self.service.error is None else {"status": "ended"},
-            200 if self.service.error is None else 503,
-        )
+        ended = self.service.error is not None
+        return answer_json({"status": "ended" if ended else "ok"}, 503 if ended else 200)
+
+    async def tell_metrics(self, request: Request) -> Response:
+        service = self.service
+        gauges = {"sequences_unfinished": service.unfinished, "rows": service.capacity.rows}
+        text = self.metrics.text(gauges, service.counts)
+        return Response(text, media_type=CONTENT_TYPE)
 
 
 async def _stream(answer: Answer, first: tuple, events: AsyncIterator) -> AsyncIterator[str]:
@@ -197,13 +221,22 @@ def _event(value: Any) -> str:
 def make_app(served: Served, service: Service, door: Door) -> Starlette:
     routes = Routes(served, service, door)
 
-    def guarded(handler: Handler) -> Handler:
+    def guarded(path: str, handler: Handler) -> Handler:
         async def handle(request: Request) -> Response:
+            status = 500
             try:
                 door.check_key(request)
-                return await handler(request)
+                response = await handler(request)
+                status = response.status_code
+                return response
+            except Refused as refused:
+                status = refused.status
+                raise
             except ClientDisconnect:
-                return Response(status_code=499)  # nobody reads it
+                status = 499
+                return Response(status_code=status)  # nobody reads it
+            finally:
+                routes.metrics.count(path, status)
 
         return handle
 
@@ -215,8 +248,10 @@ def make_app(served: Served, service: Service, door: Door) -> Starlette:
         ("POST", "/tokenize", routes.tokenize),
         ("POST", "/detokenize", routes.detokenize),
         ("GET", "/tokenizer_info", routes.tokenizer_info),
+        ("POST", "/generate", routes.generate),
+        ("GET", "/metrics", routes.tell_metrics),
     ]
-    kept = [Route(path, guarded(handler), methods=[verb]) for verb, path, handler in asked]
+    kept = [Route(path, guarded(path, handler), methods=[verb]) for verb, path, handler in asked]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -224,15 +259,8 @@ def make_app(served: Served, service: Service, door: Door) -> Starlette:
         yield
         await run_in_threadpool(service.stop)
 
-    return Starlette(
-        routes=open_to_all + kept,
-        lifespan=lifespan,
-        exception_handlers={
-            Refused: _refused,
-            HTTPException: _not_found,
-            Exception: _broken,
-        },
-    )
+    handlers: dict = {Refused: _refused, HTTPException: _not_found, Exception: _broken}
+    return Starlette(routes=open_to_all + kept, lifespan=lifespan, exception_handlers=handlers)
 
 
 async def _refused(request: Request, error: Any) -> Response:

@@ -88,6 +88,7 @@ class Service:
         compiled: bool = False,
     ):
         self.model, self.texts, self.context = model, texts, context
+        self.capacity = capacity
         self.logprobs, self.batch_tokens = logprobs, batch_tokens
         score_prompts(model, [[0]], logprobs, batch_tokens)  # it runs, and gives numbers
         self.engine = Engine(

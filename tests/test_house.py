@@ -49,7 +49,9 @@ FLOORS = [
     "evaluation training/batches training/log training/options",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page",
-    "eval mmlu_eval humaneval_eval gsm8k_eval harness_eval compute train report",
+    "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "
+    "serving/metrics serving/lightllm serving/routes",
+    "eval mmlu_eval humaneval_eval gsm8k_eval harness_eval compute train report serve",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner",
     "sweep",

@@ -1,11 +1,11 @@
-"""lm-eval's own client of OpenAI's API against a server, beside harness_eval.py on the same weights:
-what it sends, and what it reads out of our answers. Tokens are the server's: it has no files."""
+"""lm-eval's own client of OpenAI's API against a server, beside harness_eval.py on the same model.
+It has no tokenizer of its own: it asks the server's."""
 
 import json
 
 import pytest
 from builders import saved_checkpoint, small_mmlu
-from conftest import serving
+from servers import serving
 
 pytest.importorskip("lm_eval.models.api_models", reason="lm-eval is not installed: no oracle")
 pytest.importorskip("tenacity", reason="lm-eval's client needs it")
@@ -57,7 +57,9 @@ def test_lm_eval_finds_what_we_find(place, tmp_path, at_once):
                 model="local-completions",
                 model_args=arguments,
                 tasks=tasks,
-                task_manager=TaskManager(include_path=words["include_path"], include_defaults=False),
+                task_manager=TaskManager(
+                    include_path=words["include_path"], include_defaults=False
+                ),
                 num_fewshot=1,
                 gen_kwargs=words["gen_kwargs"],
                 bootstrap_iters=0,

@@ -51,8 +51,8 @@ def test_greedy_completions_are_the_engines(client, model):
 def test_samples_do_not_depend_on_their_neighbours(client, model):
     """Each alone is what the engine draws; all at once, from many threads, the same."""
     sampling = {"temperature": 0.9, "top_p": 0.9, "top_k": 40}
-    asked = [{"prompt": p, "seed": s, "n": 2} for s, p in enumerate(prompts(8, seed=1))]
-    asked = [one | sampling | {"max_tokens": 10 + 2 * i} for i, one in enumerate(asked)]
+    asked = [{"prompt": p, "seed": s, "n": 2} for s, p in enumerate(prompts(6, seed=1))]
+    asked = [one | sampling | {"max_tokens": 6 + 2 * i} for i, one in enumerate(asked)]
     with ThreadPoolExecutor(len(asked)) as pool:
         together = list(pool.map(lambda body: client.complete(**body), asked))
     for body, choices in zip(asked, together):
@@ -64,7 +64,7 @@ def test_samples_do_not_depend_on_their_neighbours(client, model):
 
 
 def test_without_a_seed_samples_differ(client):
-    texts = {client.complete(prompt="a", max_tokens=20)[0]["text"] for _ in range(3)}
+    texts = {client.complete(prompt="a", max_tokens=12)[0]["text"] for _ in range(3)}
     assert len(texts) == 3
 
 
@@ -79,8 +79,8 @@ def test_a_sample_ends_before_a_stop_string(client, model):
 
 def test_a_stream_is_the_whole_answer_in_pieces(client):
     """Of random bytes, most of them no text, and with stop strings that begin and do not end."""
-    for seed, stop in ((0, []), (1, ["=g", "qqq"]), (2, ["\ufffd\ufffd\ufffd\ufffd", "e"])):
-        body = {"prompt": ["ab", "c"], "n": 2, "max_tokens": 50, "seed": seed, "stop": stop}
+    for seed, stop in ((0, []), (2, ["=g", "\ufffd\ufffd\ufffd\ufffd", "e"])):
+        body = {"prompt": ["ab", "c"], "n": 2, "max_tokens": 24, "seed": seed, "stop": stop}
         body |= {"logprobs": 2}
         *chunks, usage, done = client.stream(
             "/v1/completions", **body, stream_options={"include_usage": True}
