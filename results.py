@@ -56,8 +56,9 @@ evaluation      "perplexity" | "mmlu" | "humaneval" | ...: any name
 run             the training run that the checkpoint belongs to
 status          "ok" | "failed"; failed: `reason` says why and metrics is empty
 reason          null | one line
-checkpoint      {path, name, step, tokens, fingerprint, config, module}; step and tokens may be
-                null; module is what ran it: "GPTModel" or "transformers"
+checkpoint      {path, name, step, tokens, fingerprint, config, module, base?}; step and tokens may
+                be null; module is what ran it: "GPTModel" or "transformers"; base is {path,
+                fingerprint} of the model that an adapter was merged into
 metrics         {name: {value, stderr?, n?, better, unit?}}. The order matters: the first metric
                 ranks the checkpoints. n counts the examples behind the value; better is "lower" or
                 "higher"; unit is "share" for what is shown in percent, else a text that follows the

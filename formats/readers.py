@@ -4,6 +4,7 @@ path opens it."""
 from types import ModuleType
 
 from formats import (
+    adapters,
     dcp,
     dcp_safetensors,
     deepspeed,
@@ -22,4 +23,4 @@ from formats import (
 
 READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core, dcp)
 READERS += (deepspeed, meta, lightning, llama2c, llmc, gguf, nanochat)
-READERS += (pt_files,)
+READERS += (pt_files, adapters)

@@ -35,10 +35,11 @@ FLOORS = [
     "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
+    "formats/adapter_config formats/merging formats/adapters formats/conversion "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
     "formats/lightning formats/llama2c formats/llmc formats/gguf_config formats/gguf "
     "formats/nanochat formats/pt_files "
-    "formats/readers",
+    "formats/readers formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
     "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "
@@ -56,7 +57,7 @@ NO_TORCH += (
     " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time tasks/programs"
 )
 NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
-NO_TORCH += " gsm8k_eval"
+NO_TORCH += " gsm8k_eval formats/adapter_config"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

@@ -123,7 +123,29 @@ def make_good(folder: Path) -> dict[str, Path]:
     )
     shutil.copytree(ROOT / "tests/fixtures/trained/nanochat", folder / "nanochat")
     good["nanochat"] = folder / "nanochat/model_000010.pt"
-    return good
+    return good | {f"adapter {end}": adapter(good, folder, end) for end in ("safetensors", "bin")}
+
+
+def adapter(good: dict[str, Path], folder: Path, ending: str) -> Path:
+    """As PEFT saves it, over q of a Llama, with rows of its embedding and a norm."""
+    path = folder / f"adapter-{ending}/checkpoint-10"
+    path.mkdir(parents=True)
+    D, at = CONFIGS["llama"].d_model, "base_model.model.model."
+    table = {f"{at}norm.weight": torch.ones(D)}
+    table[f"{at}embed_tokens.token_adapter.trainable_tokens_delta"] = torch.ones(2, D)
+    for i in range(CONFIGS["llama"].n_layers):
+        for x, shape in (("A", (2, D)), ("B", (D, 2))):
+            table[f"{at}layers.{i}.self_attn.q_proj.lora_{x}.weight"] = torch.ones(shape)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    config |= {"modules_to_save": ["model.norm"], "trainable_token_indices": [1, 2]}
+    config |= {"base_model_name_or_path": str(good["native llama"]), "rank_pattern": {"k": 3}}
+    config |= {"alpha_pattern": {"q_proj": 3.5}, "bias": "none", "use_dora": False}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    if ending == "bin":
+        torch.save(table, path / "adapter_model.bin")
+    else:
+        tensorfiles.write_safetensors(path / "adapter_model.safetensors", table, torch.float32)
+    return path
 
 
 def cut(source: Path, target: Path, index: bool) -> Path:
