@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 EOT = "<|endoftext|>"
@@ -48,6 +49,24 @@ def save_bpe(
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     text = json.dumps(config, indent=2) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def save_ranks(
+    directory: str | os.PathLike, ranks: dict[bytes, int], specials: dict[str, int], pattern: str
+) -> None:
+    """The same of tiktoken's ranks, from which merges are found, and its pattern."""
+    alphabet = byte_alphabet()
+    spell = {token: "".join(alphabet[b] for b in token) for token in ranks}
+    vocab = {spell[token]: rank for token, rank in ranks.items()}
+    merges = [
+        " ".join(spell[part] for part in parts)
+        for token in sorted(ranks, key=lambda token: ranks[token])
+        if len(token) > 1 and len(parts := merge_of(token, ranks)) == 2
+    ]
+    # Hugging Face's regex engine reads "{1,3}+" as a repeated group and "$" as end of line
+    pattern = re.sub(r"(\{[0-9,]+\})\+", r"\1", pattern).replace("$", r"\z")
+    # tiktoken takes a word that is a token whole, before any merge; so does ignore_merges
+    save_bpe(directory, vocab | specials, merges, split_by(pattern), specials, ignore_merges=True)
 
 
 def bpe_definition(
@@ -104,3 +123,18 @@ def byte_alphabet() -> tuple[str, ...]:
     others = [b for b in range(256) if b not in visible]
     table = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
     return tuple(table[b] for b in range(256))
+
+
+def is_byte_tokenizer(path: Path) -> bool:
+    """Whether a tokenizer.json is the byte tokenizer's."""
+    try:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    vocab = {letter: i for i, letter in enumerate(byte_alphabet())} | {EOT: 256}
+    model = definition.get("model", {}) if isinstance(definition, dict) else {}
+    if model.get("vocab") != vocab or model.get("merges"):
+        return False
+    added = {token.get("content") for token in definition.get("added_tokens") or []}
+    # a post-processor may put a BOS before every text: then it is transformers' to say
+    return added <= {EOT} and definition.get("post_processor") in (None, BYTE_LEVEL)

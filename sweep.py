@@ -42,11 +42,12 @@ from eval import PERPLEXITY
 from evaluation import Evaluation, ModelOptions, Result
 from formats import pt_files
 from gsm8k_eval import GSM8K
+from harness_eval import HARNESS
 from humaneval_eval import HUMANEVAL
 from mmlu_eval import MMLU
 from sweeping.planner import Entry, Planner, Work
 
-EVALUATIONS = (PERPLEXITY, MMLU, HUMANEVAL, GSM8K)
+EVALUATIONS = (PERPLEXITY, MMLU, HUMANEVAL, GSM8K, HARNESS)
 SHARE_OF_MEMORY = 0.5  # of what is available, that reading ahead may fill
 
 

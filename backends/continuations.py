@@ -41,7 +41,9 @@ class Continuations:
     prefixes: token ids [P] of each, possibly none. prefix [R]: which one a row goes on from.
     ids: each row's own tokens [T], at least one. targets: the tokens [S] scored after the last S
     positions of the row; all S are 0 where only choices are asked for. choice_ids [K]: tokens
-    scored after the last position of every row, or None.
+    scored after the last position of every row, or None. alternatives [R]: how many of a row's
+    last targets are scored in each other's place, after the last position; one of each unless
+    given.
     """
 
     prefixes: Sequence[TokenIds]
@@ -49,6 +51,7 @@ class Continuations:
     ids: Sequence[np.ndarray]
     targets: Sequence[TokenIds]
     choice_ids: list[int] | None = None
+    alternatives: np.ndarray | None = None
 
     @property
     def highest_token(self) -> int:
@@ -186,7 +189,13 @@ def _pack(rows: Continuations, batch: Batch, offsets):
     ids, lengths = pad_rows(own, batch.length), np.array([len(row) for row in own], dtype=np.int64)
     ends = np.arange(len(lengths)) * batch.length + lengths
     counts = [len(rows.targets[r]) for r in batch.rows]
-    positions = [np.arange(end - n, end) for end, n in zip(ends, counts)]
+    spare = [0] * len(counts)  # targets beyond the first in one place
+    if rows.alternatives is not None:
+        spare = rows.alternatives[batch.rows] - 1
+    positions = [  # the last ones share the last position
+        np.minimum(np.arange(end - n, end) + more, end - 1)
+        for end, n, more in zip(ends, counts, spare)
+    ]
     slots = [np.arange(offsets[r], offsets[r] + n) for r, n in zip(batch.rows, counts)]
     targets = np.concatenate([np.asarray(rows.targets[r], np.int64) for r in batch.rows])
     return ids, ends - 1, batch.rows, np.concatenate(positions), targets, np.concatenate(slots)
@@ -204,13 +213,15 @@ class RowScores:
 
     choices [R, K]: of the choice_ids after each row. targets [R]: of each row's scored tokens,
     summed; tokens [sum of S]: of each of them, row after row (Continuations.target_offsets).
-    greedy [R]: whether every scored token of a row is the likeliest one; None unless asked for.
+    greedy [R]: whether every scored token of a row is the likeliest one, likeliest [sum of S]:
+    whether each is; None unless asked for.
     """
 
     choices: np.ndarray
     targets: np.ndarray
     tokens: np.ndarray
     greedy: np.ndarray | None = None
+    likeliest: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -283,7 +294,7 @@ def _by_row(rows: Continuations, parts: list[np.ndarray], greedy: bool) -> RowSc
     if not greedy:
         return RowScores(found, sums, tokens)
     missed = np.bincount(row_of_target, 1 - likeliest, n)
-    return RowScores(found, sums, tokens, missed == 0)
+    return RowScores(found, sums, tokens, missed == 0, likeliest == 1)
 
 
 def unique_flops(config: GPTConfig, rows: Continuations) -> float:

@@ -12,6 +12,7 @@ import io
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -120,6 +121,8 @@ def open_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
             raise ValueError(f"{where} was written on a big-endian machine")
         f.seek(pickled.offset)
         data = f.read(pickled.size)
+    if pickled.crc and zlib.crc32(data) != pickled.crc:  # it holds settings, which no shape checks
+        raise ValueError(f"{where} is damaged: the checksum of its data.pkl is wrong")
     return read(data, where, _Names(_Tensors(path, where, found)), _Storage)
 
 

@@ -10,7 +10,7 @@ small archive of torch.save inside a .distcp file; its bytes are read where they
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,6 +106,15 @@ def tensors_in(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
+def object_in(folder: Path, name: str) -> Any:
+    """An object that was saved beside the tensors, inert; None where there is none of that name."""
+    for source in metadata_files(folder):
+        for (full, _), where in _read_metadata(source)[1].items():
+            if full.partition("/")[0] == name:
+                return archives.open_archive(*_location(full, where, folder))
+    return None
+
+
 # ---------------------------------------------------------------------------------------------
 # .metadata
 
@@ -191,6 +200,19 @@ def _tensor(name: str, said: _Stated, places: dict[tuple, dict], folder: Path) -
 
 
 def _piece(name, start, shape, dtype, where: dict, folder: Path) -> Piece:
+    file, offset, length = _location(name, where, folder)
+    held = archives.open_archive(file, offset, length)
+    if not isinstance(held, Stored) or (held.dtype, held.shape) != (dtype, shape):
+        what = f"{held.dtype} {list(held.shape)}" if isinstance(held, Stored) else "no tensor"
+        raise ValueError(
+            f"{file} holds {what} at byte {offset:,}, where .metadata has {name} as "
+            f"{dtype} {list(shape)}: they are not of one save"
+        )
+    return held.pieces[0]._replace(start=start)
+
+
+def _location(name: str, where: dict, folder: Path) -> tuple[Path, int, int]:
+    """(file, first byte, bytes) of what .metadata places."""
     relative, offset, length = (where.get(k) for k in ("relative_path", "offset", "length"))
     if where.get("transform_descriptors"):
         raise ValueError(
@@ -204,11 +226,4 @@ def _piece(name, start, shape, dtype, where: dict, folder: Path) -> Piece:
     file = folder / relative
     if not file.is_file():
         raise ValueError(f"{folder} lacks {relative}, which holds a part of {name}")
-    held = archives.open_archive(file, offset, length)
-    if not isinstance(held, Stored) or (held.dtype, held.shape) != (dtype, shape):
-        what = f"{held.dtype} {list(held.shape)}" if isinstance(held, Stored) else "no tensor"
-        raise ValueError(
-            f"{file} holds {what} at byte {offset:,}, where .metadata has {name} as "
-            f"{dtype} {list(shape)}: they are not of one save"
-        )
-    return held.pieces[0]._replace(start=start)
+    return file, offset, length

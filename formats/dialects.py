@@ -21,7 +21,7 @@ from formats.stored import Stored, beside, rows
 
 NOT_THE_MODEL = re.compile(
     r"(optim\w*|lr_schedulers?|schedulers?|dataloader\w*|train_state|trainer_state|rng\w*|"
-    r"metrics?|callbacks|loops|grad_scaler|scaler|ema\w*)(\.|$)"
+    r"metrics?|callbacks|loops|grad_scaler|scaler|ema\w*|chained_\d+)(\.|$)"
 )
 WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
@@ -30,6 +30,13 @@ WRAPPERS = re.compile(
 EMBEDDING = re.compile(
     r"((model|transformer|gpt_neox)\.)?"
     r"(embed_tokens|wte|word_embeddings|embed_in|token_embedding|tok_embeddings|embeddings)\.weight$"
+)
+
+
+# a matrix that Megatron has in every block, before and since Megatron-Core
+MEGATRON = re.compile(
+    r"^((module|model|language_model)\.)*(decoder|encoder|transformer)\.layers\.(\d+\.)?"
+    r"(self_attention\.linear_proj|(self_)?attention\.dense)\.weight$"
 )
 
 
@@ -100,6 +107,46 @@ def _litgpt(gated: bool, old: bool) -> Dialect:
     )
 
 
+def _megatron(qkv: str, paired: bool) -> Dialect:
+    at = "decoder.layers.{i}."
+    return Dialect(
+        {
+            "token_embedding": ["embedding.word_embeddings"],
+            "position_embedding": ["embedding.position_embeddings"],
+            "blocks.{i}.ln1": [at + "input_layernorm"],
+            "blocks.{i}.ln2": [at + "pre_mlp_layernorm"],
+            "blocks.{i}.attn.qkv_proj": [at + "self_attention." + qkv],
+            "blocks.{i}.attn.out_proj": [at + "self_attention.linear_proj"],
+            "blocks.{i}.attn.q_norm": [at + "self_attention.q_layernorm"],
+            "blocks.{i}.attn.k_norm": [at + "self_attention.k_layernorm"],
+            "blocks.{i}.mlp.fc1": [at + "mlp.linear_fc1"],
+            "blocks.{i}.mlp.fc2": [at + "mlp.linear_fc2"],
+            "ln_f": ["decoder.final_layernorm"],
+            "lm_head": ["output_layer"],
+        },
+        paired,
+        grouped=True,
+    )
+
+
+# Megatron's names before Megatron-Core, and where a norm is fused with what reads it, under those
+# of Megatron-Core's plain modules
+FORMER_MEGATRON = tuple((re.compile(pattern), now) for pattern, now in (
+    (r"^((module|model|language_model)\.)+", ""),
+    (r"^(encoder|transformer)\.", "decoder."),
+    (r"^word_embeddings_for_head\.", "output_layer."),
+    (r"\.attention\.", ".self_attention."),
+    (r"\.query_key_value\.", ".linear_qkv."),
+    (r"\.self_attention\.dense\.", ".self_attention.linear_proj."),
+    (r"\.dense_h_to_4h\.", ".linear_fc1."),
+    (r"\.dense_4h_to_h\.", ".linear_fc2."),
+    (r"\.input_norm\.", ".input_layernorm."),
+    (r"\.post_attention_(layer)?norm\.", ".pre_mlp_layernorm."),
+    (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
+    (r"\.self_attention\.linear_qkv\.layer_norm_", ".input_layernorm."),
+    (r"\.mlp\.linear_fc1\.layer_norm_", ".pre_mlp_layernorm."),
+))  # fmt: skip
+
 SPLIT = ["wq", "wk", "wv"]
 DIALECTS = {
     "litgpt": _litgpt(gated=False, old=False),
@@ -111,6 +158,8 @@ DIALECTS = {
     "torchtitan qwen3": _meta(SPLIT, paired=False),
     "torchtitan qwen3, fused": _meta(["qkv_linear.wqkv"], paired=False, grouped=True),
     "olmo-core": OLMO_CORE,
+    "megatron": _megatron("linear_qkv", paired=False),
+    "megatron, neighbours": _megatron("linear_qkv_pairs", paired=True),
 }
 
 
@@ -142,7 +191,10 @@ def _is_known(tensors: dict[str, Stored]) -> bool:
 
 
 def _of_one_generation(tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """torchtitan's names of 2026 under those that it had before, which are Meta's."""
+    """torchtitan's names of 2026 under those that it had before, which are Meta's, and Megatron's
+    of all its versions under Megatron-Core's."""
+    if any(map(MEGATRON.search, tensors)):
+        return megatron_core(tensors)
     if "tok_embeddings.weight" not in tensors:
         return tensors
 
@@ -151,6 +203,17 @@ def _of_one_generation(tensors: dict[str, Stored]) -> dict[str, Stored]:
         return re.sub(r"^lm_head\.", "output.", name)
 
     return _renamed(tensors, former)
+
+
+def megatron_core(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Megatron's names of all its versions, of a whole model or a part, under Megatron-Core's."""
+
+    def now(name: str) -> str:
+        for pattern, instead in FORMER_MEGATRON:
+            name = pattern.sub(instead, name)
+        return name
+
+    return _renamed(tensors, now)
 
 
 def _renamed(tensors: dict[str, Stored], new: Callable[[str], str]) -> dict[str, Stored]:
@@ -174,6 +237,10 @@ def dialect_of(tensors: dict[str, Stored]) -> str | None:
         return ("torchtitan qwen3" if qwen3 else "meta") + (", fused" if fused else "")
     if {"embeddings.weight", "blocks.0.attention.w_q.weight"} <= names:
         return "olmo-core"
+    for kind, qkv in (("megatron", "linear_qkv"), ("megatron, neighbours", "linear_qkv_pairs")):
+        at = f"decoder.layers.0.self_attention.{qkv}.weight"
+        if {"embedding.word_embeddings.weight", at} <= names:
+            return kind
     for old, qkv in (("", "attn.qkv"), (", old", "attn.attn")):
         if {"transformer.wte.weight", f"transformer.h.0.{qkv}.weight"} <= names:
             gated = "transformer.h.0.mlp.fc_1.weight" in names
@@ -207,7 +274,8 @@ def facts(tensors: dict[str, Stored], dialect: str) -> dict:
         "vocab_size": size_of("token_embedding", 0),
         "d_model": size_of("token_embedding", 1),
         "n_layers": len(layers) or None,
-        "d_ff": size_of("blocks.0.mlp.fc1", 0),
+        "d_ff": size_of("blocks.0.mlp.fc2", 1),
+        "max_position_embeddings": size_of("position_embedding", 0),
         "head_dim": D,
     }
     queries, keys = (size_of("blocks.0.attn.qkv_proj", 0, part) for part in (0, 1))
@@ -272,7 +340,7 @@ def _by_heads(parts: list[Stored], spec: Dialect, config: GPTConfig | None, name
     if config is None or not (spec.grouped or spec.paired):
         return parts
     H, G, D = config.n_heads, config.n_kv_heads, config.head_dim
-    if sum(part.shape[0] for part in parts) != config.qkv_dim:
+    if sum(sum(part.shape[:1]) for part in parts) != config.qkv_dim:
         return parts  # check_fits says so
     if spec.grouped:
         parts = ungrouped(parts[0], H, G, D)

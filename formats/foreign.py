@@ -39,7 +39,6 @@ QUANTISED = {
 DEEPSPEED = "a directory of DeepSpeed's without the directory of a tag, such as global_step100"
 DIRECTORIES = {  # the name of a file that tells what its directory is
     r"zero_to_fp32\.py": DEEPSPEED,
-    r"latest_checkpointed_iteration\.txt": "a directory of Megatron's, which is not read",
     r"flax_model\.msgpack|tf_model\.h5": "weights of Flax or TensorFlow, which are not read",
 }
 FILES = {

@@ -14,6 +14,7 @@ from formats import (
     litgpt,
     llama2c,
     llmc,
+    megatron,
     meta,
     nanochat,
     native,
@@ -21,6 +22,6 @@ from formats import (
     pt_files,
 )
 
-READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core, dcp)
-READERS += (deepspeed, meta, lightning, llama2c, llmc, gguf, nanochat)
+READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core)
+READERS += (megatron, dcp, deepspeed, meta, lightning, llama2c, llmc, gguf, nanochat)
 READERS += (pt_files, adapters)

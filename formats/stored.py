@@ -155,13 +155,25 @@ def rows(stored: Stored, runs: Iterable[range]) -> Stored:
     return Stored(stored.dtype, (base, *stored.shape[1:]), tuple(pieces))
 
 
+def nth(stack: Stored, i: int) -> Stored:
+    """The i-th of tensors that are stacked along a first dimension."""
+    one = rows(stack, [range(i, i + 1)])
+    pieces = (
+        p._replace(start=p.start[1:], shape=p.shape[1:], strides=p.strides and p.strides[1:])
+        for p in one.pieces
+    )
+    return Stored(one.dtype, one.shape[1:], tuple(pieces))
+
+
 def beside(name: str, parts: Iterable[Stored], dim: int = 0) -> Stored:
-    """Tensors put together along one dimension. ValueError unless they agree in the others."""
+    """Tensors put together along one dimension. ValueError, naming a file, unless they agree in the
+    others."""
     parts, pieces, base = list(parts), [], 0
     kinds = {(part.dtype, *part.shape[:dim], None, *part.shape[dim + 1 :]) for part in parts}
-    if len(kinds) != 1:
+    if len(kinds) != 1 or len(parts[0].shape) <= dim:
         shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
-        raise ValueError(f"the parts of {name} do not go together: {shapes}")
+        where = next((piece.file for part in parts for piece in part.pieces), "a file")
+        raise ValueError(f"{where}: the parts of {name} do not go together: {shapes}")
     for part in parts:
         for piece in part.pieces:
             start = (*piece.start[:dim], piece.start[dim] + base, *piece.start[dim + 1 :])

@@ -6,13 +6,14 @@ cd "$(dirname "$0")/.."
 at=.oracles
 if [ ! -d "$at/venv" ]; then
     python3 -m venv "$at/venv"
-    "$at/venv/bin/pip" install torch==2.13.0 numpy pyyaml transformers==5.17.0 litgpt==0.5.13 \
-        lightning==2.6.6 deepspeed==0.19.8 gguf==0.19.0 xllamacpp==2026.10.11549
+    "$at/venv/bin/pip" install torch==2.13.0 triton numpy pyyaml psutil transformers==5.17.0 \
+        accelerate==1.15.0 lightning==2.6.6 deepspeed==0.19.8 megatron-core==0.16.1 \
+        gguf==0.19.0 xllamacpp==2026.10.11549
     # their pins contradict each other, their code does not
     "$at/venv/bin/pip" install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing \
-        tensorboard torchdata ai2-olmo-core==3.0.0
-    "$at/venv/bin/pip" install tyro einops cached_path omegaconf bettermap 'dataclass-extensions>=0.3' \
-        importlib_resources
+        tensorboard torchdata litgpt==0.5.13 ai2-olmo-core==3.0.0
+    "$at/venv/bin/pip" install tyro einops cached_path omegaconf bettermap importlib_resources \
+        'dataclass-extensions>=0.3'
     git clone https://github.com/karpathy/llama2.c "$at/llama2.c"
     git -C "$at/llama2.c" checkout -q 350e04f
     git clone https://github.com/karpathy/llm.c "$at/llm.c"

@@ -21,8 +21,8 @@ FLOORS = [
     "packed",
     "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
     "tasks/answers",
-    "cli identity hf_mixtures formats/pickles formats/gguf_file formats/vocabularies",
-    "hf_convert",
+    "hf_mixtures",
+    "cli identity hf_convert chat_templates formats/pickles formats/gguf_file formats/vocabularies",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
     "sandbox/frames costs/gpus backends",
@@ -37,17 +37,18 @@ FLOORS = [
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
-    "formats/lightning formats/llama2c formats/llmc formats/gguf_config formats/gguf "
-    "formats/nanochat formats/pt_files "
-    "formats/readers formats/inspection",
+    "formats/lightning formats/llama2c formats/llmc formats/megatron_args formats/megatron "
+    "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
+    "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
-    "backends/scoring backends/continuations backends/rows backends/engine",
-    "backends/local tasks/questions tasks/prompts tasks/choices tasks/programs "
-    "tasks/word_problems tasks/drawing",
+    "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
+    "backends/local tasks/chat tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
+    "tasks/problems tasks/scores tasks/questions tasks/prompts tasks/choices tasks/programs "
+    "tasks/word_problems tasks/drawing tasks/harness",
     "evaluation training/batches training/log training/options",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page",
-    "eval mmlu_eval humaneval_eval gsm8k_eval compute train report",
+    "eval mmlu_eval humaneval_eval gsm8k_eval harness_eval compute train report",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner",
     "sweep",
@@ -57,7 +58,7 @@ NO_TORCH += (
     " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time tasks/programs"
 )
 NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
-NO_TORCH += " gsm8k_eval formats/adapter_config"
+NO_TORCH += " gsm8k_eval tasks/chat formats/adapter_config"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import gguf
 import gguf_files
+import megatron_files
 import numpy as np
 import torch
 from checkpoint_files import CONFIGS, ROOT, make_model, nanogpt_file, rosetrainer_config
@@ -35,6 +36,7 @@ from formats import stored, tensorfiles
 MEMORY = 1 << 30  # bytes of address space beyond what is there at the start
 SECONDS = 300  # for any one checkpoint, which takes some ms
 SHARE, FIELDS = 35, 8  # of the quick run: % of what is done to files, fields of each file
+PICKLED = (".pt", ".bin")
 Damage = Callable[[Path], None]
 
 DEEP: list = []
@@ -123,6 +125,10 @@ def make_good(folder: Path) -> dict[str, Path]:
     )
     shutil.copytree(ROOT / "tests/fixtures/trained/nanochat", folder / "nanochat")
     good["nanochat"] = folder / "nanochat/model_000010.pt"
+    config = CONFIGS["llama"]
+    theirs = megatron_files.core_state(make_model(config))
+    good["megatron"] = megatron_files.ranks(folder / "megatron", theirs, config, 2, 1)
+    good["torch_dist"] = megatron_files.torch_dist(folder / "dist", theirs, config, 1, 1, 0)
     return good | {f"adapter {end}": adapter(good, folder, end) for end in ("safetensors", "bin")}
 
 
@@ -170,7 +176,7 @@ def cut(source: Path, target: Path, index: bool) -> Path:
 
 def damages(good: Path, rng: random.Random, everything: bool) -> Iterator[tuple[str, Damage]]:
     """(what, a function that does it to a copy) over the ways to damage a checkpoint."""
-    files = sorted(p for p in good.iterdir() if p.is_file()) if good.is_dir() else [good]
+    files = sorted(p for p in good.rglob("*") if p.is_file()) if good.is_dir() else [good]
     files += [] if good.is_dir() else sorted(good.parent.glob("meta_*.json"))
     for file in files:
         own, fields = [*impostors(file), *contents_of(file, rng)], []
@@ -181,7 +187,7 @@ def damages(good: Path, rng: random.Random, everything: bool) -> Iterator[tuple[
             fields = list(fields_of_header(file))
         elif file.suffix == ".gguf":
             fields = list(fields_of_gguf(file))
-        else:
+        elif file.suffix in PICKLED:
             own += damaged_zips(file)
             fields = list(fields_of_pickle(file))
         yield from own if everything else rng.sample(own, SHARE * len(own) // 100)
@@ -193,7 +199,11 @@ def writing(file: Path, data: bytes) -> Damage:
 
 
 def place(root: Path, file: Path) -> Path:
-    return root / file.name if root.is_dir() else root.with_name(file.name)
+    """In a copy, the file of a good one, whose directory is called as the copy is."""
+    if not root.is_dir():
+        return root.with_name(file.name)
+    home = next(folder for folder in file.parents if folder.name == root.name)
+    return root / file.relative_to(home)
 
 
 def impostors(file: Path) -> Iterator[tuple[str, Damage]]:
@@ -357,7 +367,7 @@ def odd_values() -> dict:
 
 
 def fields_of_pickle(file: Path) -> Iterator[tuple[str, Damage]]:
-    contents = torch.load(file, weights_only=True)
+    contents = torch.load(file, weights_only=False)  # make_good's
     values = {k: v for k, v in VALUES.items() if k != "a deep list"} | odd_values()
     deep = {k: v for k, v in VALUES.items() if k == "a deep list"}
     for key in contents:

@@ -166,3 +166,22 @@ def test_a_model_fills_from_pieces(tmp_path, name):
     assert torch.equal(logits(again.eval()), logits(model))
     assert sum(len(t.pieces) for t in tensors.values()) > 2 * len(tensors)
     assert all(where is not None for t in tensors.values() for where, _ in read(t))
+
+
+def test_one_of_a_stack(tmp_path):
+    """Whatever the boxes: whole, by layer, through rows and columns, strided."""
+    t = torch.arange(3 * 4 * 6, dtype=torch.float32).view(3, 4, 6)
+    first, rest, left, right = slice(0, 1), slice(1, 3), slice(0, 2), slice(2, 6)
+    cuts = [(slice(0, 3), slice(0, 4), left), (first, slice(0, 4), right)]
+    cuts += [(rest, slice(0, 1), right), (rest, slice(1, 4), right)]
+    pieces = []
+    for i, cut in enumerate(cuts):
+        box, file = t[cut].contiguous(), tmp_path / f"{i}"
+        file.write_bytes(box.numpy().tobytes())
+        pieces.append(Piece(file, 0, tuple(s.start for s in cut), tuple(box.shape)))
+    stack = stored.joined("t", torch.float32, t.shape, pieces)
+    for i in range(3):
+        assert torch.equal(stored.read_whole(stored.nth(stack, i)), t[i])
+    (tmp_path / "turned").write_bytes(t.permute(0, 2, 1).contiguous().numpy().tobytes())
+    turned = stored.whole(tmp_path / "turned", 0, torch.float32, t.shape, strides=(24, 1, 4))
+    assert torch.equal(stored.read_whole(stored.nth(turned, 2)), t[2])

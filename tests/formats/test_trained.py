@@ -14,6 +14,7 @@ from config import load_config
 from formats import dcp, stored
 
 TITANS = ("llama3-0", "llama3-1", "qwen3-0", "qwen3-1")  # q, k, v apart or fused
+ZERO = ("0-fp32", "1-bf16", "2-bf16", "3-fp32", "3-bf16")
 FOUND = {
     "litgpt-llama/step-00000040": ("litgpt", 40),
     "litgpt-neox/step-00000040": ("litgpt", 40),
@@ -29,8 +30,18 @@ FOUND = {
     "olmo-core-plain/step20": ("olmo-core", 20),
     "olmo-core-qk/step20": ("olmo-core", 20),
     "lightning/last.ckpt": ("lightning", 3),
-    **{f"deepspeed-{kind}": ("deepspeed", 1) for kind in ("0-fp32", "2-bf16", "3-fp32", "3-bf16")},
+    **{f"deepspeed-{kind}": ("deepspeed", 1) for kind in ZERO},
     "deepspeed-0-fp32/global_step1": ("deepspeed", 1),
+    **{
+        f"megatron-{kind}/{form}": ("megatron", 10)
+        for kind in ("gpt", "llama")
+        for form in ("torch_dist", "legacy", "legacy/iter_0000010")
+    },
+    "trainer/checkpoint-1": ("huggingface", 1),
+    "trainer/checkpoint-2": ("huggingface", 2),
+    "accelerate/checkpoints/checkpoint_0": ("weights", 0),
+    "accelerate-fsdp/checkpoint-5": ("dcp", 5),
+    "litgpt-fsdp/step-00000040": ("litgpt", 40),
     "llmc/float32/model_00000030.bin": ("llm.c", 30),
     "llmc/bfloat16/model_00000030.bin": ("llm.c", 30),
 }
@@ -74,9 +85,13 @@ def test_what_shapes_tell_is_told(name):
 
 
 DAMAGED = [n for n in FOUND if n.count("/") < 2 and not n.endswith("global_step1")]
+MANY_FILES = ("megatron", "trainer", "accelerate", "litgpt-fsdp", "deepspeed-1")
+OFTEN = [
+    pytest.param(n, marks=pytest.mark.slow if n.startswith(MANY_FILES) else ()) for n in DAMAGED
+]
 
 
-@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("name", OFTEN)
 def test_damaged_files_are_one_line(name, tmp_path):
     """Every file of a checkpoint, cut at many places, emptied, zeroed, swapped for a web page, and
     with single bytes changed: refused in one line that names it, or the very same numbers."""
