@@ -63,7 +63,8 @@ def to_hf(ckpt: "Checkpoint", final: Path, dtype: str | None, max_shard_size: in
     with native.appearing(final, None) as directory:
         said = hf | _ids(ckpt) | {"dtype": str(written).removeprefix("torch.")}
         _write_json(directory / "config.json", said)
-        _write_shards(directory, views, written, max_shard_size)
+        dtypes = dict.fromkeys(views, written) | layouts.never_rounded(views, layout)
+        _write_shards(directory, views, dtypes, max_shard_size)
         _copy_tokenizer(ckpt, directory)
     return final
 
@@ -123,10 +124,13 @@ def _write_json(file: Path, values: dict) -> None:
 
 
 def _write_shards(
-    directory: Path, views: dict[str, torch.Tensor], dtype: torch.dtype, max_bytes: int
+    directory: Path,
+    views: dict[str, torch.Tensor],
+    dtypes: dict[str, torch.dtype],
+    max_bytes: int,
 ) -> None:
     """model.safetensors, or where that were larger, shards in the order of the tensors."""
-    size = {name: view.numel() * dtype.itemsize for name, view in views.items()}
+    size = {name: view.numel() * dtypes[name].itemsize for name, view in views.items()}
     shards: list[list[str]] = [[]]
     for name in views:
         if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > max_bytes:
@@ -142,7 +146,7 @@ def _write_shards(
     with cli.progress(len(shards), f"writing {directory.name}", "shard") as bar:
         for file, names in zip(files, shards):
             part = {name: views[name] for name in names}
-            tensorfiles.write_safetensors(directory / file, part, dtype)
+            tensorfiles.write_safetensors(directory / file, part, dtypes[names[0]], dtypes)
             bar.update(1)
 
 

@@ -137,6 +137,13 @@ def views(model: GPTModel, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, part.get()) for name, part in parts(model, layout))
 
 
+def never_rounded(tensors: dict[str, torch.Tensor], layout: str) -> dict[str, torch.dtype]:
+    """The dtypes of those that are written as they are, whatever the others become: what a router
+    chooses by, of which a rounded one would choose other experts."""
+    bias = f".{LAYOUTS[layout].choice_bias}"
+    return {name: t.dtype for name, t in tensors.items() if name.endswith(bias)}
+
+
 # ---------------------------------------------------------------------------------------------
 # Whether a table fits a config, and a model
 

@@ -209,9 +209,8 @@ def write_weights(
     if tokenizer is not None:
         tokenizer.save(directory)
     config.save_pretrained(directory, **about)
-    bias = naming.LAYOUTS[layout].choice_bias  # whose rounding would change which experts serve
-    whole = {name: t.dtype for name, t in views.items() if name.endswith(f".{bias}")}
-    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype, whole)
+    unrounded = layouts.never_rounded(views, layout)
+    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype, unrounded)
 
 
 def _write_manifest(directory: Path, about: dict[str, Any]) -> None:

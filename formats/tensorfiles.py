@@ -323,7 +323,7 @@ def write_safetensors(
     others: the dtypes of those that are not written as `dtype`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset, codes = 0, {d: code for code, d in SAFETENSORS_DTYPES.items()}
-    dtypes = dict.fromkeys(tensors, dtype) | (others or {})
+    dtypes = {name: (others or {}).get(name, dtype) for name in tensors}
     names = sorted(tensors, key=lambda name: -dtypes[name].itemsize)  # so that all are aligned
     for name in names:
         t, own = tensors[name], dtypes[name]

@@ -44,6 +44,17 @@ def test_parameters_equal_published_counts():
     assert count_parameters(nanogpt)["total"] == 124_337_664
 
 
+def test_the_files_of_glm_hold_one_more_layer():
+    """GLM-4.5-Air's: a layer that guesses at the token after the next, with its joining matrix,
+    three norms, and an embedding and a head of its own."""
+    c = load_config("glm-4.5-air")
+    n, h = count_parameters(c), c.d_model
+    layers = [count_parameters(c.replace(n_layers=k))["total"] for k in (2, 3)]
+    ahead = layers[1] - layers[0] + 2 * h * h + 3 * h + 2 * c.vocab_size * h
+    assert n["total"] + ahead == 110_468_824_832
+    assert n["active"] == 13_424_129_664
+
+
 @st.composite
 def configs(draw):
     kind = draw(st.sampled_from(KINDS))
