@@ -9,9 +9,8 @@ import json
 import random
 from pathlib import Path
 
-WORDS = (
-    "river stone winter melt copper signal garden engine harvest mirror lantern frost wheel paper"
-).split()
+WORDS = ("river", "stone", "winter", "melt", "copper", "signal", "garden", "engine", "harvest")
+WORDS += ("mirror", "lantern", "frost", "wheel", "paper")
 
 
 def words(i: int, n: int) -> str:
@@ -69,9 +68,7 @@ def hellaswag(i: int) -> dict:
         "ctx": "",
         "split": "val",
         "split_type": "indomain",
-        "endings": [
-            f"{words(i + c, 2 + 2 * c)} [substeps] and  {words(c, 3)}é." for c in range(4)
-        ],
+        "endings": [f"{words(i + c, 2 + 2 * c)} [substeps] and  {words(c, 3)}é." for c in range(4)],
         "source_id": f"wikihow~{i}",
         "label": (i * 3) % 4,
     }
@@ -138,7 +135,7 @@ def mmlu_pro(i: int) -> dict:
     }
 
 
-FORMS = {  # set: [(file by split, row)], the authors' form first
+FORMS = {  # set: [(file by split, row)], the authors' form first, the hub's last
     "arc_challenge": [
         ({"test": "ARC-Challenge-Test.jsonl", "train": "ARC-Challenge-Train.jsonl"}, arc),
         (
@@ -151,6 +148,7 @@ FORMS = {  # set: [(file by split, row)], the authors' form first
     ],
     "arc_easy": [
         ({"test": "ARC-Easy/ARC-Easy-Test.jsonl", "train": "ARC-Easy/ARC-Easy-Train.jsonl"}, arc),
+        ({"test": "ARC-Easy/test.parquet", "train": "ARC-Easy/train.parquet"}, arc_hub),
     ],
     "openbookqa": [
         ({"test": "Main/test.jsonl", "train": "Main/train.jsonl"}, openbookqa),
@@ -176,6 +174,7 @@ FORMS = {  # set: [(file by split, row)], the authors' form first
         ({"val": "BoolQ/val.jsonl", "train": "BoolQ/train.jsonl"}, boolq_glue),
     ],
     "mmlu_pro": [
+        ({"test": "test.json", "val": "validation.json"}, mmlu_pro),
         (
             {
                 "test": "data/test-00000-of-00001.parquet",
@@ -183,7 +182,6 @@ FORMS = {  # set: [(file by split, row)], the authors' form first
             },
             mmlu_pro,
         ),
-        ({"test": "test.json", "val": "validation.json"}, mmlu_pro),
     ],
 }
 

@@ -51,8 +51,8 @@ FLOORS = [
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
-NO_TORCH += " tasks/questions tasks/choice_sets tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
-NO_TORCH += " gsm8k_eval"
+NO_TORCH += " tasks/questions tasks/choice_sets tasks/answers tasks/word_problems tasks/drawing"
+NO_TORCH += " humaneval_eval gsm8k_eval"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
