@@ -73,12 +73,13 @@ class ChoiceSet:
         return {"set": self.name, "set_hash": digest, "normalisation": self.normalisation}
 
     def release_of(self, data: QuestionSet) -> str | None:
-        """Which release or split so many questions are; None where the set does not say."""
+        """Which release or split so many questions are, in words; None where the set does not
+        say."""
         n = len(data.questions)
-        if not self.published:
-            return None
-        known = ", ".join(f"{size:,} ({words})" for size, words in self.published.items())
-        return self.published.get(n) or f"none of those published: {known}"
+        if n in self.published or not self.published:
+            return self.published.get(n)
+        known = ", ".join(f"{size:,} of the {words}" for size, words in self.published.items())
+        return f"{n:,} questions, unlike the {known}: not a score"
 
 
 @functools.cache

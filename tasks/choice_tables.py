@@ -16,6 +16,7 @@ from tasks.choices import name_of
 if TYPE_CHECKING:
     from evaluation import Result
 
+MOST_SHOWN = 10  # letters whose shares fit on a line
 COLUMNS = {"accuracy": "", "accuracy_normalised": "/norm", "right_mass": "/mass", "answered": ""}
 
 
@@ -28,7 +29,8 @@ def print_accuracies(records: list["Result"]) -> None:
     first = records[0]
     data, protocol = first.shown, first["protocol"]
     named = "" if first["evaluation"] == "mmlu" else f" of {printable(first['evaluation'])}"
-    subjects = f" of {len(data.subjects)} subjects" if data.has_subjects else ""
+    by_subject = data.layout.has_subjects
+    subjects = f" of {len(data.subjects)} subjects" if by_subject else ""
     print(
         f"\n{printable(first['checkpoint']['name'])}: {len(data.questions):,} questions"
         f"{subjects}{named}, {protocol['shots']}-shot"
@@ -36,7 +38,7 @@ def print_accuracies(records: list["Result"]) -> None:
     if protocol["limit"] or protocol["subjects"]:
         print("A PART OF THE QUESTIONS (--limit, --subjects): not a score of the set")
     if first["data"].get("release"):
-        print(f"{len(data.questions):,} questions: {first['data']['release']}")
+        print(first["data"]["release"])
     names = list(COLUMNS)[:3] if "accuracy" in first["metrics"] else ["answered"]
     columns = [
         (r, n, column_of(r) + COLUMNS[n]) for r in records for n in names if n in r["metrics"]
@@ -53,7 +55,7 @@ def print_accuracies(records: list["Result"]) -> None:
 
     share_line("micro (all questions)", [r["metrics"][n] for r, n, _ in columns])
     columns = [column for column in columns if column[1].startswith("accuracy")]
-    if not data.has_subjects or not columns:
+    if not by_subject or not columns:
         return
     macro = [r["metrics"][n.replace("accuracy", "accuracy_macro")] for r, n, _ in columns]
     share_line("macro (mean of subjects)", macro)
@@ -70,7 +72,10 @@ def print_details(record: "Result") -> None:
         f"{k} " + "/".join(f"{v[name]:.1%}" for name in ("predicted", "gold") if name in v)
         for k, v in letters.items()
     )
-    print(f"{column_of(record)}: letters predicted/gold  {bias}")
+    if len(letters) <= MOST_SHOWN:
+        print(f"{column_of(record)}: letters predicted/gold  {bias}")
+    else:
+        print(f"{column_of(record)}:")
     if "ece" in metrics:
         ece, brier = metrics["ece"]["value"], metrics["brier"]["value"]
         print(f"  calibration error {ece:.4f}, Brier {brier:.4f}")

@@ -17,7 +17,7 @@ import numpy as np
 import results
 import stats
 from tasks.prompts import Prompts
-from tasks.questions import LETTERS, QuestionSet, subject_table
+from tasks.questions import LETTERS, QuestionSet
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def accuracies(data: QuestionSet, correct: dict[str, np.ndarray]) -> tuple[dict,
     """(metrics, breakdown by category and by subject) of booleans [questions] by metric name:
     micro over questions (lm-evaluation-harness's weighting), macro over subjects."""
     subject = np.array([q.subject for q in data.questions])
-    category_of = subject_table(data.subjects)["categories"] if data.has_subjects else {}
+    category_of = data.table["categories"]
     category = np.array([category_of.get(s, "") for s in subject])
     metrics, by_subject, by_category = {}, {}, {}
     for name, right in correct.items():
@@ -102,10 +102,10 @@ def accuracies(data: QuestionSet, correct: dict[str, np.ndarray]) -> tuple[dict,
             (subject, data.subjects, by_subject),
             (category, sorted({*category} - {""}), by_category),
         ):
-            for group in groups if data.has_subjects else ():
+            for group in groups if data.layout.has_subjects else ():
                 out.setdefault(str(group), {})[name] = share_of(right[key == group])
         metrics[name] = share_of(right)
-        if data.has_subjects:
+        if data.layout.has_subjects:
             macro = name.replace("accuracy", "accuracy_macro")
             metrics[macro] = mean_of_shares([by_subject[s][name] for s in data.subjects])
     return metrics, {"category": by_category, "subject": by_subject}

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from backends.continuations import MIN_PREFIX, Continuations
-from tasks.questions import subject_table
 from tokenizer import SAFE_BREAK
 
 MAX_NEW_TOKENS = 16  # of --scoring generate
@@ -60,7 +59,7 @@ class PromptMaker:
     def __init__(self, tokenizer, data, template, scoring, context, rotations, truncate, bos):
         self.tokenizer, self.data, self.template, self.scoring = tokenizer, data, template, scoring
         self.context, self.rotations, self.truncate, self.bos = context, rotations, truncate, bos
-        self.names = subject_table(data.subjects)["names"]
+        self.names = data.table["names"]
         self.letters = None  # token ids of each letter after a prompt
         for q in data.questions:
             template.check(q, scoring)

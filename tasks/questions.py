@@ -31,6 +31,7 @@ from tasks.layouts import Layout
 from tasks.question_files import ANSWERS, rows_of, split_files, where_to_get
 
 LETTERS = string.ascii_uppercase
+NO_TABLE: dict = {"categories": {}, "names": {}}
 
 
 class Question(NamedTuple):
@@ -50,18 +51,23 @@ class Question(NamedTuple):
 @dataclass(frozen=True)
 class QuestionSet:
     """questions: what is asked, subject by subject. examples: by subject, what comes before.
-    has_subjects: whether they are the set's own; else there is one, of the set's name."""
+    layout: the set's; where that has no subjects, there is one, of the set's name."""
 
     questions: list[Question]
     examples: dict[str, list[Question]]
     files: int
     hash: str
     examples_hash: str
-    has_subjects: bool = True
+    layout: Layout = Layout()  # noqa: RUF009  # frozen
 
     @functools.cached_property
     def subjects(self) -> list[str]:
         return list(dict.fromkeys(q.subject for q in self.questions))
+
+    @functools.cached_property
+    def table(self) -> dict:
+        """Categories and names of the subjects, where they are those of a known set."""
+        return NO_TABLE if self.layout.rows else subject_table(self.subjects)
 
     @functools.cached_property
     def n_choices(self) -> np.ndarray:
@@ -111,7 +117,7 @@ def read_data(
         files += dev_files
     shown = itertools.chain.from_iterable(examples.values())
     hashes = _digest(questions), _digest(shown)
-    return QuestionSet(questions, examples, len(files), *hashes, layout.has_subjects)
+    return QuestionSet(questions, examples, len(files), *hashes, layout)
 
 
 def _chosen(root, asked, dev, split, subjects, limit, layout) -> list[Question]:
@@ -307,4 +313,4 @@ def subject_table(subjects: Iterable[str]) -> dict:
         shared = len(members.keys() & set(subjects))
         if shared > best:
             best, table = shared, {"categories": members, "names": candidate.get("names", {})}
-    return table or {"categories": {}, "names": {}}
+    return table or NO_TABLE
