@@ -33,6 +33,7 @@ import command
 import evaluation
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
+from tasks.chat import ChatOptions, encode, open_chat, starts_with_bos
 from tasks.choice_sets import ChoiceSet, load_set
 from tasks.choice_tables import (
     column_of,
@@ -103,6 +104,7 @@ class Options:
         type=cli.positive_int,
     )
     batch_size: int | None = cli.option(None, "rows of a batch at most", type=cli.positive_int)
+    chat: ChatOptions = ChatOptions()  # noqa: RUF009
 
     def __post_init__(self):
         if not self.data_path:
@@ -146,6 +148,7 @@ class Asked:
     maker: PromptMaker
     share_prefix: bool
     choice_set: ChoiceSet
+    stop: tuple[str, ...] = ()  # of generated answers
 
     @functools.cached_property
     def prepared(self) -> tuple[Prompts, float]:
@@ -164,6 +167,8 @@ def plan(options: Options, facts: Facts) -> Plan:
     if scoring not in template.scorings:
         raise ValueError(f"template {template.name} shows no letters: --scoring continuation only")
     bos = evaluation.resolve_bos(options.bos, tokenizer)
+    chat = open_chat(options.chat, tokenizer)
+    probe = encode(tokenizer, [chat.ask("?")], bos) if chat else []
     generates = scoring == "generate"
     share_prefix = not options.no_prefix_cache and facts.shares_prefixes and not generates
     data = read_questions(options)
@@ -177,7 +182,8 @@ def plan(options: Options, facts: Facts) -> Plan:
         "limit": options.limit,
         "permute_choices": options.permute_choices,
         "truncate": options.truncate,
-        "bos": bos,
+        "bos": starts_with_bos(tokenizer, probe) if chat else bos,
+        **(chat.protocol if chat else {}),
         "context": facts.context,
         "dtype": facts.dtype,
         "tokenizer": tokenizer.name,
@@ -196,13 +202,15 @@ def plan(options: Options, facts: Facts) -> Plan:
         rotations=options.permute_choices,
         truncate=options.truncate,
         bos=bos,
+        chat=chat,
     )
-    work = Asked(facts, data, maker, share_prefix, choice_set)
+    stop = (chat.turn_end,) if chat and chat.turn_end else ()
+    work = Asked(facts, data, maker, share_prefix, choice_set, stop)
     about = {"files": data.files, "hash": data.hash, "examples_hash": data.examples_hash}
     whole = not options.limit and not options.subjects
     if whole and (release := choice_set.release_of(data)):
         about["release"] = release
-    words = words_of(protocol, about)
+    words = words_of(protocol, about, chat.words if chat else ())
     return Plan(protocol, about, work, words, lambda: work.prepared, choice_set.name)
 
 
@@ -222,13 +230,14 @@ def read_questions(options: Options) -> QuestionSet:
     return data
 
 
-def words_of(protocol: dict, about: dict) -> tuple[str, ...]:
+def words_of(protocol: dict, about: dict, of_chat: tuple[str, ...]) -> tuple[str, ...]:
     subjects, limit = protocol["subjects"], protocol["limit"]
     return (
         *([about["release"]] if "release" in about else []),
         *([protocol["template"]] if protocol["template"] != protocol.get("set") else []),
         protocol["scoring"],
         f"{protocol['shots']}-shot",
+        *of_chat,
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
         *([f"{len(subjects)} subjects only: not a score"] if subjects else []),
@@ -240,11 +249,11 @@ def words_of(protocol: dict, about: dict) -> tuple[str, ...]:
 # Scores
 
 
-def answer(backend: Backend, prompts: Prompts, protocol: dict, data: QuestionSet) -> Answers:
+def answer(backend: Backend, prompts: Prompts, protocol: dict, work: Asked) -> Answers:
     """Every prompt asked, in the way that the protocol says."""
     if protocol["scoring"] == "generate":
-        return generate_answers(backend, prompts, protocol["batch_size"], data)
-    rows, K = prompts.rows, data.n_choices.max()
+        return generate_answers(backend, prompts, protocol["batch_size"], work)
+    rows, data, K = prompts.rows, work.data, work.data.n_choices.max()
     found = backend.score_rows(rows, protocol["batch_tokens"], protocol["batch_size"])
     scores = np.zeros((*prompts.shots.shape, K))
     if rows.choice_ids:
@@ -257,12 +266,12 @@ def answer(backend: Backend, prompts: Prompts, protocol: dict, data: QuestionSet
 
 
 def generate_answers(
-    backend: Backend, prompts: Prompts, batch_size: int | None, data: QuestionSet
+    backend: Backend, prompts: Prompts, batch_size: int | None, work: Asked
 ) -> Answers:
     """The first letter that stands alone in MAX_NEW_TOKENS greedy tokens, before a blank line."""
     tokenizer, mine = backend.facts.tokenizer, []
     ids = [row.tolist() for row in prompts.rows.ids]
-    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0)
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0, stop=work.stop)
     with cli.progress(len(ids), "mmlu", "row") as bar:
         for sample in backend.generate(ids, greedy, batch_size=batch_size):
             mine.append((sample.prompt_index, tokenizer.decode(sample.token_ids)))
@@ -271,7 +280,7 @@ def generate_answers(
     for row, text in itertools.chain.from_iterable(backend.dist.gather(mine)):
         texts[prompts.question[row], prompts.rotation[row]] = text
     read = np.vectorize(first_letter, otypes=[np.int64])
-    return Answers(read(texts, data.n_choices[:, None]), texts=texts)
+    return Answers(read(texts, work.data.n_choices[:, None]), texts=texts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,7 +291,7 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     """Score every question; arrays hold an entry for each, of the choices as they are listed."""
     protocol, data = plan.protocol, plan.work.data
     prompts, prepare_seconds = plan.work.prepared
-    answers = answer(backend, prompts, protocol, data)
+    answers = answer(backend, prompts, protocol, plan.work)
     right = right_places(data, protocol["permute_choices"])
     choice_set = plan.work.choice_set
     terms = Terms(protocol["scoring"], choice_set.normalisation, choice_set.metric)
@@ -304,7 +313,8 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
             "shortened": int((prompts.shots < protocol["shots"]).sum()),
             "shots_kept": np.bincount(prompts.shots.ravel()).tolist(),  # prompts by examples kept
         },
-        data={"tokens": prompts.rows.unique_tokens()},
+        data={"tokens": prompts.rows.unique_tokens()}
+        | ({"first_prompt": prompts.first} if "chat_template" in protocol else {}),
         cost={"prepare_seconds": prepare_seconds},
         samples=functools.partial(make_samples, data, prompts, answers, right),
         shown=data,

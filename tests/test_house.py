@@ -38,7 +38,7 @@ FLOORS = [
     "formats/readers",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
-    "backends/local tasks/layouts tasks/question_files tasks/questions tasks/templates "
+    "backends/local tasks/chat tasks/layouts tasks/question_files tasks/questions tasks/templates "
     "tasks/choice_sets tasks/prompts tasks/choices tasks/choice_tables tasks/programs "
     "tasks/word_problems tasks/drawing",
     "evaluation training/batches training/log training/options",
@@ -52,7 +52,7 @@ FLOORS = [
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
 NO_TORCH += " tasks/questions tasks/choice_sets tasks/answers tasks/word_problems tasks/drawing"
-NO_TORCH += " humaneval_eval gsm8k_eval"
+NO_TORCH += " tasks/chat humaneval_eval gsm8k_eval"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
