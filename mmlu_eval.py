@@ -257,7 +257,8 @@ def answer(backend: Backend, prompts: Prompts, protocol: dict, work: Asked) -> A
     found = backend.score_rows(rows, protocol["batch_tokens"], protocol["batch_size"])
     scores = np.zeros((*prompts.shots.shape, K))
     if rows.choice_ids:
-        scores[prompts.question, prompts.rotation] = found.choices + found.targets[:, None]
+        start = prompts.letter_start(found)
+        scores[prompts.question, prompts.rotation] = found.choices + start[:, None]
     else:
         scores[prompts.question, prompts.rotation, prompts.choice] = found.targets
     there = np.arange(K) < data.n_choices[:, None, None]  # [questions, 1, K]

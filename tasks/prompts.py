@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.continuations import MIN_PREFIX, Continuations
+from backends.continuations import MIN_PREFIX, Continuations, RowScores
 from tasks import chat as chats
 from tokenizer import SAFE_BREAK
 
@@ -57,6 +57,12 @@ class Prompts:
     shots: np.ndarray
     truncated: int
     first: str = ""
+
+    def letter_start(self, found: RowScores) -> np.ndarray:
+        """Log-probabilities [R] of the tokens that come before the one that tells letters apart: of
+        a space, or of the line before an answer's turn."""
+        own = found.choices[:, 0] if len(self.rows.targets[0]) else 0.0
+        return found.targets - own
 
 
 class PromptMaker:
@@ -101,7 +107,8 @@ class PromptMaker:
         choice_ids = None
         if self.scoring == "letter":
             choice_ids = [int(letter[-1]) for letter in self.letters]
-            targets = [t[:-1] for t in targets]
+            # what several tokens share is scored with the first letter's last one: see letter_start
+            targets = [t if len(t) > 1 else t[:0] for t in targets]
         elif self.scoring == "generate":
             targets = [t[:0] for t in targets]
         rows = Continuations(prefixes, np.array(prefix_of), ids, targets, choice_ids)

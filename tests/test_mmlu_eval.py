@@ -226,6 +226,21 @@ def test_a_model_that_always_says_c_scores_the_share_of_c(gpt2, data_dir):
     assert record.arrays["logprobs"][:, 2] == pytest.approx(full, abs=1e-5)
 
 
+def test_letters_of_several_tokens_are_scored_whole(data_dir):
+    """Under the byte tokenizer the space before a letter is a token of its own."""
+    model, byte = make_model("llama", vocab_size=257), build_tokenizer("byte")
+    record = evaluate_mmlu(model, byte, data_dir / "mmlu", subjects=["anatomy"], limit=3)
+    data, template = read_data(data_dir / "mmlu", subjects=["anatomy"]), load_template("lm_eval")
+    for q, found in zip(data.questions, record.arrays["logprobs"]):
+        head = template.render_head(q.subject, None, [], "letter") + template.render_question(q)
+        for letter, ours in zip("ABCD", found):
+            ids = torch.tensor([byte.encode(head + " " + letter)])
+            with torch.no_grad():
+                logs = model.logits(model.hidden(ids))[0].log_softmax(-1)
+            wanted = logs[-3, ids[0, -2]] + logs[-2, ids[0, -1]]
+            assert ours == pytest.approx(wanted.item(), abs=1e-4)
+
+
 def test_figures_follow_from_the_questions_file(gpt2, data_dir, tmp_path):
     """Accuracy by subject, category, micro and macro, recomputed by hand from samples.jsonl."""
     subjects = ["anatomy", "virology", "sociology", "high_school_us_history", "marketing"]
