@@ -148,7 +148,6 @@ class Asked:
     maker: PromptMaker
     share_prefix: bool
     choice_set: ChoiceSet
-    stop: tuple[str, ...] = ()  # of generated answers
 
     @functools.cached_property
     def prepared(self) -> tuple[Prompts, float]:
@@ -166,52 +165,55 @@ def plan(options: Options, facts: Facts) -> Plan:
     scoring = (*options.scoring, choice_set.scoring_of(template))[0]
     if scoring not in template.scorings:
         raise ValueError(f"template {template.name} shows no letters: --scoring continuation only")
-    bos = evaluation.resolve_bos(options.bos, tokenizer)
-    chat = open_chat(options.chat, tokenizer)
-    probe = encode(tokenizer, [chat.ask("?")], bos) if chat else []
-    generates = scoring == "generate"
-    share_prefix = not options.no_prefix_cache and facts.shares_prefixes and not generates
-    data = read_questions(options)
-    protocol = choice_set.protocol | {
-        "template": template.name,
-        "template_hash": template.hash,
-        "scoring": scoring,
-        "shots": options.num_few_shot,
-        "split": options.split or choice_set.layout.ask,
-        "subjects": sorted(options.subjects) or None,
-        "limit": options.limit,
-        "permute_choices": options.permute_choices,
-        "truncate": options.truncate,
-        "bos": starts_with_bos(tokenizer, probe) if chat else bos,
-        **(chat.protocol if chat else {}),
-        "context": facts.context,
-        "dtype": facts.dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "prefix_cache": share_prefix,
-        "batch_tokens": None if generates else options.batch_tokens or BATCH_TOKENS[facts.device],
-        "batch_size": options.batch_size,
-        "examples_hash": data.examples_hash,
-    }
     maker = PromptMaker(
         tokenizer=tokenizer,
-        data=data,
+        data=read_questions(options),
         template=template,
         scoring=scoring,
         context=facts.context or sys.maxsize,
         rotations=options.permute_choices,
         truncate=options.truncate,
-        bos=bos,
-        chat=chat,
+        bos=evaluation.resolve_bos(options.bos, tokenizer),
+        chat=open_chat(options.chat, tokenizer),
     )
-    stop = (chat.turn_end,) if chat and chat.turn_end else ()
-    work = Asked(facts, data, maker, share_prefix, choice_set, stop)
+    data, chat = maker.data, maker.chat
+    shares = facts.shares_prefixes and scoring != "generate"
+    work = Asked(facts, data, maker, shares and not options.no_prefix_cache, choice_set)
+    protocol = protocol_of(options, work)
     about = {"files": data.files, "hash": data.hash, "examples_hash": data.examples_hash}
     whole = not options.limit and not options.subjects
     if whole and (release := choice_set.release_of(data)):
         about["release"] = release
     words = words_of(protocol, about, chat.words if chat else ())
     return Plan(protocol, about, work, words, lambda: work.prepared, choice_set.name)
+
+
+def protocol_of(options: Options, work: Asked) -> dict:
+    facts, maker, chat = work.facts, work.maker, work.maker.chat
+    tokenizer, bos, generates = facts.tokenizer, maker.bos, maker.scoring == "generate"
+    if chat:  # a template may write its own
+        bos = starts_with_bos(tokenizer, encode(tokenizer, [chat.ask("?")], bos))
+    return work.choice_set.protocol | {
+        "template": maker.template.name,
+        "template_hash": maker.template.hash,
+        "scoring": maker.scoring,
+        "shots": options.num_few_shot,
+        "split": options.split or work.choice_set.layout.ask,
+        "subjects": sorted(options.subjects) or None,
+        "limit": options.limit,
+        "permute_choices": options.permute_choices,
+        "truncate": options.truncate,
+        "bos": bos,
+        **(chat.protocol if chat else {}),
+        "context": facts.context,
+        "dtype": facts.dtype,
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "prefix_cache": work.share_prefix,
+        "batch_tokens": None if generates else options.batch_tokens or BATCH_TOKENS[facts.device],
+        "batch_size": options.batch_size,
+        "examples_hash": work.data.examples_hash,
+    }
 
 
 def read_questions(options: Options) -> QuestionSet:
@@ -270,9 +272,10 @@ def generate_answers(
     backend: Backend, prompts: Prompts, batch_size: int | None, work: Asked
 ) -> Answers:
     """The first letter that stands alone in MAX_NEW_TOKENS greedy tokens, before a blank line."""
-    tokenizer, mine = backend.facts.tokenizer, []
+    tokenizer, chat, mine = backend.facts.tokenizer, work.maker.chat, []
+    stop = (chat.turn_end,) if chat and chat.turn_end else ()
     ids = [row.tolist() for row in prompts.rows.ids]
-    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0, stop=work.stop)
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0, stop=stop)
     with cli.progress(len(ids), "mmlu", "row") as bar:
         for sample in backend.generate(ids, greedy, batch_size=batch_size):
             mine.append((sample.prompt_index, tokenizer.decode(sample.token_ids)))

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from backends.continuations import MIN_PREFIX, Continuations, RowScores
-from tasks import chat as chats
+from tasks.chat import Chat, encode
+from tasks.questions import QuestionSet
+from tasks.templates import Template
 from tokenizer import SAFE_BREAK
 
 MAX_NEW_TOKENS = 16  # of --scoring generate
@@ -65,23 +67,30 @@ class Prompts:
         return found.targets - own
 
 
+@dataclass(eq=False)
 class PromptMaker:
-    """Turns questions into rows of tokens for one template, scoring and tokenizer; chat: whose
-    turns they are, or None for plain text."""
+    """Turns questions into rows of tokens for one template, scoring and tokenizer. rotations: how
+    many orders of the choices; chat: whose turns they are, or None for plain text."""
 
-    def __init__(
-        self, tokenizer, data, template, scoring, context, rotations, truncate, bos, chat=None
-    ):
-        self.tokenizer, self.data, self.template, self.scoring = tokenizer, data, template, scoring
-        self.context, self.rotations, self.truncate, self.bos = context, rotations, truncate, bos
-        self.chat = chat
-        # what is scored: in a chat the answer begins a turn
-        self.answered = replace(template, answer=template.answer.lstrip()) if chat else template
-        self.names = data.table["names"]
-        self.first = None
+    tokenizer: Any
+    data: QuestionSet
+    template: Template
+    scoring: str
+    context: int
+    rotations: int
+    truncate: bool
+    bos: bool
+    chat: Chat | None = None
+
+    def __post_init__(self):
+        self.names = self.data.table["names"]
+        self.first = None  # text of the first prompt
         self.letters = None  # token ids of each letter after a prompt
-        for q in data.questions:
-            template.check(q, scoring)
+        # what is scored: in a chat the answer begins a turn
+        bare = replace(self.template, answer=self.template.answer.lstrip())
+        self.answered = bare if self.chat else self.template
+        for q in self.data.questions:
+            self.template.check(q, self.scoring)
 
     def make(self, share_prefix: bool = True) -> Prompts:
         prefixes, prefix_of, ids, targets, owner = [], [], [], [], []
@@ -214,7 +223,7 @@ class PromptMaker:
     def _encode_texts(self, head, tails):
         self.first = head + tails[0] if self.first is None else self.first
         if self.chat:
-            encoded = chats.encode(self.tokenizer, [head + tail for tail in tails], self.bos)
+            encoded = encode(self.tokenizer, [head + tail for tail in tails], self.bos)
             return [np.array(ids, dtype=np.int64) for ids in encoded]
         encoded = encode_after(self.tokenizer, head, tails)
         bos = [self.tokenizer.bos_token_id] * self.bos
