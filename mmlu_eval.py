@@ -75,6 +75,12 @@ class Options:
     num_few_shot: int = cli.option(
         0, "examples from the set's few-shot split, MMLU's dev (0)", type=int, metavar="K"
     )
+    few_shot_draw: str = cli.option(
+        "first",
+        "the first examples for all questions, or others for each, those that lm-eval draws for "
+        "this set on one GPU (first)",
+        choices=("first", "lm_eval"),
+    )
     template: tuple[str, ...] = cli.option(
         (), "names in configs/prompts or YAML files (the set's own, MMLU's lm_eval)", nargs="+"
     )
@@ -161,10 +167,8 @@ class Asked:
 def plan(options: Options, facts: Facts) -> Plan:
     """Reads the questions; of several templates or scorings only the first is planned."""
     choice_set, tokenizer = options.choice_set, facts.tokenizer
-    template = choice_set.template((*options.template, choice_set.own.name)[0])
-    scoring = (*options.scoring, choice_set.scoring_of(template))[0]
-    if scoring not in template.scorings:
-        raise ValueError(f"template {template.name} shows no letters: --scoring continuation only")
+    first = variants(options)[0]
+    template, scoring = choice_set.template(first.template[0]), first.scoring[0]
     maker = PromptMaker(
         tokenizer=tokenizer,
         data=read_questions(options),
@@ -177,7 +181,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         chat=open_chat(options.chat, tokenizer),
     )
     data, chat = maker.data, maker.chat
-    shares = facts.shares_prefixes and scoring != "generate"
+    shares = facts.shares_prefixes and scoring != "generate" and not data.drawn
     work = Asked(facts, data, maker, shares and not options.no_prefix_cache, choice_set)
     protocol = protocol_of(options, work)
     about = {"files": data.files, "hash": data.hash, "examples_hash": data.examples_hash}
@@ -198,6 +202,7 @@ def protocol_of(options: Options, work: Asked) -> dict:
         "template_hash": maker.template.hash,
         "scoring": maker.scoring,
         "shots": options.num_few_shot,
+        **({"few_shot_draw": options.few_shot_draw} if work.data.drawn else {}),
         "split": options.split or work.choice_set.layout.ask,
         "subjects": sorted(options.subjects) or None,
         "limit": options.limit,
@@ -225,6 +230,7 @@ def read_questions(options: Options) -> QuestionSet:
         subjects,
         options.limit,
         options.choice_set.layout,
+        options.few_shot_draw != "first",
     )
     fewest = data.n_choices.min()
     if not 1 <= rotations <= fewest:
@@ -239,6 +245,7 @@ def words_of(protocol: dict, about: dict, of_chat: tuple[str, ...]) -> tuple[str
         *([protocol["template"]] if protocol["template"] != protocol.get("set") else []),
         protocol["scoring"],
         f"{protocol['shots']}-shot",
+        *(["lm-eval's examples"] if "few_shot_draw" in protocol else []),
         *of_chat,
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],

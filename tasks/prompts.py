@@ -10,7 +10,6 @@ chat the description is the system turn, and an answer begins its turn, without 
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -96,15 +95,16 @@ class PromptMaker:
         prefixes, prefix_of, ids, targets, owner = [], [], [], [], []
         shots = np.zeros((len(self.data.questions), self.rotations), dtype=np.int64)
         truncated = 0
-        numbered = list(enumerate(self.data.questions))
-        for subject, members in itertools.groupby(numbered, key=lambda item: item[1].subject):
-            asked = [(i, r) for i, _ in members for r in range(self.rotations)]
-            for k, group in self._fitted(subject, asked):
+        share_prefix = share_prefix and not self.data.drawn
+        for subject, examples, members in self.data.groups:
+            asked = [(i, r) for i in members for r in range(self.rotations)]
+            for k, group in self._fitted(subject, examples, asked):
                 contexts = {id(context): context for rows in group.values() for context, _ in rows}
                 n = _shared_length(contexts.values())
                 cut = k is None  # left-truncated prompts share nothing
                 n = n if share_prefix and not cut and n >= MIN_PREFIX and len(contexts) > 1 else 0
-                prefixes.append(next(iter(contexts.values()))[:n])
+                if not (self.data.drawn and prefixes):  # else all share an empty one
+                    prefixes.append(next(iter(contexts.values()))[:n])
                 truncated += len(group) if cut else 0
                 for (i, r), rows in group.items():
                     shots[i, r] = k or 0
@@ -124,11 +124,10 @@ class PromptMaker:
         question, rotation, choice = np.array(owner, dtype=np.int64).T
         return Prompts(rows, question, rotation, choice, shots, truncated, self.first or "")
 
-    def _fitted(self, subject, asked):
+    def _fitted(self, subject, examples, asked):
         """Yield (shots, {(question, rotation): its rows, pairs of context and continuation ids}):
         what fits with all the examples, then the rest with ever fewer; shots None for prompts cut
         on the left."""
-        examples = self.data.examples[subject]
         for k in range(len(examples), -1, -1):
             encoded = self._encode(subject, examples[:k], asked)
             fits = {key: v for key, v in encoded.items() if self._length(v) <= self.context}
