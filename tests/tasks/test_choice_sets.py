@@ -87,7 +87,7 @@ def test_truthfulqa_is_told_apart_by_the_data(data_dir, tmp_path):
         part = read_data(tmp_path, layout=choice_set.layout)
         assert choice_set.release_of(part).startswith("700 questions, unlike the 817 of")
         assert choice_set.release_of(part).endswith(": not a score")
-        with pytest.raises(ValueError, match=f"{name} has no examples but those"):
+        with pytest.raises(ValueError, match=f"examples of {name} stand in its prompt"):
             read_data(data_dir / "truthfulqa", 1, layout=choice_set.layout)
 
 
@@ -102,6 +102,8 @@ def test_examples_are_of_each_subject_or_of_all(tmp_path):
         ValueError, match="13 few-shot examples asked for, but the val split has 12"
     ):
         read_data(tmp_path, 13, layout=layout)
+    with pytest.raises(ValueError, match="examples of mmlu_pro are what --split val asks"):
+        read_data(tmp_path, 1, split="val", layout=layout)
 
 
 @pytest.mark.parametrize("name", SETS)
