@@ -223,6 +223,9 @@ def _question(row: dict, subject: str | None, where: str, layout: Layout, hidden
     if not question.strip():
         raise ValueError(f"{where}: question is empty")
     numbered = False
+    if right is not None and right[-1] >= len(choices):
+        n = len(choices)
+        raise ValueError(f"{where}: number {right[-1] + 1} of {n} choices is said to be right")
     if right is not None:
         answer = right[0]
     elif hidden and not _given(values):
