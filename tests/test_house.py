@@ -44,8 +44,9 @@ FLOORS = [
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
     "backends/local tasks/chat tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
-    "tasks/problems tasks/scores tasks/questions tasks/prompts tasks/choices tasks/programs "
-    "tasks/word_problems tasks/drawing tasks/harness",
+    "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
+    "tasks/templates tasks/choice_sets tasks/prompts tasks/choices tasks/choice_tables "
+    "tasks/programs tasks/word_problems tasks/drawing tasks/harness",
     "evaluation training/batches training/log training/options",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page",
@@ -55,11 +56,9 @@ FLOORS = [
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
-NO_TORCH += (
-    " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time tasks/programs"
-)
-NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
-NO_TORCH += " gsm8k_eval tasks/chat formats/adapter_config"
+NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
+NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
+NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
