@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,11 +152,16 @@ def measure_checkpoint(
     return done
 
 
-def print_shares(records: list[dict], names: list[str], width: int) -> None:
+def print_shares(
+    records: list[dict],
+    names: list[str],
+    width: int,
+    as_text: Callable[[dict], str] = stats.show_share,
+) -> None:
     """A line for each checkpoint, a column of `width` characters for each of these metrics, which
-    are shares."""
+    are shares, or what `as_text` makes of them."""
     first = max(10, *map(len, called(records)))
     print(f"\n{'checkpoint':{first}}" + "".join(f"{name:>{width}}" for name in names))
     for name, record in zip(called(records), records, strict=True):
-        cells = (stats.show_share(record["metrics"][metric]) for metric in names)
+        cells = (as_text(record["metrics"][metric]) for metric in names)
         print(f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
