@@ -17,29 +17,57 @@ import numpy as np
 import results
 import stats
 from tasks.prompts import Prompts
-from tasks.questions import LETTERS, QuestionSet, subject_table
+from tasks.questions import LETTERS, QuestionSet
 
 
 @dataclass(frozen=True)
 class Answers:
-    """predicted [questions, rotations]: the letter's index, -1 where none was given. scores
-    [questions, rotations, 4]: log-probabilities in nats of the letters or of the whole choices, or
-    None; texts, likewise [questions, rotations]: what was generated, or None."""
+    """predicted [questions, rotations]: the choice's index, -1 where none was given. scores
+    [questions, rotations, K]: log-probabilities in nats of the letters or of the whole choices,
+    -inf for those that a question does not have, or None; texts, likewise [questions, rotations]:
+    what was generated, or None."""
 
     predicted: np.ndarray
     scores: np.ndarray | None = None
     texts: np.ndarray | None = None
 
 
-def first_letter(text: str) -> int:
-    """Of those that stand alone before a blank line, as its index; -1 if there is none."""
-    found = re.search(r"(?<![A-Za-z])[A-D](?![A-Za-z])", text.strip().split("\n\n")[0])
+@dataclass(frozen=True)
+class Terms:
+    """How answers are counted: by letter or whole choice, what its length is counted in, and which
+    metric ranks checkpoints."""
+
+    scoring: str
+    normalisation: str = "characters"
+    metric: str = "accuracy"
+
+
+def first_letter(text: str, n: int = 4) -> int:
+    """Of those of n choices that stand alone before a blank line, as its index; -1 if there is
+    none."""
+    letters = f"[A-{LETTERS[n - 1]}]"
+    found = re.search(rf"(?<![A-Za-z]){letters}(?![A-Za-z])", text.strip().split("\n\n")[0])
     return LETTERS.index(found[0]) if found else -1
 
 
-def examples_of(arrays: dict) -> dict:
+def right_places(data: QuestionSet, rotations: int) -> np.ndarray:
+    """[questions, rotations, K]: whether the choice at that place of that order is right."""
+    right = np.zeros((len(data.questions), rotations, data.n_choices.max()), dtype=bool)
+    for i, q in enumerate(data.questions):
+        for r in range(rotations):
+            right[i, r, [(c - r) % len(q.choices) for c in q.right]] = True
+    return right
+
+
+def examples_of(arrays: dict) -> dict | None:
     """results.SCHEMA's `examples`: which arrays hold a score for each question."""
-    scores = {"accuracy": "correct", "accuracy_normalised": "correct_normalised"}
+    scores = {
+        "accuracy": "correct",
+        "accuracy_normalised": "correct_normalised",
+        "right_mass": "right_mass",
+    }
+    if "correct" not in arrays:
+        return None
     return {
         "unit": "questions",
         "scores": {metric: name for metric, name in scores.items() if name in arrays},
@@ -66,7 +94,7 @@ def accuracies(data: QuestionSet, correct: dict[str, np.ndarray]) -> tuple[dict,
     """(metrics, breakdown by category and by subject) of booleans [questions] by metric name:
     micro over questions (lm-evaluation-harness's weighting), macro over subjects."""
     subject = np.array([q.subject for q in data.questions])
-    category_of = subject_table(data.subjects)["categories"]
+    category_of = data.table["categories"]
     category = np.array([category_of.get(s, "") for s in subject])
     metrics, by_subject, by_category = {}, {}, {}
     for name, right in correct.items():
@@ -74,32 +102,52 @@ def accuracies(data: QuestionSet, correct: dict[str, np.ndarray]) -> tuple[dict,
             (subject, data.subjects, by_subject),
             (category, sorted({*category} - {""}), by_category),
         ):
-            for group in groups:
+            for group in groups if data.layout.has_subjects else ():
                 out.setdefault(str(group), {})[name] = share_of(right[key == group])
         metrics[name] = share_of(right)
-        macro = name.replace("accuracy", "accuracy_macro")
-        metrics[macro] = mean_of_shares([by_subject[s][name] for s in data.subjects])
+        if data.layout.has_subjects:
+            macro = name.replace("accuracy", "accuracy_macro")
+            metrics[macro] = mean_of_shares([by_subject[s][name] for s in data.subjects])
     return metrics, {"category": by_category, "subject": by_subject}
 
 
+def lengths_of(data: QuestionSet, normalisation: str) -> np.ndarray:
+    """[questions, K]: of each choice, in characters or bytes; 1 where there is none."""
+    lengths = np.ones((len(data.questions), data.n_choices.max()))
+    for i, q in enumerate(data.questions):
+        for c, choice in enumerate(q.choices):
+            size = len(choice.encode()) if normalisation == "bytes" else len(choice)
+            lengths[i, c] = max(size, 1)
+    return lengths
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
 def summarise(
-    data: QuestionSet, scoring: str, answers: Answers, gold: np.ndarray
+    data: QuestionSet, asked: Terms, answers: Answers, right: np.ndarray
 ) -> tuple[dict, dict, dict]:
-    """(metrics, breakdown, arrays), all but the permuted ones of the choices as they are listed."""
-    right, predicted = answers.predicted == gold, answers.predicted[:, 0]
+    """(metrics, breakdown, arrays), all but the permuted ones of the choices as they are listed.
+    right: right_places."""
+    gold = np.where(right.any(-1), right.argmax(-1), -1)
+    chosen = np.take_along_axis(right, np.maximum(answers.predicted, 0)[..., None], -1)[..., 0]
+    hits, predicted = chosen & (answers.predicted >= 0), answers.predicted[:, 0]
     arrays = {
-        "correct": right[:, 0],
+        "correct": hits[:, 0],
         "predicted": predicted,
         "gold": gold[:, 0],
         "subject": np.array([q.subject for q in data.questions]),
         "subject_id": np.array([data.subjects.index(q.subject) for q in data.questions]),
     }
-    correct, scores = {"accuracy": right[:, 0]}, None
+    correct, scores = {"accuracy": hits[:, 0]}, None
     if answers.scores is not None:
         arrays["logprobs"] = scores = answers.scores[:, 0]
-    if scoring == "continuation":  # log-likelihood per character, lm-evaluation-harness's acc_norm
-        characters = np.array([[max(len(c), 1) for c in q.choices] for q in data.questions])
-        correct["accuracy_normalised"] = (scores / characters).argmax(-1) == gold[:, 0]
+    if asked.scoring == "continuation" and asked.normalisation != "none":
+        # log-likelihood per character, lm-evaluation-harness's acc_norm, or per byte
+        best = (scores / lengths_of(data, asked.normalisation)).argmax(-1)
+        correct["accuracy_normalised"] = right[np.arange(len(best)), 0, best]
         arrays["correct_normalised"] = correct["accuracy_normalised"]
     metrics, breakdown = accuracies(data, correct)
     breakdown["letter"] = {  # position bias, over all rotations
@@ -107,14 +155,17 @@ def summarise(
             "predicted": float(np.mean(answers.predicted == i)),
             "gold": float(np.mean(gold == i)),
         }
-        for i, letter in enumerate(LETTERS)
+        for i, letter in enumerate(LETTERS[: right.shape[-1]])
     }
     if scores is None:
         metrics["answered"] = share_of(predicted >= 0)
     else:
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        p = (p / p.sum(-1, keepdims=True))[np.arange(len(p)), predicted]
-        measured = stats.calibration(p, right[:, 0])
+        p = softmax(scores)
+        if asked.metric == "right_mass" or any(q.several for q in data.questions):
+            arrays["right_mass"] = mass = (p * right[:, 0]).sum(-1)
+            value, error = float(mass.mean()), stats.mean_stderr(mass)
+            metrics["right_mass"] = results.metric(value, error, len(mass), unit="share")
+        measured = stats.calibration(p[np.arange(len(p)), predicted], hits[:, 0])
         for name in ("ece", "brier"):
             metrics[name] = results.metric(measured[name], better="lower")
         breakdown["calibration"] = measured["bins"]
@@ -122,13 +173,36 @@ def summarise(
         ties = int((ordered[:, -1] == ordered[:, -2]).sum())  # of the two best
         metrics["ties"] = results.metric(ties, better="lower")
         arrays["gold_logprob"] = stats.choice_logprob(scores, gold[:, 0])
-    if right.shape[1] > 1:
-        add_permuted(metrics, breakdown, answers.predicted, right)
-        arrays["correct_permuted"] = right
-    return metrics, breakdown, arrays
+    if hits.shape[1] > 1:
+        add_permuted(data, metrics, breakdown, answers.predicted, hits)
+        arrays["correct_permuted"] = hits
+    first = asked.metric if asked.metric in metrics else "accuracy"
+    return {first: metrics[first]} | metrics, breakdown, arrays
 
 
-def add_permuted(metrics: dict, breakdown: dict, predicted: np.ndarray, right: np.ndarray) -> None:
+def without_answers(data: QuestionSet, answers: Answers) -> tuple[dict, dict, dict]:
+    """What summarise gives, where the right answers are not published: what was predicted."""
+    predicted = answers.predicted[:, 0]
+    arrays = {
+        "predicted": predicted,
+        "subject": np.array([q.subject for q in data.questions]),
+    }
+    if answers.scores is not None:
+        arrays["logprobs"] = answers.scores[:, 0]
+    letters = {
+        letter: {"predicted": float(np.mean(answers.predicted == i))}
+        for i, letter in enumerate(LETTERS[: data.n_choices.max()])
+    }
+    return {"answered": share_of(predicted >= 0)}, {"letter": letters}, arrays
+
+
+def add_permuted(
+    data: QuestionSet,
+    metrics: dict,
+    breakdown: dict,
+    predicted: np.ndarray,
+    right: np.ndarray,
+) -> None:
     """Accuracy over rotated choice orders [questions, rotations], a question being the unit that
     was drawn, and how often a question gets the same choice in all of them."""
     rotations, mean = right.shape[1], right.mean(axis=1)
@@ -136,31 +210,39 @@ def add_permuted(metrics: dict, breakdown: dict, predicted: np.ndarray, right: n
     metrics["accuracy_permuted"] = results.metric(
         float(mean.mean()), stderr, len(mean), unit="share"
     )
-    chosen = np.where(predicted < 0, -1, (predicted + np.arange(rotations)) % len(LETTERS))
+    n = data.n_choices[:, None]
+    chosen = np.where(predicted < 0, -1, (predicted + np.arange(rotations)) % n)
     metrics["same_answer"] = share_of((chosen == chosen[:, :1]).all(axis=1) & (chosen[:, 0] >= 0))
     breakdown["rotation"] = {str(r): {"accuracy": share_of(right[:, r])} for r in range(rotations)}
 
 
 def make_samples(
-    data: QuestionSet, prompts: Prompts, answers: Answers, gold: np.ndarray
+    data: QuestionSet, prompts: Prompts, answers: Answers, right: np.ndarray
 ) -> Iterator[dict]:
     """One dict a question (and rotation): what was asked, scored and answered."""
     for i, q in enumerate(data.questions):
         for r, predicted in enumerate(answers.predicted[i].tolist()):
-            yield {
+            n, places = len(q.choices), np.flatnonzero(right[i, r]).tolist()
+            sample = {
                 "id": i,
                 "subject": q.subject,
                 "rotation": r,
                 "question": q.question,
                 "choices": q.choices[r:] + q.choices[:r],
-                "gold": LETTERS[gold[i, r]],
-                "predicted": letter_or_none(predicted),
-                "correct": predicted == gold[i, r],
+                "gold": name_of(places[0] if places else -1),
+                "predicted": name_of(predicted),
+                "correct": predicted in places if places else None,
                 "shots": prompts.shots[i, r],
-                "logprobs": None if answers.scores is None else answers.scores[i, r],
+                "logprobs": None if answers.scores is None else answers.scores[i, r, :n],
                 "text": None if answers.texts is None else answers.texts[i, r],
             }
+            if q.several:
+                sample["right"] = [name_of(place) for place in places]
+            yield sample
 
 
-def letter_or_none(index: int) -> str | None:
-    return LETTERS[index] if index >= 0 else None
+def name_of(index: int) -> str | None:
+    """A choice's letter; its number where there are more choices than letters."""
+    if index < 0:
+        return None
+    return LETTERS[index] if index < len(LETTERS) else str(index + 1)

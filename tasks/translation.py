@@ -222,4 +222,6 @@ def load_prompt(name: str) -> Prompt:
     for field, own in (("question", "{source}"), ("answer", "{reference}")):
         if values[field].count(own) != 1:
             raise ValueError(f"{path}: {field} needs {own}, once")
+    if "{source}" in values["instruction"] or "{reference}" in values["instruction"]:
+        raise ValueError(f"{path}: instruction must not hold {{source}} or {{reference}}")
     return Prompt(path.stem, **values | {"stop": tuple(values["stop"])})

@@ -16,7 +16,8 @@ import mmlu_eval
 import results
 import transformers_model
 from mmlu_eval import evaluate_mmlu
-from tasks.questions import LETTERS, load_template, read_data
+from tasks.questions import LETTERS, read_data
+from tasks.templates import load_template
 from tokenizer import build_tokenizer
 
 SHAPES = {
