@@ -16,6 +16,9 @@ A set is a YAML file of configs/choice_sets: how it lies in files, and how it is
 examples are run once and their keys and values shared by all its questions
 (backends/continuations.py). tasks/choices.py counts the answers. Guessing gives 25% on MMLU;
 Llama-2-7B's published score is 45.3% (5-shot).
+
+How sure the answers are is measured, too (certainty.py): --fit-temperature scales it by what a
+split that is not asked shows, --p-true asks the model itself, --allow-abstain lets it not answer.
 """
 
 import functools
@@ -49,8 +52,10 @@ from tasks.choices import (
     make_samples,
     right_places,
     summarise,
+    with_abstention,
     without_answers,
 )
+from tasks.further import Further
 from tasks.prompts import MAX_NEW_TOKENS, PromptMaker, Prompts
 from tasks.questions import QuestionSet, read_data
 from tasks.templates import SCORINGS
@@ -87,6 +92,7 @@ class Options:
     limit: int | None = cli.option(
         None, "so many questions of each subject: not a score", type=cli.positive_int
     )
+    further: Further = Further()  # noqa: RUF009  # frozen
     permute_choices: int = cli.option(
         1, "also score rotated choice orders, K in all (MMLU: at most 4)", type=int, metavar="K"
     )
@@ -146,6 +152,8 @@ class Asked:
     maker: PromptMaker
     share_prefix: bool
     choice_set: ChoiceSet
+    further: Further
+    held_out: QuestionSet | None  # what a temperature is fitted on
 
     @functools.cached_property
     def prepared(self) -> tuple[Prompts, float]:
@@ -154,6 +162,19 @@ class Asked:
         prompts = self.maker.make(self.share_prefix)
         evaluation.check_vocabulary(prompts.rows.highest_token, self.facts)
         return prompts, time.perf_counter() - start
+
+    def prompts_of(self, data: QuestionSet, changes: dict) -> Prompts:
+        """Of other questions, asked in the same way but for `changes`."""
+        made = self.maker
+        terms = {
+            "template": made.template,
+            "scoring": made.scoring,
+            "truncate": made.truncate,
+            "tokenizer": made.tokenizer,
+            "context": made.context,
+            "bos": made.bos,
+        }
+        return PromptMaker(data=data, rotations=1, **terms | changes).make(self.share_prefix)
 
 
 def plan(options: Options, facts: Facts) -> Plan:
@@ -166,7 +187,14 @@ def plan(options: Options, facts: Facts) -> Plan:
     bos = evaluation.resolve_bos(options.bos, tokenizer)
     generates = scoring == "generate"
     share_prefix = not options.no_prefix_cache and facts.shares_prefixes and not generates
-    data = read_questions(options)
+    data, further = read_questions(options), options.further
+    further.check(data, scoring)
+    held_out = further.held_out(
+        data,
+        asked=options.split or choice_set.layout.ask,
+        shown=choice_set.layout.few_shot if options.num_few_shot else None,
+        read=lambda split: read_questions(replace(options, split=split)),
+    )
     protocol = choice_set.protocol | {
         "template": template.name,
         "template_hash": template.hash,
@@ -187,6 +215,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "batch_size": options.batch_size,
         "examples_hash": data.examples_hash,
     }
+    protocol |= further.terms(held_out)
     maker = PromptMaker(
         tokenizer=tokenizer,
         data=data,
@@ -197,7 +226,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         truncate=options.truncate,
         bos=bos,
     )
-    work = Asked(facts, data, maker, share_prefix, choice_set)
+    work = Asked(facts, data, maker, share_prefix, choice_set, further, held_out)
     about = {"files": data.files, "hash": data.hash, "examples_hash": data.examples_hash}
     whole = not options.limit and not options.subjects
     if whole and (release := choice_set.release_of(data)):
@@ -216,6 +245,7 @@ def read_questions(options: Options) -> QuestionSet:
         options.limit,
         options.choice_set.layout,
     )
+    data = with_abstention(data) if options.further.allow_abstain else data
     fewest = data.n_choices.min()
     if not 1 <= rotations <= fewest:
         raise ValueError(f"--permute-choices must be 1 to {fewest}, not {rotations}")
@@ -229,6 +259,7 @@ def words_of(protocol: dict, about: dict) -> tuple[str, ...]:
         *([protocol["template"]] if protocol["template"] != protocol.get("set") else []),
         protocol["scoring"],
         f"{protocol['shots']}-shot",
+        *(["may abstain"] if "abstain" in protocol else []),
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
         *([f"{len(subjects)} subjects only: not a score"] if subjects else []),
@@ -284,16 +315,27 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     prompts, prepare_seconds = plan.work.prepared
     answers = answer(backend, prompts, protocol, data)
     right = right_places(data, protocol["permute_choices"])
-    choice_set = plan.work.choice_set
-    terms = Terms(protocol["scoring"], choice_set.normalisation, choice_set.metric)
+    choice_set, cost = plan.work.choice_set, backend.cost()
+    terms = Terms(
+        protocol["scoring"], choice_set.normalisation, choice_set.metric, "abstain" in protocol
+    )
     if data.hidden:
         metrics, breakdown, arrays = without_answers(data, answers)
     else:
         metrics, breakdown, arrays = summarise(data, terms, answers, right)
+
+    def ask(others: QuestionSet, changes: dict) -> Answers:
+        scoring = changes.get("scoring", protocol["scoring"])
+        batch_tokens = protocol["batch_tokens"] or BATCH_TOKENS[backend.facts.device]
+        own = protocol | {"scoring": scoring, "batch_tokens": batch_tokens}
+        return answer(backend, plan.work.prompts_of(others, changes), own, others)
+
+    found = plan.work.further.measure(ask, data, plan.work.held_out, answers, arrays)
+    arrays |= found.arrays
     generates = protocol["scoring"] == "generate"
     return Outcome(
-        metrics=metrics,
-        breakdown=breakdown,
+        metrics=metrics | found.metrics,
+        breakdown=breakdown | found.breakdown,
         arrays=arrays,
         examples=examples_of(arrays),
         protocol={
@@ -303,9 +345,10 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
             "truncated": prompts.truncated,
             "shortened": int((prompts.shots < protocol["shots"]).sum()),
             "shots_kept": np.bincount(prompts.shots.ravel()).tolist(),  # prompts by examples kept
+            **found.protocol,
         },
         data={"tokens": prompts.rows.unique_tokens()},
-        cost={"prepare_seconds": prepare_seconds},
+        cost=cost | {"prepare_seconds": prepare_seconds},
         samples=functools.partial(make_samples, data, prompts, answers, right),
         shown=data,
     )

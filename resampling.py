@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-import calibration
+import certainty
 from tasks import corpus_scores
 
 RESAMPLES, SEED = 1000, 12345  # sacrebleu's
@@ -36,15 +36,21 @@ def of_sums(score: Callable[[np.ndarray], np.ndarray]) -> Score:
     return weighted
 
 
+def _share(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
 SCORES: dict[str, Score] = {
     "bleu": of_sums(corpus_scores.bleu),
     "chrf": of_sums(corpus_scores.chrf),
     "ter": of_sums(corpus_scores.ter),
-    "ece": calibration.ece,
-    "ece_mass": calibration.ece_mass,
-    "auroc": calibration.auroc,
-    "aurc": calibration.aurc,
-    "selective_accuracy": calibration.selective_accuracy,
+    "share": of_sums(_share),  # of what the second column counts, what the first does
+    "ece": certainty.ece,
+    "ece_mass": certainty.ece_mass,
+    "auroc": certainty.auroc,
+    "aurc": certainty.aurc,
+    "selective_accuracy": certainty.selective_accuracy,
 }
 SEGMENTS = {  # of single examples, where that means something
     "bleu": lambda columns: corpus_scores.bleu(columns, effective_order=True),

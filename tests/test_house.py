@@ -20,7 +20,7 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 FLOORS = [
     "packed",
     "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
-    "tasks/answers tasks/corpus_scores calibration",
+    "tasks/answers tasks/corpus_scores certainty",
     "resampling cli identity hf_convert",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise sandbox/kinds sandbox/frames costs/gpus "
@@ -39,7 +39,8 @@ FLOORS = [
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
     "backends/local tasks/layouts tasks/question_files tasks/questions tasks/templates "
-    "tasks/choice_sets tasks/prompts tasks/choices tasks/choice_tables tasks/programs "
+    "tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices tasks/further "
+    "tasks/choice_tables tasks/programs "
     "tasks/word_problems tasks/translation tasks/drawing",
     "evaluation training/batches training/log training/options",
     "command",
@@ -52,7 +53,7 @@ FLOORS = [
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
 NO_TORCH += " tasks/questions tasks/choice_sets tasks/answers tasks/word_problems tasks/drawing"
-NO_TORCH += " humaneval_eval gsm8k_eval bleu_eval calibration resampling tasks/translation"
+NO_TORCH += " humaneval_eval gsm8k_eval bleu_eval certainty resampling tasks/translation"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

@@ -108,7 +108,7 @@ def test_languages_without_spaces_have_a_score(language, hypothesis, reference):
 
 def test_without_sacrebleu_one_line_says_what_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(ValueError, match="pip install 'sacrebleu>=2.5'"):
+    with pytest.raises(ValueError, match=r"pip install 'sacrebleu>=2\.5'"):
         metrics_of(NAMES, "13a")
 
 

@@ -91,11 +91,9 @@ def ece_mass(weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def _error(weights: np.ndarray, columns: np.ndarray, index: np.ndarray) -> np.ndarray:
-    gap, total = columns[:, 1] - columns[:, 0], np.zeros(len(weights))
-    for i in np.unique(index):
-        inside = index == i
-        total += np.abs(np.einsum("rn,n->r", weights[:, inside], gap[inside]))
-    return total / weights.sum(axis=1)
+    gaps = np.zeros((len(index), index.max() + 1))
+    gaps[np.arange(len(index)), index] = columns[:, 1] - columns[:, 0]
+    return np.abs(np.einsum("rn,nb->rb", weights, gaps)).sum(axis=1) / weights.sum(axis=1)
 
 
 def reliability(
@@ -234,6 +232,9 @@ def fit_temperature(logits: np.ndarray, gold: np.ndarray) -> float:
     if not np.isfinite(chosen).all():
         raise ValueError("a temperature cannot be fitted: a right answer has no probability at all")
 
+    if (np.where(possible, logits, chosen[:, None]) == chosen[:, None]).all():
+        return 1.0  # nothing is likelier than anything else, at any temperature
+
     def slope(log_beta: float) -> float:
         p = softmax(logits * math.exp(log_beta))
         return float(np.mean((p * values).sum(axis=1) - chosen))
@@ -241,5 +242,5 @@ def fit_temperature(logits: np.ndarray, gold: np.ndarray) -> float:
     low, high = -math.log(HOTTEST), math.log(HOTTEST)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+        low, high = (middle, high) if slope(middle) <= 0 else (low, middle)
     return math.exp(-(low + high) / 2)
