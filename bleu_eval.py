@@ -36,6 +36,7 @@ import results
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks import corpus_scores, drawing
+from tasks.chat import ChatOptions, open_chat, starts_with_bos
 from tasks.translation import (
     FIELDS,
     Language,
@@ -82,6 +83,7 @@ class Options:
         "BLEU's tokenizer (auto: by the target language)",
         choices=("auto", *corpus_scores.TOKENIZERS),
     )
+    chat: ChatOptions = ChatOptions()  # noqa: RUF009
     sampling: Sampling = Sampling(max_new_tokens=256)  # noqa: RUF009
     bos: str = evaluation.bos_option()
     limit: int | None = cli.option(
@@ -167,11 +169,12 @@ def plan(options: Options, facts: Facts) -> Plan:
     tokenizer, sampling, task = facts.tokenizer, options.sampling, read_task(options)
     bos = evaluation.resolve_bos(options.bos, tokenizer)
     names = [s.name for s in task.segments]
-    languages = task.source.name, task.target.name
-    texts = [task.prompt.render(s, task.shots, *languages) for s in task.segments]
-    prompts = drawing.encode_prompts(tokenizer, names, texts, bos)
+    languages, chat = (task.source.name, task.target.name), open_chat(options.chat, tokenizer)
+    texts = [task.prompt.render(s, task.shots, *languages, chat) for s in task.segments]
+    prompts = drawing.encode_prompts(tokenizer, names, texts, bos, by_template=bool(chat))
     evaluation.check_vocabulary(max(map(max, prompts)), facts)
-    sampling = replace(sampling, stop=sampling.stop or task.prompt.stop)
+    ends = (chat.turn_end,) if chat and chat.turn_end else ()
+    sampling = replace(sampling, stop=(sampling.stop or task.prompt.stop) + ends)
     greedy = not sampling.temperature
     references = [s.references for s in task.segments]
     scored_by = {
@@ -183,6 +186,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "num_few_shot": len(task.shots),
         "few_shot": _origin(options, task),
         "examples_hash": data_hash(task.shots),
+        **(chat.protocol if chat else {}),
         "source_language": task.source.code or None,
         "target_language": task.target.code or None,
         "signatures": scored_by,
@@ -193,7 +197,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "top_k": 0 if greedy else sampling.top_k,
         "max_new_tokens": sampling.max_new_tokens,
         "stop": sorted(sampling.stop),
-        "bos": bos,
+        "bos": starts_with_bos(tokenizer, prompts),
         "seed": None if greedy else sampling.seed,
         "limit": options.limit,
         "batch_size": options.batch_size,
@@ -206,7 +210,10 @@ def plan(options: Options, facts: Facts) -> Plan:
     files = [Path(path).name for path in (options.data_path, *options.references)]
     data = {"files": files, "hash": data_hash(task.segments), "segments": len(task.segments)}
     asked = drawing.Asked(names, prompts, sampling, 1, options.batch_size)
-    return Plan(protocol, data, Work(task, asked), words_of(protocol, task))
+    if chat:
+        data["first_prompt"] = texts[0]
+    words = words_of(protocol, task, chat.words if chat else ())
+    return Plan(protocol, data, Work(task, asked), words)
 
 
 def _origin(options: Options, task: Task) -> str:
@@ -217,13 +224,14 @@ def _origin(options: Options, task: Task) -> str:
     return f"the first of {Path(options.few_shot_path).name}, for every segment"
 
 
-def words_of(protocol: dict, task: Task) -> tuple[str, ...]:
+def words_of(protocol: dict, task: Task, of_chat: tuple[str, ...]) -> tuple[str, ...]:
     drawn = "greedy" if not protocol["temperature"] else f"temperature {protocol['temperature']:g}"
     pair, limit = (task.source.code, task.target.code), protocol["limit"]
     return (
         *(["-".join(filter(None, pair))] if any(pair) else []),
         protocol["prompt"],
         f"{protocol['num_few_shot']} shots",
+        *of_chat,
         *([f"tok:{task.tokenizer}"] if "bleu" in task.metrics else []),
         drawn,
         *(["BOS"] if protocol["bos"] else []),

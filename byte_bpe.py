@@ -79,3 +79,18 @@ def byte_alphabet() -> tuple[str, ...]:
     others = [b for b in range(256) if b not in visible]
     table = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
     return tuple(table[b] for b in range(256))
+
+
+def is_byte_tokenizer(path: Path) -> bool:
+    """Whether a tokenizer.json is the byte tokenizer's."""
+    try:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    vocab = {letter: i for i, letter in enumerate(byte_alphabet())} | {EOT: 256}
+    model = definition.get("model", {}) if isinstance(definition, dict) else {}
+    if model.get("vocab") != vocab or model.get("merges"):
+        return False
+    added = {token.get("content") for token in definition.get("added_tokens") or []}
+    # a post-processor may put a BOS before every text: then it is transformers' to say
+    return added <= {EOT} and definition.get("post_processor") in (None, BYTE_LEVEL)

@@ -182,7 +182,7 @@ def _convert(f, value):
 
 def _convert_one(argument, value):
     choices = argument.get("choices")
-    if isinstance(value, bool) and choices and "on" in choices:
+    if isinstance(value, bool) and ("on" in (choices or ()) or argument.get("const") == "on"):
         value = "on" if value else "off"  # as YAML reads these two words
     if isinstance(value, (bool, list, dict)) or value is None:
         raise ValueError(f"needs one value, not {value!r}")

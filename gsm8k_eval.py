@@ -5,6 +5,8 @@
         --data-path data/gsm8k --prompt gsm8k_cot --num-samples 40 --temperature 0.7 --k 8 40
     python gsm8k_eval.py --checkpoint-path checkpoints/checkpoint-1000 --data-path data/mgsm \\
         --prompt mgsm_native_cot --languages de sw
+    python gsm8k_eval.py --checkpoint-path checkpoints/an-instruct-model --data-path data/gsm8k \\
+        --prompt gsm8k_cot_llama --chat-template
 
     from gsm8k_eval import evaluate_gsm8k
     record = evaluate_gsm8k(model, tokenizer, "data/gsm8k")
@@ -37,6 +39,7 @@ from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks import answers, drawing
 from tasks import confidence as sure
+from tasks.chat import ChatOptions, open_chat, starts_with_bos
 from tasks.word_problems import Problem, Prompt, data_hash, load_prompt, read_problems
 
 VERDICTS = ("accuracy", "strict_match", "flexible_extract")
@@ -55,6 +58,7 @@ class Options:
     num_few_shot: int | None = cli.option(
         None, "examples before each question (the prompt's own number)", type=int, metavar="K"
     )
+    chat: ChatOptions = ChatOptions()  # noqa: RUF009
     languages: tuple[str, ...] = cli.option((), "of MGSM: only these", nargs="+", metavar="LANG")
     num_samples: int = cli.option(1, "solutions of each problem (1)", type=cli.positive_int)
     sampling: Sampling = Sampling(max_new_tokens=256)  # noqa: RUF009
@@ -117,13 +121,15 @@ def plan(options: Options, facts: Facts) -> Plan:
     prompt = load_prompt(options.prompt)
     problems = read_problems(options.data_path, options.languages, options.limit)
     shots = prompt.shots_of(options.data_path, options.num_few_shot)
+    chat = open_chat(options.chat, tokenizer)
     names = [p.name for p in problems]
-    texts = [prompt.render(p, shots) for p in problems]
-    prompts = drawing.encode_prompts(tokenizer, names, texts, bos)
+    texts = [prompt.render(p, shots, chat) for p in problems]
+    prompts = drawing.encode_prompts(tokenizer, names, texts, bos, by_template=bool(chat))
     evaluation.check_vocabulary(max(map(max, prompts)), facts)
     # a stop string of any of the languages ends a sample: which is asked decides nothing else
     own = [prompt.of_language(p.language).stop for p in problems]
-    samplings = [replace(sampling, stop=sampling.stop or stop) for stop in own]
+    ends = (chat.turn_end,) if chat and chat.turn_end else ()
+    samplings = [replace(sampling, stop=(sampling.stop or stop) + ends) for stop in own]
     stop = sorted({text for s in samplings for text in s.stop})
     greedy = not sampling.temperature
     protocol = {
@@ -131,6 +137,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "prompt_hash": prompt.hash,
         "num_few_shot": len(shots),
         "few_shot": "the first of the file, for every question",
+        **(chat.protocol if chat else {}),
         "num_samples": options.num_samples,
         "k": options.ks,
         "temperature": sampling.temperature,
@@ -138,7 +145,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "top_k": 0 if greedy else sampling.top_k,
         "max_new_tokens": sampling.max_new_tokens,
         "stop": stop,
-        "bos": bos,
+        "bos": starts_with_bos(tokenizer, prompts),
         "seed": None if greedy else sampling.seed,
         "languages": sorted({p.language for p in problems}),
         "limit": options.limit,
@@ -153,17 +160,20 @@ def plan(options: Options, facts: Facts) -> Plan:
         "files": sorted({Path(p.where.rpartition(":")[0]).name for p in problems}),
         "hash": data_hash([*shots, *problems]),
         "problems": len(problems),
+        **({"first_prompt": texts[0]} if chat else {}),
     }
     asked = drawing.Asked(names, prompts, samplings, options.num_samples, options.batch_size)
-    return Plan(protocol, data, Work(options, problems, prompt, asked), words_of(protocol))
+    words = words_of(protocol, chat.words if chat else ())
+    return Plan(protocol, data, Work(options, problems, prompt, asked), words)
 
 
-def words_of(protocol: dict) -> tuple[str, ...]:
+def words_of(protocol: dict, of_chat: tuple[str, ...] = ()) -> tuple[str, ...]:
     drawn = "greedy" if not protocol["temperature"] else f"temperature {protocol['temperature']:g}"
     limit = protocol["limit"]
     return (
         protocol["prompt"],
         f"{protocol['num_few_shot']} shots",
+        *of_chat,
         *([] if protocol["num_samples"] == 1 else [f"{protocol['num_samples']} samples"]),
         drawn,
         *(["BOS"] if protocol["bos"] else []),

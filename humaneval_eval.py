@@ -218,7 +218,7 @@ def make_prompts(
 ) -> list[list[int]]:
     """Token ids of each problem's prompt."""
     texts = [p["prompt"].rstrip("\n") if strip_prompt else p["prompt"] for p in problems.values()]
-    return drawing.encode_prompts(tokenizer, list(problems), texts, add_bos)
+    return drawing.encode_prompts(tokenizer, list(problems), texts, add_bos, by_template=False)
 
 
 def continuation_of(prompt: str, text: str, strip_prompt: bool) -> str:

@@ -36,6 +36,7 @@ import command
 import evaluation
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
+from tasks.chat import ChatOptions, encode, open_chat, starts_with_bos
 from tasks.choice_sets import ChoiceSet, load_set
 from tasks.choice_tables import (
     column_of,
@@ -109,6 +110,7 @@ class Options:
         type=cli.positive_int,
     )
     batch_size: int | None = cli.option(None, "rows of a batch at most", type=cli.positive_int)
+    chat: ChatOptions = ChatOptions()  # noqa: RUF009
 
     def __post_init__(self):
         if not self.data_path:
@@ -154,6 +156,7 @@ class Asked:
     choice_set: ChoiceSet
     further: Further
     held_out: QuestionSet | None  # what a temperature is fitted on
+    stop: tuple[str, ...] = ()  # of generated answers
 
     @functools.cached_property
     def prepared(self) -> tuple[Prompts, float]:
@@ -163,18 +166,21 @@ class Asked:
         evaluation.check_vocabulary(prompts.rows.highest_token, self.facts)
         return prompts, time.perf_counter() - start
 
-    def prompts_of(self, data: QuestionSet, changes: dict) -> Prompts:
-        """Of other questions, asked in the same way but for `changes`."""
+    def about(self, data: QuestionSet, changes: dict) -> "Asked":
+        """Other questions, asked in the same way but for `changes`."""
         made = self.maker
         terms = {
+            "tokenizer": made.tokenizer,
             "template": made.template,
             "scoring": made.scoring,
-            "truncate": made.truncate,
-            "tokenizer": made.tokenizer,
             "context": made.context,
+            "truncate": made.truncate,
             "bos": made.bos,
+            "chat": made.chat,
         }
-        return PromptMaker(data=data, rotations=1, **terms | changes).make(self.share_prefix)
+        return replace(
+            self, data=data, maker=PromptMaker(data=data, rotations=1, **terms | changes)
+        )
 
 
 def plan(options: Options, facts: Facts) -> Plan:
@@ -185,6 +191,8 @@ def plan(options: Options, facts: Facts) -> Plan:
     if scoring not in template.scorings:
         raise ValueError(f"template {template.name} shows no letters: --scoring continuation only")
     bos = evaluation.resolve_bos(options.bos, tokenizer)
+    chat = open_chat(options.chat, tokenizer)
+    probe = encode(tokenizer, [chat.ask("?")], bos) if chat else []
     generates = scoring == "generate"
     share_prefix = not options.no_prefix_cache and facts.shares_prefixes and not generates
     data, further = read_questions(options), options.further
@@ -205,7 +213,8 @@ def plan(options: Options, facts: Facts) -> Plan:
         "limit": options.limit,
         "permute_choices": options.permute_choices,
         "truncate": options.truncate,
-        "bos": bos,
+        "bos": starts_with_bos(tokenizer, probe) if chat else bos,
+        **(chat.protocol if chat else {}),
         "context": facts.context,
         "dtype": facts.dtype,
         "tokenizer": tokenizer.name,
@@ -225,13 +234,15 @@ def plan(options: Options, facts: Facts) -> Plan:
         rotations=options.permute_choices,
         truncate=options.truncate,
         bos=bos,
+        chat=chat,
     )
-    work = Asked(facts, data, maker, share_prefix, choice_set, further, held_out)
+    stop = (chat.turn_end,) if chat and chat.turn_end else ()
+    work = Asked(facts, data, maker, share_prefix, choice_set, further, held_out, stop)
     about = {"files": data.files, "hash": data.hash, "examples_hash": data.examples_hash}
     whole = not options.limit and not options.subjects
     if whole and (release := choice_set.release_of(data)):
         about["release"] = release
-    words = words_of(protocol, about)
+    words = words_of(protocol, about, chat.words if chat else ())
     return Plan(protocol, about, work, words, lambda: work.prepared, choice_set.name)
 
 
@@ -252,7 +263,7 @@ def read_questions(options: Options) -> QuestionSet:
     return data
 
 
-def words_of(protocol: dict, about: dict) -> tuple[str, ...]:
+def words_of(protocol: dict, about: dict, of_chat: tuple[str, ...]) -> tuple[str, ...]:
     subjects, limit = protocol["subjects"], protocol["limit"]
     return (
         *([about["release"]] if "release" in about else []),
@@ -260,6 +271,7 @@ def words_of(protocol: dict, about: dict) -> tuple[str, ...]:
         protocol["scoring"],
         f"{protocol['shots']}-shot",
         *(["may abstain"] if "abstain" in protocol else []),
+        *of_chat,
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
         *([f"{len(subjects)} subjects only: not a score"] if subjects else []),
@@ -271,11 +283,11 @@ def words_of(protocol: dict, about: dict) -> tuple[str, ...]:
 # Scores
 
 
-def answer(backend: Backend, prompts: Prompts, protocol: dict, data: QuestionSet) -> Answers:
+def answer(backend: Backend, prompts: Prompts, protocol: dict, work: Asked) -> Answers:
     """Every prompt asked, in the way that the protocol says."""
     if protocol["scoring"] == "generate":
-        return generate_answers(backend, prompts, protocol["batch_size"], data)
-    rows, K = prompts.rows, data.n_choices.max()
+        return generate_answers(backend, prompts, protocol["batch_size"], work)
+    rows, data, K = prompts.rows, work.data, work.data.n_choices.max()
     found = backend.score_rows(rows, protocol["batch_tokens"], protocol["batch_size"])
     scores = np.zeros((*prompts.shots.shape, K))
     if rows.choice_ids:
@@ -288,12 +300,12 @@ def answer(backend: Backend, prompts: Prompts, protocol: dict, data: QuestionSet
 
 
 def generate_answers(
-    backend: Backend, prompts: Prompts, batch_size: int | None, data: QuestionSet
+    backend: Backend, prompts: Prompts, batch_size: int | None, work: Asked
 ) -> Answers:
     """The first letter that stands alone in MAX_NEW_TOKENS greedy tokens, before a blank line."""
     tokenizer, mine = backend.facts.tokenizer, []
     ids = [row.tolist() for row in prompts.rows.ids]
-    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0)
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0, stop=work.stop)
     with cli.progress(len(ids), "mmlu", "row") as bar:
         for sample in backend.generate(ids, greedy, batch_size=batch_size):
             mine.append((sample.prompt_index, tokenizer.decode(sample.token_ids)))
@@ -302,7 +314,7 @@ def generate_answers(
     for row, text in itertools.chain.from_iterable(backend.dist.gather(mine)):
         texts[prompts.question[row], prompts.rotation[row]] = text
     read = np.vectorize(first_letter, otypes=[np.int64])
-    return Answers(read(texts, data.n_choices[:, None]), texts=texts)
+    return Answers(read(texts, work.data.n_choices[:, None]), texts=texts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,7 +325,7 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     """Score every question; arrays hold an entry for each, of the choices as they are listed."""
     protocol, data = plan.protocol, plan.work.data
     prompts, prepare_seconds = plan.work.prepared
-    answers = answer(backend, prompts, protocol, data)
+    answers = answer(backend, prompts, protocol, plan.work)
     right = right_places(data, protocol["permute_choices"])
     choice_set, cost = plan.work.choice_set, backend.cost()
     terms = Terms(
@@ -328,7 +340,8 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
         scoring = changes.get("scoring", protocol["scoring"])
         batch_tokens = protocol["batch_tokens"] or BATCH_TOKENS[backend.facts.device]
         own = protocol | {"scoring": scoring, "batch_tokens": batch_tokens}
-        return answer(backend, plan.work.prompts_of(others, changes), own, others)
+        work = plan.work.about(others, changes)
+        return answer(backend, work.prepared[0], own, work)
 
     found = plan.work.further.measure(ask, data, plan.work.held_out, answers, arrays)
     arrays |= found.arrays
@@ -347,7 +360,8 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
             "shots_kept": np.bincount(prompts.shots.ravel()).tolist(),  # prompts by examples kept
             **found.protocol,
         },
-        data={"tokens": prompts.rows.unique_tokens()},
+        data={"tokens": prompts.rows.unique_tokens()}
+        | ({"first_prompt": prompts.first} if "chat_template" in protocol else {}),
         cost=cost | {"prepare_seconds": prepare_seconds},
         samples=functools.partial(make_samples, data, prompts, answers, right),
         shown=data,

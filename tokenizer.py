@@ -11,11 +11,14 @@ Every tokenizer has
     special_ids: ids that no text encodes to       fingerprint: a hash of its definition
     adds_bos: whether transformers would put a BOS before a text, as for Llama; encode does not
     splits_at_newline: whether cutting a text at SAFE_BREAK is known to keep its tokens
+    chat_templates: {name: Jinja text}, "default" among them, or none; special_tokens: {"bos_token":
+    its text, …}, which templates write
     encode(text) -> ids, encode_batch(texts) -> arrays of ids, in threads, decode(ids) -> text
     token_bytes() -> [vocab_size] int32, the UTF-8 bytes that each id stands for; 0 for special ones
     save(directory): as Hugging Face files with the same ids for every text
 Encoding adds no special tokens, and text that looks like one ("<|endoftext|>" in a document) is
-encoded as the ordinary text it is. tiktoken and transformers are imported only when asked for.
+encoded as the ordinary text it is, unless `specials` says that it is one, as in what a chat
+template writes. tiktoken and transformers are imported only when asked for.
 """
 
 import functools
@@ -27,19 +30,21 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from byte_bpe import BYTE_LEVEL, EOT, byte_alphabet, merge_of, save_bpe
+from byte_bpe import BYTE_LEVEL, EOT, byte_alphabet, is_byte_tokenizer, merge_of, save_bpe
 from cli import first_line
+from inputs import decode_utf8
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 # what tells how text is split, of which one must be there
 SAYS_THE_CLASS: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "config.json")
 # all that goes along with a copy
 TOKENIZER_COPIES: tuple[str, ...] = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
-TOKENIZER_COPIES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_COPIES += ("special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 KINDS = ("tokenizer_config.json", "config.json")
 # Where a long text can be cut without changing its tokens, for tokenizers that say so with
 # `splits_at_newline`: after a newline between a visible character and a letter, digit or other
@@ -83,8 +88,12 @@ class ByteTokenizer:
     eos_token_id = 256
     bos_token_id = None
     special_ids = (256,)
+    special_tokens: ClassVar[dict[str, str]] = {"eos_token": EOT}
     splits_at_newline = True
     adds_bos = False
+
+    def __init__(self, chat_templates: dict[str, str] | None = None):
+        self.chat_templates = chat_templates or {}
 
     @property
     def fingerprint(self) -> str:
@@ -93,8 +102,14 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(utf8_bytes(text))
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(utf8_bytes(text), dtype=np.uint8) for text in texts]
+    def encode_batch(self, texts: list[str], specials: bool = False) -> list[np.ndarray]:
+        if not specials:
+            return [np.frombuffer(utf8_bytes(text), dtype=np.uint8) for text in texts]
+        return [np.array(self._encode_chat(text), dtype=np.uint32) for text in texts]
+
+    def _encode_chat(self, text: str) -> list[int]:
+        parts = [[*utf8_bytes(part), self.eos_token_id] for part in text.split(EOT)]
+        return list(itertools.chain(*parts))[:-1]
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(
@@ -108,6 +123,9 @@ class ByteTokenizer:
         """A byte-level BPE without merges."""
         vocab = {letter: i for i, letter in enumerate(byte_alphabet())} | {EOT: 256}
         save_bpe(directory, vocab, [], [BYTE_LEVEL], specials={EOT: 256}, ignore_merges=False)
+        if "default" in self.chat_templates:
+            text = self.chat_templates["default"]
+            (Path(directory) / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
 
 
 class TiktokenTokenizer:
@@ -115,12 +133,14 @@ class TiktokenTokenizer:
 
     bos_token_id = None
     adds_bos = False
+    chat_templates: ClassVar[dict[str, str]] = {}
 
     def __init__(self, encoding: Any):
         self.encoding = encoding
         self.name = encoding.name
         self.vocab_size = encoding.n_vocab
         self.eos_token_id = encoding._special_tokens.get(EOT)
+        self.special_tokens = {} if self.eos_token_id is None else {"eos_token": EOT}
 
     @functools.cached_property
     def splits_at_newline(self) -> bool:
@@ -141,18 +161,22 @@ class TiktokenTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str], specials: bool = False) -> list[np.ndarray]:
         """uint32 arrays, made in threads: tiktoken drops the GIL."""
         n_threads = min(8, os.cpu_count() or 1, len(texts))
         if n_threads < 2:
-            return self._encode_all(texts)
+            return self._encode_all(texts, specials)
         cuts = [len(texts) * i // n_threads for i in range(n_threads + 1)]
         shares = [texts[a:b] for a, b in itertools.pairwise(cuts)]
         with ThreadPoolExecutor(n_threads) as pool:
-            return [ids for share in pool.map(self._encode_all, shares) for ids in share]
+            encode = functools.partial(self._encode_all, specials=specials)
+            return [ids for share in pool.map(encode, shares) for ids in share]
 
-    def _encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
+    def _encode_all(self, texts: list[str], specials: bool) -> list[np.ndarray]:
+        allowed: Any = "all" if specials else set()
+        encode = functools.partial(
+            self.encoding.encode_to_numpy, allowed_special=allowed, disallowed_special=()
+        )
         return [encode(utf8_bytes(text).decode()) for text in texts]
 
     @functools.cached_property
@@ -221,6 +245,8 @@ class HuggingFaceTokenizer:
         vocab = tok.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
         self.eos_token_id, self.bos_token_id = tok.eos_token_id, tok.bos_token_id
+        self.chat_templates = _named_templates(getattr(tok, "chat_template", None))
+        self.special_tokens = {name: str(text) for name, text in tok.special_tokens_map.items()}
         self._counts = self._count_bytes(vocab)
         self.special_ids = tuple(np.flatnonzero(self._counts == 0).tolist())
         self.splits_at_newline = self._splits_at_newline(vocab)
@@ -238,13 +264,16 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str], specials: bool = False) -> list[np.ndarray]:
         """uint32 arrays; the backend spreads the texts over threads."""
         texts = [utf8_bytes(text).decode() for text in texts]
         if self.backend is None:
-            options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-            return [np.array(self.tok.encode(t, **options), dtype=np.uint32) for t in texts]
-        self.backend.encode_special_tokens = True  # "<|endoftext|>" in a text is ordinary text
+            options = {"add_special_tokens": False, "split_special_tokens": not specials}
+            return [
+                np.array(self.tok.encode(t, **options, verbose=False), dtype=np.uint32)
+                for t in texts
+            ]
+        self.backend.encode_special_tokens = not specials
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, dtype=np.uint32) for e in encodings]
 
@@ -320,8 +349,8 @@ def _tokenizer_from_directory(path: Path) -> "Tokenizer":
             "vocab.json and merges.txt, or tokenizer.model); pass the name of the tokenizer that "
             "the model was trained with"
         )
-    if _is_byte_tokenizer(path / "tokenizer.json"):
-        return ByteTokenizer()
+    if is_byte_tokenizer(path / "tokenizer.json"):
+        return ByteTokenizer(_templates_beside(path))
     if not any((path / name).is_file() for name in SAYS_THE_CLASS):
         raise ValueError(
             f"tokenizer {str(path)!r}: no tokenizer.json, and none of "
@@ -354,6 +383,27 @@ def _settings(path: Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
+def _templates_beside(path: Path) -> dict[str, str]:
+    """The chat templates of a tokenizer directory, as transformers reads them."""
+    file = path / CHAT_TEMPLATE
+    if file.is_file():
+        return {"default": decode_utf8(file.read_bytes(), file)}
+    return _named_templates(_settings(path).get("chat_template"))
+
+
+def _named_templates(value: Any) -> dict[str, str]:
+    """One text, {name: text}, or as older files have it a list of {"name", "template"}."""
+    if isinstance(value, list):
+        pairs = [item for item in value if isinstance(item, dict)]
+        value = {item.get("name"): item.get("template") for item in pairs}
+    named = value if isinstance(value, dict) else {"default": value}
+    return {
+        name: text
+        for name, text in named.items()
+        if isinstance(name, str) and isinstance(text, str) and text
+    }
+
+
 def _hub_tokenizer(name: str):
     from huggingface_hub import HfApi
     from transformers import AutoTokenizer
@@ -372,20 +422,6 @@ def _hub_tokenizer(name: str):
             f'is internet run `python -c "from transformers import AutoTokenizer as A; '
             f"A.from_pretrained('{name}').save_pretrained('DIR')\"` and pass DIR"
         ) from None
-
-
-def _is_byte_tokenizer(path: Path) -> bool:
-    try:
-        definition = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    vocab = {letter: i for i, letter in enumerate(byte_alphabet())} | {EOT: 256}
-    model = definition.get("model", {}) if isinstance(definition, dict) else {}
-    if model.get("vocab") != vocab or model.get("merges"):
-        return False
-    added = {token.get("content") for token in definition.get("added_tokens") or []}
-    # a post-processor may put a BOS before every text: then it is transformers' to say
-    return added <= {EOT} and definition.get("post_processor") in (None, BYTE_LEVEL)
 
 
 def _mentions(part, kind: str, **settings) -> bool:

@@ -46,7 +46,10 @@ class Facts:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What a plan depends on: models of one kind share it."""
-        tokenizer = self.tokenizer and self.tokenizer.fingerprint
+        tokenizer = self.tokenizer and (
+            self.tokenizer.fingerprint,
+            tuple(sorted(self.tokenizer.chat_templates.items())),
+        )
         rest = self.vocab_size, self.context, self.dtype, self.device, self.shares_prefixes
         return (tokenizer, *rest, self.lacks)
 

@@ -1,6 +1,7 @@
 """The eight worked examples of Wei et al. (2022) as JSON lines, for gsm8k_eval.py.
 
     python scripts/cot_shots.py data/gsm8k/cot_shots.jsonl [gsm8k-cot.yaml]
+    python scripts/cot_shots.py data/gsm8k/cot_llama_shots.jsonl gsm8k-cot-llama.yaml
 
 From lm-evaluation-harness's gsm8k-cot.yaml: the file named, else that of the lm_eval package
 installed here. They are others' text, which is why they do not lie in this repository.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GSM8K (train 7,473, test 1,319 problems, MIT licence), MGSM (250 problems in 11 languages,
-# CC BY 4.0) and the eight worked examples of Wei et al., for gsm8k_eval.py.
+# CC BY 4.0) and the eight worked examples of Wei et al., also in Llama 3's words, for gsm8k_eval.py.
 #
 #   scripts/fetch_gsm8k.sh [DIRECTORY]        # default: this repository's data
 #
@@ -32,9 +32,12 @@ for split in train:7473 test:1319; do
     fetch "$raw/openai/grade-school-math/master/grade_school_math/data/${split%:*}.jsonl" \
         "$data/gsm8k/${split%:*}.jsonl" "${split#*:}"
 done
-fetch "$raw/EleutherAI/lm-evaluation-harness/main/lm_eval/tasks/gsm8k/gsm8k-cot.yaml" \
-    "$data/gsm8k/gsm8k-cot.yaml" 20
-"$python" "$here/cot_shots.py" "$data/gsm8k/cot_shots.jsonl" "$data/gsm8k/gsm8k-cot.yaml"
+for shots in cot cot-llama; do
+    fetch "$raw/EleutherAI/lm-evaluation-harness/main/lm_eval/tasks/gsm8k/gsm8k-$shots.yaml" \
+        "$data/gsm8k/gsm8k-$shots.yaml" 20
+    "$python" "$here/cot_shots.py" "$data/gsm8k/${shots/-/_}_shots.jsonl" \
+        "$data/gsm8k/gsm8k-$shots.yaml"
+done
 for language in bn de en es fr ja ru sw te th zh; do
     fetch "$raw/google-research/url-nlp/main/mgsm/mgsm_$language.tsv" \
         "$data/mgsm/mgsm_$language.tsv" 249

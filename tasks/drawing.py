@@ -13,6 +13,7 @@ from typing import Any
 import cli
 from backends import Backend, Facts, Sampling
 from durable import Folder
+from tasks import chat
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,15 @@ class Asked:
 
 
 def encode_prompts(
-    tokenizer: Any, names: Sequence[str], texts: Sequence[str], add_bos: bool
+    tokenizer: Any, names: Sequence[str], texts: Sequence[str], add_bos: bool, by_template: bool
 ) -> list[list[int]]:
-    """Token ids of each text. ValueError for one without any."""
-    bos = [tokenizer.bos_token_id] if add_bos else []
-    prompts = [bos + ids.tolist() for ids in tokenizer.encode_batch(list(texts))]
+    """Token ids of each text; by_template: a chat template wrote them. ValueError for one without
+    any."""
+    if by_template:
+        prompts = chat.encode(tokenizer, texts, add_bos)
+    else:
+        bos = [tokenizer.bos_token_id] if add_bos else []
+        prompts = [bos + ids.tolist() for ids in tokenizer.encode_batch(list(texts))]
     if not all(prompts):
         name = names[prompts.index([])]
         raise ValueError(f"task {name}: its prompt is empty; --bos on would start it")

@@ -5,17 +5,21 @@
 
 Text becomes tokens as in lm-evaluation-harness: prompt and answer encoded as one text, white space
 at the prompt's end being the answer's. A subject's prompts share their first tokens, which
-become a prefix that is run once. What does not fit the context loses whole few-shot examples.
+become a prefix that is run once. What does not fit the context loses whole few-shot examples. In a
+chat the description is the system turn, and an answer begins its turn, without white space before.
 """
 
+import functools
 import itertools
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from backends.continuations import MIN_PREFIX, Continuations
+from tasks import chat as chats
 from tokenizer import SAFE_BREAK
 
 MAX_NEW_TOKENS = 16  # of --scoring generate
@@ -43,7 +47,8 @@ def encode_after(tokenizer: Any, head: str, tails: list[str]) -> list[np.ndarray
 @dataclass(frozen=True)
 class Prompts:
     """Rows to score. question, rotation, choice [R]: whose they are (choice 0 where the row's
-    letters stand for all); shots [questions, rotations]: examples kept; truncated: prompts cut."""
+    letters stand for all); shots [questions, rotations]: examples kept; truncated: prompts cut;
+    first: the text of the first prompt that was made."""
 
     rows: Continuations
     question: np.ndarray
@@ -51,15 +56,23 @@ class Prompts:
     choice: np.ndarray
     shots: np.ndarray
     truncated: int
+    first: str = ""
 
 
 class PromptMaker:
-    """Turns questions into rows of tokens for one template, scoring and tokenizer."""
+    """Turns questions into rows of tokens for one template, scoring and tokenizer; chat: whose
+    turns they are, or None for plain text."""
 
-    def __init__(self, tokenizer, data, template, scoring, context, rotations, truncate, bos):
+    def __init__(
+        self, tokenizer, data, template, scoring, context, rotations, truncate, bos, chat=None
+    ):
         self.tokenizer, self.data, self.template, self.scoring = tokenizer, data, template, scoring
         self.context, self.rotations, self.truncate, self.bos = context, rotations, truncate, bos
+        self.chat = chat
+        # what is scored: in a chat the answer begins a turn
+        self.answered = replace(template, answer=template.answer.lstrip()) if chat else template
         self.names = data.table["names"]
+        self.first = None
         self.letters = None  # token ids of each letter after a prompt
         for q in data.questions:
             template.check(q, scoring)
@@ -93,7 +106,7 @@ class PromptMaker:
             targets = [t[:0] for t in targets]
         rows = Continuations(prefixes, np.array(prefix_of), ids, targets, choice_ids)
         question, rotation, choice = np.array(owner, dtype=np.int64).T
-        return Prompts(rows, question, rotation, choice, shots, truncated)
+        return Prompts(rows, question, rotation, choice, shots, truncated, self.first or "")
 
     def _fitted(self, subject, asked):
         """Yield (shots, {(question, rotation): its rows, pairs of context and continuation ids}):
@@ -134,46 +147,68 @@ class PromptMaker:
         for all letters, as lm-evaluation-harness: trailing white space moves to the continuation;
         the two are encoded as one text, and the continuation is what comes after as many tokens as
         the context has alone."""
-        name = self.names.get(subject)
-        head = self.template.render_head(subject, name, examples, self.scoring)
+        around = self._around(subject, examples)
         questions = [self.data.questions[i] for i, _ in asked]
         if self.scoring == "continuation":
-            return self._encode_choices(head, questions, asked)
-        texts = [self.template.render_question(q, r) for q, (_, r) in zip(questions, asked)]
-        contexts = self._encode_texts(head, [text.rstrip() for text in texts])
-        if self.scoring == "letter":
-            self._read_letters(head, questions, texts[0], len(contexts[0]))
-            coming = self.letters[0]
-        else:
+            return self._encode_choices(around, questions, asked)
+        head, wrap = around
+        shown = [self.template.render_question(q, r) for q, (_, r) in zip(questions, asked)]
+        texts = [wrap(text) for text in shown]
+        if self.scoring == "generate":
             # one token stands for those to come: the row ends before it, where generation begins
             coming = np.zeros(1, int)
+            texts = texts if self.chat else [text.rstrip() for text in texts]
+            contexts = self._encode_texts(head, texts)
+        else:
+            contexts = self._encode_texts(head, [text.rstrip() for text in texts])
+            self._read_letters(head, questions, texts[0], len(contexts[0]))
+            coming = self.letters[0]
         return {key: [(context, coming)] for key, context in zip(asked, contexts)}
 
-    def _encode_choices(self, head, questions, asked) -> dict:
+    def _around(self, subject, examples) -> tuple[str, Callable[[str], str]]:
+        """What comes before a question as it stands, and what is made of it: in a chat, the turns
+        that end with it."""
+        name, template = self.names.get(subject), self.template
+        if self.chat is None:
+            return template.render_head(subject, name, examples, self.scoring), str
+        shots = [template.render_example(q, self.scoring) for q in examples]
+        description = template.render_description(subject, name)
+        separator = template.separator
+        ask = functools.partial(
+            self.chat.ask, shots=shots, description=description, separator=separator
+        )
+        return "", ask
+
+    def _encode_choices(self, around, questions, asked) -> dict:
         """The rows of whole choices: after one context, or where each choice is put into the text
         after one of its own."""
-        template = self.template
+        template, (head, wrap) = self.template, around
         places = [(q, r, c) for q, (_, r) in zip(questions, asked) for c in range(len(q.choices))]
+        n_choices = [len(q.choices) for q in questions]
         if template.fills_in:
-            texts = [template.render_question(q, r, c) for q, r, c in places]
+            texts = [wrap(template.render_question(q, r, c)) for q, r, c in places]
             contexts = self._encode_texts(head, [text.rstrip() for text in texts])
         else:
             shown = [template.render_question(q, r) for q, (_, r) in zip(questions, asked)]
-            n_choices = [len(q.choices) for q in questions]
-            texts = _repeated(shown, n_choices)
+            shown = [wrap(text) for text in shown]
             encoded = self._encode_texts(head, [text.rstrip() for text in shown])
-            contexts = _repeated(encoded, n_choices)
-        ends = [template.render_answer(q, c, self.scoring, r) for q, r, c in places]
+            texts, contexts = _repeated(shown, n_choices), _repeated(encoded, n_choices)
+        ends = [self.answered.render_answer(q, c, self.scoring, r) for q, r, c in places]
         joint = self._encode_texts(head, [text + end for text, end in zip(texts, ends)])
         rows = {key: [] for key in asked}
-        owners = _repeated(asked, [len(q.choices) for q in questions])
-        for key, context, whole, (q, _, _) in zip(owners, contexts, joint, places):
+        for key, context, whole, (q, _, _) in zip(
+            _repeated(asked, n_choices), contexts, joint, places
+        ):
             if len(whole) <= len(context):
                 raise ValueError(f"{q.where}: a choice has no tokens to score")
             rows[key].append((context, whole[len(context) :]))
         return rows
 
     def _encode_texts(self, head, tails):
+        self.first = head + tails[0] if self.first is None else self.first
+        if self.chat:
+            encoded = chats.encode(self.tokenizer, [head + tail for tail in tails], self.bos)
+            return [np.array(ids, dtype=np.int64) for ids in encoded]
         encoded = encode_after(self.tokenizer, head, tails)
         bos = [self.tokenizer.bos_token_id] * self.bos
         return [np.concatenate((bos, ids)).astype(np.int64) for ids in encoded]
@@ -182,7 +217,7 @@ class PromptMaker:
         """The letters' ids, from a prompt with each letter as its answer. They may share leading
         tokens (a space, in the byte tokenizer) and must differ in one last token."""
         q, n = questions[0], int(self.data.n_choices.max())
-        answers = [self.template.render_answer(q, c, "letter") for c in range(n)]
+        answers = [self.answered.render_answer(q, c, "letter") for c in range(n)]
         joint = self._encode_texts(head, [text + answer for answer in answers])
         letters = [ids[context_length:].tolist() for ids in joint]
         same_start = len({(len(ids), *ids[:-1]) for ids in letters}) == 1

@@ -106,12 +106,18 @@ class Template:
         self, subject: str, name: str | None, examples: Sequence[Question], scoring: str
     ) -> str:
         """All that comes before the question that is asked."""
-        words = subject.replace("_", " ")
-        text = self.description.format(subject=words, subject_name=name or words)
+        text = self.render_description(subject, name)
         for q in examples:
-            text += self.render_question(q, index=q.answer)
-            text += self.render_answer(q, q.answer, scoring) + self.separator
+            text += "".join(self.render_example(q, scoring)) + self.separator
         return text
+
+    def render_description(self, subject: str, name: str | None) -> str:
+        words = subject.replace("_", " ")
+        return self.description.format(subject=words, subject_name=name or words)
+
+    def render_example(self, q: Question, scoring: str) -> tuple[str, str]:
+        """(a question, its right answer)"""
+        return self.render_question(q, index=q.answer), self.render_answer(q, q.answer, scoring)
 
 
 def load_template(name: str | Path) -> Template:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from config import CONFIGS_DIR, load_yaml
 from inputs import decode_utf8, read_jsonl, refuse_impostor
 from packed import open_packed, suffix_of
+from tasks.chat import Chat
 
 PROMPTS_DIR = CONFIGS_DIR / "translation"
 FIELDS = ("source", "reference")
@@ -177,20 +178,34 @@ class Prompt:
     def names_languages(self) -> bool:
         return "_language}" in self.instruction + self.question + self.answer
 
-    def render(self, asked: Segment, shots: Sequence[Segment], source: str, target: str) -> str:
-        """The text that asks for a segment after `shots`, which show their first references."""
+    def render(
+        self,
+        asked: Segment,
+        shots: Sequence[Segment],
+        source: str,
+        target: str,
+        chat: Chat | None = None,
+    ) -> str:
+        """The text that asks for a segment after `shots`, which show their first references; source
+        and target: the languages' names. Plain, or what a chat template makes of it."""
 
         def filled(text: str, own: str = "", value: str = "") -> str:
             text = text.replace("{source_language}", source).replace("{target_language}", target)
             return text.replace(own, value) if own else text  # last: it may hold braces of its own
 
-        parts = [
-            filled(self.question, "{source}", shot.source)
-            + filled(self.answer, "{reference}", shot.references[0])
+        before = [
+            (
+                filled(self.question, "{source}", shot.source),
+                filled(self.answer, "{reference}", shot.references[0]),
+            )
             for shot in shots
         ]
-        parts.append(filled(self.question, "{source}", asked.source))
-        return filled(self.instruction) + self.separator.join(parts)
+        task, question = filled(self.instruction), filled(self.question, "{source}", asked.source)
+        if chat and chat.takes_system:
+            return chat.ask(question, before, task.rstrip(), separator=self.separator)
+        if chat:  # the task in words is never left out
+            return chat.ask(task + question, before, separator=self.separator)
+        return task + self.separator.join([*(q + a for q, a in before), question])
 
     @property
     def hash(self) -> str:

@@ -22,10 +22,12 @@ from typing import NamedTuple
 from config import CONFIGS_DIR, load_yaml
 from inputs import decode_utf8, read_jsonl
 from tasks.answers import number
+from tasks.chat import Chat
 
 PROMPTS_DIR = CONFIGS_DIR / "word_problems"
 WHERE_TO_GET = (
-    "scripts/fetch_gsm8k.sh downloads GSM8K (train.jsonl, test.jsonl, cot_shots.jsonl) and MGSM "
+    "scripts/fetch_gsm8k.sh downloads GSM8K (train.jsonl, test.jsonl, cot_shots.jsonl, "
+    "cot_llama_shots.jsonl) and MGSM "
     "(mgsm_LANG.tsv)"
 )
 
@@ -163,14 +165,20 @@ class Prompt:
         own |= self.languages[language]
         return Prompt(**own | {"languages": None, "stop": tuple(own["stop"])})
 
-    def render(self, problem: Problem, shots: Sequence[Problem]) -> str:
+    def render(self, problem: Problem, shots: Sequence[Problem], chat: Chat | None = None) -> str:
+        """What is asked: plain text, or what a chat template makes of it."""
         own = self.of_language(problem.language)
+        asked = own.question.replace("{question}", problem.question)
         before = [
-            own.question.replace("{question}", shot.question)
-            + own.answer.replace("{solution}", shot.solution)
+            (
+                own.question.replace("{question}", shot.question),
+                own.answer.replace("{solution}", shot.solution),
+            )
             for shot in shots
         ]
-        return own.separator.join([*before, own.question.replace("{question}", problem.question)])
+        if chat:
+            return chat.ask(asked, before, separator=own.separator)
+        return own.separator.join([*(q + a for q, a in before), asked])
 
     @property
     def hash(self) -> str:

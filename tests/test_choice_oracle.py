@@ -38,6 +38,10 @@ TASK_FILES = {
     "cmmlu": "cmmlu/cmmlu_agronomy.yaml",
 }
 TEMPLATES = {"cmmlu": "lm_eval_cmmlu"}  # the others' own are lm-eval's
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role | upper }}\n{{ m.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT\n{% endif %}"
+)
 CASES = [(name, shots) for name in TASK_FILES for shots in (0, 2)]
 CASES = [(name, shots) for name, shots in CASES if not (shots and "truthful" in name)]
 
@@ -86,8 +90,9 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def make_task(name, rows, shots, folder):
-    """lm-eval's task of its own file, on these rows; its examples the first, as ours are."""
+def make_task(name, rows, shots, folder, **chat):
+    """lm-eval's task of its own file, on these rows; its examples the first, as ours are. chat:
+    build_all_requests' terms of a chat."""
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -109,7 +114,7 @@ def make_task(name, rows, shots, folder):
         config.pop(key, None)
     task = ConfigurableTask(config=config)
     task.set_fewshot_seed(0)
-    task.build_all_requests(rank=0, world_size=1)
+    task.build_all_requests(rank=0, world_size=1, **chat)
     return task
 
 
@@ -134,6 +139,7 @@ def models(data_dir, tmp_path_factory):
         if shape not in made:
             directory = tmp_path_factory.mktemp(shape)
             make_checkpoint(shape, data_dir / "tokenizers" / "gpt2", directory)
+            (directory / "chat_template.jinja").write_text(CHAT)
             path, size = str(directory), {"batch_size": 16, "max_length": 4096}
             theirs = HFLM(pretrained=path, device="cpu", dtype="float32", **size)
             made[shape] = checkpoint.load_model(directory, "float32"), build_tokenizer(path), theirs
@@ -149,9 +155,7 @@ def test_prompts_are_lm_evals_byte_for_byte(name, shots, data_dir, tmp_path):
     template = choice_set.template(TEMPLATES.get(name, choice_set.own.name))
     scoring = choice_set.scoring_of(template)
     data = read_data(root, shots, layout=choice_set.layout)
-    from tasks.questions import subject_table
-
-    names = subject_table(data.subjects)["names"] if data.has_subjects else {}
+    names = data.table["names"]
     requests = make_task(name, rows, shots, tmp_path).instances
     asked = by_question(requests, [r.args for r in requests])
     assert len(asked) == len(data.questions) == 8
@@ -168,19 +172,26 @@ def test_prompts_are_lm_evals_byte_for_byte(name, shots, data_dir, tmp_path):
         assert found == wanted
 
 
-def compare(cases, models, shape, data_dir, tmp_path, n):
-    """Every case's log-probabilities, verdicts and figures; lm-eval's in one go."""
+def compare(cases, models, shape, data_dir, tmp_path, n, as_turns=None):
+    """Every case's log-probabilities, verdicts and figures; lm-eval's in one go. as_turns: in a
+    chat, whose examples are turns or not."""
     model, tokenizer, theirs = models(shape)
+    chat, options = {}, {}
+    if as_turns is not None:
+        chat = {"apply_chat_template": True, "fewshot_as_multiturn": as_turns}
+        chat |= {"system_instruction": "Be brief.", "chat_template": theirs.apply_chat_template}
+        options = {"chat_template": "on", "system_prompt": "Be brief."}
+        options |= {"fewshot_as_turns": as_turns}
     tasks, records, requests = {}, {}, []
     for name, shots in cases:
         folder = tmp_path / f"{name}_{shots}"
         folder.mkdir()
         root, rows = write_both(name, folder, data_dir, n)
-        tasks[name, shots] = make_task(name, rows, shots, folder)
+        tasks[name, shots] = make_task(name, rows, shots, folder, **chat)
         requests += tasks[name, shots].instances
-        template = {"template": TEMPLATES[name]} if name in TEMPLATES else {}
+        own = options | ({"template": TEMPLATES[name]} if name in TEMPLATES else {})
         records[name, shots] = evaluate_mmlu(
-            model, tokenizer, root, num_few_shot=shots, set=name, **template
+            model, tokenizer, root, num_few_shot=shots, set=name, **own
         )
     values = iter(theirs.loglikelihood(requests, disable_tqdm=True))
     for (name, shots), task in tasks.items():
@@ -214,7 +225,20 @@ def test_scores_are_lm_evals(models, data_dir, tmp_path):
     compare(cases, models, "llama", data_dir, tmp_path, 4)
 
 
+@pytest.mark.parametrize("as_turns", [True, False])
+def test_chats_are_lm_evals(as_turns, models, data_dir, tmp_path):
+    """Letters, whole choices and a blank, with a description and without."""
+    cases = [("mmlu_pro", 2), ("ceval", 2), ("arc_easy", 2), ("winogrande", 2), ("cmmlu", 0)]
+    compare(cases, models, "llama", data_dir, tmp_path, 3, as_turns)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_more_scores_are_lm_evals(shape, models, data_dir, tmp_path):
     compare(CASES, models, shape, data_dir, tmp_path, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_turns", [True, False])
+def test_more_chats_are_lm_evals(as_turns, models, data_dir, tmp_path):
+    compare(CASES, models, "gpt2", data_dir, tmp_path, 16, as_turns)

@@ -79,6 +79,44 @@ def test_three_rules_counted_by_hand(data):
     assert record["protocol"]["num_few_shot"] == 1
 
 
+TEMPLATE = (  # the planted model goes on after Answer:
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>Answer:{% endif %}"
+)
+
+
+def test_asked_as_a_chat(data, tmp_path):
+    """The same solutions behind a template, whose turns end in a text that is no token."""
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    said, byte = (
+        [f"{text}<end><user>And #### 7?" for text in SOLUTIONS[3:4]],
+        build_tokenizer("byte"),
+    )
+    plain = evaluate_gsm8k(Planted(SOLUTIONS[3:4]), byte, data, num_few_shot=1)
+    record = evaluate_gsm8k(
+        Planted(said),
+        byte,
+        data,
+        num_few_shot=1,
+        chat_template=str(tmp_path / "mine.jinja"),
+        system_prompt="Be brief.",
+    )
+    assert record["metrics"] == plain["metrics"]
+    assert record["breakdown"]["finish"] == {"stop": 3}
+    protocol = record["protocol"]
+    assert protocol["stop"] == sorted([*plain["protocol"]["stop"], "<end>"])
+    assert (protocol["chat_template"], protocol["system_prompt"]) == ("mine.jinja", "Be brief.")
+    assert "chat template (mine.jinja)" in record["words"]
+    assert record["data"]["first_prompt"] == (
+        "<system>Be brief.<end><user>Question: Half of 3?\nAnswer:<end>"
+        "<assistant>As one sees.\n#### 1.5<end>"
+        "<user>Question: What is 20 + 9?\nAnswer:<end><assistant>Answer:"
+    )
+    assert record["config_hash"] != plain["config_hash"]
+    with pytest.raises(ValueError, match=r"tokenizer byte has none\. Name a Jinja file"):
+        evaluate_gsm8k(Planted(), byte, data, num_few_shot=1, chat_template="on")
+
+
 def test_votes_and_passes_from_the_samples_themselves(data):
     n = 9
     record = evaluate_gsm8k(

@@ -38,10 +38,9 @@ FLOORS = [
     "formats/readers",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
-    "backends/local tasks/layouts tasks/question_files tasks/questions tasks/templates "
+    "backends/local tasks/chat tasks/layouts tasks/question_files tasks/questions tasks/templates "
     "tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices tasks/further "
-    "tasks/choice_tables tasks/programs "
-    "tasks/word_problems tasks/translation tasks/drawing",
+    "tasks/choice_tables tasks/programs tasks/word_problems tasks/translation tasks/drawing",
     "evaluation training/batches training/log training/options",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page",
@@ -53,7 +52,8 @@ FLOORS = [
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time tasks/programs"
 NO_TORCH += " tasks/questions tasks/choice_sets tasks/answers tasks/word_problems tasks/drawing"
-NO_TORCH += " humaneval_eval gsm8k_eval bleu_eval certainty resampling tasks/translation"
+NO_TORCH += " tasks/chat humaneval_eval gsm8k_eval bleu_eval certainty resampling"
+NO_TORCH += " tasks/translation"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

@@ -54,7 +54,7 @@ def solutions(rng, n):
     frames = ["#### {}", "####{}", "#### {}\n", "The answer is {}.", "The answer is {}", "so {}"]
     frames += ["= {}", "{} eggs.", "$ {} .", "{}, {}", "#### {} #### {}", "...", "", "no number"]
     frames += ["The answer is {} eggs. The answer is {}.", "[{}]", "#### -{}", "{}\n\n{}", "-{}-"]
-    frames += ["Die Antwort lautet {}.", "Die Antwort lautet {}"]
+    frames += ["Die Antwort lautet {}.", "Die Antwort lautet {}", "The final answer is {}"]
     for _ in range(n):
         frame = "".join(rng.choices(frames, k=rng.randint(1, 3)))
         yield frame.format(*(rng.choice(numbers) for _ in range(9)))
@@ -72,6 +72,7 @@ def lm_eval_task(path) -> dict:
     [
         ("gsm8k", "gsm8k/gsm8k.yaml"),
         ("gsm8k_cot", "gsm8k/gsm8k-cot.yaml"),
+        ("gsm8k_cot_llama", "gsm8k/gsm8k-cot-llama.yaml"),
         ("mgsm_native_cot", "mgsm/native_cot/mgsm_native_cot_de.yaml"),
     ],
 )

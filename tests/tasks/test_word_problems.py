@@ -10,6 +10,7 @@ import pytest
 from builders import ROOT
 from test_answers import lm_eval_task
 
+from tasks.chat import Chat
 from tasks.word_problems import load_prompt, read_problems
 
 
@@ -79,6 +80,26 @@ def test_the_eight_examples_come_as_lm_eval_shows_them(tmp_path):
         assert text == between.join([*shown, "Q: Now?\nA:"])
 
 
+def test_llama_3s_words_as_turns_are_lm_evals(tmp_path):
+    """Its own eight examples, each a question and an answer in turn, and where a sample ends."""
+    lm_eval = pytest.importorskip("lm_eval")
+    source = Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k-cot-llama.yaml"
+    script, out = ROOT / "scripts" / "cot_shots.py", tmp_path / "cot_llama_shots.jsonl"
+    subprocess.run([sys.executable, script, out, source], check=True, capture_output=True)
+    task, prompt = lm_eval_task(source), load_prompt("gsm8k_cot_llama")
+    (problem,) = read_problems(write(tmp_path / "test.jsonl", problem_line("Now?")))
+    told = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    question = jinja2.Template(task["doc_to_text"], keep_trailing_newline=True)
+    wanted = [
+        f"<user>{question.render(question=s['question'])}<assistant>{s['target']}"
+        for s in task["fewshot_config"]["samples"]
+    ] + [f"<user>{question.render(question='Now?')}"]
+    text = prompt.render(problem, prompt.shots_of(tmp_path), Chat("theirs", told, {}))
+    assert text == "".join(wanted)
+    assert list(prompt.stop) == task["generation_kwargs"]["until"]
+    assert len(wanted) - 1 == prompt.num_few_shot == task["num_fewshot"]
+
+
 def test_a_limit_and_languages_choose_what_is_asked(tmp_path):
     for language in ("de", "zh"):
         write(tmp_path / f"mgsm_{language}.tsv", "a?\t1", "b?\t2,000", "c?\t3")
@@ -146,7 +167,7 @@ def test_a_prompt_of_ones_own_is_checked(tmp_path, text, said):
 
 
 def test_unknown_names_are_answered_with_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="deepseek, gsm8k, gsm8k_cot"):
+    with pytest.raises(ValueError, match="deepseek, deepseek_chat, gsm8k, gsm8k_cot"):
         load_prompt("gsm9k")
     write(tmp_path / "mgsm_de.tsv", "a?\t1")
     with pytest.raises(ValueError, match=r"--languages fr: .* has de"):
