@@ -78,7 +78,8 @@ words           the protocol in words, each a short text: "5-shot", "window 1024
 breakdown       {dimension: {group: {name: metric as above, or a number}, or a number}}: by file,
                 category, subject, task, ... Metrics keep the names they have above; whole numbers
                 alone are counts of kinds (of failures, say); a dimension may also be a list of
-                {low, high, n, confidence, accuracy}: the bins of a calibration
+                {low, high, n, confidence, accuracy}, the bins of a calibration, or of {coverage,
+                risk, threshold}, the errors among the most confident answers
 protocol        how it was obtained: window, stride, bos, template, template_hash, shots, dtype,
                 seed, batch_size, compiled, truncated, limit, sandbox tier, ...
 data            {files, hash, tokens, bytes}

@@ -43,7 +43,7 @@ FLOORS = [
     "tasks/choice_tables tasks/programs tasks/word_problems tasks/translation tasks/drawing",
     "evaluation training/batches training/log training/options",
     "command",
-    "reporting/groups reporting/compare reporting/tables reporting/page",
+    "reporting/groups reporting/compare reporting/tables reporting/page reporting/charts",
     "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval compute train report",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner",
