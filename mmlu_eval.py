@@ -197,12 +197,7 @@ def plan(options: Options, facts: Facts) -> Plan:
     share_prefix = not options.no_prefix_cache and facts.shares_prefixes and not generates
     data, further = read_questions(options), options.further
     further.check(data, scoring)
-    held_out = further.held_out(
-        data,
-        asked=options.split or choice_set.layout.ask,
-        shown=choice_set.layout.few_shot if options.num_few_shot else None,
-        read=lambda split: read_questions(replace(options, split=split)),
-    )
+    held_out = read_held_out(options, data)
     protocol = choice_set.protocol | {
         "template": template.name,
         "template_hash": template.hash,
@@ -261,6 +256,17 @@ def read_questions(options: Options) -> QuestionSet:
     if not 1 <= rotations <= fewest:
         raise ValueError(f"--permute-choices must be 1 to {fewest}, not {rotations}")
     return data
+
+
+def read_held_out(options: Options, data: QuestionSet) -> QuestionSet | None:
+    """What a temperature is fitted on, if one is."""
+    layout = options.choice_set.layout
+    return options.further.held_out(
+        data,
+        asked=options.split or layout.ask,
+        shown=layout.few_shot if options.num_few_shot else None,
+        read=lambda split: read_questions(replace(options, split=split)),
+    )
 
 
 def words_of(protocol: dict, about: dict, of_chat: tuple[str, ...]) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def test_p_true_is_the_models_own_word(data):
     )
     ids = torch.tensor([list(BYTE.encode(text + " "))])
     with torch.inference_mode():
-        logits = model(ids)[0, -1].double()
+        logits = model(ids)[0][0, -1].double()
     expected = torch.softmax(logits[[ord("A"), ord("B")]], 0)[0].item()
     assert record.arrays["p_true"][0] == pytest.approx(expected, abs=1e-5)
     metrics, right = record["metrics"], record.arrays["correct"]
@@ -79,7 +79,7 @@ def test_p_true_is_the_models_own_word(data):
     plain = evaluate_mmlu(model, BYTE, data)
     for name, metric in plain["metrics"].items():
         assert metrics[name] == metric, "asking further changes no other number"
-    assert record["cost"]["tokens"] == plain["cost"]["tokens"]
+    assert record["cost"]["tokens_unshared"] == plain["cost"]["tokens_unshared"]
     generated = evaluate_mmlu(model, BYTE, data, p_true=True, scoring="generate")
     assert "p_true_ece" in generated["metrics"] and "ece" not in generated["metrics"]
 
@@ -110,7 +110,7 @@ class Says(PlainModel):
 
 
 def test_a_temperature_is_fitted_on_questions_that_are_not_asked(data):
-    """Two thirds are right, and always by 4 nats: 2/3 = e^(4/T) / (e^(4/T) + 3) makes T 4 / ln 6."""
+    """Two thirds are right, always by 4 nats: 2/3 = e^(4/T) / (e^(4/T) + 3) makes T 4 / ln 6."""
     shown = {f" {n} and test": "ABCD"[(n + (n % 3 == 0)) % 4] for n in range(10)}
     model = Says(shown, "A")
     record = evaluate_mmlu(model, BYTE, data, fit_temperature="val")
