@@ -80,6 +80,12 @@ class Options:
     num_few_shot: int = cli.option(
         0, "examples from the set's few-shot split, MMLU's dev (0)", type=int, metavar="K"
     )
+    few_shot_draw: str = cli.option(
+        "first",
+        "the first examples for all questions, or others for each, those that lm-eval draws for "
+        "this set on one GPU (first)",
+        choices=("first", "lm_eval"),
+    )
     template: tuple[str, ...] = cli.option(
         (), "names in configs/prompts or YAML files (the set's own, MMLU's lm_eval)", nargs="+"
     )
@@ -156,7 +162,6 @@ class Asked:
     choice_set: ChoiceSet
     further: Further
     held_out: QuestionSet | None  # what a temperature is fitted on
-    stop: tuple[str, ...] = ()  # of generated answers
 
     @functools.cached_property
     def prepared(self) -> tuple[Prompts, float]:
@@ -186,59 +191,61 @@ class Asked:
 def plan(options: Options, facts: Facts) -> Plan:
     """Reads the questions; of several templates or scorings only the first is planned."""
     choice_set, tokenizer = options.choice_set, facts.tokenizer
-    template = choice_set.template((*options.template, choice_set.own.name)[0])
-    scoring = (*options.scoring, choice_set.scoring_of(template))[0]
-    if scoring not in template.scorings:
-        raise ValueError(f"template {template.name} shows no letters: --scoring continuation only")
-    bos = evaluation.resolve_bos(options.bos, tokenizer)
-    chat = open_chat(options.chat, tokenizer)
-    probe = encode(tokenizer, [chat.ask("?")], bos) if chat else []
-    generates = scoring == "generate"
-    share_prefix = not options.no_prefix_cache and facts.shares_prefixes and not generates
-    data, further = read_questions(options), options.further
-    further.check(data, scoring)
-    held_out = read_held_out(options, data)
-    protocol = choice_set.protocol | {
-        "template": template.name,
-        "template_hash": template.hash,
-        "scoring": scoring,
-        "shots": options.num_few_shot,
-        "split": options.split or choice_set.layout.ask,
-        "subjects": sorted(options.subjects) or None,
-        "limit": options.limit,
-        "permute_choices": options.permute_choices,
-        "truncate": options.truncate,
-        "bos": starts_with_bos(tokenizer, probe) if chat else bos,
-        **(chat.protocol if chat else {}),
-        "context": facts.context,
-        "dtype": facts.dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "prefix_cache": share_prefix,
-        "batch_tokens": None if generates else options.batch_tokens or BATCH_TOKENS[facts.device],
-        "batch_size": options.batch_size,
-        "examples_hash": data.examples_hash,
-    }
-    protocol |= further.terms(held_out)
+    first = variants(options)[0]
+    template, scoring = choice_set.template(first.template[0]), first.scoring[0]
     maker = PromptMaker(
         tokenizer=tokenizer,
-        data=data,
+        data=read_questions(options),
         template=template,
         scoring=scoring,
         context=facts.context or sys.maxsize,
         rotations=options.permute_choices,
         truncate=options.truncate,
-        bos=bos,
-        chat=chat,
+        bos=evaluation.resolve_bos(options.bos, tokenizer),
+        chat=open_chat(options.chat, tokenizer),
     )
-    stop = (chat.turn_end,) if chat and chat.turn_end else ()
-    work = Asked(facts, data, maker, share_prefix, choice_set, further, held_out, stop)
+    data, chat, further = maker.data, maker.chat, options.further
+    further.check(data, scoring)
+    held_out = read_held_out(options, data)
+    shares = facts.shares_prefixes and scoring != "generate" and not data.drawn
+    shares = shares and not options.no_prefix_cache
+    work = Asked(facts, data, maker, shares, choice_set, further, held_out)
+    protocol = protocol_of(options, work) | further.terms(held_out)
     about = {"files": data.files, "hash": data.hash, "examples_hash": data.examples_hash}
     whole = not options.limit and not options.subjects
     if whole and (release := choice_set.release_of(data)):
         about["release"] = release
     words = words_of(protocol, about, chat.words if chat else ())
     return Plan(protocol, about, work, words, lambda: work.prepared, choice_set.name)
+
+
+def protocol_of(options: Options, work: Asked) -> dict:
+    facts, maker, chat = work.facts, work.maker, work.maker.chat
+    tokenizer, bos, generates = facts.tokenizer, maker.bos, maker.scoring == "generate"
+    if chat:  # a template may write its own
+        bos = starts_with_bos(tokenizer, encode(tokenizer, [chat.ask("?")], bos))
+    return work.choice_set.protocol | {
+        "template": maker.template.name,
+        "template_hash": maker.template.hash,
+        "scoring": maker.scoring,
+        "shots": options.num_few_shot,
+        **({"few_shot_draw": options.few_shot_draw} if work.data.drawn else {}),
+        "split": options.split or work.choice_set.layout.ask,
+        "subjects": sorted(options.subjects) or None,
+        "limit": options.limit,
+        "permute_choices": options.permute_choices,
+        "truncate": options.truncate,
+        "bos": bos,
+        **(chat.protocol if chat else {}),
+        "context": facts.context,
+        "dtype": facts.dtype,
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "prefix_cache": work.share_prefix,
+        "batch_tokens": None if generates else options.batch_tokens or BATCH_TOKENS[facts.device],
+        "batch_size": options.batch_size,
+        "examples_hash": work.data.examples_hash,
+    }
 
 
 def read_questions(options: Options) -> QuestionSet:
@@ -250,6 +257,7 @@ def read_questions(options: Options) -> QuestionSet:
         subjects,
         options.limit,
         options.choice_set.layout,
+        options.few_shot_draw != "first",
     )
     data = with_abstention(data) if options.further.allow_abstain else data
     fewest = data.n_choices.min()
@@ -276,6 +284,7 @@ def words_of(protocol: dict, about: dict, of_chat: tuple[str, ...]) -> tuple[str
         *([protocol["template"]] if protocol["template"] != protocol.get("set") else []),
         protocol["scoring"],
         f"{protocol['shots']}-shot",
+        *(["lm-eval's examples"] if "few_shot_draw" in protocol else []),
         *(["may abstain"] if "abstain" in protocol else []),
         *of_chat,
         *(["BOS"] if protocol["bos"] else []),
@@ -297,7 +306,8 @@ def answer(backend: Backend, prompts: Prompts, protocol: dict, work: Asked) -> A
     found = backend.score_rows(rows, protocol["batch_tokens"], protocol["batch_size"])
     scores = np.zeros((*prompts.shots.shape, K))
     if rows.choice_ids:
-        scores[prompts.question, prompts.rotation] = found.choices + found.targets[:, None]
+        start = prompts.letter_start(found)
+        scores[prompts.question, prompts.rotation] = found.choices + start[:, None]
     else:
         scores[prompts.question, prompts.rotation, prompts.choice] = found.targets
     there = np.arange(K) < data.n_choices[:, None, None]  # [questions, 1, K]
@@ -309,9 +319,10 @@ def generate_answers(
     backend: Backend, prompts: Prompts, batch_size: int | None, work: Asked
 ) -> Answers:
     """The first letter that stands alone in MAX_NEW_TOKENS greedy tokens, before a blank line."""
-    tokenizer, mine = backend.facts.tokenizer, []
+    tokenizer, chat, mine = backend.facts.tokenizer, work.maker.chat, []
+    stop = (chat.turn_end,) if chat and chat.turn_end else ()
     ids = [row.tolist() for row in prompts.rows.ids]
-    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0, stop=work.stop)
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0, stop=stop)
     with cli.progress(len(ids), "mmlu", "row") as bar:
         for sample in backend.generate(ids, greedy, batch_size=batch_size):
             mine.append((sample.prompt_index, tokenizer.decode(sample.token_ids)))

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
+from benchmarks.perplexity import machine  # noqa: E402
 
 
 def main(argv=None):
@@ -115,13 +116,6 @@ def summary(runs: dict) -> dict:
     }
     rates = [found[side]["tokens_per_second"] for side in ("before", "after")]
     return found | {"rate_ratio": rates[1] / rates[0], "runs": runs}
-
-
-def machine() -> dict:
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -56,8 +56,12 @@ def with_abstention(data: QuestionSet) -> QuestionSet:
     def more(q: Question) -> Question:
         return q._replace(choices=(*q.choices, ABSTAIN))
 
-    examples = {name: [more(q) for q in shown] for name, shown in data.examples.items()}
-    return replace(data, questions=[more(q) for q in data.questions], examples=examples)
+    return replace(
+        data,
+        questions=[more(q) for q in data.questions],
+        examples={name: [more(q) for q in shown] for name, shown in data.examples.items()},
+        drawn=tuple([more(q) for q in shown] for shown in data.drawn),
+    )
 
 
 def first_letter(text: str, n: int = 4) -> int:

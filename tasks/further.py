@@ -74,10 +74,11 @@ class Further:
             if split == other:
                 raise ValueError(f"--fit-temperature {split}: it is {what}; name another split")
         found, known = read(split), {(q.question, q.choices) for q in data.questions}
-        kept = [q for q in found.questions if (q.question, q.choices) not in known]
+        kept = [i for i, q in enumerate(found.questions) if (q.question, q.choices) not in known]
         if not kept:
             raise ValueError(f"--fit-temperature {split}: all of its questions are asked, too")
-        return replace(found, questions=kept)
+        drawn = tuple(found.drawn[i] for i in kept) if found.drawn else ()
+        return replace(found, questions=[found.questions[i] for i in kept], drawn=drawn)
 
     def terms(self, held_out: QuestionSet | None) -> dict:
         """What a protocol says of it; records without any of it keep their names."""

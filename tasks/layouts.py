@@ -111,7 +111,10 @@ class Layout:
 
 
 def _at(row: Any, path: str) -> Any:
-    """The value at a path; of a list, the value in each of its items."""
+    """The value at a path; of a list, the value in each of its items. A column may have dots in its
+    name."""
+    if isinstance(row, dict) and path in row:
+        return row[path]
     value = row
     for part in path.split("."):
         try:

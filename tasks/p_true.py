@@ -20,12 +20,16 @@ TRUTH = ("True", "False")
 def questions_about(data: QuestionSet, predicted: np.ndarray) -> QuestionSet:
     """For each question whether the choice `predicted` [questions] is right; -1 for one that was
     not answered asks about no answer at all, which is false."""
-    asked = [about(q, choice) for q, choice in zip(data.questions, predicted.tolist())]
-    examples = {
-        subject: [about(q, _proposed(q, i)) for i, q in enumerate(shown)]
-        for subject, shown in data.examples.items()
-    }
-    return replace(data, questions=asked, examples=examples)
+
+    def shown(examples: list[Question]) -> list[Question]:
+        return [about(q, _proposed(q, i)) for i, q in enumerate(examples)]
+
+    return replace(
+        data,
+        questions=[about(q, choice) for q, choice in zip(data.questions, predicted.tolist())],
+        examples={subject: shown(own) for subject, own in data.examples.items()},
+        drawn=tuple(map(shown, data.drawn)),
+    )
 
 
 def about(q: Question, choice: int) -> Question:

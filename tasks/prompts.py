@@ -10,7 +10,6 @@ chat the description is the system turn, and an answer begins its turn, without 
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from backends.continuations import MIN_PREFIX, Continuations
-from tasks import chat as chats
+from backends.continuations import MIN_PREFIX, Continuations, RowScores
+from tasks.chat import Chat, encode
+from tasks.questions import QuestionSet
+from tasks.templates import Template
 from tokenizer import SAFE_BREAK
 
 MAX_NEW_TOKENS = 16  # of --scoring generate
@@ -58,38 +59,52 @@ class Prompts:
     truncated: int
     first: str = ""
 
+    def letter_start(self, found: RowScores) -> np.ndarray:
+        """Log-probabilities [R] of the tokens that come before the one that tells letters apart: of
+        a space, or of the line before an answer's turn."""
+        own = found.choices[:, 0] if len(self.rows.targets[0]) else 0.0
+        return found.targets - own
 
+
+@dataclass(eq=False)
 class PromptMaker:
-    """Turns questions into rows of tokens for one template, scoring and tokenizer; chat: whose
-    turns they are, or None for plain text."""
+    """Turns questions into rows of tokens for one template, scoring and tokenizer. rotations: how
+    many orders of the choices; chat: whose turns they are, or None for plain text."""
 
-    def __init__(
-        self, tokenizer, data, template, scoring, context, rotations, truncate, bos, chat=None
-    ):
-        self.tokenizer, self.data, self.template, self.scoring = tokenizer, data, template, scoring
-        self.context, self.rotations, self.truncate, self.bos = context, rotations, truncate, bos
-        self.chat = chat
-        # what is scored: in a chat the answer begins a turn
-        self.answered = replace(template, answer=template.answer.lstrip()) if chat else template
-        self.names = data.table["names"]
-        self.first = None
+    tokenizer: Any
+    data: QuestionSet
+    template: Template
+    scoring: str
+    context: int
+    rotations: int
+    truncate: bool
+    bos: bool
+    chat: Chat | None = None
+
+    def __post_init__(self):
+        self.names = self.data.table["names"]
+        self.first = None  # text of the first prompt
         self.letters = None  # token ids of each letter after a prompt
-        for q in data.questions:
-            template.check(q, scoring)
+        # what is scored: in a chat the answer begins a turn
+        bare = replace(self.template, answer=self.template.answer.lstrip())
+        self.answered = bare if self.chat else self.template
+        for q in self.data.questions:
+            self.template.check(q, self.scoring)
 
     def make(self, share_prefix: bool = True) -> Prompts:
         prefixes, prefix_of, ids, targets, owner = [], [], [], [], []
         shots = np.zeros((len(self.data.questions), self.rotations), dtype=np.int64)
         truncated = 0
-        numbered = list(enumerate(self.data.questions))
-        for subject, members in itertools.groupby(numbered, key=lambda item: item[1].subject):
-            asked = [(i, r) for i, _ in members for r in range(self.rotations)]
-            for k, group in self._fitted(subject, asked):
+        share_prefix = share_prefix and not self.data.drawn
+        for subject, examples, members in self.data.groups:
+            asked = [(i, r) for i in members for r in range(self.rotations)]
+            for k, group in self._fitted(subject, examples, asked):
                 contexts = {id(context): context for rows in group.values() for context, _ in rows}
                 n = _shared_length(contexts.values())
                 cut = k is None  # left-truncated prompts share nothing
                 n = n if share_prefix and not cut and n >= MIN_PREFIX and len(contexts) > 1 else 0
-                prefixes.append(next(iter(contexts.values()))[:n])
+                if not (self.data.drawn and prefixes):  # else all share an empty one
+                    prefixes.append(next(iter(contexts.values()))[:n])
                 truncated += len(group) if cut else 0
                 for (i, r), rows in group.items():
                     shots[i, r] = k or 0
@@ -101,18 +116,18 @@ class PromptMaker:
         choice_ids = None
         if self.scoring == "letter":
             choice_ids = [int(letter[-1]) for letter in self.letters]
-            targets = [t[:-1] for t in targets]
+            # what several tokens share is scored with the first letter's last one: see letter_start
+            targets = [t if len(t) > 1 else t[:0] for t in targets]
         elif self.scoring == "generate":
             targets = [t[:0] for t in targets]
         rows = Continuations(prefixes, np.array(prefix_of), ids, targets, choice_ids)
         question, rotation, choice = np.array(owner, dtype=np.int64).T
         return Prompts(rows, question, rotation, choice, shots, truncated, self.first or "")
 
-    def _fitted(self, subject, asked):
+    def _fitted(self, subject, examples, asked):
         """Yield (shots, {(question, rotation): its rows, pairs of context and continuation ids}):
         what fits with all the examples, then the rest with ever fewer; shots None for prompts cut
         on the left."""
-        examples = self.data.examples[subject]
         for k in range(len(examples), -1, -1):
             encoded = self._encode(subject, examples[:k], asked)
             fits = {key: v for key, v in encoded.items() if self._length(v) <= self.context}
@@ -207,7 +222,7 @@ class PromptMaker:
     def _encode_texts(self, head, tails):
         self.first = head + tails[0] if self.first is None else self.first
         if self.chat:
-            encoded = chats.encode(self.tokenizer, [head + tail for tail in tails], self.bos)
+            encoded = encode(self.tokenizer, [head + tail for tail in tails], self.bos)
             return [np.array(ids, dtype=np.int64) for ids in encoded]
         encoded = encode_after(self.tokenizer, head, tails)
         bos = [self.tokenizer.bos_token_id] * self.bos

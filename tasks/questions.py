@@ -17,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import json
+import random
 import re
 import string
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ from tasks.layouts import Layout
 from tasks.question_files import ANSWERS, rows_of, split_files, where_to_get
 
 LETTERS = string.ascii_uppercase
+LM_EVAL_SEED = 1234  # of the examples that its tasks draw, anew for each question in turn
 NO_TABLE: dict = {"categories": {}, "names": {}}
 
 
@@ -51,7 +53,8 @@ class Question(NamedTuple):
 @dataclass(frozen=True)
 class QuestionSet:
     """questions: what is asked, subject by subject. examples: by subject, what comes before.
-    layout: the set's; where that has no subjects, there is one, of the set's name."""
+    layout: the set's; where that has no subjects, there is one, of the set's name. drawn: other
+    examples for each question, or none."""
 
     questions: list[Question]
     examples: dict[str, list[Question]]
@@ -59,10 +62,21 @@ class QuestionSet:
     hash: str
     examples_hash: str
     layout: Layout = Layout()  # noqa: RUF009  # frozen
+    drawn: tuple[list[Question], ...] = ()
 
     @functools.cached_property
     def subjects(self) -> list[str]:
         return list(dict.fromkeys(q.subject for q in self.questions))
+
+    @property
+    def groups(self) -> list[tuple[str, list[Question], list[int]]]:
+        """(subject, examples, places of questions) of questions that share their examples."""
+        places = range(len(self.questions))
+        subject = [q.subject for q in self.questions]
+        if self.drawn:
+            return [(subject[i], self.drawn[i], [i]) for i in places]
+        by_subject = itertools.groupby(places, key=subject.__getitem__)
+        return [(name, self.examples[name], list(members)) for name, members in by_subject]
 
     @functools.cached_property
     def table(self) -> dict:
@@ -87,13 +101,15 @@ def read_data(
     subjects: Sequence[str] | None = None,
     limit: int | None = None,
     layout: Layout = Layout(),  # noqa: B008  # frozen
+    draw: bool = False,
 ) -> QuestionSet:
     """The questions of a split, and the first `num_few_shot` of each subject's few-shot split (dev
     in MMLU), or of the whole of it where the layout's examples are for all.
 
     data_path: a directory in the set's layout, in a Hugging Face data set's, or one file. split:
-    default: the one that the set is asked on. limit: so many questions of each subject. Raises
-    ValueError naming file and line.
+    default: the one that the set is asked on. limit: so many questions of each subject. draw: other
+    examples for each question, as lm-evaluation-harness draws them. Raises ValueError naming file
+    and line.
     """
     root, split = Path(data_path), split or layout.ask
     read, files = _read_split(root, split, layout)
@@ -115,9 +131,18 @@ def read_data(
     examples = _examples(root, dev, questions, num_few_shot, layout)
     if num_few_shot:
         files += dev_files
-    shown = itertools.chain.from_iterable(examples.values())
+    shown: Iterable[Question] = itertools.chain.from_iterable(examples.values())
+    drawn: tuple[list[Question], ...] = ()
+    if draw and num_few_shot:
+        if layout.has_subjects:
+            raise ValueError(
+                f"--few-shot-draw lm_eval: {layout.name} is asked by subject, where lm-eval takes "
+                "the first examples, too"
+            )
+        rng, shown = random.Random(LM_EVAL_SEED), dev
+        drawn = tuple(rng.sample(dev, num_few_shot) for _ in questions)
     hashes = _digest(questions), _digest(shown)
-    return QuestionSet(questions, examples, len(files), *hashes, layout)
+    return QuestionSet(questions, examples, len(files), *hashes, layout, drawn)
 
 
 def _chosen(root, asked, dev, split, subjects, limit, layout) -> list[Question]:
