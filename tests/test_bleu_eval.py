@@ -10,6 +10,8 @@ import torch
 from builders import CPU, PlainModel, saved_checkpoint, torchrun, write_jsonl
 from made_up_records import run_report
 
+import checkpoint
+import cli
 import durable
 import resampling
 import results
@@ -168,7 +170,7 @@ def test_two_checkpoints_are_compared_by_resampling_both(data, tmp_path):
     assert out["changed"][0]["what"].startswith(tuple(source for source, _ in PAIRS))
     text = compare_text(*pair, out)
     assert "paired bootstrap p =" in text and "McNemar" not in text and "ter " in text
-    report = run_report(tmp_path / "r", "--no-html")
+    report = run_report(tmp_path / "r", "--no-html").stdout
     assert "en-de" in report and "~" not in report.split("written")[0].split("Δ is")[0]
 
 
@@ -187,7 +189,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(data, tmp_path):
 
 def test_turns_of_a_chat(data, tmp_path):
     (tmp_path / "mine.jinja").write_text(
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     model = Translator({})
     model.logits = lambda hidden: torch.zeros(len(hidden), model.vocab_size)
@@ -216,20 +219,21 @@ def test_hypotheses_are_lines():
     assert in_one_line("a\u2028b") == "a\u2028b"
 
 
-def test_the_command_gives_the_same_bits_on_any_number_of_ranks(tmp_path, data):
+def test_the_command_on_two_ranks_gives_the_bits_of_one_process(tmp_path, data):
     path = saved_checkpoint(tmp_path / "run", max_position_embeddings=512)
-    words = ["--checkpoint-path", path, "--data-path", data, "--source-lang", "en"]
-    words += ["--target-lang", "th", "--num-few-shot", "1", "--max-new-tokens", "12"]
-    found = []
-    for ranks in (0, 2):
-        out = torchrun(ranks, "bleu_eval.py", *words, "--results-dir", tmp_path / f"{ranks}")
-        assert "tok:char" in out.stdout and "BLEU of characters" in out.stdout
-        (record,) = results.load_records(tmp_path / f"{ranks}")
-        arrays = results.load_arrays(record)
-        samples = results.load_samples(record)
-        found.append((record["metrics"], {k: v.tobytes() for k, v in arrays.items()}, samples))
-    assert found[0] == found[1]
-    assert len(found[0][2]) == 3
+    options = {"source_lang": "en", "target_lang": "th", "num_few_shot": 1, "max_new_tokens": 12}
+    model = checkpoint.load_model(path, "float32")
+    alone = evaluate_bleu(model, build_tokenizer("byte"), data, **options)
+    flags = [word for name, value in options.items() for word in (cli.flag_of(name), str(value))]
+    words = ["--checkpoint-path", path, "--data-path", data, "--results-dir", tmp_path / "r"]
+    out = torchrun(2, "bleu_eval.py", *words, *flags)
+    assert "tok:char" in out.stdout and "BLEU of characters" in out.stdout
+    (record,) = results.load_records(tmp_path / "r")
+    assert record["metrics"] == durable.plain(alone["metrics"])
+    arrays = results.load_arrays(record)
+    assert arrays.keys() == alone.arrays.keys()
+    assert all(arrays[k].tobytes() == v.tobytes() for k, v in alone.arrays.items())
+    assert results.load_samples(record) == list(alone.samples())
 
 
 def test_what_is_wrong_is_said_before_anything_is_loaded(data, tmp_path):
