@@ -1,17 +1,21 @@
 """Byte-level BPE as Hugging Face's files have it: its alphabet, its merges, and writing it.
 
     save_bpe(directory, vocab, merges, [BYTE_LEVEL], specials={EOT: 256}, ignore_merges=False)
+    bpe_definition(vocab, merges, split_by(pattern), added, ignore_merges=True)
 
-Plain Python: tokenizer.py makes such files of its own tokenizers, for transformers and vLLM.
+Plain Python: tokenizer.py makes such files of its own tokenizers, for transformers and vLLM, and
+tokenizers of vocabularies that lie in others' files.
 """
 
 import functools
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 EOT = "<|endoftext|>"
+BOS = "<|bos|>"  # nanochat's, which begins every document and stands between two
 # tokenizer.json's component that maps bytes to printable characters and back, and does no more
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -30,25 +34,13 @@ def save_bpe(
     ignore_merges: bool,
 ) -> None:
     """tokenizer.json and tokenizer_config.json of a byte-level BPE, for transformers and vLLM."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": i, "content": token, "special": True} | flags
-        for token, i in sorted(specials.items(), key=lambda item: item[1])
-    ]
-    definition = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
-        "post_processor": None,
-        "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": ignore_merges},
-    }
+    by_id = sorted(specials.items(), key=lambda item: item[1])
+    added = [added_token(i, token) for token, i in by_id]
+    definition = bpe_definition(vocab, merges, pre_tokenizers, added, ignore_merges)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOT if EOT in specials else None,
+        "eos_token": next((token for token in (EOT, BOS) if token in specials), None),
+        **({"bos_token": BOS} if BOS in specials else {}),
         "clean_up_tokenization_spaces": False,
     }
     directory = Path(directory)
@@ -57,6 +49,58 @@ def save_bpe(
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     text = json.dumps(config, indent=2) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def save_ranks(
+    directory: str | os.PathLike, ranks: dict[bytes, int], specials: dict[str, int], pattern: str
+) -> None:
+    """The same of tiktoken's ranks, from which merges are found, and its pattern."""
+    alphabet = byte_alphabet()
+    spell = {token: "".join(alphabet[b] for b in token) for token in ranks}
+    vocab = {spell[token]: rank for token, rank in ranks.items()}
+    merges = [
+        " ".join(spell[part] for part in parts)
+        for token in sorted(ranks, key=lambda token: ranks[token])
+        if len(token) > 1 and len(parts := merge_of(token, ranks)) == 2
+    ]
+    # Hugging Face's regex engine reads "{1,3}+" as a repeated group and "$" as end of line
+    pattern = re.sub(r"(\{[0-9,]+\})\+", r"\1", pattern).replace("$", r"\z")
+    # tiktoken takes a word that is a token whole, before any merge; so does ignore_merges
+    save_bpe(directory, vocab | specials, merges, split_by(pattern), specials, ignore_merges=True)
+
+
+def bpe_definition(
+    vocab: dict[str, int],
+    merges: list,
+    pre_tokenizers: list[dict],
+    added: list[dict],
+    ignore_merges: bool,
+) -> dict:
+    """The object of a tokenizer.json. added: tokens that text is cut at first, of added_token."""
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": pre_tokenizers}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer if pre_tokenizers else None,
+        "post_processor": None,
+        "decoder": BYTE_LEVEL,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": ignore_merges},
+    }
+
+
+def added_token(i: int, content: str, special: bool = True) -> dict:
+    """An entry of a tokenizer.json's `added_tokens`."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, "special": special} | flags
+
+
+def split_by(pattern: str) -> list[dict]:
+    """Components that cut text into words by a pattern, and write them as bytes."""
+    regex = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [{"type": "Split"} | regex, BYTE_LEVEL]
 
 
 def merge_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

@@ -3,6 +3,7 @@
     python checkpoint.py list checkpoints/                  # in step order
     python checkpoint.py inspect checkpoints/checkpoint-1000
     python checkpoint.py convert old/ckpt.pt checkpoints/checkpoint-1000
+    python checkpoint.py convert lora/ merged/ --to hf      # an adapter, into its base
 
     ckpt = checkpoint.open("checkpoints/checkpoint-1000")   # headers only, once
     ckpt.step, ckpt.config, ckpt.tokenizer, ckpt.fingerprint
@@ -20,13 +21,12 @@ against it (formats/layouts.py), and each tensor goes from the file, some MB at 
 in its final dtype and device.
 """
 
+import argparse
 import contextlib
 import errno
 import json
-import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -39,11 +39,15 @@ import cli
 import formats
 from config import GPTConfig, load_config
 from formats import (
+    adapters,
+    conversion,
     finding,
     fingerprints,
     foreign,
     huggingface,
+    inspection,
     layouts,
+    merging,
     naming,
     native,
     stored,
@@ -53,19 +57,26 @@ from formats.finding import CheckpointInfo, find_tokenizer
 from formats.readers import READERS
 from model import GPTModel
 from packed import require_file
-from tokenizer import TOKENIZER_COPIES
-from transformers_model import TransformersModel, load_transformers, transformers_sizes
+from transformers_model import Model, TransformersModel, load_transformers, transformers_sizes
 
 # ---------------------------------------------------------------------------------------------
 # The handle
 
 
-def open(path: str | Path, config: GPTConfig | None = None) -> "Checkpoint":
+def open(
+    path: str | Path, config: GPTConfig | None = None, base: "Checkpoint | str | Path | None" = None
+) -> "Checkpoint":
     """The handle of a checkpoint, from the headers of its files. `config`: for files that hold
-    none. ValueError, one line, for whatever is wrong with a file."""
+    none. `base`: of an adapter, whose own files name one too. ValueError, one line, for whatever is
+    wrong with a file."""
     path = formats.named(path)
     with _readable(path):
-        return Checkpoint(reader_of(path).open(path, config))
+        opened = reader_of(path).open(path, config)
+        if opened.adapter is None:
+            return Checkpoint(opened)
+        if not isinstance(base, Checkpoint):
+            base = open(adapters.base_path(opened, base), config)
+        return Checkpoint(adapters.onto(opened, base), base)
 
 
 @contextlib.contextmanager
@@ -99,21 +110,24 @@ class Checkpoint:
     """A checkpoint that was opened once: what its files state, and the way to its model.
 
     Attributes beside the properties below: path; name; kind (roseval, huggingface, rosetrainer,
-    nanogpt, training, weights); format, the file that opened it ("formats/native.py"); step, as the
+    nanogpt, training, weights, adapter); format, the file that opened it ("formats/native.py");
+    rooms, all such files; base, the handle of an adapter's base; step, as the
     files or the name state it; tensors, {name: stored.Stored}, and their layout; tokenizer, the
     directory with tokenizer files that goes with it; facts, plain values that the files state
     (epoch, loss, tokens); native, whether GPTModel runs it, not transformers; problem, why its
     config is not known. No file stays open.
     """
 
-    def __init__(self, opened: formats.Opened):
-        self._opened, self.path = opened, opened.path
+    def __init__(self, opened: formats.Opened, base: "Checkpoint | None" = None):
+        self._opened, self.path, self.base = opened, opened.path, base
         self.kind, self.format, self.native = opened.kind, opened.format, opened.native
+        self.rooms: tuple[str, ...] = (opened.format, *(base.rooms if base else ()))
         self.tensors, self.layout, self.facts = opened.tensors, opened.layout, opened.facts
         self.problem = opened.problem
         self.name = formats.name_of(self.path)
         self.step = formats.step_in_name(self.name) if opened.step is None else opened.step
-        self.tokenizer = find_tokenizer(self.path)
+        own = opened.tokenizer or find_tokenizer(self.path)
+        self.tokenizer: Path | None = own or (base.tokenizer if base else None)
         self._as_opened = self._state_of_files()
 
     @cached_property
@@ -134,7 +148,7 @@ class Checkpoint:
     @cached_property
     def _sizes(self) -> tuple[int, int | None]:
         if not self.native:
-            return transformers_sizes(self.path)
+            return transformers_sizes(self.base.path if self.base else self.path)
         assert self.config is not None, "a native one has a config, or says why not"
         return self.config.vocab_size, self.config.max_position_embeddings
 
@@ -150,15 +164,17 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 that identifies the checkpoint: of its manifest, else of its files."""
+        """sha256 that identifies the checkpoint: of its manifest, else of its files; of an adapter,
+        its base's and its own."""
         with _readable(self.path):
             found = fingerprints.fingerprint(self._opened)
             self._check_unchanged()
-            return found
+        return fingerprints.of_both(self.base.fingerprint, found) if self.base else found
 
     def describe(self) -> dict[str, Any]:
         """What a result record says of the checkpoint it was measured on: results.py's
         `checkpoint`."""
+        base = self.base
         return {
             "path": str(self.path),
             "name": self.name,
@@ -167,6 +183,7 @@ class Checkpoint:
             "fingerprint": self.fingerprint,
             "config": self.config and self.config.to_dict(),
             "module": "GPTModel" if self.native else "transformers",
+            **({"base": {"path": str(base.path), "fingerprint": base.fingerprint}} if base else {}),
         }
 
     def load(
@@ -177,13 +194,27 @@ class Checkpoint:
         dtype = layouts.as_dtype(dtype)
         if not self.native:
             self._check_unchanged()
-            return load_transformers(self.path, dtype, device, self.config)
+            path = self.base.path if self.base else self.path
+            other = load_transformers(path, dtype, device, self.config)
+            self.merge_into(other)
+            return other
         assert self.config is not None, "a native one has a config, or says why not"
         model = GPTModel.on_meta(self.config)
         self._check_fits(model)
         model.allocate(dtype, device)
         self._fill(model)
+        self.merge_into(model)
         return model.for_inference(dtype)
+
+    def merge_into(self, model: Model, keep: bool = False) -> Callable[[], None]:
+        """Of an adapter: into a model of its config that holds its base's weights. keep: what is
+        returned, when called, takes it out again."""
+        adapter, before = self._opened.adapter, None
+        if adapter is not None and self.base is not None:
+            with _readable(self.path):
+                self._check_unchanged()
+                before = merging.merge(adapter, model, self.base.path, keep)
+        return lambda: merging.restore(adapter, model, before) if before else None
 
     def load_weights(self, model: nn.Module) -> None:
         """The weights into a GPTModel that exists, in its dtypes and on its device."""
@@ -197,6 +228,7 @@ class Checkpoint:
             )
         self._check_fits(gpt)
         self._fill(gpt)
+        self.merge_into(gpt)
 
     def _tied_as_stored(self, config: GPTConfig, layout: str) -> GPTConfig:
         """rosetrainer's oldest files are untied and do not say so: compare the two tensors."""
@@ -218,7 +250,8 @@ class Checkpoint:
         layouts.check_fits(model, self.tensors, self.layout, self.path, self._opened.hint)
 
     def _state_of_files(self) -> list[tuple]:
-        states = [file.stat() for file in self._opened.files]
+        files = self._opened.files + (self.base._opened.files if self.base else ())
+        states = [file.stat() for file in files]
         return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in states]
 
     def _check_unchanged(self) -> None:
@@ -269,17 +302,9 @@ def load_checkpoint(
     """Restore model, optimizer and scheduler exactly; returns (epoch, step, loss). What else was
     saved (`extra`) comes from `load_training_state`."""
     state = load_training_state(checkpoint_path)
-    for name, wanted in (("optimizer", optimizer), ("scheduler", scheduler)):
-        if wanted is not None and state[name] is None:
-            raise ValueError(f"{checkpoint_path} holds no {name} state")
+    training_state.require(state, optimizer, scheduler, checkpoint_path)
     load_weights(checkpoint_path, model)
-    try:
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(state["scheduler"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{checkpoint_path}: its training state does not fit: {error}") from None
+    training_state.restore(state, optimizer, scheduler, checkpoint_path)
     return state["epoch"] or 0, state["step"] or 0, state["loss"]
 
 
@@ -303,8 +328,9 @@ def is_checkpoint(path: str | Path) -> bool:
 def is_complete(path: str | Path) -> bool:
     """Whether a checkpoint's files are all there and whole, as far as sizes and tables of contents
     tell. For a watcher: ours are whole when they appear, others grow under their final name."""
-    try:
-        open(path)
+    path = formats.named(path)
+    try:  # without an adapter's base, which may be known to others alone
+        reader_of(path).open(path)
     except Exception:  # an edge: one of those that a watcher sees
         return False
     return True
@@ -350,51 +376,18 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
 
 def inspect(path: str | Path, config: GPTConfig | None = None) -> dict[str, Any]:
     """What a checkpoint holds, without reading a tensor."""
-    ckpt, note = open(path, config), None
-    try:
-        config = ckpt.config
-        note = None if config else ckpt.problem
-    except ValueError as error:
-        config, note = None, cli.first_line(error)
-    sizes = {name: math.prod(t.shape) for name, t in ckpt.tensors.items()}
-    if config is not None and config.tie_embeddings:
-        sizes.pop(naming.head_name(ckpt.layout or "native"), None)
-    return {
-        "path": str(path),
-        "kind": ckpt.kind,
-        "step": ckpt.step,
-        "epoch": ckpt.facts.get("epoch"),
-        "loss": ckpt.facts.get("loss"),
-        "left_out": ckpt.facts.get("left_out"),
-        "parameters": sum(sizes.values()),
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ckpt.tensors.values()}),
-        "layout": ckpt.layout,
-        "tokenizer": ckpt.tokenizer and str(ckpt.tokenizer),
-        "config": config and config.to_dict(),
-        "note": note,
-    }
+    return inspection.inspect(open(path, config))
 
 
-def convert(source: str | Path, destination: str | Path, config: GPTConfig | None = None) -> Path:
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    config: GPTConfig | None = None,
+    base: str | Path | None = None,
+) -> Path:
     """Any readable checkpoint to a directory as `save_checkpoint` writes it, in the dtype that it
-    has, without training state."""
-    final = Path(destination)
-    if final.exists():
-        raise ValueError(f"{final} exists already: name a new directory")
-    ckpt = open(source, config)
-    if not ckpt.native:
-        raise ValueError(f"{source} is of an architecture that transformers alone has")
-    dtype = next(iter(ckpt.tensors.values())).dtype
-    model = ckpt.load(dtype)
-    assert isinstance(model, GPTModel), "native"
-    ids = {key: ckpt.facts.get(key) for key in huggingface.TOKEN_IDS}
-    about = {"step": ckpt.step, "converted": ckpt.path.name}
-    with native.appearing(final, about) as directory:
-        write_weights(model, model.config, directory, dtype=dtype, **ids)
-        for name in TOKENIZER_COPIES:
-            if ckpt.tokenizer and os.path.isfile(ckpt.tokenizer / name):
-                shutil.copy(ckpt.tokenizer / name, directory)
-    return final
+    has, without training state; an adapter merged into its base."""
+    return conversion.to_native(open(source, config, base), Path(destination))
 
 
 def main(argv=None):
@@ -408,34 +401,41 @@ def main(argv=None):
     converting = jobs.add_parser("convert", help="to a Hugging Face directory")
     converting.add_argument("source")
     converting.add_argument("destination")
+    converting.add_argument("--to", choices=("roseval", "hf"), default="roseval", help="whose form")
+    converting.add_argument("--dtype", choices=sorted(cli.DTYPES), help="with --to hf")
+    converting.add_argument("--max-shard-size", help="with --to hf: 5GB, 500MB, 2GiB", metavar="N")
     for job in (inspecting, converting):
         job.add_argument("--config", help="preset or YAML file, for files that hold no config")
+        job.add_argument("--base", help="the base of an adapter that names none")
     for job in (listing, inspecting, converting):
         job.add_argument("--debug", action="store_true")
     args = p.parse_args(argv)
     if args.job == "list":
-        print_list(args.directory)
-        return
+        return inspection.print_list(list_checkpoints(args.directory), args.directory)
     config = load_config(args.config) if args.config else None
+    path = args.path if args.job == "inspect" else args.source
+    if args.base and info_of(Path(path)).kind != "adapter":
+        raise ValueError(f"{path} is no adapter: --base does not go with it")
     if args.job == "convert":
-        print(cli.printable(convert(args.source, args.destination, config)))
+        print(cli.printable(_convert(args, config)))
         return
-    for key, value in inspect(args.path, config).items():
+    ckpt = open(args.path, config, args.base)
+    for key, value in inspection.inspect(ckpt).items():
         print(f"{key}: {json.dumps(value)}")
     if args.verify:
         native.check_manifest(Path(args.path), content=True)
-        load_model(args.path, "float32", config=config)
+        ckpt.load("float32")
         print("verified: checksums hold, every weight is a finite number")
 
 
-def print_list(directory: str | Path) -> None:
-    found = list_checkpoints(directory)
-    if not found:
-        raise ValueError(f"{directory} holds no checkpoint")
-    print(f"{'step':>10}  {'kind':<12} path")
-    for info in found:
-        step, why = "-" if info.step is None else info.step, info.problem and f"  ({info.problem})"
-        print(f"{step:>10}  {info.kind:<12} {cli.printable(f'{info.path}{why}')}")
+def _convert(args: argparse.Namespace, config: GPTConfig | None) -> Path:
+    if args.to == "roseval":
+        if args.dtype or args.max_shard_size:
+            raise ValueError("--dtype and --max-shard-size go with --to hf")
+        return convert(args.source, args.destination, config, args.base)
+    size = conversion.bytes_of(args.max_shard_size or conversion.MAX_SHARD_SIZE)
+    ckpt = open(args.source, config, args.base)
+    return conversion.to_hf(ckpt, Path(args.destination), args.dtype, size)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,40 @@ import argparse
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import cli
 import evaluation as frame
+import resampling
 import stats
+from cli import printable
 from durable import check_writable
 from evaluation import Evaluation, ModelOptions, Plans, Result
 from identity import run_directory
 from runs import called
 
-if TYPE_CHECKING:  # it loads torch
+if TYPE_CHECKING:  # these load torch
+    import torch
+
+    from checkpoint import Checkpoint
     from distributed import Dist
+    from transformers_model import Model
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What is compared with each checkpoint in the same run."""
+
+    adapter: tuple[str, ...] = cli.option(
+        (),
+        "PEFT adapters, or directories of them, each also evaluated over every checkpoint named",
+        nargs="+",
+        metavar="PATH",
+    )
 
 
 def main(evaluation: Evaluation, argv: list[str] | None, description: str | None) -> None:
@@ -40,14 +61,16 @@ def main(evaluation: Evaluation, argv: list[str] | None, description: str | None
 
 def add_flags(p: cli.Parser, evaluation: Evaluation) -> None:
     """Those of the models, of the evaluation and of the run."""
-    cli.add_options(p, ModelOptions, evaluation.Options, cli.PrecisionOptions, cli.RunOptions)
+    kinds = evaluation.Options, cli.PrecisionOptions, cli.RunOptions
+    cli.add_options(p, ModelOptions, AdapterOptions, *kinds)
     if evaluation.samples == "asked":
         p.add_argument("--log-samples", action="store_true", help="keep every example's scores")
 
 
 def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
-    """Every checkpoint named, one after the other."""
+    """Every checkpoint named, one after the other, and after each the adapters over it."""
     models = cli.read_options(ModelOptions, args)
+    over = cli.read_options(AdapterOptions, args).adapter
     options = cli.read_options(evaluation.Options, args)
     precision = cli.read_options(cli.PrecisionOptions, args)
     where = cli.read_options(cli.RunOptions, args)
@@ -58,19 +81,64 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
     import distributed
 
     paths = checkpoint.expand_paths(models.checkpoint_path)
-    check_results_dir(models, paths)
+    adapters = checkpoint.expand_paths(over)
+    if models.base and all(checkpoint.info_of(path).kind != "adapter" for path in paths):
+        raise ValueError("--base is for adapters, of which --checkpoint-path names none")
+    check_results_dir(models, paths + adapters)
     with (
         distributed.setup(where.device, where.timeout) as dist,
         ThreadPoolExecutor(2) as background,
     ):
-        dtype = frame.set_precision(precision, dist)
-        plans, done = [Plans(evaluation, variant) for variant in variants], []
+        n_models = len(paths) * (1 + len(adapters))
+        loader = Loader(frame.set_precision(precision, dist), dist.device, keep=n_models > 2)
+        plans, done, pairs = [Plans(evaluation, variant) for variant in variants], [], []
         for path in paths:
-            of_path = measure_checkpoint(plans, path, models, dtype, dist, background, len(paths))
-            save_and_show(evaluation, of_path, models.results_dir, keep, dist)
-            done += map(dict, of_path)  # without what lies beside them
-        if len(paths) > 1 and dist.is_main:
+            first: list[Result] = []
+            for ckpt in open_with_adapters(models, path, adapters):
+                of_path = measure_checkpoint(
+                    plans, ckpt, models, loader, dist, background, n_models
+                )
+                save_and_show(evaluation, of_path, models.results_dir, keep, dist)
+                done += map(dict, of_path)  # without what lies beside them
+                pairs += zip(first, of_path)
+                first = first or of_path
+        if n_models > 1 and dist.is_main:
             evaluation.table(done)
+            print_differences(pairs)
+
+
+def open_with_adapters(models: ModelOptions, path: Path, adapters: list[Path]) -> list[Checkpoint]:
+    """The handles of a checkpoint and of each adapter over it."""
+    base = models.opened(path)
+    over = [models.opened(adapter, base) for adapter in adapters]
+    for ckpt in over:
+        if ckpt.base is None:
+            raise ValueError(f"--adapter {ckpt.path} is no adapter: give it as --checkpoint-path")
+    return [base, *over]
+
+
+class Loader:
+    """The models of one handle after another. An adapter over the base that is in memory is merged
+    into it there, and taken out again for the next: no weights are read twice. keep: there will be
+    a next one."""
+
+    def __init__(self, dtype: str, device: torch.device, keep: bool):
+        self.dtype, self.device, self.keep = dtype, device, keep
+        self.model: Model | None = None
+        self.holds: Checkpoint | None = None  # whose weights these are, but for what `undo` undoes
+        self.undo: Callable[[], None] = lambda: None
+
+    def load(self, ckpt: Checkpoint) -> Model:
+        """The model of a handle; it lasts until the next is asked for."""
+        shares = ckpt.base is not None and ckpt.config == ckpt.base.config
+        wanted = ckpt.base if shares and ckpt.base else ckpt
+        if self.model is not None and self.holds is wanted:
+            self.undo()
+        else:
+            self.model = self.holds = None  # before memory is taken for another
+            self.model, self.holds = wanted.load(self.dtype, self.device), wanted
+        self.undo = ckpt.merge_into(self.model, self.keep) if shares else lambda: None
+        return self.model
 
 
 def check_results_dir(models: ModelOptions, paths: Iterable[Path]) -> None:
@@ -105,25 +173,23 @@ def save_and_show(
 
 def measure_checkpoint(
     plans: list[Plans],
-    path: Path,
+    ckpt: Checkpoint,
     models: ModelOptions,
-    dtype: str,
+    loader: Loader,
     dist: Dist,
     background: ThreadPoolExecutor,
-    n_checkpoints: int,
+    n_models: int,
 ) -> list[Result]:
     """A Result for each of the plans of one evaluation. Beside the loading, prompts are made and,
     on one rank, the checkpoint is hashed: both take seconds."""
-    import checkpoint
     from backends.local import facts_of
 
     evaluation, options = plans[0].evaluation, plans[0].options
     start = time.perf_counter()
-    ckpt = checkpoint.open(path, models.model_config())
     info = background.submit(ckpt.describe).result if dist.is_main else None
     needed = evaluation.needs_tokenizer(options)
     tokenizer = frame.pick_tokenizer(models.tokenizer_name, ckpt, needed)
-    facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
+    facts = facts_of(ckpt, tokenizer, loader.dtype, dist.device.type)
 
     def make_plans():
         made = [each.of(facts) for each in plans]
@@ -132,10 +198,10 @@ def measure_checkpoint(
         return made
 
     planned = background.submit(make_plans)
-    model = ckpt.load(dtype, dist.device)
+    model = loader.load(ckpt)
     made = planned.result()
     load_seconds = time.perf_counter() - start
-    backend = frame.local_backend(options, model, facts, dist, n_checkpoints)
+    backend = frame.local_backend(options, model, facts, dist, n_models)
     done = []
     for plan in made:
         result = frame.measure(
@@ -143,13 +209,46 @@ def measure_checkpoint(
             backend,
             plan,
             info=info,
-            run=models.run_of(path),
-            rooms=(ckpt.format, "backends/local.py"),
+            run=models.run_of(ckpt.path),
+            rooms=(*ckpt.rooms, "backends/local.py"),
             results_dir=models.results_dir,
         )
         result["cost"]["load_seconds"] = load_seconds
         done.append(result)
     return done
+
+
+def print_differences(pairs: list[tuple[Result, Result]]) -> None:
+    """How far an adapter's metrics lie from its base's, paired by example, with 95% intervals."""
+    if pairs:
+        print("\ndifference to the base [95%], paired by example")
+    for base, adapted in pairs:
+        about = adapted["examples"] or {"scores": {}}
+        weight = adapted.arrays.get(about.get("weight"))
+        told = []
+        for name, column in about["scores"].items():
+            before, after = base.arrays.get(column), adapted.arrays.get(column)
+            if before is None or after is None or before.shape != after.shape:
+                continue
+            out = stats.paired_difference(before, after, weight)
+            told.append(f"{name} {out['difference']:+.5f} [{out['low']:+.5f}, {out['high']:+.5f}]")
+        told += _of_statistics(about.get("statistics") or {}, base.arrays, adapted.arrays)
+        print(f"{printable(adapted['checkpoint']['name'])}: {', '.join(told) or 'not comparable'}")
+
+
+def _of_statistics(statistics: dict, base: dict, adapted: dict) -> list[str]:
+    """The same of metrics that are no mean."""
+    told = []
+    for name, made in statistics.items():
+        sides = [
+            np.column_stack([np.asarray(arrays[array], np.float64) for array in made["arrays"]])
+            for arrays in (base, adapted)
+            if all(array in arrays for array in made["arrays"])
+        ]
+        if len(sides) == 2 and sides[0].shape == sides[1].shape:
+            out = resampling.paired(made["score"], *sides)
+            told.append(f"{name} {out['difference']:+.5f} [{out['low']:+.5f}, {out['high']:+.5f}]")
+    return told
 
 
 def print_shares(

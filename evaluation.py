@@ -294,6 +294,9 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
     if Path(name).is_dir():
         files = [Path(name) / file for file in TOKENIZER_COPIES]
         key = tuple((f.name, hashlib.sha256(f.read_bytes()).digest()) for f in files if f.is_file())
+    elif Path(name).is_file():
+        there = Path(name).stat()
+        key = (key, there.st_size, there.st_mtime_ns, there.st_ino)
     if key not in _tokenizers:
         _tokenizers[key] = build_tokenizer(name)
     return _tokenizers[key]
@@ -348,6 +351,9 @@ class ModelOptions:
     config: str | None = cli.option(
         None, "the model's shape, for old checkpoint files that hold none"
     )
+    base: str | None = cli.option(
+        None, "the base of checkpoints that are adapters; default: as they name it", metavar="PATH"
+    )
     tokenizer_name: str | None = cli.option(
         None,
         "byte, a tiktoken name or a local directory; default: the checkpoint's own, else gpt2 for "
@@ -363,6 +369,12 @@ class ModelOptions:
 
     def model_config(self) -> GPTConfig | None:
         return load_config(self.config) if self.config else None
+
+    def opened(self, path: Path, base: Checkpoint | None = None) -> Checkpoint:
+        """The handle of a checkpoint; base: the handle below an adapter, where there is one."""
+        import checkpoint
+
+        return checkpoint.open(path, self.model_config(), base or self.base)
 
 
 def set_precision(precision: cli.PrecisionOptions, dist: Dist) -> str:

@@ -1,9 +1,13 @@
-"""HumanEval and other sets of its form: programs drawn, judged by their tests, counted as pass@k.
+"""HumanEval, HumanEval+, MBPP, MBPP+: programs drawn, judged by their tests, counted as pass@k.
 
     python humaneval_eval.py --checkpoint-path checkpoints/checkpoint-1000 \\
         --data-path data/HumanEval.jsonl.gz                            # greedy, pass@1
     torchrun --nproc-per-node=8 humaneval_eval.py --checkpoint-path checkpoints \\
         --data-path data/HumanEval.jsonl.gz --num-samples 200 --temperature 0.8 --k 1 10 100
+
+    # an instruct model asked as EvalPlus asks it; base tests, and those with EvalPlus's beside
+    python humaneval_eval.py --checkpoint-path checkpoints/an-instruct-model \\
+        --data-path data/HumanEvalPlus-NoExtreme.jsonl.gz --chat-template
 
     # samples that are already there, from any tool, judged without a model
     python humaneval_eval.py --samples-file S.jsonl --data-path data/HumanEval.jsonl.gz
@@ -15,16 +19,18 @@
 The backend draws, sandbox/ judges in other processes meanwhile. A rank has a journal of what it
 drew and judged, so an interrupted run goes on by (task, sample), on any number of ranks.
 samples.jsonl is what OpenAI's evaluate_functional_correctness and EvalPlus read, and theirs are
-read here: tasks/programs.py reads, judges and counts. Problems, stop strings and estimator are
-those of Chen et al., "Evaluating Large Language Models Trained on Code" (2021). Published pass@1:
-Codex-12B 28.8%, Llama-2-7B 12.8%.
+read here. tasks/problems.py and code_prompts.py say what is asked, tasks/programs.py judges.
+HumanEval's problems, stop strings and estimator are those of Chen et al., "Evaluating Large
+Language Models Trained on Code" (2021). Published pass@1: Codex-12B 28.8%, Llama-2-7B 12.8%.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +40,20 @@ import evaluation
 import launcher
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
-from sandbox.judge import TIERS, Sandbox, Verdict
+from sandbox.judge import TIERS, Sandbox
 from tasks import drawing
+from tasks.chat import Chat, ChatOptions, open_chat, starts_with_bos
+from tasks.code_prompts import PROMPTS, CodePrompt, choose
+from tasks.problems import data_hash, find_task, has_plus, read_examples, read_problems
 from tasks.programs import (
     Judging,
-    all_ks,
-    count_kinds,
     count_workers,
-    data_hash,
-    find_task,
     judge_file,
-    pass_at_more,
+    judged_by,
     print_example,
-    print_scores,
-    read_problems,
     split_off,
-    summarise,
 )
-
-STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+from tasks.scores import PREFIX, Judged, all_ks, pass_at_more, print_scores, summarise_all
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -63,8 +64,14 @@ class Options:
     """What is drawn, and how it is judged: flags, YAML keys and keywords."""
 
     data_path: str = cli.option("", "problems: HumanEval.jsonl.gz, say", metavar="FILE")
+    prompt: str = cli.option(
+        "auto",
+        "how a program is asked for (auto: as those who published the problems do)",
+        choices=("auto", *PROMPTS),
+    )
+    chat: ChatOptions = ChatOptions()  # noqa: RUF009
     num_samples: int = cli.option(1, "programs for each task (1)", type=cli.positive_int)
-    sampling: Sampling = Sampling(max_new_tokens=512, top_p=0.95, stop=STOP)  # noqa: RUF009
+    sampling: Sampling = Sampling(max_new_tokens=512, top_p=0.95)  # noqa: RUF009
     k: tuple[int, ...] = cli.option(
         (), "of pass@k, beside 1, 10, 100 if possible", type=cli.positive_int, nargs="+"
     )
@@ -87,8 +94,12 @@ class Options:
     workers: int | None = cli.option(
         None, "judges a rank (its share of cores)", type=cli.positive_int
     )
-    judge_timeout: float = cli.option(3.0, "of a program (3)", type=float, metavar="SECONDS")
-    judge_memory: int = cli.option(1024, "of a program (1024)", type=cli.positive_int, metavar="MB")
+    judge_timeout: float | None = cli.option(
+        None, "of a program (3; 20 with EvalPlus's tests)", type=float, metavar="SECONDS"
+    )
+    judge_memory: int | None = cli.option(
+        None, "of a program (1024; 4096 so)", type=cli.positive_int, metavar="MB"
+    )
     sandbox_tier: str | None = cli.option(None, "default: the best that works here", choices=TIERS)
     unsafe_no_sandbox: bool = cli.option(False, "if no sandbox works: none")
 
@@ -111,11 +122,12 @@ class Options:
                 )
         return all_ks(self.k, self.num_samples)
 
-    @property
-    def sandbox(self) -> dict:
+    def sandbox(self, problems: dict[str, dict]) -> dict:
+        """Of judges: EvalPlus's tests are a thousand to a task, some of them large."""
+        usual = (20.0, 4096) if has_plus(problems) else (3.0, 1024)
         return {
-            "timeout": self.judge_timeout,
-            "memory_mb": self.judge_memory,
+            "timeout": self.judge_timeout if self.judge_timeout is not None else usual[0],
+            "memory_mb": self.judge_memory or usual[1],
             "tier": self.sandbox_tier,
             "unsafe": self.unsafe_no_sandbox,
         }
@@ -127,7 +139,9 @@ def check(options: Options) -> None:
     if options.show:
         find_task(problems, options.show)
     _ = options.ks
-    with Sandbox(1, **options.sandbox):
+    if options.chat.chat_template == "off":
+        read_examples(options.data_path, choose(options.prompt, problems, None).n_shots)
+    with Sandbox(1, **options.sandbox(problems)):
         pass
 
 
@@ -137,25 +151,32 @@ def check(options: Options) -> None:
 
 @dataclass(frozen=True)
 class Drawn:
+    """sampling: with the stop strings that hold."""
+
     options: Options
+    sampling: Sampling
+    prompt: CodePrompt
     problems: dict[str, dict]
     prompts: list[list[int]]
 
     def only(self, problems: dict[str, dict]) -> "Drawn":
         """Of some of the problems."""
         of = dict(zip(self.problems, self.prompts, strict=True))
-        return Drawn(self.options, problems, [of[task] for task in problems])
+        return replace(self, problems=problems, prompts=[of[task] for task in problems])
 
     @property
     def asked(self) -> drawing.Asked:
         tasks, o = list(self.problems), self.options
-        return drawing.Asked(tasks, self.prompts, o.sampling, o.num_samples, o.batch_size)
+        return drawing.Asked(tasks, self.prompts, self.sampling, o.num_samples, o.batch_size)
 
     def complete(self, entry: dict) -> None:
-        """Make of what was drawn what follows the published prompt."""
-        prompt = self.problems[entry["task_id"]]["prompt"]
-        text, stripped = entry["completion"], self.options.strip_prompt
-        entry["completion"] = continuation_of(prompt, text, stripped)
+        """Make of what was drawn what is judged: what follows the published prompt, or the program
+        that the prompt's rule finds in it."""
+        problem = self.problems[entry["task_id"]]
+        if self.prompt.takes == "completion":
+            text, stripped = entry["completion"], self.options.strip_prompt
+            entry["completion"] = continuation_of(problem["prompt"], text, stripped)
+        entry |= self.prompt.program_in(problem, entry["completion"])
 
 
 def plan(options: Options, facts: Facts) -> Plan:
@@ -163,18 +184,32 @@ def plan(options: Options, facts: Facts) -> Plan:
     _ = options.ks  # ValueError before anything is drawn
     bos = evaluation.resolve_bos(options.bos, tokenizer)
     problems = read_problems(options.data_path, options.limit)
-    prompts = make_prompts(tokenizer, problems, options.strip_prompt, bos)
+    chat = open_chat(options.chat, tokenizer)
+    prompt = choose(options.prompt, problems, chat)
+    shots = read_examples(options.data_path, prompt.n_shots)
+    texts = [prompt.render(problem, shots, chat) for problem in problems.values()]
+    if stripped := prompt.takes == "completion" and options.strip_prompt and not chat:
+        texts = [text.rstrip("\n") for text in texts]
+    prompts = drawing.encode_prompts(tokenizer, list(problems), texts, bos, bool(chat))
     evaluation.check_vocabulary(max(map(max, prompts)), facts)
+    ends = (chat.turn_end,) if chat and chat.turn_end else ()
+    sampling = replace(sampling, stop=(sampling.stop or prompt.stop) + ends)
+    judge = options.sandbox(problems)
     greedy = not sampling.temperature
     protocol = {
+        "prompt": prompt.name,
+        "prompt_hash": hashlib.sha256(repr(prompt).encode()).hexdigest(),
+        "program": prompt.takes,
+        "examples": [shot["task_id"] for shot in shots],
+        **(chat.protocol if chat else {}),
         "num_samples": options.num_samples,
         "temperature": sampling.temperature,
         "top_p": 1.0 if greedy else sampling.top_p,
         "top_k": 0 if greedy else sampling.top_k,
         "max_new_tokens": sampling.max_new_tokens,
         "stop": list(sampling.stop),
-        "strip_prompt": options.strip_prompt,
-        "bos": bos,
+        "strip_prompt": stripped,
+        "bos": starts_with_bos(tokenizer, prompts),
         "seed": None if greedy else sampling.seed,
         "limit": options.limit,
         "batch_size": options.batch_size,
@@ -183,8 +218,8 @@ def plan(options: Options, facts: Facts) -> Plan:
         "dtype": facts.dtype,
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "judge_timeout": options.judge_timeout,
-        "judge_memory_mb": options.judge_memory,
+        "judge_timeout": judge["timeout"],
+        "judge_memory_mb": judge["memory_mb"],
         "sandbox_tier_asked": options.sandbox_tier,
         "unsafe_no_sandbox": options.unsafe_no_sandbox,
     }
@@ -192,13 +227,17 @@ def plan(options: Options, facts: Facts) -> Plan:
         "files": [Path(options.data_path).name],
         "hash": data_hash(problems),
         "tasks": len(problems),
+        "first_prompt": texts[0],
     }
-    return Plan(protocol, data, Drawn(options, problems, prompts), words_of(protocol))
+    drawn = Drawn(options, sampling, prompt, problems, prompts)
+    return Plan(protocol, data, drawn, words_of(protocol, chat))
 
 
-def words_of(protocol: dict) -> tuple[str, ...]:
+def words_of(protocol: dict, chat: Chat | None) -> tuple[str, ...]:
     limit = protocol["limit"]
     return (
+        *([] if protocol["prompt"] == "completion" else [f"prompt {protocol['prompt']}"]),
+        *(chat.words if chat else ()),
         f"{protocol['num_samples']} samples",
         *how_drawn(protocol),
         *(["BOS"] if protocol["bos"] else []),
@@ -211,14 +250,6 @@ def how_drawn(protocol: dict) -> list[str]:
     if not protocol["temperature"]:
         return ["greedy"]
     return [f"temperature {protocol['temperature']:g}", f"top-p {protocol['top_p']:g}"]
-
-
-def make_prompts(
-    tokenizer: Any, problems: dict[str, dict], strip_prompt: bool, add_bos: bool
-) -> list[list[int]]:
-    """Token ids of each problem's prompt."""
-    texts = [p["prompt"].rstrip("\n") if strip_prompt else p["prompt"] for p in problems.values()]
-    return drawing.encode_prompts(tokenizer, list(problems), texts, add_bos, by_template=False)
 
 
 def continuation_of(prompt: str, text: str, strip_prompt: bool) -> str:
@@ -236,7 +267,8 @@ def continuation_of(prompt: str, text: str, strip_prompt: bool) -> str:
 def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     """Draw what no journal holds, judge it meanwhile, count it."""
     work, dist = plan.work, backend.dist
-    with Sandbox(work.options.workers or count_workers(), **work.options.sandbox) as sandbox:
+    judges = work.options.sandbox(work.problems)
+    with Sandbox(work.options.workers or count_workers(), **judges) as sandbox:
         kept, left_out = split_off(work.problems, sandbox, dist)
         work = work.only(kept)
         known = drawing.known_samples(folder.known(), kept)
@@ -258,13 +290,12 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
         drawn = backend.cost()
         judge_seconds = dist.gather(time.perf_counter() - start)
         tiers = sorted(set(dist.gather(sandbox.tier)))
-        judges = sum(dist.gather(sandbox.workers))
+        n_judges = sum(dist.gather(sandbox.workers))
     everyone = [entry for part in dist.gather(mine) for entry in part]
     entries = drawing.in_order(everyone, work.asked)
     folder.write("samples.jsonl", "".join(map(sample_line, entries)))
-    judged = [(entry["task_id"], entry, Verdict(**entry["verdict"])) for entry in entries]
-    tally = count_kinds(work.problems, judged)
-    metrics, breakdown, arrays = summarise(tally, work.options.ks)
+    judged = judged_by(entries, work.problems)
+    tallies, metrics, breakdown, arrays = summarise_all(work.problems, judged, work.options.ks)
     breakdown["finish"] = dict(Counter(entry["finish"] for entry in entries).most_common())
     return Outcome(
         metrics=metrics,
@@ -283,23 +314,28 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
             "draw_seconds": drawn["seconds"],
             "judge_seconds": max(judge_seconds),
             "samples_resumed": resumed,
-            "judges": judges,
+            "judges": n_judges,
         },
-        samples=lambda: map(with_verdict, judged),
-        shown=(work, judged, tally, folder.path),
+        samples=lambda: with_verdicts(judged),
+        shown=(work, judged, tallies, folder.path),
     )
 
 
 def sample_line(entry: dict) -> str:
     """A line of samples.jsonl: ASCII, which every tool reads under every locale."""
-    return json.dumps({"task_id": entry["task_id"], "completion": entry["completion"]}) + "\n"
+    field = "solution" if "solution" in entry else "completion"
+    return json.dumps({"task_id": entry["task_id"], field: entry[field]}) + "\n"
 
 
-def with_verdict(judged: tuple[str, dict, Verdict]) -> dict:
-    """A line beside the record: OpenAI's fields of a judged sample, and ours."""
-    _, entry, verdict = judged
-    drawn = {n: entry[n] for n in ("task_id", "completion", "sample", "finish", "tokens")}
-    return drawn | {"result": verdict.result, "passed": verdict.passed, "kind": verdict.kind}
+def with_verdicts(judged: dict[str, Judged]) -> Iterator[dict]:
+    """A line beside the record each: OpenAI's fields of a judged sample, and ours."""
+    names = ("task_id", "completion", "solution", "sample", "finish", "tokens")
+    for suites in zip(*judged.values(), strict=True):
+        line = {name: suites[0][1][name] for name in names if name in suites[0][1]}
+        for prefix, (_, _, verdict) in zip(PREFIX.values(), suites):
+            found = {"result": verdict.result, "passed": verdict.passed, "kind": verdict.kind}
+            line |= {prefix + name: value for name, value in found.items()}
+        yield line
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,13 +349,13 @@ def show(records: list[Result]) -> None:
 
 def print_record(record: Result) -> None:
     protocol, cost, info = record["protocol"], record["cost"], record["checkpoint"]
-    work, judged, tally, folder = record.shown
+    work, judged, tallies, folder = record.shown
     print(f"\n{cli.printable(info['name'])}  ({cli.printable(info['path'])})")
     drawn = ", ".join([str(protocol["num_samples"]), *how_drawn(protocol)])
     print(f"{len(work.problems)} tasks, samples of each: {drawn}")
     if protocol["limit"]:
         print("A PART OF THE TASKS (--limit): not a score of the set")
-    print_scores(record["metrics"], tally, record["data"]["left_out"])
+    print_scores(record["metrics"], tallies, record["data"]["left_out"])
     cut = record["breakdown"]["finish"].get("length", 0)
     if cut:
         print(f"{cut:,} samples were cut off at {protocol['max_new_tokens']} tokens or the context")
@@ -401,7 +437,7 @@ def judge_samples(path: str, ignore_incomplete: bool, options: Options) -> None:
         judge_file(
             path,
             problems,
-            options.sandbox,
+            options.sandbox(problems),
             ks=options.k,
             workers=options.workers,
             ignore_incomplete=ignore_incomplete,

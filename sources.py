@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent
 WITHOUT_NUMBERS = ("cli.py", "streams.py")
 # A door to rooms of which one is entered: its imports of those are left to `chosen`
 DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends", "command.py": "backends"}
+DOORS["tokenizer.py"] = "formats"
 
 
 def statements_that_run(tree: ast.AST) -> Iterator[ast.AST]:

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 
-import checkpoint
 import cli
 import distributed
 import evaluation
@@ -226,7 +225,7 @@ def do(planner: Planner, work: Work, dist: Dist) -> None:
 
 def load(planner: Planner, work: Work, dist: Dist) -> tuple[Any, Checkpoint, dict]:
     """(model, handle, plans by label). There is no collective in here."""
-    ckpt = checkpoint.open(work.path, planner.models.model_config())
+    ckpt = planner.models.opened(work.path)
     model = ckpt.load(planner.dtype, dist.device)
     plans = {label: planner.plan_of(planner.entries[label], ckpt) for label in work.pending}
     if ckpt.fingerprint != work.info["fingerprint"]:
@@ -250,7 +249,7 @@ def evaluate(
             plan,
             info=work.info,
             run=work.run,
-            rooms=(ckpt.format, "backends/local.py"),
+            rooms=(*ckpt.rooms, "backends/local.py"),
             results_dir=models.results_dir,
         )
     except Exception as error:  # an edge: one checkpoint of a sweep

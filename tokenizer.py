@@ -4,6 +4,7 @@
     build_tokenizer("byte")                          # built in: 256 bytes and <|endoftext|>
     build_tokenizer("gpt2")                          # any tiktoken encoding
     build_tokenizer("checkpoints/checkpoint-1000")   # a local directory with tokenizer files
+    build_tokenizer("model-Q4_K_M.gguf")             # a GGUF's own, or nanochat's tokenizer.pkl
     build_tokenizer("Qwen/Qwen2.5-0.5B")             # a Hugging Face hub name
 
 Every tokenizer has
@@ -27,25 +28,32 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from byte_bpe import BYTE_LEVEL, EOT, byte_alphabet, is_byte_tokenizer, merge_of, save_bpe
+from byte_bpe import (
+    BOS,
+    BYTE_LEVEL,
+    EOT,
+    byte_alphabet,
+    is_byte_tokenizer,
+    save_bpe,
+    save_ranks,
+)
+from chat_templates import CHAT_TEMPLATE, named_templates, settings_of, templates_beside
 from cli import first_line
-from inputs import decode_utf8
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 # what tells how text is split, of which one must be there
 SAYS_THE_CLASS: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "config.json")
 # all that goes along with a copy
 TOKENIZER_COPIES: tuple[str, ...] = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
-CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_COPIES += ("special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
-KINDS = ("tokenizer_config.json", "config.json")
+HOLD_TOKENIZERS = (".gguf", ".pkl")  # files of others that one lies in
 # Where a long text can be cut without changing its tokens, for tokenizers that say so with
 # `splits_at_newline`: after a newline between a visible character and a letter, digit or other
 # non-ASCII character. There the patterns of GPT-2, cl100k, o200k, Llama 3, Qwen and DeepSeek all
@@ -61,7 +69,8 @@ ACROSS_A_BREAK = "\n[A-Za-z0-9\xc3-\xf4]"  # in a token's bytes: it would reach 
 
 
 def build_tokenizer(name: str | os.PathLike) -> "Tokenizer":
-    """The tokenizer called `name`: "byte", a tiktoken encoding, a local directory or a hub name.
+    """The tokenizer called `name`: "byte", a tiktoken encoding, a local directory or file, or a hub
+    name.
 
     A bare name of a tiktoken encoding means tiktoken even if a directory is called the same; write
     `./gpt2` for the directory. Raises ValueError, in one line, for a name that leads nowhere.
@@ -75,6 +84,8 @@ def build_tokenizer(name: str | os.PathLike) -> "Tokenizer":
         return TiktokenTokenizer(_tiktoken_encoding(name))
     if Path(name).is_dir():
         return _tokenizer_from_directory(Path(name))
+    if Path(name).is_file() and Path(name).suffix in HOLD_TOKENIZERS:
+        return _tokenizer_from_file(Path(name))
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"tokenizer {name!r}: no such directory")
     return HuggingFaceTokenizer(_hub_tokenizer(name), name)
@@ -131,7 +142,6 @@ class ByteTokenizer:
 class TiktokenTokenizer:
     """A tiktoken.Encoding; the gaps in its ids are `special_ids` too."""
 
-    bos_token_id = None
     adds_bos = False
     chat_templates: ClassVar[dict[str, str]] = {}
 
@@ -139,8 +149,11 @@ class TiktokenTokenizer:
         self.encoding = encoding
         self.name = encoding.name
         self.vocab_size = encoding.n_vocab
-        self.eos_token_id = encoding._special_tokens.get(EOT)
-        self.special_tokens = {} if self.eos_token_id is None else {"eos_token": EOT}
+        self.bos_token_id = encoding._special_tokens.get(BOS)
+        self.eos_token_id = encoding._special_tokens.get(EOT, self.bos_token_id)
+        texts = {i: text for text, i in encoding._special_tokens.items()}
+        ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+        self.special_tokens = {name: texts[i] for name, i in ids.items() if i is not None}
 
     @functools.cached_property
     def splits_at_newline(self) -> bool:
@@ -200,30 +213,11 @@ class TiktokenTokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         """A byte-level BPE, its merges found from tiktoken's ranks."""
-        alphabet = byte_alphabet()
-        ranks = self.encoding._mergeable_ranks
-        spell = {token: "".join(alphabet[b] for b in token) for token in ranks}
-        vocab = {spell[token]: rank for token, rank in ranks.items()}
-        specials = dict(self.encoding._special_tokens)
-        taken = set(vocab.values()) | set(specials.values())
+        specials, ranks = dict(self.encoding._special_tokens), self.encoding._mergeable_ranks
+        taken = {*ranks.values(), *specials.values()}
         # a tokenizer.json numbers added tokens densely, so gaps need a name
         specials |= {f"<|unused_{i}|>": i for i in range(self.vocab_size) if i not in taken}
-        merges = [
-            " ".join(spell[part] for part in parts)
-            for token in sorted(ranks, key=ranks.get)
-            if len(token) > 1 and len(parts := merge_of(token, ranks)) == 2
-        ]
-        # Hugging Face's regex engine reads "{1,3}+" as a repeated group and "$" as end of line
-        pattern = self.encoding._pat_str.replace("}+", "}").replace("$", r"\z")
-        split = {
-            "type": "Split",
-            "pattern": {"Regex": pattern},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-        # tiktoken takes a word that is a token whole, before any merge; so does ignore_merges
-        splits = [split, BYTE_LEVEL]
-        save_bpe(directory, vocab | specials, merges, splits, specials, ignore_merges=True)
+        save_ranks(directory, ranks, specials, self.encoding._pat_str)
 
 
 class HuggingFaceTokenizer:
@@ -245,7 +239,7 @@ class HuggingFaceTokenizer:
         vocab = tok.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
         self.eos_token_id, self.bos_token_id = tok.eos_token_id, tok.bos_token_id
-        self.chat_templates = _named_templates(getattr(tok, "chat_template", None))
+        self.chat_templates = named_templates(getattr(tok, "chat_template", None))
         self.special_tokens = {name: str(text) for name, text in tok.special_tokens_map.items()}
         self._counts = self._count_bytes(vocab)
         self.special_ids = tuple(np.flatnonzero(self._counts == 0).tolist())
@@ -350,7 +344,7 @@ def _tokenizer_from_directory(path: Path) -> "Tokenizer":
             "the model was trained with"
         )
     if is_byte_tokenizer(path / "tokenizer.json"):
-        return ByteTokenizer(_templates_beside(path))
+        return ByteTokenizer(templates_beside(path))
     if not any((path / name).is_file() for name in SAYS_THE_CLASS):
         raise ValueError(
             f"tokenizer {str(path)!r}: no tokenizer.json, and none of "
@@ -367,41 +361,49 @@ def _tokenizer_from_directory(path: Path) -> "Tokenizer":
             str(path),
         )
     except Exception as error:  # transformers raises anything, from TypeError to Rust's Exception
-        code = _settings(path).get("auto_map")
+        code = settings_of(path).get("auto_map")
         why = (
             f"it names code of its own ({code}), which is never run" if code else first_line(error)
         )
         raise ValueError(f"tokenizer {str(path)!r}: transformers cannot open it: {why}") from error
 
 
-def _settings(path: Path) -> dict:
-    """tokenizer_config.json, if there is one that can be read."""
+def _tokenizer_from_file(path: Path) -> "Tokenizer":
+    """That of a GGUF file, or a tiktoken encoding that nanochat pickled."""
+    from formats.vocabularies import of_gguf, of_tiktoken_pickle
+
+    if path.suffix == ".pkl":
+        import tiktoken
+
+        ranks, specials, pattern = of_tiktoken_pickle(path)
+        encoding = _made(
+            lambda: tiktoken.Encoding(
+                path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+            ),
+            path,
+        )
+        return TiktokenTokenizer(encoding)
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    definition, about = of_gguf(path)
+    text = json.dumps(definition)
+    backend = _made(lambda: tokenizers.Tokenizer.from_str(text), path)
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **about
+    )
+    return HuggingFaceTokenizer(tok, str(path))
+
+
+def _made(make: Callable[[], Any], path: Path) -> Any:
+    """What a library makes of a vocabulary that somebody else wrote."""
     try:
-        values = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _templates_beside(path: Path) -> dict[str, str]:
-    """The chat templates of a tokenizer directory, as transformers reads them."""
-    file = path / CHAT_TEMPLATE
-    if file.is_file():
-        return {"default": decode_utf8(file.read_bytes(), file)}
-    return _named_templates(_settings(path).get("chat_template"))
-
-
-def _named_templates(value: Any) -> dict[str, str]:
-    """One text, {name: text}, or as older files have it a list of {"name", "template"}."""
-    if isinstance(value, list):
-        pairs = [item for item in value if isinstance(item, dict)]
-        value = {item.get("name"): item.get("template") for item in pairs}
-    named = value if isinstance(value, dict) else {"default": value}
-    return {
-        name: text
-        for name, text in named.items()
-        if isinstance(name, str) and isinstance(text, str) and text
-    }
+        return make()
+    except BaseException as error:  # Rust's panics are no Exceptions
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = str(error).partition("\n")[0][:300]
+        raise ValueError(f"tokenizer {str(path)!r}: is damaged: {reason}") from None
 
 
 def _hub_tokenizer(name: str):

@@ -27,7 +27,7 @@ class Opened:
     open file, so that a program can keep thousands of them, and of deleted ones too."""
 
     path: Path
-    kind: str  # roseval, huggingface, rosetrainer, nanogpt, training, weights, …
+    kind: str  # roseval, huggingface, adapter, rosetrainer, nanogpt, training, weights, …
     format: str  # the file that opened it, "formats/pt_files.py"
     tensors: dict[str, Any]  # name: tensorfiles.Stored, in the layout's full names
     layout: str | None  # of naming.LAYOUTS; None: its names are not known
@@ -39,6 +39,8 @@ class Opened:
     facts: dict[str, Any] = field(default_factory=dict)  # epoch, loss, tokens, token ids, …
     manifest: Path | None = None  # states the sha256 of all files, so that its own stands for them
     hint: str = ""  # said if the tensors do not fit the config
+    adapter: Any = None  # merging.Adapter: what is merged into the weights once they are loaded
+    tokenizer: Path | None = None  # a file that it lies in, where that is no directory's
     rearranged: bool = False  # by the heads of `config`: without one, the rows are not in our order
 
 

@@ -141,7 +141,7 @@ def _read_metadata(source: Path) -> tuple[dict[str, _Stated], dict[tuple, dict]]
     if source.stat().st_size > MAX_METADATA:
         raise ValueError(f"{source} has {source.stat().st_size:,} bytes: it is no table of tensors")
     refuse_impostor(source)
-    root = pickles.read(source.read_bytes(), str(source), NAMES)
+    root = pickles.read(source.read_bytes(), str(source), NAMES, most=MAX_METADATA)
     try:
         entries = root.state["state_dict_metadata"].items()
         tensors = {

@@ -243,7 +243,14 @@ def translated(
 ) -> dict[str, Stored]:
     """The table under our own names (layout "native"). Without a config rows stay where they are;
     such a table is for looking at. What no module of ours has keeps its name."""
-    spec, left, ours = DIALECTS[dialect], dict(tensors), {}
+    return under_ours(tensors, DIALECTS[dialect], config)
+
+
+def under_ours(
+    tensors: dict[str, Stored], spec: Dialect, config: GPTConfig | None
+) -> dict[str, Stored]:
+    """`translated` of a dialect that is no entry of DIALECTS."""
+    left, ours = dict(tensors), {}
     number = re.compile(r"(?:\w+\.){1,2}?(\d+)\.")
     layers = sorted({int(m[1]) for name in tensors if (m := number.match(name))})
     for module, theirs in spec.modules.items():
@@ -273,7 +280,8 @@ def _by_heads(parts: list[Stored], spec: Dialect, config: GPTConfig | None, name
         shapes = [list(part.shape) for part in parts]
         raise ValueError(f"{name}: q, k and v are {shapes}, which {H} and {G} heads of {D} are not")
     if spec.paired:
-        parts = [unpaired(parts[0], D), unpaired(parts[1], D), parts[2]]
+        R = config.rotary_dim
+        parts = [unpaired(parts[0], D, R), unpaired(parts[1], D, R), parts[2]]
     return parts
 
 
@@ -288,6 +296,8 @@ def ungrouped(qkv: Stored, H: int, G: int, D: int) -> list[Stored]:
     ]
 
 
-def unpaired(t: Stored, D: int) -> Stored:
-    """Rows (2i, 2i + 1) of each head of D to (i, i + D/2)."""
-    return rows(t, [range(a + s, a + D, 2) for a in range(0, t.shape[0], D) for s in (0, 1)])
+def unpaired(t: Stored, D: int, R: int) -> Stored:
+    """Rows (2i, 2i + 1) of the first R of each head of D to (i, i + R/2)."""
+    heads = range(0, t.shape[0], D)
+    runs = ([range(a, a + R, 2), range(a + 1, a + R, 2), range(a + R, a + D)] for a in heads)
+    return rows(t, [run for head in runs for run in head if run])

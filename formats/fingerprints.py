@@ -24,6 +24,11 @@ def fingerprint(opened: Opened) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+def of_both(base: str, adapter: str) -> str:
+    """The fingerprint of a base with an adapter, from those of the two."""
+    return hashlib.sha256(f"{base} {adapter}".encode()).hexdigest()
+
+
 def _refuse_changed(manifest: Path) -> None:
     """A manifest was written last: what is newer than it is a copy, or was changed since."""
     for name, entry in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():

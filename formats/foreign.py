@@ -1,7 +1,7 @@
 """What others call their weights and files: so that what is not read is refused by its name.
 
     whose(["transformer.h.0.self_attention.query_key_value.weight", …])    # "Falcon's or BLOOM's"
-    what_is(Path("runs/lora"))      # "a PEFT adapter: merge it into its model first, …"
+    what_is(Path("a.nemo"))         # "an archive of NeMo 1, which is not read"
 
 A reader for one of them makes its row here superfluous: naming.py knows the families that are read.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 # Whose names these are: a pattern that some name matches, and one that none does.
 NAMES: tuple[tuple[str, str, str], ...] = (
-    ("those of a PEFT adapter, to be merged into its model first", r"\.lora_\w+", ""),
+    ("those of a PEFT adapter: give its directory, with its config", r"\.lora_\w+", ""),
     ("those of weights quantised by bitsandbytes", r"\.weight\.(absmax|quant_)|\.SCB$", ""),
     ("those of weights quantised by GPTQ or AWQ", r"\.(qweight|qzeros)$", ""),
     ("nanochat's", r"\bh\.\d+\.attn\.c_q\.", ""),
@@ -29,17 +29,13 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("those of layer norms, as StableLM has them", r"layers\.\d+\.input_layernorm\.bias", ""),
     ("those of a model with a part for images", r"(^|\.)(vision_tower|visual|vision_model)\.", ""),
 )
-ADAPTER = "a PEFT adapter: merge it into its model first, with merge_and_unload() and "
-ADAPTER += "save_pretrained()"
 DEEPSPEED = "a directory of DeepSpeed's without the directory of a tag, such as global_step100"
 DIRECTORIES = {  # the name of a file that tells what its directory is
-    r"adapter_(model\.(safetensors|bin)|config\.json)": ADAPTER,
     r"zero_to_fp32\.py": DEEPSPEED,
     r"latest_checkpointed_iteration\.txt": "a directory of Megatron's, which is not read",
     r"flax_model\.msgpack|tf_model\.h5": "weights of Flax or TensorFlow, which are not read",
 }
 FILES = {
-    ".gguf": "a GGUF file, which is not read",
     ".nemo": "an archive of NeMo 1, which is not read",
 }
 

@@ -167,14 +167,18 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def appearing(final: Path, about: dict[str, Any]) -> Iterator[Path]:
+def appearing(final: Path, about: dict[str, Any] | None) -> Iterator[Path]:
     """A directory to fill, which becomes `final`, whole or not at all. about: what its manifest
-    states beyond the files."""
+    states beyond the files; None: it has none."""
     temporary = final.parent / f".tmp-{final.name}-{os.getpid()}"
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _write_manifest(temporary, about)
+        if about is not None:
+            _write_manifest(temporary, about)
+        else:
+            for path in (*temporary.iterdir(), temporary):
+                fsync(path)
         _put_in_place(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

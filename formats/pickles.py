@@ -3,16 +3,20 @@
     read(data, "ckpt/.metadata", {"torch.Size": lambda n: tuple(n), "module.Name": None})
 
 A pickle is a program for a small stack machine, which builds plain values and asks for others by
-name. This machine knows the instructions that build values. A name stands for what the table says:
-a function of ours, or None for an inert Record that keeps what it was given. Other names, and other
-instructions, are refused. Standard library only.
+name. This machine knows the instructions of every protocol that build values. A name stands for
+what the table says: a function of ours, or None for an inert Record that keeps what it was given.
+Other names, and other instructions, are refused, and so is what has more items than memory should
+be spent on; nothing is allocated by a size that a pickle merely claims. Standard library only.
 """
 
+import codecs
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
 Names = Mapping[str, Callable[..., Any] | None]
+MAX_STEPS = 3_000_000  # a file of 10,000 tensors takes 400,000
+PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocols below 3 write them
 
 
 class Global:
@@ -36,31 +40,42 @@ class Record:
         self.entries: list = []  # of a list, a set or a dictionary of another class
 
 
+MODULES = "os posix nt sys subprocess pty runpy importlib shutil pickle socket ctypes operator"
+MODULES += " webbrowser"
+CALLS = "open eval exec compile system popen load loads getattr setattr"  # of any module
+CALLS += " execfile __import__ input breakpoint"
+
+
+def runs_code(name: str) -> bool:
+    """Whether a pickle that names it would run something where others load it. Not what protects:
+    nothing that a pickle names is ever called here."""
+    module, _, leaf = name.rpartition(".")
+    return module.split(".")[0] in MODULES.split() or leaf in CALLS.split()
+
+
 class Anything(dict):
     """Names for files whose values beside the weights are nobody's concern: each stands for an
     inert record, but for those with which a pickle would run something."""
 
-    HOSTILE = "os posix nt sys subprocess pty runpy importlib shutil pickle socket ctypes operator"
-    CALLS = "open eval exec compile system popen load loads getattr setattr"  # of any module
-    HARMLESS = "set frozenset bytearray complex slice range list dict tuple int float str bool"
-
     def __missing__(self, name: str) -> None:
-        module, _, leaf = name.rpartition(".")
-        builtin = module in ("builtins", "__builtin__") and leaf not in self.HARMLESS.split()
-        hostile = module.split(".")[0] in self.HOSTILE.split() or leaf in self.CALLS.split()
-        if builtin or hostile:
+        if runs_code(name):
             raise KeyError(name)
         return None
 
 
 def read(
-    data: bytes, where: str, names: Names, persistent: Callable[[Any], Any] | None = None
+    data: bytes,
+    where: str,
+    names: Names,
+    persistent: Callable[[Any], Any] | None = None,
+    most: int | None = None,
 ) -> Any:
     """The value that a pickle describes. `where` begins each ValueError. persistent: what stands
-    for an object that the pickle keeps outside, such as a tensor's storage."""
+    for an object that the pickle keeps outside, such as a tensor's storage. most: instructions
+    (MAX_STEPS), whose number bounds time and memory."""
     machine = _Machine(data, where, names, persistent)
     try:
-        return machine.run()
+        return machine.run(most or MAX_STEPS)
     except (struct.error, IndexError, KeyError, TypeError, UnicodeDecodeError, AttributeError):
         raise ValueError(
             f"{where} is damaged or no pickle: byte {machine.at:,} of {len(data):,}"
@@ -85,6 +100,7 @@ _NUMBERS = {
     ord("G"): struct.Struct(">d"),
 }
 _TEXTS = {0x8C: _U8, ord("X"): _U32, 0x8D: _U64}  # opcode: form of the length
+_TEXTS |= {ord("U"): _U8, ord("T"): _U32}  # Python 2's, which are mostly UTF-8
 _BYTES = {ord("C"): _U8, ord("B"): _U32, 0x8E: _U64}
 _SIMPLE_KEYS = (str, int, float, bytes, type(None), Record, Global)
 
@@ -97,9 +113,9 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.steps = {opcode: getattr(self, name) for opcode, name in _STEPS.items()}
 
-    def run(self):
+    def run(self, most):
         data, push = self.data, self.stack.append
-        while True:
+        for _ in range(most):
             code = data[self.at]
             self.at += 1
             if code in _CONSTANTS:
@@ -119,6 +135,7 @@ class _Machine:
                     f"{self.where} holds instruction {code:#04x} at byte {self.at - 1:,}, which "
                     "a pickle of weights has no use for: it is refused"
                 )
+        raise ValueError(f"{self.where} has too many items: keep long lists as tensors")
 
     def number(self, form):
         (value,) = form.unpack_from(self.data, self.at)
@@ -135,7 +152,15 @@ class _Machine:
         end = self.data.find(b"\n", self.at)
         if end < 0:
             raise IndexError("no end of line")
-        return str(self.taken(end + 1 - self.at)[:-1], "utf-8")
+        return self.taken(end + 1 - self.at)[:-1]
+
+    def line_as(self, kind):
+        """A number that is spelt out."""
+        text = self.line()
+        try:
+            return kind(text[:5000])
+        except ValueError:  # no number, or one of so many digits that reading it would take long
+            raise TypeError("no number") from None
 
     def since_mark(self):
         stack = self.stack
@@ -165,8 +190,38 @@ class _Machine:
     def pop_mark(self):
         self.since_mark()
 
-    def long(self):
-        self.stack.append(int.from_bytes(self.taken(self.number(_U8)), "little", signed=True))
+    def duplicate(self):
+        self.stack.append(self.stack[-1])
+
+    def long(self, form=_U8):
+        self.stack.append(int.from_bytes(self.taken(self.number(form)), "little", signed=True))
+
+    def longer(self):
+        self.long(_U32)
+
+    def spelt_int(self):
+        flag = {b"00\n": False, b"01\n": True}.get(self.data[self.at : self.at + 3])
+        number = self.line_as(int)
+        self.stack.append(number if flag is None else flag)
+
+    def spelt_long(self):
+        self.stack.append(self.line_as(lambda text: int(text.removesuffix(b"L"))))
+
+    def spelt_float(self):
+        self.stack.append(self.line_as(float))
+
+    def spelt_string(self):
+        quoted = self.line()
+        self.stack.append(str(codecs.escape_decode(quoted[1:-1])[0], "utf-8"))
+
+    def spelt_text(self):
+        self.stack.append(str(self.line(), "raw-unicode-escape"))
+
+    def spelt_put(self):
+        self.memo[self.line_as(int)] = self.stack[-1]
+
+    def spelt_get(self):
+        self.stack.append(self.memo[self.line_as(int)])
 
     def put(self):
         self.memo[self.number(_U8)] = self.stack[-1]
@@ -198,15 +253,20 @@ class _Machine:
     def make_list(self):
         self.stack.append(self.since_mark())
 
+    def make_dict(self):
+        values = self.since_mark()
+        self.stack.append({})
+        self.set_pairs(values)
+
     def frozen(self):
-        self.stack.append(frozenset(map(_as_key, self.since_mark())))
+        self.stack.append(frozenset(map(as_key, self.since_mark())))
 
     def add(self, values):
         into = self.stack[-1]
         if type(into) is list:
             into.extend(values)
         elif type(into) is set:
-            into.update(map(_as_key, values))
+            into.update(map(as_key, values))
         elif type(into) is Record:
             into.entries.extend(values)
         else:
@@ -220,9 +280,11 @@ class _Machine:
         self.add(self.since_mark())
 
     def set_pairs(self, values):
+        if len(values) % 2:
+            raise IndexError("a key without a value")
         into, pairs = self.stack[-1], zip(values[::2], values[1::2], strict=True)
         if type(into) is dict:
-            into.update((_as_key(key), value) for key, value in pairs)
+            into.update((as_key(key), value) for key, value in pairs)
         elif type(into) is Record:
             into.entries.extend(pairs)
         else:
@@ -234,13 +296,10 @@ class _Machine:
         self.set_pairs(pair)
 
     def set_items(self):
-        values = self.since_mark()
-        if len(values) % 2:
-            raise IndexError("a key without a value")
-        self.set_pairs(values)
+        self.set_pairs(self.since_mark())
 
     def named(self, module, leaf):
-        name = f"{module}.{leaf}"
+        name = f"{PYTHON_2.get(module, module)}.{leaf}"
         try:
             self.names[name]
         except KeyError:
@@ -250,8 +309,8 @@ class _Machine:
         self.stack.append(Global(name))
 
     def global_line(self):
-        module = self.line()
-        self.named(module, self.line())
+        module, leaf = (str(self.line(), "utf-8") for _ in range(2))
+        self.named(module, leaf)
 
     def global_stack(self):
         leaf, module = self.stack.pop(), self.stack.pop()
@@ -270,6 +329,17 @@ class _Machine:
         self.stack.pop()
         self.reduce()
 
+    def instance(self):
+        args = tuple(self.since_mark())
+        self.global_line()
+        self.stack.append(args)
+        self.reduce()
+
+    def object_of(self):
+        what, *args = self.since_mark()
+        self.stack += [what, tuple(args)]
+        self.reduce()
+
     def build(self):
         state, into = self.stack.pop(), self.stack[-1]
         if type(into) is Record:
@@ -283,7 +353,8 @@ class _Machine:
         self.stack.append(self.persistent(self.stack.pop()))
 
 
-def _as_key(value):
+def as_key(value: Any) -> Any:
+    """A key whose hash costs nothing: that of a tuple of tuples of tuples can take for ever."""
     if not isinstance(value, _SIMPLE_KEYS):
         if type(value) is tuple and all(isinstance(part, _SIMPLE_KEYS) for part in value):
             return value
@@ -293,12 +364,14 @@ def _as_key(value):
 
 _STEPS = {
     0x80: "protocol", 0x95: "frame", ord("("): "mark", ord("0"): "pop", ord("1"): "pop_mark",
-    0x8A: "long", ord("q"): "put", ord("r"): "long_put", 0x94: "memoize",
-    ord("h"): "get", ord("j"): "long_get",
+    ord("2"): "duplicate", 0x8A: "long", 0x8B: "longer",
+    ord("I"): "spelt_int", ord("L"): "spelt_long", ord("F"): "spelt_float",
+    ord("S"): "spelt_string", ord("V"): "spelt_text", ord("p"): "spelt_put", ord("g"): "spelt_get",
+    ord("q"): "put", ord("r"): "long_put", 0x94: "memoize", ord("h"): "get", ord("j"): "long_get",
     ord("t"): "make_tuple", 0x85: "tuple1", 0x86: "tuple2", 0x87: "tuple3",
-    ord("l"): "make_list", 0x91: "frozen", ord("a"): "append", ord("e"): "appends",
-    0x90: "appends", ord("s"): "set_item", ord("u"): "set_items",
-    ord("c"): "global_line", 0x93: "global_stack",
-    ord("R"): "reduce", 0x81: "reduce", 0x92: "new_with_keywords", ord("b"): "build",
-    ord("Q"): "persist",
+    ord("l"): "make_list", ord("d"): "make_dict", 0x91: "frozen",
+    ord("a"): "append", ord("e"): "appends", 0x90: "appends", ord("s"): "set_item",
+    ord("u"): "set_items", ord("c"): "global_line", 0x93: "global_stack",
+    ord("i"): "instance", ord("o"): "object_of", ord("R"): "reduce", 0x81: "reduce",
+    0x92: "new_with_keywords", ord("b"): "build", ord("Q"): "persist",
 }  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from config import GPTConfig
-from formats import Opened, huggingface, inert, layouts, llmc, naming, shown, tensorfiles
+from formats import Opened, huggingface, inert, layouts, llmc, naming, pickles, shown, tensorfiles
 from formats.stored import Stored
 from hf_config import size
 
@@ -122,7 +122,7 @@ def _find_weights(contents: dict, file: Path) -> tuple[dict, dict[str, Any], lis
         rest |= {k: v for k, v in weights.items() if k != key}
         weights = weights[key]
     if weights is contents and not any(isinstance(v, inert.Tensor) for v in weights.values()):
-        whole = [v.name for v in weights.values() if isinstance(v, inert.Inert)]
+        whole = [v.name for v in weights.values() if isinstance(v, pickles.Record)]
         others = [str(k) for k, v in weights.items() if isinstance(v, dict) and _all_tensors(v)]
         if others or whole:
             raise ValueError(

@@ -9,7 +9,8 @@
     beside([q, k, v])                                # one below the other, or next to (dim=1)
 
 Bytes are read, not mapped, so a file that shrinks meanwhile is an error, not a SIGBUS (tensors
-whose rows do not lie in one piece, which are rare, excepted). Of torch only.
+whose rows do not lie in one piece, which are rare, excepted). A piece whose numbers lie packed in
+blocks (formats/blocks.py) is unpacked as it is read. Of torch only.
 """
 
 import math
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from formats.blocks import Blocks
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 READ_BYTES = 16 << 20
@@ -43,6 +46,13 @@ class Piece(NamedTuple):
     record: str = ""  # the entry of a zip archive whose CRC covers it
     strides: tuple[int, ...] | None = None  # in elements, where it is not in C order
     check: Checksum | None = None  # of bytes that it lies within, where the file states one
+    blocks: Blocks | None = None  # how its numbers lie packed; every row is whole blocks
+
+    def size_of(self, numbers: int, dtype: torch.dtype | str) -> int:
+        """Bytes of so many of its numbers; 0 of a type that is not read."""
+        if self.blocks is not None:
+            return self.blocks.size_of(numbers)
+        return numbers * dtype.itemsize if isinstance(dtype, torch.dtype) else 0
 
 
 class Stored(NamedTuple):
@@ -51,6 +61,12 @@ class Stored(NamedTuple):
     dtype: torch.dtype | str  # a str: one that torch has no use for here
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def kinds(self) -> set[str]:
+        """How its numbers lie there: "bfloat16", or blocks by their name."""
+        plain = str(self.dtype).removeprefix("torch.")
+        return {piece.blocks.name if piece.blocks else plain for piece in self.pieces} or {plain}
 
 
 def whole(
@@ -119,7 +135,6 @@ def _overlapping(pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, Piece]]:
 def rows(stored: Stored, runs: Iterable[range]) -> Stored:
     """The rows (places along the first dimension) of `runs`, one after the other."""
     pieces, base = [], 0
-    size = stored.dtype.itemsize if isinstance(stored.dtype, torch.dtype) else 0
     for run in runs:
         assert run.step > 0 and (not run or 0 <= run[0] <= run[-1] < stored.shape[0]), run
         for piece in stored.pieces:
@@ -129,7 +144,8 @@ def rows(stored: Stored, runs: Iterable[range]) -> Stored:
             if first >= stop:
                 continue
             strides = piece.strides or _packed(piece.shape)
-            at = piece.offset + (run.start + first * run.step - a) * strides[0] * size
+            before = (run.start + first * run.step - a) * strides[0]
+            at = piece.offset + piece.size_of(before, stored.dtype)
             whole_rows = piece.strides is None and (run.step == 1 or stop - first == 1)
             moved = None if whole_rows else (strides[0] * run.step, *strides[1:])
             start, shape = (base + first, *piece.start[1:]), (stop - first, *piece.shape[1:])
@@ -159,6 +175,7 @@ def ranges(flat: Stored, at: int, shape: tuple[int, ...], first: int, last: int)
     `at` of a vector, as boxes of that tensor."""
     size = flat.dtype.itemsize if isinstance(flat.dtype, torch.dtype) else 0
     (piece,) = flat.pieces
+    assert piece.blocks is None, "a row of numbers is cut anywhere, a block nowhere"
     assert piece.strides is None and 0 <= at <= at + last - first <= flat.shape[0]
     for start, box in _boxes(shape, first, last):
         yield piece._replace(offset=piece.offset + at * size, start=start, shape=box)
@@ -231,17 +248,17 @@ def read(
     staging = staging or Staging()
     for piece in stored.pieces:
         shape = piece.shape or (1,)
-        row_bytes = math.prod(shape[1:]) * stored.dtype.itemsize
-        if not row_bytes * shape[0]:
+        if not math.prod(shape):
             continue
         packed = _packed(shape)
         strides = piece.strides or packed
         in_rows = strides[1:] == packed[1:] and packed[0] <= strides[0]
-        read_bytes = row_bytes if not in_rows else strides[0] * stored.dtype.itemsize
-        count = max(1, min(shape[0], READ_BYTES // read_bytes))
+        row = strides[0] if in_rows else packed[0]
+        count = max(1, min(shape[0], READ_BYTES // (row * stored.dtype.itemsize)))
         if in_rows:
             found = _read_rows(piece, stored.dtype, shape, count, staging)
         else:
+            assert piece.blocks is None, "packed rows lie whole"
             found = _map_rows(piece, stored.dtype, shape, count)
         for row, values in found:
             if not piece.shape:
@@ -256,13 +273,10 @@ def _read_rows(
 ):
     """(first row, values) of a box whose rows lie whole, one after the other or with room between
     them, `rows` at a time."""
-    row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    pitch = row_bytes if piece.strides is None else piece.strides[0] * dtype.itemsize
+    row_bytes = piece.size_of(math.prod(shape[1:]), dtype)
+    pitch = row_bytes if piece.strides is None else piece.size_of(piece.strides[0], dtype)
     memory = staging.room(rows * pitch)
-    buffer = memory.view(dtype).view(rows, -1)
-    buffer = buffer[:, : row_bytes // dtype.itemsize].unflatten(1, shape[1:] or (1,))
-    buffer = buffer if len(shape) > 1 else buffer[:, 0]
-    raw = memory.numpy().data
+    lines, raw = memory.view(rows, pitch)[:, :row_bytes], memory.numpy().data
     with open(piece.file, "rb", buffering=0) as f:
         for row in range(0, shape[0], rows):
             count = min(rows, shape[0] - row)
@@ -273,7 +287,14 @@ def _read_rows(
                 if not n:
                     raise ValueError(f"{piece.file} became shorter while it was read")
                 wanted = wanted[n:]
-            yield row, buffer[:count]
+            yield row, _numbers(lines[:count], piece.blocks, dtype).view(count, *shape[1:])
+
+
+def _numbers(lines: torch.Tensor, blocks: Blocks | None, dtype: torch.dtype) -> torch.Tensor:
+    """What lines of bytes say, [lines, numbers]; without blocks a view of them."""
+    if blocks is None:
+        return lines.view(dtype)
+    return blocks.decode(lines.reshape(-1, blocks.bytes)).view(len(lines), -1)
 
 
 def _map_rows(piece: Piece, dtype: torch.dtype, shape: tuple[int, ...], rows: int):

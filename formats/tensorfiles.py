@@ -5,7 +5,7 @@
     table = stored_tensors(source, source.contents["model"])
 
 The tables are stored.py's. Whatever is wrong with a file is a ValueError of one line that names the
-file. Nothing that a pickle names is imported or called (inert.py), and nothing is allocated by a
+file. Nothing that a pickle names is imported or called (pickles.py), and nothing is allocated by a
 size that a file merely claims. torch and safetensors only.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import cli
-from formats import inert, shown
+from formats import inert, pickles, shown
 from formats.stored import FLOATS, Stored, read_whole, whole
 from inputs import refuse_impostor
 
@@ -32,11 +32,8 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 MAX_HEADER = 10 << 20  # of a safetensors file; 20 MB take seconds to parse, honest ones have < 1 MB
 MAX_PICKLE = 64 << 20  # of a torch file's structure, without its tensors
 MAX_DIRECTORY = 32 << 20  # of a torch file's table of contents, which has 80 bytes a tensor
-# Not what protects: nothing that a file names is ever called. No honest file holds them.
-RUNS_CODE = re.compile(
-    r"(os|posix|nt|sys|subprocess|importlib|runpy|shutil|socket|ctypes|pty|webbrowser)\."
-    r"|builtins\.(eval|exec|execfile|compile|__import__|open|input|breakpoint)$"
-)
+# What no honest file names, but for this: some Pythons pickle a member of an enum as a call of it
+HARMLESS_HERE = "builtins.getattr"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,7 +182,7 @@ def open_torch(path: Path) -> TorchFile:
         contents, names = inert.read_pickle(data)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {cli.first_line(error)}") from None
-    hostile = sorted(name for name in names if RUNS_CODE.match(name))
+    hostile = sorted(n for n in names if pickles.runs_code(n) and n != HARMLESS_HERE)
     if hostile:
         raise ValueError(
             f"{path} holds {shown(hostile)}: it was made to run code where others load it. Nothing "
@@ -197,7 +194,7 @@ def open_torch(path: Path) -> TorchFile:
 def mapping(source: TorchFile) -> dict:
     """A torch file's contents, which must be a dictionary."""
     found = source.contents
-    if isinstance(found, inert.Inert):
+    if isinstance(found, pickles.Record):
         raise ValueError(
             f"{source.path} holds a whole {shown(found.name)}, which only its own code can load: "
             "save its state_dict() instead, where the file was made"
@@ -214,7 +211,7 @@ def stored_tensors(source: TorchFile, state_dict: dict) -> dict[str, Stored]:
     table = {}
     for name, t in state_dict.items():
         if type(name) is not str or not isinstance(t, inert.Tensor):
-            kind = t.name if isinstance(t, inert.Inert) else type(t).__name__
+            kind = t.name if isinstance(t, pickles.Record) else type(t).__name__
             what = "not plain numbers" if "tensor" in kind else "not a tensor"
             raise ValueError(f"{source.path}: {name!r:.200} is of type {shown(kind)}, {what}")
         table[name] = stored_tensor(source, name, t)

@@ -52,3 +52,21 @@ def write(state: dict[str, Any], directory: Path) -> None:
             f"the training state holds {', '.join(sorted(foreign))}, which could not be loaded "
             "again: `extra` and the optimizer's state take tensors and plain values only"
         )
+
+
+def require(state: dict[str, Any], optimizer: Any, scheduler: Any, where: str | Path) -> None:
+    """ValueError where a state lacks what is to be restored; None: not asked for."""
+    for name, wanted in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if wanted is not None and state[name] is None:
+            raise ValueError(f"{where} holds no {name} state")
+
+
+def restore(state: dict[str, Any], optimizer: Any, scheduler: Any, where: str | Path) -> None:
+    """Into an optimizer and a scheduler; None: not asked for."""
+    try:
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{where}: its training state does not fit: {error}") from None

@@ -53,7 +53,7 @@ from sandbox.clock import LONGEST
 
 TIERS = ("A", "B", "C")
 GRACE = 5.0  # seconds that a worker may take beyond a program's time before it is ended itself
-MAX_ANSWER = 1 << 20  # bytes; what a worker answers is a line of a few hundred
+MAX_ANSWER = 1 << 24  # bytes; what a worker answers is a line of a few hundred, and what tests say
 STARTS = 4  # times that a worker is started before we give up, with a pause between
 REMEDY = "allow it more processes or memory, or fewer workers"
 WORKER = Path(__file__).with_name("worker.py").absolute()
@@ -63,12 +63,14 @@ WORKER = Path(__file__).with_name("worker.py").absolute()
 class Verdict:
     """What became of one program. `kind` is one of "passed", "wrong answer", "exception",
     "syntax error", "timeout", "memory", "crash" and "sandbox" (a reply that is no plain data or
-    over the caps, or a failure of the sandbox itself); `detail` says more in a line."""
+    over the caps, or a failure of the sandbox itself); `detail` says more in a line. `said`: the
+    text that check() returned, where tests return one."""
 
     passed: bool
     kind: str
     detail: str
     seconds: float
+    said: str = ""
 
     @property
     def result(self) -> str:

@@ -128,9 +128,12 @@ class Judge:
             code, names = _compiled(test)
             candidate.end.lend(names)
             exec(code, scope)
-            scope["check"](candidate)
+            said = scope["check"](candidate)
+            found.extend([said] if isinstance(said, str) else [])
 
-        return self.run(f"{prompt}{completion}\n", entry_point, check)
+        found: list[str] = []
+        verdict = self.run(f"{prompt}{completion}\n", entry_point, check)
+        return verdict | ({"said": found[0]} if found and verdict["passed"] else {})
 
     def run(self, program: str, entry_point: str, check: Callable) -> dict:
         """Run check(proxy of the program's entry point); a dict of Verdict's fields.
@@ -175,6 +178,7 @@ class Judge:
             "kind": kind,
             "detail": detail[:300].encode("utf-8", "replace").decode(),
             "seconds": time.monotonic() - self.started,
+            "said": "",
             # By the machine, perhaps: by somebody else's use of it.
             "spoilt": self.clock.spoilt or no_thread or detail == _KILLED,
         }

@@ -7,7 +7,7 @@ at=.oracles
 if [ ! -d "$at/venv" ]; then
     python3 -m venv "$at/venv"
     "$at/venv/bin/pip" install torch==2.13.0 numpy pyyaml transformers==5.17.0 litgpt==0.5.13 \
-        lightning==2.6.6 deepspeed==0.19.8
+        lightning==2.6.6 deepspeed==0.19.8 gguf==0.19.0 xllamacpp==2026.10.11549
     # their pins contradict each other, their code does not
     "$at/venv/bin/pip" install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing \
         tensorboard torchdata ai2-olmo-core==3.0.0
@@ -17,5 +17,8 @@ if [ ! -d "$at/venv" ]; then
     git -C "$at/llama2.c" checkout -q 350e04f
     git clone https://github.com/karpathy/llm.c "$at/llm.c"
     git -C "$at/llm.c" checkout -q f1e2ace
+    git clone https://github.com/karpathy/nanochat "$at/nanochat"
+    git -C "$at/nanochat" checkout -q ccf4b7f
 fi
 ORACLES="$at" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 "$at/venv/bin/python" tests/fixtures/make_trained.py "$@"
+[ -z "${ROSEVAL_DATA:-}" ] || "$at/venv/bin/python" tests/fixtures/make_llama_cpp.py

@@ -27,10 +27,10 @@ from sweeping.trackers import Trackers, open_trackers
 class Ledger:
     """The records of the results directory: what is done, what failed. Writes more of them."""
 
-    def __init__(self, results_dir, entries, dtype: str, options, config=None):
+    def __init__(self, results_dir, entries, dtype: str, options, given=None):
         self.results_dir, self.options = results_dir, options
-        # a failure is filed under what holds for all entries, too: --config, where it is given
-        self.shared = {"dtype": dtype} | ({"config": config.to_dict()} if config else {})
+        # a failure is filed under what holds for all entries, too: --config and --base, if given
+        self.shared = {"dtype": dtype} | {name: v for name, v in (given or {}).items() if v}
         self.entries = {entry.label: entry for entry in entries}
         self.done: dict[str, dict[str, Path]] = {}  # resume_key: {run: its record}
         self.made, self.failures = set(), {}

@@ -108,7 +108,8 @@ class Planner:
         except OSError as error:
             raise ValueError(f"--results-dir {place} cannot be written: {error.strerror}") from None
         entries, config = list(self.entries.values()), self.models.model_config()
-        self.ledger = Ledger(place, entries, self.dtype, self.options, config)
+        given = {"config": config and config.to_dict(), "base": self.models.base}
+        self.ledger = Ledger(place, entries, self.dtype, self.options, given)
         self.look()
         if not self.options.watch:
             checkpoint.expand_paths(self.models.checkpoint_path)  # says of each what is wrong
@@ -173,7 +174,7 @@ class Planner:
         path, problems, keys = seen.path, {}, {}
         about: dict = {"path": str(path), "name": seen.info.name, "step": seen.info.step}
         try:
-            ckpt = checkpoint.open(path, self.models.model_config())
+            ckpt = self.models.opened(path)
             about = ckpt.describe()
         except Exception as error:  # an edge: one checkpoint of a sweep
             problems = dict.fromkeys(self.entries, cli.reason_of(error))
@@ -182,7 +183,7 @@ class Planner:
                 continue
             try:
                 plan, _ = self.plan_of(entry, ckpt)
-                rooms = ckpt.format, "backends/local.py"
+                rooms = *ckpt.rooms, "backends/local.py"
                 key = evaluation.resume_key(entry.evaluation, plan, about, *rooms)
                 keys[label] = self._record_path(entry, plan, about, path), key
             except Exception as error:  # the same edge

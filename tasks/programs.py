@@ -1,25 +1,23 @@
-"""Problems with tests, and samples of programs for them: read from files, judged, counted.
+"""Samples of programs for problems with tests: read from files, judged, counted.
 
-    from tasks.programs import judge_file, read_problems
-    problems = read_problems("data/HumanEval.jsonl.gz")     # {task_id: problem}
+    from tasks.programs import judge_file
     judge_file("S.jsonl", problems)             # prints pass@k, writes S.jsonl_results.jsonl
 
-No model is needed, whatever drew the samples; `humaneval_eval.py --samples-file` is the command for
-it. Files are JSONL, gzipped or not: problems as HumanEval's, samples as OpenAI's
+problems: tasks/problems.py's. No model is needed, whatever drew the samples; `humaneval_eval.py
+--samples-file` is the command for it. Files are JSONL, gzipped or not: samples as OpenAI's
 evaluate_functional_correctness or EvalPlus takes them, results as the former writes them, with the
-sandbox's tier. What is wrong is named with its file and line. Source of the formats and of pass@k:
+sandbox's tier. What is wrong is named with its file and line. Where there are EvalPlus's tests
+beside the base ones, a sample has two verdicts: one that passes the base tests is judged by those
+too, and `plus_pass@k` counts what passes both. Source of the formats and of pass@k:
 Chen et al., "Evaluating Large Language Models Trained on Code" (2021),
 github.com/openai/human-eval.
 """
 
 import ast
-import builtins
-import hashlib
 import json
 import os
 import queue
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,73 +25,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import cli
 import durable
-import results
-import stats
 from cli import printable
 from inputs import read_jsonl
 from sandbox.judge import Sandbox, Verdict
-
-Problems = dict[str, dict]  # by task_id
-Judged = list[tuple[str, dict, Verdict]]  # task_id, sample, what became of it
-
-PASS_KS = (1, 10, 100)
-FIELDS = ("task_id", "prompt", "entry_point", "test")
-WHERE_TO_GET = "scripts/fetch_humaneval.sh downloads HumanEval.jsonl.gz"
-
+from tasks import evalplus
+from tasks.problems import Problems
+from tasks.scores import PREFIX, Judged, all_ks, print_scores, summarise_all
 
 # ---------------------------------------------------------------------------------------------
-# Problems
-
-
-def read_problems(path: str | Path, limit: int | None = None) -> Problems:
-    """{task_id: problem} in the order of the file, the first `limit` of them."""
-    problems = {}
-    if not Path(path).exists():
-        raise ValueError(f"{path}: no such file of problems; {WHERE_TO_GET}")
-    for where, _, problem in read_jsonl(path):
-        for name in FIELDS:
-            if not isinstance(problem.get(name), str):
-                raise ValueError(f"{where}: field {name!r} is missing or not text")
-        if problem["task_id"] in problems:
-            raise ValueError(f"{where}: task {problem['task_id']} appears twice")
-        check_tests(where, problem)
-        problems[problem["task_id"]] = problem
-    if not problems:
-        raise ValueError(f"{path}: holds no problems; {WHERE_TO_GET}")
-    return dict(list(problems.items())[:limit])
-
-
-def check_tests(where: str, problem: dict) -> None:
-    """ValueError for tests that no program could pass: the score would be a wrong 0, not low."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in published tests
-            names = compile(problem["test"], "<tests>", "exec", dont_inherit=True).co_names
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{where}: field 'test' is not Python: {error}") from None
-    if "check" not in names:
-        raise ValueError(f"{where}: field 'test' defines no function check(candidate)")
-    if not problem["entry_point"].isidentifier():
-        raise ValueError(f"{where}: field 'entry_point' is no name: {problem['entry_point']!r:.60}")
-
-
-def data_hash(problems: Problems) -> str:
-    """sha256 of what decides a verdict."""
-    rows = [[problem[name] for name in FIELDS] for problem in problems.values()]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def find_task(problems: Problems, name: str) -> str:
-    """The task that --show names, in full or by what follows the last slash."""
-    tasks = list(problems)
-    for task in tasks:
-        if name in (task, task.rpartition("/")[2]):
-            return task
-    raise ValueError(f"--show {name}: no such task; there are {tasks[0]} to {tasks[-1]}")
+# Which problems can be judged
 
 
 def split_off(problems: Problems, sandbox: Sandbox, dist: Any = None) -> tuple[Problems, dict]:
@@ -104,22 +46,24 @@ def split_off(problems: Problems, sandbox: Sandbox, dist: Any = None) -> tuple[P
     process. A solution that is only late is no reason, lest a busy machine changed the score, and
     one that fails is looked at twice. dist: the ranks that share the work.
     """
+    tests, broken = evalplus.suites(problems, sandbox, dist)
+    problems = {task: p | tests.get(task, {}) for task, p in problems.items() if task not in broken}
     own = [task for task in problems if isinstance(problems[task].get("canonical_solution"), str)]
     if dist:
         own = own[dist.rank :: dist.world_size]
     failing = {task: "" for task in own}
     for look in ("", "\n# once more\n"):
-        tasks = list(failing)
-        programs = (own_program(problems[task], look) for task in tasks)
+        asked = [(task, suite) for task in failing for suite in suites_of(problems[task])]
+        programs = (own_program(problems[task], look, suite) for task, suite in asked)
         verdicts = dict(sandbox.judge_many(programs))
         failing = {
             task: verdicts[i].result
-            for i, task in enumerate(tasks)
+            for i, (task, _) in enumerate(asked)
             if not verdicts[i].passed and verdicts[i].kind != "timeout"
         }
     for part in dist.gather(failing) if dist else []:
         failing |= part
-    left_out = {task: failing[task] for task in problems if task in failing}
+    left_out = broken | {task: failing[task] for task in problems if task in failing}
     kept = {task: problem for task, problem in problems.items() if task not in left_out}
     if not kept:
         task, why = next(iter(left_out.items()))
@@ -127,9 +71,14 @@ def split_off(problems: Problems, sandbox: Sandbox, dist: Any = None) -> tuple[P
     return kept, left_out
 
 
-def own_program(problem: dict, tail: str = "") -> tuple[str, str, str, str]:
+def suites_of(problem: dict) -> list[str]:
+    """base, and plus where there is such."""
+    return [suite for suite, field in evalplus.SUITES.items() if field in problem]
+
+
+def own_program(problem: dict, tail: str = "", suite: str = "base") -> tuple[str, str, str, str]:
     """The canonical solution as what Sandbox.judge takes."""
-    return program_of(problem, {"completion": problem["canonical_solution"] + tail})
+    return program_of(problem, {"completion": problem["canonical_solution"] + tail}, suite)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,7 +92,7 @@ def read_samples(path: str | Path, problems: Problems) -> list[dict]:
         task = sample.get("task_id")
         if not isinstance(task, str) or task not in problems:
             raise ValueError(f"{where}: task {task!r:.60} is not among the problems (--data-path)")
-        if not isinstance(sample.get("completion", sample.get("solution")), str):
+        if not isinstance(sample.get("solution", sample.get("completion")), str):
             raise ValueError(f"{where}: neither 'completion' nor 'solution' is there as text")
         samples.append(sample)
     if not samples:
@@ -151,11 +100,11 @@ def read_samples(path: str | Path, problems: Problems) -> list[dict]:
     return samples
 
 
-def program_of(problem: dict, sample: dict) -> tuple[str, str, str, str]:
+def program_of(problem: dict, sample: dict, suite: str = "base") -> tuple[str, str, str, str]:
     """What Sandbox.judge takes. A completion continues the prompt. A solution is the program whole;
     the prompt's helpers, which some tests call, are then given to the tests alone."""
-    prompt, test, entry = problem["prompt"], problem["test"], problem["entry_point"]
-    if "completion" in sample:
+    prompt, test, entry = problem["prompt"], problem[evalplus.SUITES[suite]], problem["entry_point"]
+    if "solution" not in sample:
         return prompt, sample["completion"], test, entry
     try:
         ast.parse(prompt)
@@ -186,45 +135,70 @@ def judge_file(
     samples = read_samples(path, problems)
     counts = Counter(s["task_id"] for s in samples)
     ks = check_counts(path, counts, problems, ks, ignore_incomplete)
-    verdicts, sampled = {}, {task: problems[task] for task in problems if counts[task]}
+    sampled = {task: problems[task] for task in problems if counts[task]}
     with (
         Sandbox(workers or count_cores(), **(sandbox or {})) as cage,
         cli.progress(len(samples), "judging", "sample") as bar,
     ):
         judgeable, left_out = split_off(sampled, cage)
         start = time.perf_counter()
-        scored = [i for i, s in enumerate(samples) if s["task_id"] in judgeable]
-        programs = [program_of(problems[samples[i]["task_id"]], samples[i]) for i in scored]
-        for at, verdict in cage.judge_many(programs):
-            verdicts[scored[at]] = verdict
-            bar.update(1)
+        verdicts, programs = _judge_all(samples, judgeable, cage, bar)
         tier = cage.tier
     seconds = time.perf_counter() - start
     by = {"sandbox_tier": tier.partition(" ")[0]}  # beside OpenAI's own fields
-    judged = [(samples[i]["task_id"], samples[i], verdicts[i]) for i in scored]
-    words = {i: {"result": v.result, "passed": v.passed} for i, v in verdicts.items()}
-    nothing = {"result": "not judged: the task's own solution fails", "passed": None}
-    lines = (s | words.get(i, nothing) | by for i, s in enumerate(samples))
+    judged = {
+        suite: [(samples[i]["task_id"], samples[i], own[i]) for i in sorted(own)]
+        for suite, own in verdicts.items()
+    }
+    lines = (s | _words(verdicts, i) | by for i, s in enumerate(samples))
     problem = None
     try:
         durable.write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:  # the scores are printed all the same
         problem = error
-    tally = count_kinds(problems, judged)
-    metrics, _, _ = summarise(tally, ks)
-    print(f"{printable(path)}: {len(samples):,} samples of {len(tally)} tasks")
+    tallies, metrics, _, _ = summarise_all(problems, judged, ks)
+    print(f"{printable(path)}: {len(samples):,} samples of {len(tallies['base'])} tasks")
     if len(sampled) < len(problems):
         print("A PART OF THE TASKS (--ignore-incomplete): not a score of the set")
-    print_scores(metrics, tally, left_out)
-    fenced = sum("```" in s.get("completion", s.get("solution", "")) for s in samples)
+    print_scores(metrics, tallies, left_out)
+    fenced = sum("```" in (s.get("solution") or s["completion"]) for s in samples)
     if 2 * fenced > len(samples):
         print(f"{fenced:,} samples hold ```: Markdown fences are no Python, cut them away")
     print(f"{len(set(programs)):,} different programs judged in {seconds:.1f} s; sandbox {tier}")
     if show:
-        print_example(problems[show], judged)
+        print_example(judgeable.get(show, problems[show]), judged)
     if problem:
         raise problem
     print(f"results: {printable(out)}")
+
+
+def _judge_all(
+    samples: list[dict], problems: Problems, cage: Sandbox, bar: Any
+) -> tuple[dict[str, dict[int, Verdict]], list]:
+    """({suite: {place of a sample: its verdict}}, programs judged): those that pass the base tests
+    are judged by EvalPlus's too; what fails them fails both."""
+    verdicts: dict[str, dict[int, Verdict]] = {}
+    right = [i for i, s in enumerate(samples) if s["task_id"] in problems]
+    programs = []
+    for suite in suites_of(next(iter(problems.values()))):
+        asked = [program_of(problems[samples[i]["task_id"]], samples[i], suite) for i in right]
+        verdicts[suite] = dict(verdicts.get("base", {}))
+        for at, verdict in cage.judge_many(asked):
+            verdicts[suite][right[at]] = verdict
+            bar.update(suite == "base")
+        programs += asked
+        right = [i for i in right if verdicts[suite][i].passed]
+    return verdicts, programs
+
+
+def _words(verdicts: dict[str, dict[int, Verdict]], i: int) -> dict:
+    """OpenAI's fields of a sample's verdict, and the same with `plus_` before."""
+    found = {}
+    for suite, own in verdicts.items():
+        nothing = "not judged: the task's own solution fails"
+        result, passed = (own[i].result, own[i].passed) if i in own else (nothing, None)
+        found |= {f"{PREFIX[suite]}result": result, f"{PREFIX[suite]}passed": passed}
+    return found
 
 
 def results_beside(path: str | Path) -> str:
@@ -294,15 +268,23 @@ class Judging:
         self.waiting, self.done = 0, queue.SimpleQueue()
 
     def take(self, entry: dict) -> None:
-        if "verdict" in entry:
-            self.bar.update(1)
-            return
-        program = program_of(self.problems[entry["task_id"]], entry)
-        future = self.sandbox.submit(*program)  # an equal program is judged once
-        future.add_done_callback(lambda future: self.done.put((entry, future)))
-        self.waiting += 1
+        self._ask_next(entry)
         while not self.done.empty():
             self._settle(*self.done.get())
+
+    def _ask_next(self, entry: dict) -> None:
+        """Have it judged by the first suite that has not, as long as it passes."""
+        problem, suite = self.problems[entry["task_id"]], "base"
+        if "verdict" in entry:
+            suite = "plus"
+            judged = not entry["verdict"]["passed"] or "plus_verdict" in entry
+            if judged or suite not in suites_of(problem):
+                self.bar.update(1)
+                return
+        future = self.sandbox.submit(*program_of(problem, entry, suite))  # equal ones: once
+        field = f"{PREFIX[suite]}verdict"
+        future.add_done_callback(lambda future: self.done.put((entry, field, future)))
+        self.waiting += 1
 
     def finish(self, dist: Any) -> None:
         """Wait for all verdicts."""
@@ -311,111 +293,26 @@ class Judging:
             with suppress(queue.Empty):
                 self._settle(*self.done.get(timeout=1.0))
 
-    def _settle(self, entry: dict, future) -> None:
-        entry["verdict"] = asdict(future.result())
-        self.folder.append({name: entry[name] for name in ("task_id", "sample", "verdict")})
+    def _settle(self, entry: dict, field: str, future) -> None:
+        entry[field] = asdict(future.result())
+        self.folder.append({name: entry[name] for name in ("task_id", "sample", field)})
         self.waiting -= 1
-        self.bar.update(1)
+        self._ask_next(entry)
 
 
-# ---------------------------------------------------------------------------------------------
-# Scores
+def judged_by(entries: list[dict], problems: Problems) -> dict[str, Judged]:
+    """Of each suite; what fails the base tests fails both."""
+    found: dict[str, Judged] = {}
+    for suite in suites_of(next(iter(problems.values()))):
+        own = (e.get(f"{PREFIX[suite]}verdict", e["verdict"]) for e in entries)
+        found[suite] = [(e["task_id"], e, Verdict(**v)) for e, v in zip(entries, own)]
+    return found
 
 
-def kind_of(verdict: Verdict) -> str:
-    """passed, wrong answer, timeout, …, and for an exception its builtin type."""
-    if verdict.kind != "exception":
-        return verdict.kind
-    name = verdict.detail.partition(":")[0]  # a program may raise what it likes, under any name
-    builtin = getattr(builtins, name, None)
-    known = isinstance(builtin, type) and issubclass(builtin, BaseException)
-    return name if known else "other exception"
-
-
-def count_kinds(problems: Problems, judged: Judged) -> dict[str, Counter]:
-    """{task_id: {kind of verdict: samples}}, tasks in the order of the problems."""
-    tally = {task: Counter() for task in problems}
-    for task, _, verdict in judged:
-        tally[task][kind_of(verdict)] += 1
-    return {task: kinds for task, kinds in tally.items() if kinds}
-
-
-def summarise(tally: dict[str, Counter], ks: Sequence[int]) -> tuple[dict, dict, dict]:
-    """(metrics, breakdown, arrays) of a record."""
-    n = np.array([kinds.total() for kinds in tally.values()])
-    c = np.array([kinds["passed"] for kinds in tally.values()])
-    metrics, estimates = pass_at(n, c, ks)
-    total = sum(tally.values(), Counter())
-    breakdown = {
-        "task": {
-            task: {"pass@1": results.share(kinds["passed"], kinds.total())}
-            for task, kinds in tally.items()
-        },
-        "failure": {kind: count for kind, count in total.most_common() if kind != "passed"},
-    }
-    arrays = {"n": n, "c": c, "task_id": np.array(list(tally))}
-    return metrics, breakdown, arrays | estimates
-
-
-def pass_at(n: np.ndarray, c: np.ndarray, ks: Sequence[int]) -> tuple[dict, dict]:
-    """(metrics, estimates by task) of each pass@k; n: samples of a task, c: those that passed."""
-    metrics = {}
-    for k in ks:
-        found = stats.pass_at_k_summary(n, c, k)
-        metrics[f"pass@{k}"] = results.metric(found["value"], found["stderr"], len(n), unit="share")
-    return metrics, {f"pass@{k}": stats.pass_at_k(n, c, k) for k in ks}
-
-
-def pass_at_more(record: dict, ks: Sequence[int]) -> dict | None:
-    """{metrics, arrays, examples} with the pass@k of these k too, from the counts that a loaded
-    record keeps; None if it has them all."""
-    known = {int(name.removeprefix("pass@")) for name in record["metrics"]}
-    if known.issuperset(ks):
-        return None
-    arrays = results.load_arrays(record)
-    if not {"n", "c"} <= arrays.keys():
-        raise ValueError(f"{record['_path']}: its counts of samples were not kept")
-    metrics, estimates = pass_at(arrays["n"], arrays["c"], sorted(known.union(ks)))
-    examples = record["examples"] | {"scores": {name: name for name in metrics}}
-    return {"metrics": metrics, "arrays": estimates, "examples": examples}
-
-
-def all_ks(ks: Sequence[int], num_samples: int) -> list[int]:
-    """Those asked for, and the usual ones that so many samples allow."""
-    return sorted({*ks, *(k for k in PASS_KS if k <= num_samples)})
-
-
-# ---------------------------------------------------------------------------------------------
-# Output
-
-
-def print_scores(
-    metrics: dict[str, dict], tally: dict[str, Counter], left_out: dict[str, str] | None = None
-) -> None:
-    """The table by task, then failures by kind, then pass@k, and what is not counted in it."""
-    rows = [(printable(task), kinds) for task, kinds in tally.items()]
-    width = max(4, *(len(task) for task, _ in rows))
-    print(f"{'task':{width}}  passed  samples  failures")
-    for task, kinds in rows:
-        failures = ", ".join(f"{k} {c:,}" for k, c in kinds.most_common() if k != "passed")
-        print(f"{task:{width}}  {kinds['passed']:>6,}  {kinds.total():>7,}  {failures}".rstrip())
-    total = sum(tally.values(), Counter())
-    failed = [(kind, count) for kind, count in total.most_common() if kind != "passed"]
-    print(f"{total['passed']:,} of {total.total():,} samples passed")
-    for kind, count in failed:
-        print(f"  {kind:24} {count:>9,}  {count / total.total():7.2%}")
-    for name, metric in metrics.items():
-        print(f"{name:9} {stats.show_share(metric, 7)}  ({metric['n']} tasks)")
-    if left_out:
-        print(f"LEFT OUT, NOT COUNTED: {len(left_out)} tasks that cannot be judged here: their own")
-        print("canonical_solution fails (README: what a problem file may use)")
-    for task, why in (left_out or {}).items():
-        print(f"  {task}: {printable(why)}")
-
-
-def print_example(problem: dict, judged: Judged) -> None:
+def print_example(problem: dict, judged: dict[str, Judged]) -> None:
     """The first failing sample of a task, as a program, and what became of it."""
-    own = [(sample, verdict) for task, sample, verdict in judged if task == problem["task_id"]]
+    by_last = list(judged.values())[-1]
+    own = [(sample, verdict) for task, sample, verdict in by_last if task == problem["task_id"]]
     failed = [(sample, verdict) for sample, verdict in own if not verdict.passed]
     task = printable(problem["task_id"])
     if not failed:

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def problems(data_dir):
     """HumanEval, {task_id: problem}."""
-    from tasks.programs import read_problems
+    from tasks.problems import read_problems
 
     return read_problems(data_dir / "HumanEval.jsonl.gz")
 

@@ -49,7 +49,8 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
     assert found is kind
     names = set(cli.option_names(kind.Options))
     assert names <= vars(args).keys()
-    shared = (evaluation.ModelOptions, cli.PrecisionOptions, cli.RunOptions)
+    shared = (evaluation.ModelOptions, command.AdapterOptions)
+    shared += (cli.PrecisionOptions, cli.RunOptions)
     offered = {name for options in shared for name in cli.option_names(options)} | names
     extra = {"mmlu_eval": {"log_samples"}, "humaneval_eval": {"samples_file", "ignore_incomplete"}}
     assert vars(args).keys() == offered | extra.get(script, set())  # and nothing does nothing

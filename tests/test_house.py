@@ -21,7 +21,8 @@ FLOORS = [
     "packed",
     "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
     "tasks/answers tasks/corpus_scores certainty",
-    "resampling cli identity hf_convert",
+    "resampling cli identity hf_convert chat_templates formats/pickles formats/gguf_file "
+    "formats/vocabularies",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise sandbox/kinds sandbox/frames costs/gpus "
     "backends",
@@ -29,16 +30,19 @@ FLOORS = [
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/flops costs/memory costs/time "
-    "formats/foreign formats/finding formats/stored formats/inert formats/tensorfiles "
-    "formats/shards formats/text formats/pickles formats/archives formats/naming model",
+    "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
+    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
+    "formats/adapter_config formats/merging formats/adapters formats/conversion "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
-    "formats/lightning formats/llama2c formats/llmc formats/pt_files "
-    "formats/readers",
+    "formats/lightning formats/llama2c formats/llmc formats/gguf_config formats/gguf "
+    "formats/nanochat formats/pt_files "
+    "formats/readers formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
-    "backends/local tasks/chat tasks/layouts tasks/question_files tasks/questions tasks/templates "
+    "backends/local tasks/chat tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
+    "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions tasks/templates "
     "tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices tasks/further "
     "tasks/choice_tables tasks/programs tasks/word_problems tasks/translation tasks/drawing",
     "evaluation training/batches training/log training/options",
@@ -54,6 +58,7 @@ NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/memory costs/time ta
 NO_TORCH += " tasks/questions tasks/choice_sets tasks/answers tasks/word_problems tasks/drawing"
 NO_TORCH += " tasks/chat humaneval_eval gsm8k_eval bleu_eval certainty resampling"
 NO_TORCH += " tasks/translation"
+NO_TORCH += " formats/adapter_config"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

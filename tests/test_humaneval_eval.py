@@ -32,6 +32,7 @@ from backends.local import facts_in_memory
 from evaluation import ModelOptions
 from humaneval_eval import Options, evaluate_humaneval
 from sandbox.judge import Sandbox
+from tasks.code_prompts import PROMPTS
 from tokenizer import build_tokenizer
 
 INFO = {"name": "checkpoint-1", "fingerprint": "f" * 64, "path": "here"}
@@ -82,6 +83,60 @@ def plant(chosen):
         chosen[45]["prompt"] + "    é = '雪' # €" + "\n" + chosen[45]["canonical_solution"],
         chosen[2]["prompt"].rstrip("\n") + "\ndef empty",
     ]
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
+PLUS = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def f(x):\n    """Twice."""\n',
+    "entry_point": "f",
+    "canonical_solution": "    return 2 * x\n",
+    "base_input": [[1], [2]],
+    "plus_input": [[0.5], [-3]],
+    "atol": 0,
+}
+
+
+def test_an_instruct_model_has_base_and_plus_verdicts(tmp_path):
+    """Asked as EvalPlus asks; the program is found in what was drawn; both again from a journal."""
+    data = write_jsonl(tmp_path / "P.jsonl", [PLUS])
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    begun = (
+        "<user>Please provide a self-contained Python script that solves the following problem in "
+        f"a markdown code block:\n```\n{PLUS['prompt'].strip()}\n```\n<end><assistant>Below is a "
+        "Python script with a self-contained function that solves the problem and passes "
+        "corresponding tests:\n```python\n"
+    )
+    replies = [
+        "def f(x):\n\treturn g(x) + x\ndef g(x):\n    return x\nprint(f(1))\n```\nDone",
+        "def f(x):\n    return 2 * abs(x)<end>",
+        "I cannot",
+    ]
+    model, byte = Planted([begun + reply for reply in replies]), build_tokenizer("byte")
+    options = {"chat_template": str(tmp_path / "mine.jinja"), "temperature": 1.0, "top_p": 1.0}
+    options |= {**JUDGED, "results_dir": tmp_path / "results", "info": lambda: INFO}
+    record = evaluate_humaneval(model, byte, data, 12, **options)
+    found = {(s["solution"], s["passed"], s["plus_passed"]) for s in record.samples()}
+    assert found == {
+        ("def f(x):\n    return g(x) + x\ndef g(x):\n    return x", True, True),
+        ("def f(x):\n    return 2 * abs(x)", True, False),
+        ("I cannot", False, False),
+    }
+    c, plus = (int(record.arrays[name][0]) for name in ("c", "plus_c"))
+    assert 12 > c > plus > 0
+    assert record["metrics"]["pass@1"]["value"] == pytest.approx(c / 12)
+    assert record["metrics"]["plus_pass@1"]["value"] == pytest.approx(plus / 12)
+    assert record["data"]["first_prompt"] == begun
+    protocol = record["protocol"]
+    assert (protocol["prompt"], protocol["program"]) == ("evalplus_chat", "reply")
+    assert {"<end>", "\n```\n"} <= set(protocol["stop"])
+    assert protocol["judge_memory_mb"] == 4096
+    calls = model.calls
+    again = evaluate_humaneval(model, byte, data, 12, **options)
+    assert again["metrics"] == record["metrics"] and model.calls == calls + 1
+    lines = read_lines(next((tmp_path / "results").rglob("samples.jsonl")))
+    assert {line["solution"] for line in lines} == {solution for solution, *_ in found}
 
 
 class Counting(Sandbox):
@@ -348,7 +403,7 @@ def test_killed_on_two_ranks_resumed_on_three_is_as_run_on_one(saved, data_dir, 
     for name in ("n", "c", "task_id"):
         assert np.array_equal(*(results.load_arrays(r)[name] for r in (one, three)))
     protocol = one["protocol"]
-    assert protocol["stop"] == list(humaneval_eval.STOP) and protocol["limit"] == 9
+    assert protocol["stop"] == list(PROMPTS["completion"].stop) and protocol["limit"] == 9
     assert protocol["sandbox_tier"][0] in "ABC" and protocol["judge_timeout"] == PATIENCE
 
 
@@ -416,6 +471,11 @@ def test_flags_that_contradict(flags, message, capsys):
 
 # every flag that says what is drawn, by which model, and where and how; a value that is no default
 OF_DRAWING = {
+    "prompt": "mbpp",
+    "chat_template": "on",
+    "system_prompt": "x",
+    "fewshot_as_turns": "--no-fewshot-as-turns",
+    "chat_template_args": "a=1",
     **{"config": "c", "tokenizer_name": "byte", "results_dir": "r", "run_name": "n"},
     **{"num_samples": "2", "max_new_tokens": "5", "temperature": "0.5", "top_p": "0.5"},
     **{"top_k": "3", "stop": "x", "seed": "7", "bos": "on", "limit": "3", "batch_size": "2"},
@@ -457,4 +517,4 @@ def test_stop_strings_are_written_with_their_escapes():
     args = p.parse_args(["--data-path", "p", "--stop"])
     assert cli.read_options(Options, args).sampling.stop == ()
     args = p.parse_args(["--data-path", "p"])
-    assert cli.read_options(Options, args).sampling.stop == humaneval_eval.STOP
+    assert cli.read_options(Options, args).sampling.stop == ()  # the prompt's own

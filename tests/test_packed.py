@@ -88,7 +88,7 @@ def test_scripts_end_where_their_data_does_not(tmp_path):
 import sys, pathlib
 from dataset import open_stream, build_tokenizer
 from tasks.questions import read_data
-from tasks.programs import read_problems
+from tasks.problems import read_problems
 byte = build_tokenizer("byte")
 for path in sys.argv[1:]:
     for read in (lambda: open_stream("text", path, byte), lambda: read_problems(path),

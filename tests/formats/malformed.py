@@ -22,8 +22,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
+import gguf_files
+import numpy as np
 import torch
-from checkpoint_files import CONFIGS, make_model, nanogpt_file, rosetrainer_config
+from checkpoint_files import CONFIGS, ROOT, make_model, nanogpt_file, rosetrainer_config
 from checkpoint_files import rosetrainer_state as state_of
 
 import checkpoint
@@ -114,7 +117,35 @@ def make_good(folder: Path) -> dict[str, Path]:
     good["bare"] = folder / "bare/step-10.safetensors"
     shutil.copy(good["native llama"] / "model.safetensors", good["bare"])
     shutil.copy(good["native llama"] / "config.json", folder / "bare")
-    return good
+    (folder / "gguf").mkdir()
+    good["gguf"] = gguf_files.write_native(
+        folder / "gguf/step-10.gguf", make_model(CONFIGS["llama"])
+    )
+    shutil.copytree(ROOT / "tests/fixtures/trained/nanochat", folder / "nanochat")
+    good["nanochat"] = folder / "nanochat/model_000010.pt"
+    return good | {f"adapter {end}": adapter(good, folder, end) for end in ("safetensors", "bin")}
+
+
+def adapter(good: dict[str, Path], folder: Path, ending: str) -> Path:
+    """As PEFT saves it, over q of a Llama, with rows of its embedding and a norm."""
+    path = folder / f"adapter-{ending}/checkpoint-10"
+    path.mkdir(parents=True)
+    D, at = CONFIGS["llama"].d_model, "base_model.model.model."
+    table = {f"{at}norm.weight": torch.ones(D)}
+    table[f"{at}embed_tokens.token_adapter.trainable_tokens_delta"] = torch.ones(2, D)
+    for i in range(CONFIGS["llama"].n_layers):
+        for x, shape in (("A", (2, D)), ("B", (D, 2))):
+            table[f"{at}layers.{i}.self_attn.q_proj.lora_{x}.weight"] = torch.ones(shape)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    config |= {"modules_to_save": ["model.norm"], "trainable_token_indices": [1, 2]}
+    config |= {"base_model_name_or_path": str(good["native llama"]), "rank_pattern": {"k": 3}}
+    config |= {"alpha_pattern": {"q_proj": 3.5}, "bias": "none", "use_dora": False}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    if ending == "bin":
+        torch.save(table, path / "adapter_model.bin")
+    else:
+        tensorfiles.write_safetensors(path / "adapter_model.safetensors", table, torch.float32)
+    return path
 
 
 def cut(source: Path, target: Path, index: bool) -> Path:
@@ -140,6 +171,7 @@ def cut(source: Path, target: Path, index: bool) -> Path:
 def damages(good: Path, rng: random.Random, everything: bool) -> Iterator[tuple[str, Damage]]:
     """(what, a function that does it to a copy) over the ways to damage a checkpoint."""
     files = sorted(p for p in good.iterdir() if p.is_file()) if good.is_dir() else [good]
+    files += [] if good.is_dir() else sorted(good.parent.glob("meta_*.json"))
     for file in files:
         own, fields = [*impostors(file), *contents_of(file, rng)], []
         if file.suffix == ".json":
@@ -147,6 +179,8 @@ def damages(good: Path, rng: random.Random, everything: bool) -> Iterator[tuple[
             fields = list(fields_of_json(file))
         elif file.suffix == ".safetensors":
             fields = list(fields_of_header(file))
+        elif file.suffix == ".gguf":
+            fields = list(fields_of_gguf(file))
         else:
             own += damaged_zips(file)
             fields = list(fields_of_pickle(file))
@@ -159,7 +193,7 @@ def writing(file: Path, data: bytes) -> Damage:
 
 
 def place(root: Path, file: Path) -> Path:
-    return root / file.name if root.is_dir() else root
+    return root / file.name if root.is_dir() else root.with_name(file.name)
 
 
 def impostors(file: Path) -> Iterator[tuple[str, Damage]]:
@@ -250,6 +284,42 @@ def fields_of_header(file: Path) -> Iterator[tuple[str, Damage]]:
         yield f"{file.name}: {what}", damage
     for lie in (0, 1, size - 1, size + 1, 1 << 40, (1 << 64) - 1):
         yield f"{file.name}: header of {lie}", writing(file, struct.pack("<Q", lie) + data[8:])
+
+
+def fields_of_gguf(file: Path) -> Iterator[tuple[str, Damage]]:
+    """Every entry of the metadata, gone or of another value, and tensors of other shapes."""
+    held = gguf.GGUFReader(file)
+    metadata = {f.name: f.contents() for f in held.fields.values() if "." in f.name}
+    metadata = {k: v for k, v in metadata.items() if not k.startswith(("GGUF.", "general."))}
+    tensors = {t.name: (t.tensor_type.name, np.array(t.data)) for t in held.tensors}
+    writable = {
+        name: value
+        for name, value in VALUES.items()
+        if type(value) in (bool, float, str) or (type(value) is int and 0 <= value < 1 << 32)
+    }
+    del writable["a float of its size"]
+    writable |= {"numbers": [1, 2], "texts": ["a", "b"], "control characters": "\x1b[2J\n\x00"}
+    for key in metadata:
+        yield (
+            f"{key} gone",
+            rewriting(file, tensors, {k: metadata[k] for k in metadata if k != key}),
+        )
+        for what, value in writable.items():
+            yield f"{key} = {what}", rewriting(file, tensors, metadata | {key: value})
+    for name in list(tensors)[:4]:
+        kind, data = tensors[name]
+        rest = {n: tensors[n] for n in tensors if n != name}
+        yield f"{name} gone", rewriting(file, rest, metadata)
+        yield (
+            f"{name} longer",
+            rewriting(file, rest | {name: (kind, np.repeat(data, 2, 0))}, metadata),
+        )
+        nan = np.full_like(data, np.nan) if data.dtype == np.float32 else data[:1]
+        yield f"{name} of others", rewriting(file, rest | {name: (kind, nan)}, metadata)
+
+
+def rewriting(file: Path, tensors: dict, metadata: dict) -> Damage:
+    return lambda root: gguf_files.write_tensors(place(root, file), tensors, "llama", metadata)
 
 
 class Named:

@@ -273,12 +273,15 @@ def pickled(*parts):
         (pickled(b"h\x05."), "damaged or no pickle"),
         (pickled(b"(" * 1000, b"t" * 999, b"."), "no metadata of"),
         (pickled(b")" + b"\x85" * 100_000 + b"."), "no metadata of"),  # deep
-        (pickled(b")" + b"2\x86" * 60 + b"."), "instruction 0x32"),
+        (
+            pickled(b")" + b"2\x86" * 60 + b"."),
+            "no metadata of",
+        ),  # 2^60, if copied
         (pickled(b"}", b")" + b"q\x00h\x00\x86" * 60 + b"K\x01s."), "damaged or no pickle"),
         (pickled(b"cos\nsystem\nX\x04\x00\x00\x00true\x85R."), "os.system.*could run code"),
         (pickled(b"\x8c\x02os\x8c\x06system\x93."), "os.system.*could run code"),
         (pickled(b"\x82\x01."), "instruction 0x82"),  # the extension registry
-        (pickled(b"(ios\nsystem\n."), "instruction 0x69"),
+        (pickled(b"(ios\nsystem\n."), "os.system.*could run code"),
         (b"<!DOCTYPE html>", "web page"),
         (b"not a pickle", "damaged|instruction"),
     ],

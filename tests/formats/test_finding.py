@@ -15,6 +15,7 @@ from checkpoint_files import ROOT, good_file, make_model, refused
 import checkpoint
 import cli
 from checkpoint import expand_paths, list_checkpoints, save_checkpoint
+from formats import foreign
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,6 @@ def test_links_in_a_circle(tmp_path):
 
 
 FOREIGN = {
-    "adapter_model.safetensors": "a PEFT adapter: merge it into its model first",
-    "adapter_config.json": "a PEFT adapter",
     "zero_to_fp32.py": "a directory of DeepSpeed's without the directory of a tag",
     "latest_checkpointed_iteration.txt": "a directory of Megatron's",
     "tf_model.h5": "weights of Flax or TensorFlow",
@@ -101,13 +100,14 @@ def test_what_is_not_read_is_named(tmp_path, name):
     refused(tmp_path / "it-5", FOREIGN[name])
 
 
-def test_files_that_are_not_read_hide_none_beside_them(tmp_path):
+def test_files_that_are_not_read_hide_none_beside_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(foreign.FILES, ".strange", "a strange file, which is not read")
     good_file(tmp_path / "step-1.pt")
-    (tmp_path / "step-2.gguf").write_bytes(b"GGUF")
+    (tmp_path / "step-2.strange").write_bytes(b"GGUF")
     found = {info.name: info for info in list_checkpoints(tmp_path)}
-    assert (found["step-1"].kind, found["step-2.gguf"].kind) == ("rosetrainer", "unreadable")
-    assert found["step-2.gguf"].problem.endswith("is a GGUF file, which is not read")
-    refused(tmp_path / "step-2.gguf", "is a GGUF file, which is not read")
+    assert (found["step-1"].kind, found["step-2.strange"].kind) == ("rosetrainer", "unreadable")
+    assert found["step-2.strange"].problem.endswith("is a strange file, which is not read")
+    refused(tmp_path / "step-2.strange", "is a strange file, which is not read")
 
 
 def test_an_adapter_beside_a_model_is_not_passed_over(tmp_path, saved):

@@ -29,7 +29,7 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_plain_values_are_as_pickle_has_them(protocol):
     if protocol < 4:  # sets and bytes are made by calls there
         values = {k: v for k, v in PLAIN.items() if k not in ("set", "frozen", "bytes")}
@@ -96,6 +96,23 @@ def test_what_would_run_something_is_refused_even_among_anything(function, args)
         with pytest.raises(ValueError, match="could run code") as error:
             pickles.read(data, "here", pickles.Anything())
         assert "\n" not in str(error.value)
+
+
+def test_what_a_name_would_run():
+    for name in ("posix.system", "builtins.eval", "operator.attrgetter", "torch.load", "a.b.popen"):
+        assert pickles.runs_code(name), name
+    for name in ("builtins.max", "builtins.set", "functools.partial", "numpy.dtype", "osmosis.x"):
+        assert not pickles.runs_code(name), name
+
+
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_items_are_counted(monkeypatch, protocol):
+    data = pickle.dumps([[]] * 10 + list(range(5000)), protocol)
+    assert len(pickles.read(data, "here", {})) == 5010
+    monkeypatch.setattr(pickles, "MAX_STEPS", 4000)
+    with pytest.raises(ValueError, match="here has too many items"):
+        pickles.read(data, "here", {})
+    assert len(pickles.read(data, "here", {}, most=40_000)) == 5010
 
 
 def test_any_bytes_end_in_one_line():

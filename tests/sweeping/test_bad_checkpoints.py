@@ -137,7 +137,7 @@ def test_an_error_of_any_kind_is_that_checkpoints(run_dir, data, monkeypatch, ca
     monkeypatch.setattr(native, where, surprising)
     found = checkpoint.list_checkpoints(run_dir)
     assert {info.name for info in found} == {f"checkpoint-{step}" for step in (10, 20, 30)}
-    checkpoint.print_list(run_dir)
+    checkpoint.main(["list", str(run_dir)])
     watch = ["--watch", "--until-step", "30"] if where == "glance" else []
     code, records = run_sweep(run_dir, data, *watch)
     said = capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_odd_names_are_names(tmp_path, data, capsys):
     for i, name in enumerate(odd):
         saved_checkpoint(tmp_path / "made", i).rename(tmp_path / name)
     (tmp_path / "made").rmdir()
-    checkpoint.print_list(tmp_path)
+    checkpoint.main(["list", str(tmp_path)])
     code, records = run_sweep(tmp_path, data, name=f"{tmp_path.name}-results")
     said = capsys.readouterr().out
     assert code in (0, 1) and len({r["checkpoint"]["name"] for r in records}) == len(odd)

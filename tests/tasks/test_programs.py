@@ -16,15 +16,9 @@ from builders import PATIENCE, PROBLEM, judge_as_openai, read_lines, write_jsonl
 
 from sandbox.judge import Verdict
 from tasks import programs
-from tasks.programs import (
-    count_cores,
-    count_workers,
-    judge_file,
-    kind_of,
-    read_problems,
-    split_off,
-    summarise,
-)
+from tasks.problems import read_problems
+from tasks.programs import count_cores, count_workers, judge_file, split_off
+from tasks.scores import kind_of, summarise
 
 PATIENT = {"timeout": PATIENCE}  # of a Sandbox: all programs here end by themselves
 
