@@ -246,7 +246,7 @@ def _of_statistics(statistics: dict, base: dict, adapted: dict) -> list[str]:
             if all(array in arrays for array in made["arrays"])
         ]
         if len(sides) == 2 and sides[0].shape == sides[1].shape:
-            out = resampling.paired(made["score"], *sides)
+            out = resampling.paired(made["score"], sides[0], sides[1])
             told.append(f"{name} {out['difference']:+.5f} [{out['low']:+.5f}, {out['high']:+.5f}]")
     return told
 

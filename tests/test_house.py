@@ -42,9 +42,10 @@ FLOORS = [
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/rows backends/engine",
     "backends/local tasks/chat tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
-    "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions tasks/templates "
-    "tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices tasks/further "
-    "tasks/choice_tables tasks/programs tasks/word_problems tasks/translation tasks/drawing",
+    "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
+    "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "
+    "tasks/further tasks/choice_tables tasks/programs tasks/word_problems tasks/translation "
+    "tasks/drawing",
     "evaluation training/batches training/log training/options",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page reporting/charts",
