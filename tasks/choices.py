@@ -1,6 +1,7 @@
 """What answers to multiple-choice questions amount to: accuracy in its forms, calibration, bias.
 
-    metrics, breakdown, arrays = summarise(data, "letter", answers, gold)
+    right = right_places(data, rotations=1)
+    metrics, breakdown, arrays = summarise(data, Terms("letter"), answers, right)
     metrics["accuracy"]                      # a metric of results.py
 
 Question by question, subject by subject and category by category (micro and macro means), over

@@ -102,7 +102,29 @@ class Layout:
                 values[key] = _text(row, form[key])
         if "right" in form:
             return values, _marked(row, form["right"], choices, where)
-        return _answered(values, row, form, where)
+        return self._answered(values, row, form, where)
+
+    def _answered(
+        self, values: dict, row: dict, form: dict, where: str
+    ) -> tuple[dict, list[int] | None]:
+        """By a label that the choices have, by the right choice's text, or, left to the reader of
+        letters and numbers, as it stands."""
+        spec, choices = form["answer"], values["choices"]
+        if isinstance(spec, int):
+            return values, [spec]
+        try:
+            answer = self._rewrite(_text(row, spec)) if "{" in spec else _at(row, spec)
+        except _Lacking:
+            return values, None
+        if answer in (None, "") or not ("labels" in form or "{" in spec):
+            return values | {"answer": int(answer) if isinstance(answer, bool) else answer}, None
+        names = list(map(str, _at(row, form["labels"]))) if "labels" in form else choices
+        wanted = [str(one) for one in (answer if isinstance(answer, list) else [answer])]
+        wanted = [one.strip() if "labels" in form else one for one in wanted]
+        for one in wanted:
+            if one not in names:
+                raise ValueError(f"{where}: answer {one!r:.60} is none of {', '.join(names):.200}")
+        return values, sorted({names.index(one) for one in wanted})
 
     def _rewrite(self, text: str) -> str:
         for pattern, replacement in self.rewrites:
@@ -162,27 +184,6 @@ def _marked(row: dict, path: str, choices: list[str], where: str) -> list[int] |
             "each is needed, and a 1 for one at least"
         )
     return [i for i, mark in enumerate(marks) if mark == 1]
-
-
-def _answered(values: dict, row: dict, form: dict, where: str) -> tuple[dict, list[int] | None]:
-    """By a label that the choices have, by the right choice's text, or, left to the reader of
-    letters and numbers, as it stands."""
-    spec, choices = form["answer"], values["choices"]
-    if isinstance(spec, int):
-        return values, [spec]
-    try:
-        answer = _text(row, spec) if "{" in spec else _at(row, spec)
-    except _Lacking:
-        return values, None
-    if answer in (None, "") or not ("labels" in form or "{" in spec):
-        return values | {"answer": int(answer) if isinstance(answer, bool) else answer}, None
-    names = list(map(str, _at(row, form["labels"]))) if "labels" in form else choices
-    wanted = [str(one) for one in (answer if isinstance(answer, list) else [answer])]
-    wanted = [one.strip() if "labels" in form else one for one in wanted]
-    for one in wanted:
-        if one not in names:
-            raise ValueError(f"{where}: answer {one!r:.60} is none of {', '.join(names):.200}")
-    return values, sorted({names.index(one) for one in wanted})
 
 
 # ---------------------------------------------------------------------------------------------

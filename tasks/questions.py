@@ -113,16 +113,15 @@ def read_data(
     """
     root, split = Path(data_path), split or layout.ask
     read, files = _read_split(root, split, layout)
-    shown_split = layout.few_shot
-    if num_few_shot and not shown_split:
+    if num_few_shot and layout.few_shot in (None, split):
+        why = f"are what --split {split} asks" if layout.few_shot else "stand in its prompt"
         raise ValueError(
-            f"--num-few-shot {num_few_shot}: {layout.name} has no examples but those that its "
-            "prompt may have"
+            f"--num-few-shot {num_few_shot}: the examples of {layout.name} {why}: leave it out"
         )
     told = not layout.rows  # the few-shot split may tell what numbers count from
     read_dev, dev_files = [], []
-    if shown_split and not root.is_file() and (num_few_shot or told):
-        read_dev, dev_files = _read_split(root, shown_split, layout)
+    if layout.few_shot and not root.is_file() and (num_few_shot or told):
+        read_dev, dev_files = _read_split(root, layout.few_shot, layout)
     first = _first_number(read + read_dev)
     asked, dev = _numbered_from(first, read), _numbered_from(first, read_dev)
     if not asked:
@@ -224,6 +223,9 @@ def _question(row: dict, subject: str | None, where: str, layout: Layout, hidden
     if not question.strip():
         raise ValueError(f"{where}: question is empty")
     numbered = False
+    if right is not None and right[-1] >= len(choices):
+        n = len(choices)
+        raise ValueError(f"{where}: number {right[-1] + 1} of {n} choices is said to be right")
     if right is not None:
         answer = right[0]
     elif hidden and not _given(values):

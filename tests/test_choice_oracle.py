@@ -255,10 +255,10 @@ def test_chats_are_lm_evals(models, data_dir, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_more_scores_are_lm_evals(shape, models, data_dir, tmp_path):
-    compare(CASES, models, shape, data_dir, tmp_path, 40)
+    compare(CASES, models, shape, data_dir, tmp_path, 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("as_turns", [True, False])
 def test_more_chats_are_lm_evals(as_turns, models, data_dir, tmp_path):
-    compare(CASES, models, "gpt2", data_dir, tmp_path, 16, as_turns)
+    compare(CASES, models, "gpt2", data_dir, tmp_path, 8, as_turns)

@@ -87,7 +87,7 @@ def test_truthfulqa_is_told_apart_by_the_data(data_dir, tmp_path):
         part = read_data(tmp_path, layout=choice_set.layout)
         assert choice_set.release_of(part).startswith("700 questions, unlike the 817 of")
         assert choice_set.release_of(part).endswith(": not a score")
-        with pytest.raises(ValueError, match=f"{name} has no examples but those"):
+        with pytest.raises(ValueError, match=f"examples of {name} stand in its prompt"):
             read_data(data_dir / "truthfulqa", 1, layout=choice_set.layout)
 
 
@@ -102,6 +102,8 @@ def test_examples_are_of_each_subject_or_of_all(tmp_path):
         ValueError, match="13 few-shot examples asked for, but the val split has 12"
     ):
         read_data(tmp_path, 13, layout=layout)
+    with pytest.raises(ValueError, match="examples of mmlu_pro are what --split val asks"):
+        read_data(tmp_path, 1, split="val", layout=layout)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -209,17 +211,32 @@ template: {question: "Q: {question}\\nA:", answer: " {choice}"}
 
 def test_a_set_of_ones_own(tmp_path):
     """The same from JSON, and from CSV and TSV, whose columns may have dots in their names."""
-    (tmp_path / "own.yaml").write_text(MINE)
+    (tmp_path / "own.yaml").write_text(MINE + r"rewrites: [['^ *\[.*?\]', '']]" + "\n")
     layout = load_set(str(tmp_path / "own.yaml")).layout
     row = {"q": "Why?", "a.b": "so", "wrong": "w", "right": "r"}
     for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
         with open(tmp_path / f"mine{suffix}", "w", newline="", encoding="utf-8") as file:
             csv.writer(file, delimiter=delimiter).writerows([row, row.values()])
-    nested = {"q": "Why?", "a": {"b": "so"}, "wrong": "w", "right": "r"}
+    nested = {"q": "Why?", "a": {"b": "so"}, "wrong": "w", "right": " [x]r"}
     write_jsonl(tmp_path / "mine.jsonl", [nested])
     for suffix in (".csv", ".tsv", ".jsonl"):
         (q,) = read_data(tmp_path / f"mine{suffix}", layout=layout).questions
         assert q[:4] == ("own", "Why? (SO)", ("w", "r"), 1)
+
+
+def test_a_place_that_is_always_right(tmp_path):
+    for place, good in ((1, True), (2, False)):
+        (tmp_path / f"own{place}.yaml").write_text(
+            MINE.replace('answer: "{right}"', f"answer: {place}")
+        )
+        layout = load_set(str(tmp_path / f"own{place}.yaml")).layout
+        row = {"q": "Why?", "a": {"b": "so"}, "wrong": "w", "right": "r"}
+        path = write_jsonl(tmp_path / "mine.jsonl", [row])
+        if good:
+            assert read_data(path, layout=layout).questions[0].answer == 1
+            continue
+        with pytest.raises(ValueError, match=r"mine.jsonl:1: number 3 of 2 choices is said to be"):
+            read_data(path, layout=layout)
 
 
 def test_several_right_answers_by_letter(tmp_path):
