@@ -66,8 +66,11 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
 
 # What cli.py and train.py look for before there are options; and flags of one mode, as --help says
 UNREAD = {"debug", "train_config"}
+OF_A_CHAT = {"chat_template_args", "fewshot_as_turns", "system_prompt"}
 OF_A_MODE = {
     "eval": {"seed"},
+    "mmlu_eval": OF_A_CHAT,
+    "humaneval_eval": OF_A_CHAT,
     "sweep": {"retry_failed", "quiet_seconds"},
     "train": {"val_max_tokens", "wandb_project", "wandb_run_name"},
 }
