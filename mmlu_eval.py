@@ -16,6 +16,9 @@ A set is a YAML file of configs/choice_sets: how it lies in files, and how it is
 examples are run once and their keys and values shared by all its questions
 (backends/continuations.py). tasks/choices.py counts the answers. Guessing gives 25% on MMLU;
 Llama-2-7B's published score is 45.3% (5-shot).
+
+How sure the answers are is measured, too (certainty.py): --fit-temperature scales it by what a
+split that is not asked shows, --p-true asks the model itself, --allow-abstain lets it not answer.
 """
 
 import functools
@@ -50,8 +53,10 @@ from tasks.choices import (
     make_samples,
     right_places,
     summarise,
+    with_abstention,
     without_answers,
 )
+from tasks.further import Further
 from tasks.prompts import MAX_NEW_TOKENS, PromptMaker, Prompts
 from tasks.questions import QuestionSet, read_data
 from tasks.templates import SCORINGS
@@ -94,6 +99,7 @@ class Options:
     limit: int | None = cli.option(
         None, "so many questions of each subject: not a score", type=cli.positive_int
     )
+    further: Further = Further()  # noqa: RUF009  # frozen
     permute_choices: int = cli.option(
         1, "also score rotated choice orders, K in all (MMLU: at most 4)", type=int, metavar="K"
     )
@@ -154,6 +160,8 @@ class Asked:
     maker: PromptMaker
     share_prefix: bool
     choice_set: ChoiceSet
+    further: Further
+    held_out: QuestionSet | None  # what a temperature is fitted on
 
     @functools.cached_property
     def prepared(self) -> tuple[Prompts, float]:
@@ -162,6 +170,22 @@ class Asked:
         prompts = self.maker.make(self.share_prefix)
         evaluation.check_vocabulary(prompts.rows.highest_token, self.facts)
         return prompts, time.perf_counter() - start
+
+    def about(self, data: QuestionSet, changes: dict) -> "Asked":
+        """Other questions, asked in the same way but for `changes`."""
+        made = self.maker
+        terms = {
+            "tokenizer": made.tokenizer,
+            "template": made.template,
+            "scoring": made.scoring,
+            "context": made.context,
+            "truncate": made.truncate,
+            "bos": made.bos,
+            "chat": made.chat,
+        }
+        return replace(
+            self, data=data, maker=PromptMaker(data=data, rotations=1, **terms | changes)
+        )
 
 
 def plan(options: Options, facts: Facts) -> Plan:
@@ -180,10 +204,13 @@ def plan(options: Options, facts: Facts) -> Plan:
         bos=evaluation.resolve_bos(options.bos, tokenizer),
         chat=open_chat(options.chat, tokenizer),
     )
-    data, chat = maker.data, maker.chat
+    data, chat, further = maker.data, maker.chat, options.further
+    further.check(data, scoring)
+    held_out = read_held_out(options, data)
     shares = facts.shares_prefixes and scoring != "generate" and not data.drawn
-    work = Asked(facts, data, maker, shares and not options.no_prefix_cache, choice_set)
-    protocol = protocol_of(options, work)
+    shares = shares and not options.no_prefix_cache
+    work = Asked(facts, data, maker, shares, choice_set, further, held_out)
+    protocol = protocol_of(options, work) | further.terms(held_out)
     about = {"files": data.files, "hash": data.hash, "examples_hash": data.examples_hash}
     whole = not options.limit and not options.subjects
     if whole and (release := choice_set.release_of(data)):
@@ -232,10 +259,22 @@ def read_questions(options: Options) -> QuestionSet:
         options.choice_set.layout,
         options.few_shot_draw != "first",
     )
+    data = with_abstention(data) if options.further.allow_abstain else data
     fewest = data.n_choices.min()
     if not 1 <= rotations <= fewest:
         raise ValueError(f"--permute-choices must be 1 to {fewest}, not {rotations}")
     return data
+
+
+def read_held_out(options: Options, data: QuestionSet) -> QuestionSet | None:
+    """What a temperature is fitted on, if one is."""
+    layout = options.choice_set.layout
+    return options.further.held_out(
+        data,
+        asked=options.split or layout.ask,
+        shown=layout.few_shot if options.num_few_shot else None,
+        read=lambda split: read_questions(replace(options, split=split)),
+    )
 
 
 def words_of(protocol: dict, about: dict, of_chat: tuple[str, ...]) -> tuple[str, ...]:
@@ -246,6 +285,7 @@ def words_of(protocol: dict, about: dict, of_chat: tuple[str, ...]) -> tuple[str
         protocol["scoring"],
         f"{protocol['shots']}-shot",
         *(["lm-eval's examples"] if "few_shot_draw" in protocol else []),
+        *(["may abstain"] if "abstain" in protocol else []),
         *of_chat,
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
@@ -304,16 +344,28 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     prompts, prepare_seconds = plan.work.prepared
     answers = answer(backend, prompts, protocol, plan.work)
     right = right_places(data, protocol["permute_choices"])
-    choice_set = plan.work.choice_set
-    terms = Terms(protocol["scoring"], choice_set.normalisation, choice_set.metric)
+    choice_set, cost = plan.work.choice_set, backend.cost()
+    terms = Terms(
+        protocol["scoring"], choice_set.normalisation, choice_set.metric, "abstain" in protocol
+    )
     if data.hidden:
         metrics, breakdown, arrays = without_answers(data, answers)
     else:
         metrics, breakdown, arrays = summarise(data, terms, answers, right)
+
+    def ask(others: QuestionSet, changes: dict) -> Answers:
+        scoring = changes.get("scoring", protocol["scoring"])
+        batch_tokens = protocol["batch_tokens"] or BATCH_TOKENS[backend.facts.device]
+        own = protocol | {"scoring": scoring, "batch_tokens": batch_tokens}
+        work = plan.work.about(others, changes)
+        return answer(backend, work.prepared[0], own, work)
+
+    found = plan.work.further.measure(ask, data, plan.work.held_out, answers, arrays)
+    arrays |= found.arrays
     generates = protocol["scoring"] == "generate"
     return Outcome(
-        metrics=metrics,
-        breakdown=breakdown,
+        metrics=metrics | found.metrics,
+        breakdown=breakdown | found.breakdown,
         arrays=arrays,
         examples=examples_of(arrays),
         protocol={
@@ -323,10 +375,11 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
             "truncated": prompts.truncated,
             "shortened": int((prompts.shots < protocol["shots"]).sum()),
             "shots_kept": np.bincount(prompts.shots.ravel()).tolist(),  # prompts by examples kept
+            **found.protocol,
         },
         data={"tokens": prompts.rows.unique_tokens()}
         | ({"first_prompt": prompts.first} if "chat_template" in protocol else {}),
-        cost={"prepare_seconds": prepare_seconds},
+        cost=cost | {"prepare_seconds": prepare_seconds},
         samples=functools.partial(make_samples, data, prompts, answers, right),
         shown=data,
     )

@@ -77,12 +77,12 @@ def print_details(record: "Result") -> None:
     else:
         print(f"{column_of(record)}:")
     if "ece" in metrics:
-        ece, brier = metrics["ece"]["value"], metrics["brier"]["value"]
-        print(f"  calibration error {ece:.4f}, Brier {brier:.4f}")
+        print_confidence(record)
     ties = metrics.get("ties", {}).get("value")
     if ties:
         print(f"  ties between the best two answers, which go to the first: {ties:,}")
-    if "answered" in metrics:
+    print_further(metrics)
+    if "answered" in metrics and "accuracy_answered" not in metrics:
         print(f"  gave a letter: {metrics['answered']['value']:.2%}")
     if "accuracy_permuted" in metrics:
         permuted, same = metrics["accuracy_permuted"], metrics["same_answer"]["value"]
@@ -101,6 +101,34 @@ def print_details(record: "Result") -> None:
         f"  prepared in {cost['prepare_seconds']:.2f} s, scored in {cost['seconds']:.2f} s: "
         f"{speed}{mfu}"
     )
+
+
+def print_confidence(record: "Result") -> None:
+    """How sure the answers were, by the probability of the choice, then by the model's own word."""
+    value = {name: metric["value"] for name, metric in record["metrics"].items()}
+    print(
+        f"  calibration error {value['ece']:.4f}, Brier {value['brier']:.4f}; bins of equal mass "
+        f"{value['ece_mass']:.4f}, AUROC {value['auroc']:.3f}, AURC {value['aurc']:.3f}"
+    )
+    if "log_loss_scaled" in value:
+        protocol = record["protocol"]
+        print(
+            f"  at temperature {protocol['fitted_temperature']:.3f}, fitted on "
+            f"{protocol['temperature_questions']:,} questions of {protocol['temperature_split']}: "
+            f"calibration error {value['ece_scaled']:.4f}, Brier {value['brier_scaled']:.4f}, log "
+            f"loss {value['log_loss']:.4f} -> {value['log_loss_scaled']:.4f}"
+        )
+
+
+def print_further(metrics: dict) -> None:
+    """What was asked for beside the answers: whether they are true, and leave to give none."""
+    if "p_true_ece" in metrics:
+        named = ("calibration error", "ece"), ("Brier", "brier"), ("AUROC", "auroc")
+        said = (f"{words} {metrics[f'p_true_{name}']['value']:.4f}" for words, name in named)
+        print(f"  P(True): {', '.join(said)}")
+    if "accuracy_answered" in metrics:
+        share, right = metrics["answered"], metrics["accuracy_answered"]
+        print(f"  answered {stats.show_share(share)}, right of these {stats.show_share(right)}")
 
 
 def print_differences(records: list["Result"]) -> None:

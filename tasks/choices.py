@@ -11,14 +11,18 @@ rotated orders of the choices, and how sure the answers were.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+import resampling
 import results
 import stats
+from certainty import softmax
+from tasks import confidence
 from tasks.prompts import Prompts
-from tasks.questions import LETTERS, QuestionSet
+from tasks.questions import LETTERS, Question, QuestionSet
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,30 @@ class Answers:
 
 @dataclass(frozen=True)
 class Terms:
-    """How answers are counted: by letter or whole choice, what its length is counted in, and which
-    metric ranks checkpoints."""
+    """How answers are counted: by letter or whole choice, what its length is counted in, which
+    metric ranks checkpoints, and whether the last choice is to say that one does not know."""
 
     scoring: str
     normalisation: str = "characters"
     metric: str = "accuracy"
+    abstain: bool = False
+
+
+ABSTAIN = "I don't know"
+
+
+def with_abstention(data: QuestionSet) -> QuestionSet:
+    """The same questions and examples with one more choice, the last, which is never right."""
+
+    def more(q: Question) -> Question:
+        return q._replace(choices=(*q.choices, ABSTAIN))
+
+    return replace(
+        data,
+        questions=[more(q) for q in data.questions],
+        examples={name: [more(q) for q in shown] for name, shown in data.examples.items()},
+        drawn=tuple([more(q) for q in shown] for shown in data.drawn),
+    )
 
 
 def first_letter(text: str, n: int = 4) -> int:
@@ -60,21 +82,34 @@ def right_places(data: QuestionSet, rotations: int) -> np.ndarray:
     return right
 
 
+SCORES = {  # metrics that are means of an array
+    "accuracy": "correct",
+    "accuracy_normalised": "correct_normalised",
+    "right_mass": "right_mass",
+    "answered": "answered",
+    "brier_classes": "brier_classes",
+}
+
+
 def examples_of(arrays: dict) -> dict | None:
-    """results.SCHEMA's `examples`: which arrays hold a score for each question."""
-    scores = {
-        "accuracy": "correct",
-        "accuracy_normalised": "correct_normalised",
-        "right_mass": "right_mass",
-    }
+    """results.SCHEMA's `examples`: which arrays hold a score for each question, or what makes a
+    score of all of them."""
     if "correct" not in arrays:
         return None
-    return {
+    examples: dict[str, Any] = {
         "unit": "questions",
-        "scores": {metric: name for metric, name in scores.items() if name in arrays},
+        "scores": {metric: name for metric, name in SCORES.items() if name in arrays},
         "labels": {"subject": "{}", "question": "{}"},
         "tie_break": {"accuracy": "gold_logprob"} if "gold_logprob" in arrays else {},
     }
+    if "confidence" in arrays:
+        confidence.add_examples(examples, "confidence", "confident_right", "brier")
+    if "p_true" in arrays:
+        confidence.add_examples(examples, "p_true", "correct", "p_true_brier", "p_true_")
+    if "answered" in arrays:
+        share = {"score": "share", "arrays": ["correct", "answered"]}
+        examples["statistics"] = examples.get("statistics", {}) | {"accuracy_answered": share}
+    return examples
 
 
 def share_of(correct: np.ndarray) -> dict:
@@ -122,11 +157,6 @@ def lengths_of(data: QuestionSet, normalisation: str) -> np.ndarray:
     return lengths
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
-
-
 def summarise(
     data: QuestionSet, asked: Terms, answers: Answers, right: np.ndarray
 ) -> tuple[dict, dict, dict]:
@@ -166,19 +196,58 @@ def summarise(
             arrays["right_mass"] = mass = (p * right[:, 0]).sum(-1)
             value, error = float(mass.mean()), stats.mean_stderr(mass)
             metrics["right_mass"] = results.metric(value, error, len(mass), unit="share")
-        measured = stats.calibration(p[np.arange(len(p)), predicted], hits[:, 0])
-        for name in ("ece", "brier"):
-            metrics[name] = results.metric(measured[name], better="lower")
-        breakdown["calibration"] = measured["bins"]
+        else:
+            metrics["brier_classes"], arrays["brier_classes"] = confidence.of_classes(p, gold[:, 0])
+        add_confidence(data, asked, scores, right[:, 0], metrics, breakdown, arrays)
         ordered = np.sort(scores, -1)
         ties = int((ordered[:, -1] == ordered[:, -2]).sum())  # of the two best
         metrics["ties"] = results.metric(ties, better="lower")
         arrays["gold_logprob"] = stats.choice_logprob(scores, gold[:, 0])
+    if asked.abstain:
+        add_abstention(data, predicted, metrics, arrays)
     if hits.shape[1] > 1:
         add_permuted(data, metrics, breakdown, answers.predicted, hits)
         arrays["correct_permuted"] = hits
     first = asked.metric if asked.metric in metrics else "accuracy"
     return {first: metrics[first]} | metrics, breakdown, arrays
+
+
+def add_confidence(
+    data: QuestionSet,
+    asked: Terms,
+    scores: np.ndarray,
+    right: np.ndarray,
+    metrics: dict,
+    breakdown: dict,
+    arrays: dict,
+) -> None:
+    """How sure the likeliest answer was, of scores and right places [questions, K]: its share of
+    the probability of all choices. Where a model may abstain, of what it would have answered."""
+    scores = without_abstention(data, scores) if asked.abstain else scores
+    each, best = np.arange(len(scores)), scores.argmax(-1)
+    p, hit = softmax(scores)[each, best], right[each, best]
+    own, drawn, arrays["brier"] = confidence.measured(p, hit)
+    arrays |= {"confidence": p, "confident_right": hit}
+    metrics |= own
+    breakdown |= drawn
+
+
+def without_abstention(data: QuestionSet, scores: np.ndarray) -> np.ndarray:
+    """Scores [questions, K] with the last choice of each question impossible."""
+    last = np.arange(scores.shape[1]) == data.n_choices[:, None] - 1
+    return np.where(last, -np.inf, scores)
+
+
+def add_abstention(data: QuestionSet, predicted: np.ndarray, metrics: dict, arrays: dict) -> None:
+    """The share of the questions that were answered with anything but the last choice, and the
+    accuracy on those; accuracy itself counts the others as wrong."""
+    arrays["answered"] = answered = (predicted >= 0) & (predicted < data.n_choices - 1)
+    metrics["answered"] = share_of(answered)
+    columns = np.column_stack([arrays["correct"], answered]).astype(np.float64)
+    n = int(answered.sum())
+    error = resampling.spread("share", columns)["stderr"]
+    value = resampling.score_of("share", columns)
+    metrics["accuracy_answered"] = results.metric(value, error, n, unit="share")
 
 
 def without_answers(data: QuestionSet, answers: Answers) -> tuple[dict, dict, dict]:
