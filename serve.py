@@ -102,6 +102,7 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     ckpt = models.opened(path)
     dtype = evaluation.set_precision(precision, dist)
     tokenizer = evaluation.pick_tokenizer(options.tokenizer_name, ckpt, needed=True)
+    assert tokenizer is not None, "needed"
     facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
     evaluation.check_vocabulary(max(tokenizer.encode("a")), facts)
     model = ckpt.load(dtype, dist.device)

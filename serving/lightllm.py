@@ -34,7 +34,7 @@ def read_generate(served: Served, fields: Fields, with_prompt: bool) -> tuple[As
     fields.refuse_rest({"multimodal_params": ({},)})
     if not isinstance(given, dict):
         raise Refused("parameters must be an object", "parameters")
-    renamed = {{"stop_sequences": "stop"}.get(name, name): value for name, value in given.items()}
+    renamed = {"stop" if name == "stop_sequences" else name: v for name, v in given.items()}
     own = Fields(renamed, "parameters.")
     if isinstance(inputs, str):
         prompt = served.texts.encode(inputs, own.flag("add_special_tokens", True))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ async def _leaves(request: Request) -> None:
 
 async def events_of(
     service: Service, asked: Asked, request: Request
-) -> AsyncIterator[tuple[Job, Any]]:
+) -> AsyncGenerator[tuple[Job, Any], None]:
     """All events of a request as they come. Refused where it fails; ClientDisconnect where nobody
     waits any more. What is left when this is closed is cancelled."""
     come: asyncio.Queue = asyncio.Queue()
@@ -192,7 +192,7 @@ class Routes:
         return Response(text, media_type=CONTENT_TYPE)
 
 
-async def _stream(answer: Answer, first: tuple, events: AsyncIterator) -> AsyncIterator[str]:
+async def _stream(answer: Answer, first: tuple, events: AsyncGenerator) -> AsyncIterator[str]:
     """Server-sent events, the last one [DONE]. What fails on the way is an event too."""
     try:
         with contextlib.suppress(ClientDisconnect):

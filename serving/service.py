@@ -42,6 +42,7 @@ class Failed(NamedTuple):
 
 
 Event = Token | Sample | Scores | Failed
+Told = list[tuple["Job", Event]]
 
 
 @dataclass(eq=False)
@@ -146,7 +147,7 @@ class Service:
         self.unfinished -= job.awaited
         job.awaited = 0
 
-    def _deliver(self, events: list[tuple[Job, Event]]) -> None:
+    def _deliver(self, events: Told) -> None:
         for job, event in events:
             if not job.awaited:  # cancelled meanwhile
                 continue
@@ -176,7 +177,7 @@ class Service:
             self._send([(job, Failed("the engine has ended")) for job in left])
             self._loop.call_soon_threadsafe(self.on_error)
 
-    def _send(self, events: list[tuple[Job, Event]]) -> None:
+    def _send(self, events: Told) -> None:
         if events:
             self._loop.call_soon_threadsafe(self._deliver, events)
 
@@ -210,14 +211,15 @@ class Service:
         self.engine.cancel(job)
         self._drawing.discard(job)
 
-    def _score(self) -> list[tuple[Job, Event]]:
+    def _score(self) -> Told:
         """One batch of those that wait."""
         jobs, tokens = [], 0
         room = self.batch_tokens
         while self._scoring and (not jobs or tokens + len(self._scoring[0].prompt) <= room):
             jobs.append(self._scoring.popleft())
             tokens += len(jobs[-1].prompt)
-        prompts, events = [job.prompt for job in jobs], []
+        events: Told = []
+        prompts = [job.prompt for job in jobs]
         try:
             found = score_prompts(self.model, prompts, self.logprobs, self.batch_tokens)
         except ValueError as error:
@@ -227,9 +229,10 @@ class Service:
             events += self._next_token(job, scores)
         return events
 
-    def _next_token(self, job: Job, scores: Scores) -> list[tuple[Job, Event]]:
+    def _next_token(self, job: Job, scores: Scores) -> Told:
         """The samples of a job that needs no drawing: the likeliest token, whatever it is."""
-        asked, token, events = job.asked, scores.ids[-1][0], []
+        events: Told = []
+        asked, token = job.asked, scores.ids[-1][0]
         if not (asked.one_pass and asked.draws):
             return []
         ends, text = token in self.end_ids, self.texts.continuation(job.prompt, [token])
@@ -242,8 +245,9 @@ class Service:
             events.append((job, Sample(job, s, [] if ends else [token], text, reason)))
         return events
 
-    def _step(self) -> list[tuple[Job, Event]]:
-        progress, events = self.engine.step(), []
+    def _step(self) -> Told:
+        events: Told = []
+        progress = self.engine.step()
         for token in progress.tokens:
             job: Any = token.request
             if job not in self._drawing:
@@ -254,8 +258,10 @@ class Service:
                 events.append((job, Failed(NAN)))
             else:
                 events.append((job, token))
-        finished = [s for s in progress.finished if s.prompt_index in self._drawing]
-        events += [(sample.prompt_index, sample) for sample in finished]
+        for sample in progress.finished:
+            job = sample.prompt_index  # the request's name
+            if job in self._drawing:
+                events.append((job, sample))
         # only now: several samples of a request may end in one step
         self._drawing &= self.engine.requests.keys()
         return events
