@@ -211,7 +211,7 @@ def checked_length(served: Served, new_tokens: int) -> int:
     return wanted
 
 
-def _stream(fields: Fields) -> dict[str, bool]:
+def _stream(fields: Fields) -> dict[str, Any]:
     options = fields.inner("stream_options")
     tells = options.flag("include_usage")
     options.refuse_rest({"include_obfuscation": (False,)})

@@ -239,10 +239,11 @@ class Service:
         cuts = [at for stop in asked.sampling.stop if (at := text.find(stop)) >= 0]
         reason = "eos" if ends else "stop" if cuts else "length"
         text = "" if ends else text[: min(cuts, default=len(text))].rstrip(REPLACEMENT)
+        name: Any = job  # of the request, where a sample has its prompt's index
         for s in range(asked.n):
             told = scores.ids[-1], scores.logprobs[-1]
             events.append((job, Token(job, s, token, told)))
-            events.append((job, Sample(job, s, [] if ends else [token], text, reason)))
+            events.append((job, Sample(name, s, [] if ends else [token], text, reason)))
         return events
 
     def _step(self) -> Told:

@@ -27,6 +27,7 @@ def ask(url, body):
         return json.load(reply)
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_is_on_its_way(path):
     words = command(0, "serve.py", "--checkpoint-path", path, "--port", 0, "--device", "cpu")
     with started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
