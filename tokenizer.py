@@ -231,8 +231,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, tok: Any, name: str):
-        self.tok, self.name = tok, name
-        self._encoding = threading.Lock()  # over the backend's switch and what is encoded by it
+        self.tok, self.name, self._encoding = tok, name, threading.Lock()
         self.backend = getattr(tok, "backend_tokenizer", None)
         self._definition = json.loads(self.backend.to_str()) if self.backend else {}
         if self.backend:  # a tokenizer.json may carry settings that would cut or pad every text
@@ -269,7 +268,7 @@ class HuggingFaceTokenizer:
                 np.array(self.tok.encode(t, **options, verbose=False), dtype=np.uint32)
                 for t in texts
             ]
-        with self._encoding:
+        with self._encoding:  # the switch is the backend's
             self.backend.encode_special_tokens = not specials
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, dtype=np.uint32) for e in encodings]
