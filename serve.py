@@ -117,7 +117,6 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     logprobs = min(options.max_logprobs, facts.vocab_size)
     service = Service(
         *(model, texts, Capacity(rows, context, new_tokens), end_tokens(facts)),
-        context=context,
         queue_size=options.max_queue,
         logprobs=logprobs,
         batch_tokens=BATCH_TOKENS[dist.device.type],

@@ -71,8 +71,8 @@ class Job:
 
 
 class Service:
-    """See the file's docstring. context, capacity: what a prompt and an answer may have. queue:
-    sequences that may wait beside those in rows. logprobs: of the likeliest, told of each token.
+    """See the file's docstring. capacity: its prompt_tokens are the context, which a prompt and its
+    answer share. queue_size: sequences that may wait beside those in rows. logprobs: of the likeliest, told of each token.
     batch_tokens: of prompts scored at once. ValueError where the model gives NaN."""
 
     def __init__(
@@ -82,14 +82,12 @@ class Service:
         capacity: Capacity,
         end_ids: Collection[int],
         *,
-        context: int,
         queue_size: int,
         logprobs: int,
         batch_tokens: int,
         compiled: bool = False,
     ):
-        self.model, self.texts, self.context = model, texts, context
-        self.capacity = capacity
+        self.model, self.texts, self.capacity = model, texts, capacity
         self.logprobs, self.batch_tokens = logprobs, batch_tokens
         score_prompts(model, [[0]], logprobs, batch_tokens)  # it runs, and gives numbers
         self.engine = Engine(
@@ -199,7 +197,7 @@ class Service:
         if asked.scores:
             self._scoring.append(job)
         if asked.draws and not asked.one_pass:
-            room = self.context + 1 - len(job.prompt)
+            room = self.capacity.prompt_tokens + 1 - len(job.prompt)
             new_tokens = min(asked.sampling.max_new_tokens, room)
             sampling = replace(asked.sampling, max_new_tokens=new_tokens)
             self.engine.submit(job, job.prompt, sampling, range(asked.n), job.key)
