@@ -72,8 +72,9 @@ class Job:
 
 class Service:
     """See the file's docstring. capacity: its prompt_tokens are the context, which a prompt and its
-    answer share. queue_size: sequences that may wait beside those in rows. logprobs: of the likeliest, told of each token.
-    batch_tokens: of prompts scored at once. ValueError where the model gives NaN."""
+    answer share. queue_size: sequences that may wait beside those in rows. logprobs: of the
+    likeliest, told of each token. batch_tokens: of prompts scored at once. ValueError where the
+    model gives NaN."""
 
     def __init__(
         self,
