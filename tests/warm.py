@@ -91,14 +91,15 @@ def _kill(pid: int) -> None:
 
 def next_request(server: socket.socket) -> dict:
     """Returns in a new process for each request; in this one never."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those of `keep`
     while True:
         data, fds, _, _ = socket.recv_fds(server, LONGEST, 3)
         if not data:
             os._exit(0)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # those of earlier requests
+                pass
         if os.fork() == 0:
             server.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             keep(*fds)
             return json.loads(data)
         for fd in fds:
