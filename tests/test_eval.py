@@ -142,9 +142,7 @@ def test_standard_error_by_jackknife(run_dir):
 def test_any_number_of_ranks_gives_the_same_bits(run_dir):
     """32 windows in 8 batches over 3 ranks; two checkpoints; a plain directory of them."""
     common = {"path": "", "text": False}
-    runs = {
-        n: evaluate(run_dir, n=n, name=f"n{n}", cold=n == 2, **common)[1] for n in (1, 2, 3)
-    }
+    runs = {n: evaluate(run_dir, n=n, name=f"n{n}", cold=n == 2, **common)[1] for n in (1, 2, 3)}
     assert [record["checkpoint"]["step"] for record, _ in runs[1]] == [10, 20]
     for n in (2, 3):
         for (one, arrays_one), (many, arrays_many) in zip(runs[1], runs[n], strict=True):

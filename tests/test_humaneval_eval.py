@@ -474,7 +474,7 @@ OF_DRAWING = {
     "system_prompt": "x",
     "fewshot_as_turns": "--no-fewshot-as-turns",
     "chat_template_args": "a=1",
-    **{"config": "c", "tokenizer_name": "byte", "results_dir": "r", "run_name": "n"},
+    **{"config": "c", "base": "b", "tokenizer_name": "byte", "results_dir": "r", "run_name": "n"},
     **{"num_samples": "2", "max_new_tokens": "5", "temperature": "0.5", "top_p": "0.5"},
     **{"top_k": "3", "stop": "x", "seed": "7", "bos": "on", "limit": "3", "batch_size": "2"},
     **{"compile": "off", "dtype": "fp32", "bf16": "", "no_amp": "", "device": "cpu"},

@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -27,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = [str(ROOT), str(ROOT / "tests")]
+IMPORTED = ("torch.distributed.run", "sweep", "train", "compute", "report", "builders")
 LONGEST = 1 << 20  # bytes of a request
 
 
@@ -154,18 +156,8 @@ def run_under_torchrun(ranks: int, words: list[str]) -> None:
 
 def main() -> None:
     sys.path[1:1] = PLACES
-    import torch.distributed.run
-
-    import builders
-    import checkpoint
-    import compute
-    import gsm8k_eval
-    import humaneval_eval
-    import mmlu_eval
-    import report
-    import sweep
-    import train
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     gc.freeze()  # so that no fork copies all of it when it ends
     request = next_request(socket.socket(fileno=int(sys.argv[1])))
     os.environ.clear()
