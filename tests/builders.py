@@ -232,7 +232,7 @@ def run_to_end(words, code: int | None = 0, **options):
 
 def torchrun(n: int, script, *argv, code: int | None = 0, cold: bool = False, **options):
     """run_to_end() of a script of ours: under torchrun with n ranks, plainly if n is 0. cold: in
-    new interpreters, as users start it; else where Popen has no options, from warm.py."""
+    new interpreters, as on GPUs and with options of Popen it must be; else from warm.py."""
     if cold or options:
         return run_to_end(command(n, script, *argv), code, **options)
     words = [ROOT / script, *argv]

@@ -1,7 +1,7 @@
 """Real processes that need not import torch first: forked from one that has done nothing else.
 
-    code, stdout, stderr = warm.run(["eval.py", "--help"])                    # python eval.py --help
-    code, stdout, stderr = warm.run(["eval.py", ...], ranks=2)        # torchrun, each rank a process
+    code, stdout, stderr = warm.run(["eval.py", "--help"])      # python eval.py --help
+    code, stdout, stderr = warm.run(["eval.py", …], ranks=2)    # torchrun --nproc-per-node=2 …
 
 Importing takes seconds of every process that a test starts, and most tests ask what a script does
 and not how Python starts it. So one process imports what the scripts import, and forks for each
