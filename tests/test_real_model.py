@@ -19,7 +19,8 @@ import checkpoint
 from backends import Sampling
 from backends.local import Local
 from mmlu_eval import evaluate_mmlu
-from tasks.questions import LETTERS, load_template, read_data
+from tasks.questions import LETTERS, read_data
+from tasks.templates import load_template
 from tokenizer import build_tokenizer
 
 transformers = pytest.importorskip("transformers")
