@@ -367,7 +367,7 @@ cli.run(humaneval_eval.main)
 def launch(saved, data_dir, where, ranks, script="humaneval_eval.py", **options):
     words = ["--checkpoint-path", saved, "--device", "cpu"]
     words += ["--data-path", data_dir / "HumanEval.jsonl.gz", "--limit", "9"]
-    words += ["--num-samples", "3", "--temperature", "1.0", "--max-new-tokens", "200"]
+    words += ["--num-samples", "3", "--temperature", "1.0", "--max-new-tokens", "64"]
     words += ["--results-dir", where, *JUDGING, "--k", "2", "--show", "4"]
     return torchrun(ranks if ranks > 1 else 0, script, *words, **options)
 
