@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = [str(ROOT), str(ROOT / "tests")]
-IMPORTED = ("torch.distributed.run", "sweep", "train", "compute", "report", "builders")
+IMPORTED = ("torch.distributed.run", "sweep", "train", "builders")  # not what needs no torch
 LONGEST = 1 << 20  # bytes of a request
 
 
@@ -69,7 +69,9 @@ def run(words, ranks: int = 0, patience: float = 600) -> tuple[int, str, str]:
         fds = [stdout.fileno(), stderr.fileno(), writer]
         socket.send_fds(_server(), [json.dumps(request).encode()], fds)
         os.close(writer)
-        pid = int(status.readline())
+        begun = status.readline()
+        assert begun, "the process of warm.py has ended"
+        pid = int(begun)
         if not select.select([status], [], [], patience)[0]:
             _kill(pid)
             raise subprocess.TimeoutExpired(words, patience)
