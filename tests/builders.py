@@ -260,9 +260,11 @@ def ranks_script(folder, body: str, timeout: float = PATIENCE) -> Path:
     return path
 
 
-def run_ranks(n: int, folder, body: str, code: int | None = 0, timeout: float = PATIENCE):
+def run_ranks(
+    n: int, folder, body: str, code: int | None = 0, timeout: float = PATIENCE, cold: bool = False
+):
     """Run `body` as ranks_script() has it under torchrun with n ranks. As torchrun()."""
-    return torchrun(n, ranks_script(folder, body, timeout), code=code)
+    return torchrun(n, ranks_script(folder, body, timeout), code=code, cold=cold)
 
 
 def error_of(script, *argv) -> str:
