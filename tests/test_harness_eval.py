@@ -10,6 +10,8 @@ pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not install
 from harness_tasks import write_tasks
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import harness_eval
+
 LIMIT, SHOTS, NEW = 3, 2, 12
 
 
@@ -80,8 +82,6 @@ def records_of(folder):
 
 def test_answers_are_lm_evals(place, theirs, tmp_path):
     """A choice, a text, and a loss over windows."""
-    import harness_eval
-
     quick = {"mmlu_anatomy", "bbh_fewshot_date_understanding", "wikitext"}
     harness_eval.main([*map(str, flags(place, tmp_path, quick)), "--device", "cpu"])
     found = records_of(tmp_path)
@@ -105,7 +105,7 @@ def test_chats_are_lm_evals(place, theirs, tmp_path, as_turns):
     tasks = {"mmlu_anatomy", "gsm8k", "bbh_cot_fewshot_web_of_lies"}
     words = ["--chat-template", "--system-prompt", "Be brief."]
     words += [f"--{'' if as_turns else 'no-'}fewshot-as-turns"]
-    run_to_end(command(0, "harness_eval.py", *flags(place, tmp_path, tasks), *words))
+    harness_eval.main([*map(str, flags(place, tmp_path, tasks)), *words, "--device", "cpu"])
     wanted = theirs(
         tasks,
         apply_chat_template=True,
