@@ -92,7 +92,7 @@ def test_answers_are_lm_evals(place, theirs, tmp_path):
 @pytest.mark.slow
 def test_every_answer_is_lm_evals_on_two_ranks(place, theirs, tmp_path):
     every = {path.stem for path in (place / "tasks").glob("*.yaml")}
-    torchrun(2, "harness_eval.py", *flags(place, tmp_path, every))
+    torchrun(2, "harness_eval.py", *flags(place, tmp_path, every), cold=True)
     found = records_of(tmp_path)
     assert found.keys() == every and len(every) == 8
     compare(found, theirs(every))
@@ -145,7 +145,7 @@ def same_answer(ours, theirs):
 def test_any_number_of_ranks_gives_the_same_bits(place, tmp_path):
     tasks = {"mmlu_anatomy", "gsm8k", "truthfulqa_mc2"}
     for ranks in (1, 3):
-        torchrun(ranks, "harness_eval.py", *flags(place, tmp_path / str(ranks), tasks))
+        torchrun(ranks, "harness_eval.py", *flags(place, tmp_path / str(ranks), tasks), cold=True)
     one, three = (
         {path.name: dict(np.load(path)) for path in (tmp_path / ranks).rglob("*.npz")}
         for ranks in ("1", "3")
