@@ -102,7 +102,7 @@ def battery(tmp_path, data, n_kills, n_steps, seed):
                 left.update(kill(sweeper, rng))
         assert trainer.wait(PATIENCE) == 0
     last = flags(run_dir, data, "results", *watch, "--until-step", n_steps, "--lease-seconds", 20)
-    torchrun(2, "sweep.py", *last)
+    torchrun(2, "sweep.py", *last, cold=True)
     # whose torchrun died before they had found it give up after distributed.CONNECT_TIMEOUT, two
     # minutes; torch's pauses between its tries grow, and the last one may end after twice that
     wait_for(lambda: not any(map(is_there, left)))
