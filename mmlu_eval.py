@@ -147,6 +147,7 @@ def plan(options: Options, facts: Facts) -> Plan:
     bos = evaluation.resolve_bos(options.bos, tokenizer)
     generates = scoring == "generate"
     share_prefix = not options.no_prefix_cache and facts.shares_prefixes and not generates
+    batch_tokens = None if generates else options.batch_tokens or BATCH_TOKENS.get(facts.device)
     data = read_questions(options)
     protocol = {
         "template": template.name,
@@ -164,7 +165,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "prefix_cache": share_prefix,
-        "batch_tokens": None if generates else options.batch_tokens or BATCH_TOKENS[facts.device],
+        "batch_tokens": batch_tokens,
         "batch_size": options.batch_size,
         "examples_hash": data.examples_hash,
     }
