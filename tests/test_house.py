@@ -43,7 +43,8 @@ FLOORS = [
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
-    "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
+    "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction "
+    "tasks/code_prompts "
     "tasks/problems tasks/scores tasks/questions tasks/prompts tasks/choices tasks/programs "
     "tasks/word_problems tasks/drawing tasks/harness",
     "evaluation training/batches training/log training/options",
