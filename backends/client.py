@@ -28,6 +28,7 @@ KEY = "ROSEVAL_API_KEY"
 TRIES = 8  # of one request; with PAUSE doubling up to LONGEST_PAUSE, a minute or so
 TIMEOUT_TRIES = 2  # ... where each costs as long as an answer may take
 SAME_ERRORS = 3  # equal 5xx in a row, while another request is answered: this one's own fault
+TOO_SLOW = "no answer within"
 PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 LONGEST_RETRY_AFTER = 600.0  # seconds that a server may ask for
 CONNECT_SECONDS = 20.0
@@ -145,9 +146,9 @@ class Client:
     def _give_up_or_go_on(self, said: list[str]) -> None:
         same = said[-SAME_ERRORS:]
         is_same = said[-1].startswith("5") and len(same) == SAME_ERRORS and len({*same}) == 1
-        if is_same and self._answers_control():
+        slow = sum(text.startswith(TOO_SLOW) for text in said)
+        if (is_same or slow >= TIMEOUT_TRIES) and self._answers_control():
             raise Refused(said[-1])
-        slow = sum(text.startswith("no answer within") for text in said)
         if len(said) >= TRIES or slow >= TIMEOUT_TRIES:
             self._gone = f"{self.root}: {said[-1]} (asked {len(said)} times)"
         if self._gone:
@@ -183,7 +184,7 @@ class Client:
             return "no connection"
         if isinstance(error, errors.TimeoutError):
             seconds = self._pool.connection_pool_kw["timeout"].read_timeout
-            return f"no answer within {seconds:g} s"
+            return f"{TOO_SLOW} {seconds:g} s"
         return "the connection broke off"
 
 

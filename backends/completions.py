@@ -126,8 +126,8 @@ class Completions:
             "temperature": sampling.temperature,
             "top_p": 1.0 if greedy else sampling.top_p,
             "n": 1,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
             "stream": False,
         } | NEUTRAL[self.kind]
         if sampling.top_k and not greedy:

@@ -219,12 +219,13 @@ class Endpoint:
                 )
             return self._sample(job, wanted, drawn)
 
-        n_drawn, waiting = 0, []
+        n_drawn, n_refused, waiting = 0, 0, []
         with self._timed() as cost:
             try:
                 for job, answer in in_flight(draw, jobs, self.concurrency):
                     if isinstance(answer, str):
                         cli.note(f"the server refuses a prompt: {answer}")
+                        n_refused += 1
                         waiting.append((Sample(job[0], job[1], [], "", REFUSED), 0, answer))
                     else:
                         n_drawn += 1
@@ -239,7 +240,7 @@ class Endpoint:
                 ) from None
             if waiting:
                 raise ValueError(f"{self.client.root} refuses every prompt: {waiting[0][2]}")
-        self._ran |= {"batch_size": None, "compile": None}
+            self._ran |= {"batch_size": None, "compile": None, "refused": n_refused}
 
     def cost(self) -> dict:
         """Of the last verb: seconds, requests and their seconds, tokens; no GPU of ours."""

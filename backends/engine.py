@@ -371,8 +371,12 @@ def generate(
     return Generation(stream(), bool(compile))
 
 
-def by_sample(sampling, n_prompts: int, n_samples: int) -> list[list[Sampling]]:
-    """[n_prompts, n_samples]"""
+def by_sample(
+    sampling: Sampling | abc.Sequence[Sampling] | abc.Sequence[abc.Sequence[Sampling]],
+    n_prompts: int,
+    n_samples: int,
+) -> list[list[Sampling]]:
+    """[n_prompts, n_samples] of one for all, one for each prompt, or one for each sample."""
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, not {n_samples}")
     if isinstance(sampling, Sampling):

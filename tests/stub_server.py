@@ -27,17 +27,17 @@ BYTE = build_tokenizer("byte")
 
 class StubServer:
     """owner: who owns the model, as /v1/models says. context: of a prompt and what follows it.
-    refuse: a piece of text whose prompts are answered with `refusal` (status, message). key: that
-    is wanted. keeps_stop, seeds, hot: whether stop strings stay, seeds are honoured, and a
-    temperature is. ids: whether prompts may be token ids. bos: whether texts get a token before
-    them."""
+    refuse: a piece of text whose prompts are answered with `refusal` (status, message); slow: one
+    whose prompts are answered late. key: that is wanted. keeps_stop, seeds, hot: whether stop
+    strings stay, seeds are honoured, and a temperature is. ids: whether prompts may be token ids.
+    bos: whether texts get a token before them."""
 
     def __init__(self, model, lie=None, owner="vllm", context=256, **options):
         assert lie is None or lie in LIES, lie
         self.model, self.lie, self.owner, self.context = model, lie, owner, context
         defaults = {"refuse": None, "refusal": (400, "no"), "key": None, "keeps_stop": False}
         defaults |= {"seeds": True, "hot": True, "ids": True, "bos": False, "names": ["tiny"]}
-        defaults |= {"tokenize": True, "usage": True}
+        defaults |= {"slow": None, "tokenize": True, "usage": True}
         assert options.keys() <= defaults.keys(), options
         self.__dict__.update(defaults | options)
         self.lock, self.bodies, self.faults, self.headers = threading.Lock(), [], [], []
@@ -155,6 +155,8 @@ class StubServer:
             return 422, {"detail": [{"msg": "a text is needed"}]}
         else:
             text = BYTE.decode(prompt)
+        if self.slow and self.slow in text:
+            time.sleep(self.hang_seconds)
         if self.refuse and self.refuse in text:
             status, message = self.refusal
             return status, {"error": {"message": message}}

@@ -185,7 +185,8 @@ def backend_requests(backend, server):
     return len(server.bodies) - before
 
 
-def test_gsm8k_with_a_prompt_that_is_refused(model, tmp_path, capsys):
+def test_gsm8k_with_a_prompt_that_is_refused(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ROSEVAL_API_KEY", "sk-secret")
     (tmp_path / "g").mkdir()
     shots = [{"question": f"{i} + 1?", "answer": f"It is.\n#### {i + 1}"} for i in range(8)]
     write_jsonl(tmp_path / "g/train.jsonl", shots)
@@ -194,8 +195,11 @@ def test_gsm8k_with_a_prompt_that_is_refused(model, tmp_path, capsys):
     flags = ["--data-path", tmp_path / "g", "--num-few-shot", 1, "--max-new-tokens", 8]
     with StubServer(model, refuse="FORBIDDEN", refusal=(422, "not this one")) as server:
         record = evaluate(gsm8k_eval, server, tmp_path, *flags)
-    assert record["breakdown"]["finish"]["refused"] == 1
-    assert "a prompt: 422 not this one" in capsys.readouterr().err
+    assert record["breakdown"]["finish"]["refused"] == record["protocol"]["refused"] == 1
+    out, err = capsys.readouterr()
+    assert "a prompt: 422 not this one" in err and "sk-secret" not in out + err
+    files = [path for path in (tmp_path / "r").rglob("*") if path.is_file()]
+    assert len(files) > 2 and not any(b"sk-secret" in path.read_bytes() for path in files)
     wanted = gsm8k_eval.evaluate_gsm8k(
         model, BYTE, tmp_path / "g", num_few_shot=1, max_new_tokens=8
     )
@@ -365,6 +369,16 @@ def test_a_refused_prompt_at_any_concurrency(status, message, model):
             rows = Continuations([[]], np.array([0]), [np.array(PROMPTS[2])], [[5]])
             with pytest.raises(ValueError, match=f"{status} {message}; no score is written"):
                 backend.score_rows(rows)
+
+
+def test_a_prompt_that_hangs_alone_is_refused(model):
+    with StubServer(model) as server:
+        backend = endpoint(server, timeout=0.3)
+        server.slow = "question"
+        found = backend.generate(PROMPTS, Sampling(max_new_tokens=2))
+        finish = {s.prompt_index: s.finish_reason for s in found}
+        assert finish.pop(2) == "refused" and "refused" not in finish.values()
+        assert backend.ran()["refused"] == 1
 
 
 def test_prompts_beyond_the_context(server):
