@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import cli
 import evaluation as frame
 import launcher
+import resampling
 import stats
 from cli import printable
 from durable import check_writable
@@ -296,14 +299,35 @@ def print_differences(pairs: list[tuple[Result, Result]]) -> None:
                 continue
             out = stats.paired_difference(before, after, weight)
             told.append(f"{name} {out['difference']:+.5f} [{out['low']:+.5f}, {out['high']:+.5f}]")
+        told += _of_statistics(about.get("statistics") or {}, base.arrays, adapted.arrays)
         print(f"{printable(adapted['checkpoint']['name'])}: {', '.join(told) or 'not comparable'}")
 
 
-def print_shares(records: list[dict], names: list[str], width: int) -> None:
+def _of_statistics(statistics: dict, base: dict, adapted: dict) -> list[str]:
+    """The same of metrics that are no mean."""
+    told = []
+    for name, made in statistics.items():
+        sides = [
+            np.column_stack([np.asarray(arrays[array], np.float64) for array in made["arrays"]])
+            for arrays in (base, adapted)
+            if all(array in arrays for array in made["arrays"])
+        ]
+        if len(sides) == 2 and sides[0].shape == sides[1].shape:
+            out = resampling.paired(made["score"], sides[0], sides[1])
+            told.append(f"{name} {out['difference']:+.5f} [{out['low']:+.5f}, {out['high']:+.5f}]")
+    return told
+
+
+def print_shares(
+    records: list[dict],
+    names: list[str],
+    width: int,
+    as_text: Callable[[dict], str] = stats.show_share,
+) -> None:
     """A line for each checkpoint, a column of `width` characters for each of these metrics, which
-    are shares."""
+    are shares, or what `as_text` makes of them."""
     first = max(10, *map(len, called(records)))
     print(f"\n{'checkpoint':{first}}" + "".join(f"{name:>{width}}" for name in names))
     for name, record in zip(called(records), records, strict=True):
-        cells = (stats.show_share(record["metrics"][metric]) for metric in names)
+        cells = (as_text(record["metrics"][metric]) for metric in names)
         print(f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))

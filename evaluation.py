@@ -47,7 +47,8 @@ class Plan:
 
     protocol: what was asked for, in full; all of it but the tokenizer's name decides the numbers.
     data: the record's `data`, with its hash. work: what `run` needs. words: the protocol in words.
-    prepare: work that can go on while weights load, called once before `run`.
+    prepare: work that can go on while weights load, called once before `run`. name: what its
+    records are called, where one evaluation asks several sets; default: the evaluation's.
     """
 
     protocol: dict
@@ -55,6 +56,7 @@ class Plan:
     work: Any
     words: tuple[str, ...] = ()
     prepare: Callable[[], Any] = lambda: None
+    name: str | None = None
 
     @property
     def configuration(self) -> dict:
@@ -174,7 +176,8 @@ def resume_key(evaluation: Evaluation, plan: Plan, info: dict, *rooms: str) -> s
     """What the record to come will be known by: the same key, the same numbers. info: what it says
     of the checkpoint."""
     code, data = evaluation.code_version(*rooms), plan.data.get("hash")
-    return results.resume_key(info, evaluation.name, plan.config_hash, data, code)
+    name = plan.name or evaluation.name
+    return results.resume_key(info, name, plan.config_hash, data, code)
 
 
 def local_backend(
@@ -224,7 +227,7 @@ def measure(
         folder.close()
     data = plan.data | outcome.data
     record = results.new_record(
-        evaluation.name,
+        plan.name or evaluation.name,
         outcome.metrics,
         plan.protocol | backend.ran() | outcome.protocol,
         run=run,
@@ -244,8 +247,9 @@ def record_path(
     evaluation: Evaluation, plan: Plan, info: dict, run: str, results_dir: str | Path
 ) -> Path:
     """Where the record of a plan will lie."""
-    record = {"run": run, "checkpoint": info, "evaluation": evaluation.name, "data": plan.data}
-    return results.record_path(results_dir, record | {"config_hash": plan.config_hash})
+    record = {"run": run, "checkpoint": info, "evaluation": plan.name or evaluation.name}
+    record |= {"data": plan.data, "config_hash": plan.config_hash}
+    return results.record_path(results_dir, record)
 
 
 class Plans:

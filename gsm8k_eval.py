@@ -38,6 +38,7 @@ import stats
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks import answers, drawing
+from tasks import confidence as sure
 from tasks.chat import ChatOptions, open_chat, starts_with_bos
 from tasks.word_problems import Problem, Prompt, data_hash, load_prompt, read_problems
 
@@ -200,20 +201,23 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     breakdown = _breakdown(work, entries, verdicts, arrays["accuracy"])
     if n > 1:
         golds = [p.gold for p in work.problems]
-        voted, measured, calibrated = _votes(values, golds, work.options.ks)
+        voted, measured, drawn_votes = _votes(values, golds, work.options.ks)
         arrays |= voted
         metrics |= measured
-        breakdown["vote_calibration"] = calibrated
+        breakdown |= drawn_votes
+    examples = {
+        "unit": "problems",
+        "scores": {name: name for name in metrics if name in arrays},
+        "labels": {"problem": "{}"},
+    }
+    if n > 1:
+        sure.add_examples(examples, "vote_share", "voted_right", "vote_brier", "vote_")
     drawn = backend.cost()
     return Outcome(
         metrics=metrics,
         breakdown=breakdown,
         arrays=arrays,
-        examples={
-            "unit": "problems",
-            "scores": {name: name for name in metrics if name in arrays},
-            "labels": {"problem": "{}"},
-        },
+        examples=examples,
         cost={"seconds": drawn["seconds"], "samples_resumed": resumed},
         samples=lambda: map(_sample, entries, read, (p for p in work.problems for _ in range(n))),
         shown=breakdown,
@@ -265,8 +269,8 @@ def _breakdown(work: Work, entries: list[dict], verdicts: dict, accuracy: np.nda
 
 def _votes(
     values: list[list[Fraction | None]], golds: list[Fraction], ks: list[int]
-) -> tuple[dict, dict, list[dict]]:
-    """(arrays, metrics, bins of the calibration) of pass@k, of maj@k, and of the confidence that
+) -> tuple[dict, dict, dict]:
+    """(arrays, metrics, breakdown) of pass@k, of maj@k, and of the confidence that
     the share of votes is. A sample without a number has no vote, but counts among the samples."""
     n = len(values[0])
     counts = [Counter(v for v in own if v is not None) for own in values]
@@ -281,11 +285,9 @@ def _votes(
     best = [count.most_common(1) for count in counts]  # [(answer, votes)], or nothing
     confidence = np.array([top[0][1] / n if top else 0.0 for top in best])
     is_right = np.array([bool(top) and top[0][0] == gold for top, gold in zip(best, golds)])
-    measured = stats.calibration(confidence, is_right)
-    arrays |= {"vote_share": confidence, "voted_right": is_right}
-    for name in ("ece", "brier"):
-        metrics[f"vote_{name}"] = results.metric(measured[name], n=len(values), better="lower")
-    return arrays, metrics, measured["bins"]
+    own, drawn, brier = sure.measured(confidence, is_right, "vote_")
+    arrays |= {"vote_share": confidence, "voted_right": is_right, "vote_brier": brier}
+    return arrays, metrics | own, drawn
 
 
 def _majority(count: Counter, gold: Fraction, n: int, k: int) -> float:

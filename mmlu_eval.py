@@ -1,22 +1,27 @@
-"""MMLU and other four-choice sets, scored as lm-evaluation-harness scores them.
+"""MMLU, ARC, HellaSwag, TruthfulQA and other choice sets, scored as lm-evaluation-harness does.
 
     python mmlu_eval.py --checkpoint-path checkpoints/checkpoint-1000 --data-path data/mmlu \\
         --num-few-shot 5
     torchrun --nproc-per-node=8 mmlu_eval.py --checkpoint-path checkpoints --data-path data/mmlu \\
         --num-few-shot 5 --template lm_eval continuation --log-samples
+    python mmlu_eval.py --checkpoint-path checkpoints/checkpoint-1000 --set arc_challenge \\
+        --data-path data/arc --num-few-shot 25
 
     from mmlu_eval import evaluate_mmlu
     result = evaluate_mmlu(model, tokenizer, "data/mmlu", num_few_shot=5)
     result["metrics"]["accuracy"]            # {"value": ..., "stderr": ..., "n": 14042}
 
-Questions and templates are read by tasks/questions.py and become rows of tokens in
-tasks/prompts.py. A subject's few-shot examples are run once and their keys and values shared by all
-its questions (backends/continuations.py). tasks/choices.py counts the answers. Guessing gives 25%;
+A set is a YAML file of configs/choice_sets: how it lies in files, and how it is asked. Questions
+(tasks/questions.py) and templates become rows of tokens in tasks/prompts.py. A subject's few-shot
+examples are run once and their keys and values shared by all its questions
+(backends/continuations.py). tasks/choices.py counts the answers. Guessing gives 25% on MMLU;
 Llama-2-7B's published score is 45.3% (5-shot).
+
+How sure the answers are is measured, too (certainty.py): --fit-temperature scales it by what a
+split that is not asked shows, --p-true asks the model itself, --allow-abstain lets it not answer.
 """
 
 import functools
-import hashlib
 import itertools
 import sys
 import time
@@ -29,27 +34,34 @@ import numpy as np
 import cli
 import command
 import evaluation
-import stats
 from backends import Backend, Facts, Sampling
-from cli import printable
-from durable import dumps, write_atomic
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
+from tasks.chat import ChatOptions, encode, open_chat, starts_with_bos
+from tasks.choice_sets import ChoiceSet, load_set
+from tasks.choice_tables import (
+    column_of,
+    print_accuracies,
+    print_details,
+    print_differences,
+    print_submission,
+)
 from tasks.choices import (
     Answers,
+    Terms,
     examples_of,
     first_letter,
-    letter_or_none,
     make_samples,
+    right_places,
     summarise,
+    with_abstention,
+    without_answers,
 )
+from tasks.further import Further
 from tasks.prompts import MAX_NEW_TOKENS, PromptMaker, Prompts
-from tasks.questions import (
-    LETTERS,
-    SCORINGS,
-    QuestionSet,
-    load_template,
-    read_data,
-)
+from tasks.questions import QuestionSet, read_data
+from tasks.templates import SCORINGS
+
+__all__ = ["MMLU", "column_of", "evaluate_mmlu"]
 
 BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch
 
@@ -62,18 +74,34 @@ class Options:
     """What is asked and how: flags, YAML keys and keywords."""
 
     data_path: str = cli.option("", "directory of the set, or one file of it", metavar="PATH")
-    num_few_shot: int = cli.option(0, "examples from dev (0)", type=int, metavar="K")
-    template: tuple[str, ...] = cli.option(("lm_eval",), "names or YAML files", nargs="+")
+    set: str = cli.option(
+        "mmlu", "a name in configs/choice_sets, or a YAML file (mmlu)", metavar="NAME"
+    )
+    num_few_shot: int = cli.option(
+        0, "examples from the set's few-shot split, MMLU's dev (0)", type=int, metavar="K"
+    )
+    few_shot_draw: str = cli.option(
+        "first",
+        "the first examples for all questions, or others for each, those that lm-eval draws for "
+        "this set on one GPU (first)",
+        choices=("first", "lm_eval"),
+    )
+    template: tuple[str, ...] = cli.option(
+        (), "names in configs/prompts or YAML files (the set's own, MMLU's lm_eval)", nargs="+"
+    )
     scoring: tuple[str, ...] = cli.option(
         (), "default: the template's own", nargs="+", choices=SCORINGS
     )
-    split: str = cli.option("test", "what is asked", choices=("test", "val"))
+    split: str | None = cli.option(
+        None, "what is asked (the set's own, MMLU's test)", choices=("test", "val")
+    )
     subjects: tuple[str, ...] = cli.option((), "only these", nargs="+", metavar="NAME")
     limit: int | None = cli.option(
         None, "so many questions of each subject: not a score", type=cli.positive_int
     )
+    further: Further = Further()  # noqa: RUF009  # frozen
     permute_choices: int = cli.option(
-        1, "also score rotated choice orders, K in all (at most 4)", type=int, metavar="K"
+        1, "also score rotated choice orders, K in all (MMLU: at most 4)", type=int, metavar="K"
     )
     truncate: bool = cli.option(
         False, "cut questions that alone exceed the context on the left: no error"
@@ -88,23 +116,26 @@ class Options:
         type=cli.positive_int,
     )
     batch_size: int | None = cli.option(None, "rows of a batch at most", type=cli.positive_int)
+    chat: ChatOptions = ChatOptions()  # noqa: RUF009
 
     def __post_init__(self):
         if not self.data_path:
             raise ValueError("--data-path PATH is needed: the directory of the set")
         if self.num_few_shot < 0:
             raise ValueError("--num-few-shot must not be negative")
-        if not 1 <= self.permute_choices <= len(LETTERS):
-            raise ValueError(f"--permute-choices must be 1 to 4, not {self.permute_choices}")
+
+    @property
+    def choice_set(self) -> ChoiceSet:
+        return load_set(self.set)
 
 
 def variants(options: Options) -> list[Options]:
     """One for each template and scoring. Beside others, a scoring that a template has no letters
     for is left out of it; a template that is left with none is an error."""
-    found = []
-    for name in dict.fromkeys(options.template):
-        template = load_template(name)
-        wanted = dict.fromkeys(options.scoring or template.scorings[:1])
+    found, choice_set = [], options.choice_set
+    for name in dict.fromkeys(options.template or (choice_set.own.name,)):
+        template = choice_set.template(name)
+        wanted = dict.fromkeys(options.scoring or (choice_set.scoring_of(template),))
         possible = [scoring for scoring in wanted if scoring in template.scorings]
         if not possible:
             raise ValueError(
@@ -128,6 +159,9 @@ class Asked:
     data: QuestionSet
     maker: PromptMaker
     share_prefix: bool
+    choice_set: ChoiceSet
+    further: Further
+    held_out: QuestionSet | None  # what a temperature is fitted on
 
     @functools.cached_property
     def prepared(self) -> tuple[Prompts, float]:
@@ -137,66 +171,123 @@ class Asked:
         evaluation.check_vocabulary(prompts.rows.highest_token, self.facts)
         return prompts, time.perf_counter() - start
 
+    def about(self, data: QuestionSet, changes: dict) -> "Asked":
+        """Other questions, asked in the same way but for `changes`."""
+        made = self.maker
+        terms = {
+            "tokenizer": made.tokenizer,
+            "template": made.template,
+            "scoring": made.scoring,
+            "context": made.context,
+            "truncate": made.truncate,
+            "bos": made.bos,
+            "chat": made.chat,
+        }
+        return replace(
+            self, data=data, maker=PromptMaker(data=data, rotations=1, **terms | changes)
+        )
+
 
 def plan(options: Options, facts: Facts) -> Plan:
     """Reads the questions; of several templates or scorings only the first is planned."""
-    template, tokenizer = load_template(options.template[0]), facts.tokenizer
-    scoring = options.scoring[0] if options.scoring else template.scorings[0]
-    if scoring not in template.scorings:
-        raise ValueError(f"template {template.name} shows no letters: --scoring continuation only")
-    bos = evaluation.resolve_bos(options.bos, tokenizer)
-    generates = scoring == "generate"
-    share_prefix = not options.no_prefix_cache and facts.shares_prefixes and not generates
-    batch_tokens = None if generates else options.batch_tokens or BATCH_TOKENS.get(facts.device)
-    data = read_questions(options)
-    protocol = {
-        "template": template.name,
-        "template_hash": template.hash,
-        "scoring": scoring,
-        "shots": options.num_few_shot,
-        "split": options.split,
-        "subjects": sorted(options.subjects) or None,
-        "limit": options.limit,
-        "permute_choices": options.permute_choices,
-        "truncate": options.truncate,
-        "bos": bos,
-        "context": facts.context,
-        "dtype": facts.dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "prefix_cache": share_prefix,
-        "batch_tokens": batch_tokens,
-        "batch_size": options.batch_size,
-        "examples_hash": data.examples_hash,
-    }
+    choice_set, tokenizer = options.choice_set, facts.tokenizer
+    first = variants(options)[0]
+    template, scoring = choice_set.template(first.template[0]), first.scoring[0]
     maker = PromptMaker(
         tokenizer=tokenizer,
-        data=data,
+        data=read_questions(options),
         template=template,
         scoring=scoring,
         context=facts.context or sys.maxsize,
         rotations=options.permute_choices,
         truncate=options.truncate,
-        bos=bos,
+        bos=evaluation.resolve_bos(options.bos, tokenizer),
+        chat=open_chat(options.chat, tokenizer),
     )
-    work = Asked(facts, data, maker, share_prefix)
+    data, chat, further = maker.data, maker.chat, options.further
+    further.check(data, scoring)
+    held_out = read_held_out(options, data)
+    shares = facts.shares_prefixes and scoring != "generate" and not data.drawn
+    shares = shares and not options.no_prefix_cache
+    work = Asked(facts, data, maker, shares, choice_set, further, held_out)
+    protocol = protocol_of(options, work) | further.terms(held_out)
     about = {"files": data.files, "hash": data.hash, "examples_hash": data.examples_hash}
-    return Plan(protocol, about, work, words_of(protocol), prepare=lambda: work.prepared)
+    whole = not options.limit and not options.subjects
+    if whole and (release := choice_set.release_of(data)):
+        about["release"] = release
+    words = words_of(protocol, about, chat.words if chat else ())
+    return Plan(protocol, about, work, words, lambda: work.prepared, choice_set.name)
+
+
+def protocol_of(options: Options, work: Asked) -> dict:
+    facts, maker, chat = work.facts, work.maker, work.maker.chat
+    tokenizer, bos, generates = facts.tokenizer, maker.bos, maker.scoring == "generate"
+    if chat:  # a template may write its own
+        bos = starts_with_bos(tokenizer, encode(tokenizer, [chat.ask("?")], bos))
+    batch_tokens = options.batch_tokens or BATCH_TOKENS.get(facts.device)  # a server has its own
+    return work.choice_set.protocol | {
+        "template": maker.template.name,
+        "template_hash": maker.template.hash,
+        "scoring": maker.scoring,
+        "shots": options.num_few_shot,
+        **({"few_shot_draw": options.few_shot_draw} if work.data.drawn else {}),
+        "split": options.split or work.choice_set.layout.ask,
+        "subjects": sorted(options.subjects) or None,
+        "limit": options.limit,
+        "permute_choices": options.permute_choices,
+        "truncate": options.truncate,
+        "bos": bos,
+        **(chat.protocol if chat else {}),
+        "context": facts.context,
+        "dtype": facts.dtype,
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "prefix_cache": work.share_prefix,
+        "batch_tokens": None if generates else batch_tokens,
+        "batch_size": options.batch_size,
+        "examples_hash": work.data.examples_hash,
+    }
 
 
 def read_questions(options: Options) -> QuestionSet:
-    subjects = list(options.subjects) or None
-    return read_data(
-        options.data_path, options.num_few_shot, options.split, subjects, options.limit
+    subjects, rotations = list(options.subjects) or None, options.permute_choices
+    data = read_data(
+        options.data_path,
+        options.num_few_shot,
+        options.split,
+        subjects,
+        options.limit,
+        options.choice_set.layout,
+        options.few_shot_draw != "first",
+    )
+    data = with_abstention(data) if options.further.allow_abstain else data
+    fewest = data.n_choices.min()
+    if not 1 <= rotations <= fewest:
+        raise ValueError(f"--permute-choices must be 1 to {fewest}, not {rotations}")
+    return data
+
+
+def read_held_out(options: Options, data: QuestionSet) -> QuestionSet | None:
+    """What a temperature is fitted on, if one is."""
+    layout = options.choice_set.layout
+    return options.further.held_out(
+        data,
+        asked=options.split or layout.ask,
+        shown=layout.few_shot if options.num_few_shot else None,
+        read=lambda split: read_questions(replace(options, split=split)),
     )
 
 
-def words_of(protocol: dict) -> tuple[str, ...]:
+def words_of(protocol: dict, about: dict, of_chat: tuple[str, ...]) -> tuple[str, ...]:
     subjects, limit = protocol["subjects"], protocol["limit"]
     return (
-        protocol["template"],
+        *([about["release"]] if "release" in about else []),
+        *([protocol["template"]] if protocol["template"] != protocol.get("set") else []),
         protocol["scoring"],
         f"{protocol['shots']}-shot",
+        *(["lm-eval's examples"] if "few_shot_draw" in protocol else []),
+        *(["may abstain"] if "abstain" in protocol else []),
+        *of_chat,
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
         *([f"{len(subjects)} subjects only: not a score"] if subjects else []),
@@ -208,25 +299,31 @@ def words_of(protocol: dict) -> tuple[str, ...]:
 # Scores
 
 
-def answer(backend: Backend, prompts: Prompts, protocol: dict) -> Answers:
+def answer(backend: Backend, prompts: Prompts, protocol: dict, work: Asked) -> Answers:
     """Every prompt asked, in the way that the protocol says."""
     if protocol["scoring"] == "generate":
-        return generate_answers(backend, prompts, protocol["batch_size"])
-    rows = prompts.rows
+        return generate_answers(backend, prompts, protocol["batch_size"], work)
+    rows, data, K = prompts.rows, work.data, work.data.n_choices.max()
     found = backend.score_rows(rows, protocol["batch_tokens"], protocol["batch_size"])
-    scores = np.zeros((*prompts.shots.shape, len(LETTERS)))
+    scores = np.zeros((*prompts.shots.shape, K))
     if rows.choice_ids:
-        scores[prompts.question, prompts.rotation] = found.choices + found.targets[:, None]
+        start = prompts.letter_start(found)
+        scores[prompts.question, prompts.rotation] = found.choices + start[:, None]
     else:
         scores[prompts.question, prompts.rotation, prompts.choice] = found.targets
+    there = np.arange(K) < data.n_choices[:, None, None]  # [questions, 1, K]
+    scores = np.where(there, scores, -np.inf)
     return Answers(scores.argmax(-1), scores)
 
 
-def generate_answers(backend: Backend, prompts: Prompts, batch_size: int | None) -> Answers:
+def generate_answers(
+    backend: Backend, prompts: Prompts, batch_size: int | None, work: Asked
+) -> Answers:
     """The first letter that stands alone in MAX_NEW_TOKENS greedy tokens, before a blank line."""
-    tokenizer, mine = backend.facts.tokenizer, []
+    tokenizer, chat, mine = backend.facts.tokenizer, work.maker.chat, []
+    stop = (chat.turn_end,) if chat and chat.turn_end else ()
     ids = [row.tolist() for row in prompts.rows.ids]
-    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0)
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0, stop=stop)
     with cli.progress(len(ids), "mmlu", "row") as bar:
         for sample in backend.generate(ids, greedy, batch_size=batch_size):
             mine.append((sample.prompt_index, tokenizer.decode(sample.token_ids)))
@@ -234,7 +331,8 @@ def generate_answers(backend: Backend, prompts: Prompts, batch_size: int | None)
     texts = np.full(prompts.shots.shape, "", dtype=object)
     for row, text in itertools.chain.from_iterable(backend.dist.gather(mine)):
         texts[prompts.question[row], prompts.rotation[row]] = text
-    return Answers(np.vectorize(first_letter, otypes=[np.int64])(texts), texts=texts)
+    read = np.vectorize(first_letter, otypes=[np.int64])
+    return Answers(read(texts, work.data.n_choices[:, None]), texts=texts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -245,14 +343,30 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     """Score every question; arrays hold an entry for each, of the choices as they are listed."""
     protocol, data = plan.protocol, plan.work.data
     prompts, prepare_seconds = plan.work.prepared
-    answers = answer(backend, prompts, protocol)
-    rotation = np.arange(protocol["permute_choices"])
-    gold = (np.array([[q.answer] for q in data.questions]) - rotation) % len(LETTERS)
-    metrics, breakdown, arrays = summarise(data, protocol["scoring"], answers, gold)
+    answers = answer(backend, prompts, protocol, plan.work)
+    right = right_places(data, protocol["permute_choices"])
+    choice_set, cost = plan.work.choice_set, backend.cost()
+    terms = Terms(
+        protocol["scoring"], choice_set.normalisation, choice_set.metric, "abstain" in protocol
+    )
+    if data.hidden:
+        metrics, breakdown, arrays = without_answers(data, answers)
+    else:
+        metrics, breakdown, arrays = summarise(data, terms, answers, right)
+
+    def ask(others: QuestionSet, changes: dict) -> Answers:
+        scoring = changes.get("scoring", protocol["scoring"])
+        batch_tokens = protocol["batch_tokens"] or BATCH_TOKENS.get(backend.facts.device)
+        own = protocol | {"scoring": scoring, "batch_tokens": batch_tokens}
+        work = plan.work.about(others, changes)
+        return answer(backend, work.prepared[0], own, work)
+
+    found = plan.work.further.measure(ask, data, plan.work.held_out, answers, arrays)
+    arrays |= found.arrays
     generates = protocol["scoring"] == "generate"
     return Outcome(
-        metrics=metrics,
-        breakdown=breakdown,
+        metrics=metrics | found.metrics,
+        breakdown=breakdown | found.breakdown,
         arrays=arrays,
         examples=examples_of(arrays),
         protocol={
@@ -262,20 +376,18 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
             "truncated": prompts.truncated,
             "shortened": int((prompts.shots < protocol["shots"]).sum()),
             "shots_kept": np.bincount(prompts.shots.ravel()).tolist(),  # prompts by examples kept
+            **found.protocol,
         },
-        data={"tokens": prompts.rows.unique_tokens()},
-        cost={"prepare_seconds": prepare_seconds},
-        samples=functools.partial(make_samples, data, prompts, answers, gold),
+        data={"tokens": prompts.rows.unique_tokens()}
+        | ({"first_prompt": prompts.first} if "chat_template" in protocol else {}),
+        cost=cost | {"prepare_seconds": prepare_seconds},
+        samples=functools.partial(make_samples, data, prompts, answers, right),
         shown=data,
     )
 
 
 # ---------------------------------------------------------------------------------------------
-# Output
-
-
-def column_of(record: Result) -> str:
-    return f"{record['protocol']['template']}/{record['protocol']['scoring']}"
+# The evaluation
 
 
 def show(records: list[Result]) -> None:
@@ -285,108 +397,11 @@ def show(records: list[Result]) -> None:
         print_details(record)
     for record in records:
         print(f"record: {record.place}")
+        if record.shown.hidden:
+            print_submission(record)
     if len(records) > 1:
         print_differences(records)
 
-
-def print_accuracies(records: list[Result]) -> None:
-    """Accuracy overall, by category and by subject, one column for each record of a checkpoint."""
-    first = records[0]
-    data, protocol = first.shown, first["protocol"]
-    print(
-        f"\n{printable(first['checkpoint']['name'])}: {len(data.questions):,} questions of "
-        f"{len(data.subjects)} subjects, {protocol['shots']}-shot"
-    )
-    if protocol["limit"] or protocol["subjects"]:
-        print("A PART OF THE QUESTIONS (--limit, --subjects): not a score of the set")
-    names = ["accuracy", "accuracy_normalised"]
-    columns = [
-        (r, n, column_of(r) + ("/norm" if n != "accuracy" else ""))
-        for r in records
-        for n in names
-        if n in r["metrics"]
-    ]
-    widths = [max(17, len(title)) + 2 for *_, title in columns]
-
-    def line(label, cells):
-        print(f"{label:38}" + "".join(f"{c:>{width}}" for c, width in zip(cells, widths)))
-
-    def share_line(label, shares):
-        line(label, map(stats.show_share, shares))
-
-    line("", [title for *_, title in columns])
-
-    share_line("micro (all questions)", [r["metrics"][n] for r, n, _ in columns])
-    macro = [r["metrics"][n.replace("accuracy", "accuracy_macro")] for r, n, _ in columns]
-    share_line("macro (mean of subjects)", macro)
-    for dimension in ("category", "subject"):
-        for group in first["breakdown"][dimension]:
-            shares = [r["breakdown"][dimension][group][n] for r, n, _ in columns]
-            share_line(f"  {printable(group)}", shares)
-
-
-def print_details(record: Result) -> None:
-    metrics, protocol, cost = record["metrics"], record["protocol"], record["cost"]
-    letters = record["breakdown"]["letter"]
-    bias = "  ".join(f"{k} {v['predicted']:.1%}/{v['gold']:.1%}" for k, v in letters.items())
-    print(f"{column_of(record)}: letters predicted/gold  {bias}")
-    if "ece" in metrics:
-        ece, brier = metrics["ece"]["value"], metrics["brier"]["value"]
-        print(f"  calibration error {ece:.4f}, Brier {brier:.4f}")
-    ties = metrics.get("ties", {}).get("value")
-    if ties:
-        print(f"  ties between the best two answers, which go to the first: {ties:,}")
-    if "answered" in metrics:
-        print(f"  gave a letter: {metrics['answered']['value']:.2%}")
-    if "accuracy_permuted" in metrics:
-        permuted, same = metrics["accuracy_permuted"], metrics["same_answer"]["value"]
-        print(
-            f"  over {protocol['permute_choices']} choice orders: {stats.show_share(permuted)}; "
-            f"same answer in all of them: {same:.2%}"
-        )
-    if protocol["shortened"] or protocol["truncated"]:
-        print(
-            f"  context of {protocol['context']}: {protocol['shortened']:,} prompts lost few-shot "
-            f"examples, {protocol['truncated']:,} were cut"
-        )
-    speed = f"{cost['tokens_per_second']:,.0f} tokens/s"
-    mfu = "" if cost.get("mfu") is None else f", {cost['mfu']:.1%} of the arithmetic limit"
-    print(
-        f"  prepared in {cost['prepare_seconds']:.2f} s, scored in {cost['seconds']:.2f} s: "
-        f"{speed}{mfu}"
-    )
-
-
-def print_differences(records: list[Result]) -> None:
-    """How many questions pairs of columns answer differently, and all of them in a file beside the
-    records, which is named by theirs."""
-    pairs = list(itertools.combinations(records, 2))
-    found = [differences(a, b) for a, b in pairs]
-    place, paths = "not saved", [record.path for record in records if record.path]
-    if len(paths) == len(records):
-        digest = hashlib.sha256(" ".join(path.name for path in paths).encode()).hexdigest()
-        file = paths[0].with_name(f"mmlu-differences-{digest[:8]}.jsonl")
-        write_atomic(file, "".join(dumps(line) + "\n" for lines in found for line in lines))
-        place = str(file)
-    for (a, b), lines in zip(pairs, found):
-        print(f"{column_of(a)} and {column_of(b)} differ on {len(lines):,} questions")
-    print(f"differences: {printable(place)}")
-
-
-def differences(a: Result, b: Result) -> list[dict]:
-    """What is said of each question that the two answer differently."""
-    lines, questions = [], a.shown.questions
-    ours, theirs = a.arrays["predicted"], b.arrays["predicted"]
-    for i in np.flatnonzero(ours != theirs).tolist():
-        q = questions[i]
-        line = {"id": i, "subject": q.subject, "where": q.where, "gold": LETTERS[q.answer]}
-        answers = {column_of(a): letter_or_none(ours[i]), column_of(b): letter_or_none(theirs[i])}
-        lines.append(line | answers)
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------
-# The evaluation
 
 MMLU = Evaluation(
     name="mmlu",
@@ -403,7 +418,7 @@ MMLU = Evaluation(
 def evaluate_mmlu(
     model: Any, tokenizer: Any, data_path: str | Path, num_few_shot: int = 0, **options
 ) -> Result:
-    """results.py's record of a model on a four-choice set; see tasks.questions.read_data.
+    """results.py's record of a model on a choice set; see tasks.questions.read_data.
 
     options: Options' fields (`template` and `scoring` one each, as a text). Also dist, info and
     run: see Evaluation.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cli
 from durable import write_atomic
+from reporting.charts import draw
 from reporting.compare import compare, compare_text, pairs_of
 from reporting.groups import groups_of, metric_names, read
 from reporting.page import page, page_data
@@ -38,10 +39,11 @@ def write_report(
     sort: str | None = None,
     rows: int = 0,
     refresh: float | None = None,
+    charts: bool = False,
 ) -> str:
     """Write report.csv, .md and, with `html`, .html; return the tables as text for the terminal.
     sort: a metric or "step"; rows: checkpoints of a table, 0 for all; refresh: seconds after which
-    an open page reloads itself."""
+    an open page reloads itself; charts: pictures of calibration, too."""
     found = read(results_dir)
     known = metric_names(found["ok"])
     if sort and known and sort not in ("step", *known):
@@ -57,13 +59,15 @@ def write_report(
             write_atomic(Path(out_dir, name), text)
         if html:
             write_atomic(Path(out_dir, "report.html"), page(data))
+        pictures = draw(groups_of(found["ok"]), out_dir) if charts else []
     except OSError as error:  # a full disk, a directory of somebody else's
         raise ValueError(f"{error}; --out FOLDER writes the report elsewhere") from None
     parts = [terminal(table, sys.stdout.isatty()) for table in tables]
     parts = parts or [f"{cli.printable(results_dir)}: no results yet"]
     parts += beside_tables(found)
     names = ["report.html"] * html + list(files)
-    parts.append("written: " + ", ".join(cli.printable(Path(out_dir, name)) for name in names))
+    places = [*(Path(out_dir, name) for name in names), *pictures]
+    parts.append("written: " + ", ".join(map(cli.printable, places)))
     return "\n\n".join(parts)
 
 
@@ -133,6 +137,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
     p.add_argument("--out", help="folder of report.html, .csv and .md; default: RESULTS_DIR")
     p.add_argument("--no-html", action="store_true")
+    p.add_argument(
+        "--charts", action="store_true", help="also reliability diagrams as .png (matplotlib)"
+    )
     p.add_argument("--sort", metavar="METRIC", help='a metric, best first, or "step"')
     p.add_argument("--rows", type=int, default=20, help="checkpoints a table shows (20; 0: all)")
     p.add_argument(
@@ -161,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     out_dir = args.out or args.results_dir
     options = {"html": not args.no_html, "sort": args.sort, "rows": args.rows}
+    options["charts"] = args.charts
     seen = None
     while True:
         now = signature(args.results_dir)

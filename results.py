@@ -59,24 +59,28 @@ reason          null | one line
 checkpoint      {path, name, step, tokens, fingerprint, config, module, base?}; step and tokens may
                 be null; module is what ran it: "GPTModel" or "transformers"; base is {path,
                 fingerprint} of the model that an adapter was merged into
-metrics         {name: {value, stderr?, n?, better, unit?}}. The order matters: the first metric
-                ranks the checkpoints. n counts the examples behind the value; better is "lower" or
-                "higher"; unit is "share" for what is shown in percent, else a text that follows the
-                name ("nats per token"), or absent
-examples        null | {unit, scores, weight?, labels?, tie_break?}: the values that are kept for
-                each example, for paired comparison. unit: what the examples are ("windows",
-                "questions", "tasks"). scores: {metric: array of the .npz, a value an example},
-                whose mean is the metric; with weight, another array, it is sum(scores) /
-                sum(weight). labels: {name: format}: what an example is called, in this order; the
-                name is an array's, or a field of the sample whose `id` is the example; the format
-                holds one {} or {:,}. tie_break: {metric: array}: of examples whose score changed
-                alike, those come first for which this moved most
+metrics         {name: {value, stderr?, low?, high?, n?, better, unit?}}. The order matters: the
+                first metric ranks the checkpoints. low and high: its 95% interval, where that is
+                not value +- 1.96 stderr; n counts the examples behind the value; better is "lower"
+                or "higher"; unit is "share" for what is shown in percent, else a text that follows
+                the name ("nats per token"), or absent
+examples        null | {unit, scores, statistics?, weight?, labels?, tie_break?}: the values that
+                are kept for each example, for paired comparison. unit: what the examples are
+                ("windows", "questions", "tasks"). scores: {metric: array of the .npz, a value an
+                example}, whose mean is the metric; with weight, another array, it is sum(scores) /
+                sum(weight). statistics: {metric: {score, arrays}}, of metrics that are no mean:
+                `score` of resampling.py makes the metric of those arrays, side by side. labels:
+                {name: format}: what an example is called, in this order; the name is an array's, or
+                a field of the sample whose `id` is the example; the format holds one {} or {:,}.
+                tie_break: {metric: array}: of examples whose score changed alike, those come first
+                for which this moved most
 words           the protocol in words, each a short text: "5-shot", "window 1024", "bfloat16".
                 "...: not a score" marks a part of the set
 breakdown       {dimension: {group: {name: metric as above, or a number}, or a number}}: by file,
                 category, subject, task, ... Metrics keep the names they have above; whole numbers
                 alone are counts of kinds (of failures, say); a dimension may also be a list of
-                {low, high, n, confidence, accuracy}: the bins of a calibration
+                {low, high, n, confidence, accuracy}, the bins of a calibration, or of {coverage,
+                risk, threshold}, the errors among the most confident answers
 protocol        how it was obtained: window, stride, bos, template, template_hash, shots, dtype,
                 seed, batch_size, compiled, truncated, limit, sandbox tier, ...
 data            {files, hash, tokens, bytes}
@@ -294,12 +298,20 @@ def _are_examples(examples: Any) -> bool:
     maps = [examples.get(name) or {} for name in ("scores", "labels", "tie_break")]
     texts = [text for m in maps for text in (m.values() if isinstance(m, dict) else [None])]
     labels = maps[1].values() if isinstance(maps[1], dict) else ()
+    statistics = examples.get("statistics") or {}
     return (
-        bool(maps[0])
+        bool(maps[0] or statistics)
         and all(isinstance(text, str) for text in texts)
+        and isinstance(statistics, dict)
+        and all(map(_is_statistic, statistics.values()))
         and isinstance(examples.get("weight"), str | None)
         and all(LABEL.fullmatch(text) for text in labels)
     )
+
+
+def _is_statistic(entry: Any) -> bool:
+    score = entry.get("score") if isinstance(entry, dict) else None
+    return isinstance(score, str) and _is_list_of_texts(entry.get("arrays"))
 
 
 def load_record(path: str | Path) -> dict:

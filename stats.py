@@ -1,4 +1,4 @@
-"""What the numbers mean: standard errors, intervals, tests, pass@k, calibration.
+"""What the numbers mean: standard errors, intervals, paired tests, pass@k and maj@k.
 
     ratio_stderr(nll, count)            # of a loss per token, windows being clusters
     paired_difference(a, b)             # of two checkpoints on the same examples
@@ -190,39 +190,6 @@ def choice_logprob(logprobs: np.ndarray, choice: np.ndarray) -> np.ndarray:
     total = np.logaddexp.reduce(logprobs, axis=1)
     with np.errstate(invalid="ignore"):
         return logprobs[np.arange(len(choice)), np.asarray(choice, int)] - total
-
-
-def calibration(probabilities: ArrayLike, correct: ArrayLike, bins: int = 10) -> dict:
-    """Whether answers given with probability p are right p of the time.
-
-    probabilities [n] of the answer given, correct [n] booleans. Returns {ece, brier, bins}: the
-    expected calibration error over equal-width bins (low, high] weighted by their counts (Naeini
-    et al. 2015; Guo et al. 2017), the mean of (p - correct)^2 (Brier 1950, of the top answer
-    alone), and every bin that holds examples as {low, high, n, confidence, accuracy}."""
-    p, correct = np.asarray(probabilities, np.float64), np.asarray(correct, np.float64)
-    assert p.shape == correct.shape, f"probabilities {p.shape}, correct {correct.shape}"
-    if not p.size:
-        return {"ece": math.nan, "brier": math.nan, "bins": []}
-    if not np.all((p >= 0) & (p <= 1)):
-        raise ValueError(f"calibration: probabilities must lie in 0..1, not {p.min()}..{p.max()}")
-    index = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
-    n = np.bincount(index, minlength=bins)
-    confidence = np.bincount(index, p, bins) / np.maximum(n, 1)
-    accuracy = np.bincount(index, correct, bins) / np.maximum(n, 1)
-    return {
-        "ece": float(n @ np.abs(accuracy - confidence) / p.size),
-        "brier": float(np.mean((p - correct) ** 2)),
-        "bins": [
-            {
-                "low": i / bins,
-                "high": (i + 1) / bins,
-                "n": int(n[i]),
-                "confidence": float(confidence[i]),
-                "accuracy": float(accuracy[i]),
-            }
-            for i in np.flatnonzero(n).tolist()
-        ],
-    }
 
 
 MOST_SAMPLES = 1000  # of a task: more subsets than float64 can count

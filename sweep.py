@@ -35,6 +35,7 @@ import torch
 import cli
 import distributed
 import evaluation
+from bleu_eval import BLEU
 from checkpoint import Checkpoint
 from config import load_yaml
 from distributed import Dist
@@ -47,7 +48,7 @@ from humaneval_eval import HUMANEVAL
 from mmlu_eval import MMLU
 from sweeping.planner import Entry, Planner, Work
 
-EVALUATIONS = (PERPLEXITY, MMLU, HUMANEVAL, GSM8K, HARNESS)
+EVALUATIONS = (PERPLEXITY, MMLU, HUMANEVAL, GSM8K, BLEU, HARNESS)
 SHARE_OF_MEMORY = 0.5  # of what is available, that reading ahead may fill
 
 

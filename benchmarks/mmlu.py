@@ -63,7 +63,8 @@ def peer(args):
     import numpy as np
     import torch
 
-    from tasks.questions import LETTERS, load_template, read_data
+    from tasks.questions import read_data
+    from tasks.templates import load_template
 
     template = load_template("lm_eval")
     data = read_data(args.data, SHOTS)
@@ -83,13 +84,13 @@ def peer(args):
     heads = {s: template.render_head(s, None, data.examples[s], "letter") for s in data.subjects}
     for i, q in enumerate(asked):
         context = heads[q.subject] + template.render_question(q)
-        for letter in LETTERS:
+        for letter in "ABCD":
             pair = (context, f" {letter}")
-            requests.append(Instance("loglikelihood", {}, pair, LETTERS.index(letter), ("", i, 1)))
+            requests.append(Instance("loglikelihood", {}, pair, "ABCD".index(letter), ("", i, 1)))
     loaded = time.perf_counter()
     values = [value for value, _ in model.loglikelihood(requests, disable_tqdm=True)]
     scored = time.perf_counter()
-    values = np.array(values).reshape(-1, len(LETTERS))
+    values = np.array(values).reshape(-1, 4)
     right = values.argmax(-1) == np.array([q.answer for q in asked])
     print(f"accuracy {right.mean():.4f} of {len(right)}")
     result = {"questions": len(right), "score_seconds": scored - loaded, "every": args.peer_every}

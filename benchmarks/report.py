@@ -31,12 +31,12 @@ from results import (  # noqa: E402
     share,
 )
 from stats import (  # noqa: E402
-    calibration,
     choice_logprob,
     pass_at_k,
     pass_at_k_summary,
     ratio_stderr,
 )
+from tasks.confidence import measured  # noqa: E402
 
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 FAILURES = ("wrong answer", "exception", "syntax error", "timeout", "memory", "sandbox")
@@ -79,7 +79,7 @@ def mmlu_record(rng, common, skill, world):
     logits[np.arange(len(gold)), gold] += 3.2 * skill - hard
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     correct = logprobs.argmax(1) == gold
-    calibrated = calibration(np.exp(logprobs.max(1)) ** 0.8, correct)
+    sure, drawn, _ = measured(np.exp(logprobs.max(1)) ** 0.8, correct)
     overall = accuracy_of(correct)
     by_subject = {
         n: {"accuracy": accuracy_of(correct[subject == i])} for i, n in enumerate(SUBJECTS)
@@ -99,10 +99,10 @@ def mmlu_record(rng, common, skill, world):
         },
         "subject": by_subject,
         "letter": letters,
-        "calibration": calibrated["bins"],
+        **drawn,
     }
     metrics = {"accuracy": overall, "accuracy_macro": metric(macro, unit="share")}
-    metrics |= {name: metric(calibrated[name], better="lower") for name in ("ece", "brier")}
+    metrics |= {name: sure[name] for name in ("ece", "brier")}
     protocol = {"template": "lm_eval", "scoring": "letter", "shots": 5, "dtype": "bfloat16"}
     data = {"files": ["mmlu"], "hash": "e" * 64}
     examples = {"unit": "questions", "scores": {"accuracy": "correct"}}

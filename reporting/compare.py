@@ -3,7 +3,8 @@
     for a, b in pairs_of("results/base/checkpoint-1000-…", "results/base/checkpoint-2000-…"):
         print(compare_text(a, b, compare(a, b)))
 
-A record says which arrays hold the scores of its examples (`examples` of results.SCHEMA).
+A record says which arrays hold the scores of its examples, or what makes a score of all of them
+together, such as BLEU (`examples` of results.SCHEMA).
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import resampling
 from cli import printable
 from reporting.groups import Record, lower_is_better, number, title_of, triple
 from results import load_arrays, load_record, load_records, load_samples
@@ -21,6 +23,13 @@ from stats import bootstrap_ci, examples_to_resolve, mcnemar_exact, paired_diffe
 
 # ---------------------------------------------------------------------------------------------
 # Examples
+
+
+class Statistic(NamedTuple):
+    """A metric that is no mean: `score` of resampling.py makes it of columns [examples, k]."""
+
+    score: str
+    columns: np.ndarray
 
 
 class Examples(NamedTuple):
@@ -32,9 +41,18 @@ class Examples(NamedTuple):
     weight: np.ndarray | None
     tie_break: dict[str, np.ndarray]
     arrays: Mapping[str, np.ndarray]
+    statistics: dict[str, Statistic]
 
     def __len__(self) -> int:
-        return len(next(iter(self.scores.values())))
+        columns = [statistic.columns for statistic in self.statistics.values()]
+        return len(next(iter([*self.scores.values(), *columns])))
+
+    def values(self, name: str) -> np.ndarray | None:
+        """A metric's value for each example alone; None where that means nothing."""
+        if name in self.scores:
+            return self.scores[name]
+        score, columns = self.statistics[name]
+        return resampling.SEGMENTS[score](columns) if score in resampling.SEGMENTS else None
 
 
 def examples_of(record: Record) -> Examples:
@@ -44,11 +62,18 @@ def examples_of(record: Record) -> Examples:
     if not arrays:
         raise ValueError(f"{path}: the record keeps no per-example results to compare")
 
-    def column(name: str) -> np.ndarray:
+    def column(name: str, most_dimensions: int = 1) -> np.ndarray:
         array = arrays.get(name)
-        if array is None or array.ndim != 1 or array.dtype.kind not in "biuf":
+        known = array is not None and array.dtype.kind in "biuf"
+        if array is None or not known or not 1 <= array.ndim <= most_dimensions:
             raise ValueError(f"{path}: its arrays have no {name!r} with a number for each example")
         return array.astype(np.float64)
+
+    def columns_of(names: list[str]) -> np.ndarray:
+        parts = [column(name, 2) for name in names]
+        if len({len(part) for part in parts}) != 1:
+            raise ValueError(f"{path}: its arrays {', '.join(names)} differ in length")
+        return np.column_stack(parts)
 
     scores = {metric: column(name) for metric, name in about["scores"].items()}
     weight = column(about["weight"]) if about.get("weight") else None
@@ -57,10 +82,18 @@ def examples_of(record: Record) -> Examples:
         for metric, name in (about.get("tie_break") or {}).items()
         if name in arrays
     }
+    statistics = {
+        metric: Statistic(entry["score"], columns_of(entry["arrays"]))
+        for metric, entry in (about.get("statistics") or {}).items()
+        if entry["score"] in resampling.SCORES  # a later roseval may know more
+    }
     columns = [*scores.values(), *tie_break.values(), *([] if weight is None else [weight])]
+    columns += [statistic.columns for statistic in statistics.values()]
     if len({len(values) for values in columns}) > 1:
         raise ValueError(f"{path}: its per-example arrays differ in length")
-    return Examples(about["unit"], scores, weight, tie_break, arrays)
+    if not scores and not statistics:
+        raise ValueError(f"{path}: its scores are made in ways unknown here: update roseval")
+    return Examples(about["unit"], scores, weight, tie_break, arrays, statistics)
 
 
 def check_pair(a: Record, b: Record, x: Examples, y: Examples) -> None:
@@ -88,11 +121,27 @@ def _same_weights(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 def shared_metrics(a: Record, b: Record, x: Examples, y: Examples) -> list[str]:
     """Metrics that both records report and keep scores of, in the order of the first."""
-    return [n for n in a["metrics"] if n in b["metrics"] and n in x.scores and n in y.scores]
+
+    def kind(examples: Examples, name: str) -> Any:
+        statistic = examples.statistics.get(name)
+        own = "mean" if name in examples.scores else None
+        return (statistic.score, statistic.columns.shape) if statistic else own
+
+    both = [name for name in a["metrics"] if name in b["metrics"]]
+    return [name for name in both if kind(x, name) and kind(x, name) == kind(y, name)]
 
 
 # ---------------------------------------------------------------------------------------------
 # Differences
+
+
+def difference(x: Examples, y: Examples, name: str, seed: int = resampling.SEED) -> dict[str, Any]:
+    """How far a metric of y lies from x's on the same examples, as stats.paired_difference says it;
+    of one that is no mean, as resampling.paired does."""
+    if name in x.scores:
+        return paired_difference(x.scores[name], y.scores[name], x.weight)
+    (score, before), (_, after) = x.statistics[name], y.statistics[name]
+    return resampling.paired(score, before, after, seed=seed)
 
 
 def difference_to(
@@ -103,12 +152,13 @@ def difference_to(
     (v0, e0, _), (v1, e1, _) = (triple(r["metrics"].get(name)) for r in (best, record))
     if v0 is None or v1 is None:
         return None
-    if best_examples and name in best_examples.scores:
+    if best_examples:
         try:
             examples = examples_of(record)
             check_pair(best, record, best_examples, examples)
-            before, after = best_examples.scores[name], examples.scores[name]
-            out = paired_difference(before, after, examples.weight)
+            if name not in shared_metrics(best, record, best_examples, examples):
+                raise ValueError(f"{name}: not of the same kind of examples")
+            out = difference(best_examples, examples, name)
             if abs(out["difference"] - (v1 - v0)) <= 1e-6 * max(1.0, abs(v0)):
                 return out["difference"], out["low"], out["high"], True
         except (ValueError, KeyError):
@@ -152,39 +202,53 @@ def _by_work(folder: Path) -> dict[tuple, Record]:
 
 def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
     """Paired statistics of one pair of records, b against a, by the first metric that both keep
-    scores of: `paired_difference`'s fields and {metric, unit, bootstrap, resamples, seed, better,
-    worse, needed, verdict, changed}; for scores of 0 and 1 also McNemar's p and `both`, those that
-    both get right. others: {metric: `paired_difference`'s fields}. examples: how many changed ones
-    to list. ValueError when the records do not pair."""
+    scores of: `difference`'s fields and {metric, unit, test, bootstrap, resamples, seed, better,
+    worse, needed, verdict, changed}; for scores of 0 and 1 McNemar's p and `both`, those that both
+    get right; for what is no mean the bootstrap's p. better, worse: None where single examples have
+    no score. others: {metric: `difference`'s fields}. examples: how many changed ones to list.
+    ValueError when the records do not pair."""
     x, y = examples_of(a), examples_of(b)
     check_pair(a, b, x, y)
     names = shared_metrics(a, b, x, y)
     if not names:
         raise ValueError(f"{a['evaluation']}: A and B keep scores of no metric in common")
     name, lower = names[0], lower_is_better([a], names[0])
-    before, after, weight = x.scores[name], y.scores[name], x.weight
-    out: dict[str, Any] = paired_difference(before, after, weight)
-    resamples = 10_000 if out["n"] <= 50_000 else 1_000
-    change = after - before
-    if weight is None:
-        out["bootstrap"] = bootstrap_ci(change, n=resamples, seed=seed)
-    else:
-        out["bootstrap"] = bootstrap_ci((change, weight), ratio, resamples, seed)
-    gain = -change if lower else change
-    out |= {"metric": name, "unit": x.unit, "resamples": resamples, "seed": seed}
-    out |= {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
+    out: dict[str, Any] = difference(x, y, name, seed)
+    out |= {"metric": name, "unit": x.unit, "seed": seed, "better": None, "worse": None}
+    before, after, mean = x.values(name), y.values(name), name in x.scores
+    if before is not None and after is not None:
+        gain = before - after if lower else after - before
+        out |= {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
     out["needed"] = examples_to_resolve(out["difference"], out["sd"])
-    resolved = out["low"] > 0 or out["high"] < 0
-    if weight is None and np.isin([before, after], (0, 1)).all():
-        right = 0 if lower else 1
-        out["both"] = int(((before == right) & (after == right)).sum())
-        out["p"] = mcnemar_exact(out["better"], out["worse"])
-        resolved = out["p"] < 0.05
+    if mean:
+        out |= _of_means(x.scores[name], y.scores[name], x.weight, lower, out)
+    else:
+        out |= {"test": "bootstrap", "resamples": resampling.RESAMPLES}
+        out["bootstrap"] = out["low"], out["high"]
+    resolved = out["p"] < 0.05 if "p" in out else out["low"] > 0 or out["high"] < 0
     winner = "B" if (out["difference"] < 0) == lower else "A"
     out["verdict"] = f"{winner} is better" if resolved else "not resolved"
-    out["others"] = {n: paired_difference(x.scores[n], y.scores[n], weight) for n in names[1:]}
+    out["others"] = {n: difference(x, y, n, seed) for n in names[1:]}
     out["changed"] = changed_most(a, x, y, name, examples)
     return out
+
+
+def _of_means(
+    before: np.ndarray, after: np.ndarray, weight: np.ndarray | None, lower: bool, out: dict
+) -> dict:
+    """The bootstrap of a mean's difference and, for scores of 0 and 1, McNemar's test."""
+    resamples = 10_000 if out["n"] <= 50_000 else 1_000
+    found: dict[str, Any] = {"test": "t", "resamples": resamples}
+    change = after - before
+    if weight is None:
+        found["bootstrap"] = bootstrap_ci(change, n=resamples, seed=out["seed"])
+    else:
+        found["bootstrap"] = bootstrap_ci((change, weight), ratio, resamples, out["seed"])
+    if weight is None and np.isin([before, after], (0, 1)).all():
+        right = 0 if lower else 1
+        found["both"] = int(((before == right) & (after == right)).sum())
+        found["p"], found["test"] = mcnemar_exact(out["better"], out["worse"]), "McNemar"
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,8 +258,11 @@ def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
 def changed_most(record: Record, x: Examples, y: Examples, name: str, limit: int) -> list[dict]:
     """The examples whose score moved most, as {example, a, b, change, what}; of those that moved
     alike, such as answers that flipped, first the ones whose `tie_break` moved most."""
-    per_example = 1 if x.weight is None else np.maximum(x.weight, 1)
-    before, after = x.scores[name] / per_example, y.scores[name] / per_example
+    before, after = x.values(name), y.values(name)
+    if before is None or after is None:
+        return []
+    if name in x.scores and x.weight is not None:
+        before, after = before / np.maximum(x.weight, 1), after / np.maximum(x.weight, 1)
     change, moved = after - before, np.zeros(len(x))
     if name in x.tie_break and name in y.tie_break:
         with np.errstate(invalid="ignore"):
@@ -236,19 +303,25 @@ def label_of(record: Record, arrays: Mapping[str, Any], samples: dict, i: int) -
 def compare_text(a: Record, b: Record, out: dict) -> str:
     """What `compare` found, for a terminal."""
     unit, (low, high) = printable(out["unit"]), out["bootstrap"]
-    same = out["n"] - out["better"] - out["worse"]
     lines = _head(a, b, out["metric"])
-    lines += [
-        f"  B - A            {out['difference']:+.5f} ±{out['stderr']:.5f}",
-        f"  95% interval     [{out['low']:+.5f}, {out['high']:+.5f}] paired Student t",
-        f"                   [{low:+.5f}, {high:+.5f}] bootstrap over {out['n']:,} {unit}, "
-        f"{out['resamples']:,} resamples, seed {out['seed']}",
-        f"  {unit:<16} B better on {out['better']:,}, worse on {out['worse']:,}, same on {same:,}",
-    ]
-    if "p" in out:
-        neither = same - out["both"]
-        lines.append(f"                   both right {out['both']:,}, both wrong {neither:,}")
-        lines.append(f"  McNemar, exact   p = {out['p']:.4g}")
+    lines.append(f"  B - A            {out['difference']:+.5f} ±{out['stderr']:.5f}")
+    drawn = (
+        f"[{low:+.5f}, {high:+.5f}] bootstrap over {out['n']:,} {unit}, {out['resamples']:,} "
+        f"resamples, seed {out['seed']}"
+    )
+    if out["test"] == "bootstrap":
+        lines += [f"  95% interval     {drawn}", f"  paired bootstrap p = {out['p']:.4g}"]
+    else:
+        student = f"[{out['low']:+.5f}, {out['high']:+.5f}] paired Student t"
+        lines += [f"  95% interval     {student}", f"                   {drawn}"]
+    if out["better"] is not None:
+        same = out["n"] - out["better"] - out["worse"]
+        counts = f"B better on {out['better']:,}, worse on {out['worse']:,}, same on {same:,}"
+        lines.append(f"  {unit:<16} {counts}")
+        if "both" in out:
+            neither = same - out["both"]
+            lines.append(f"                   both right {out['both']:,}, both wrong {neither:,}")
+            lines.append(f"  McNemar, exact   p = {out['p']:.4g}")
     for name, d in out["others"].items():
         lines.append(
             f"  {printable(name):<16} {d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"

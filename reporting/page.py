@@ -68,11 +68,22 @@ def breakdowns_of(group: Group) -> dict:
     }
 
 
+def lists_of(records: Group, curves: bool) -> dict[str, list]:
+    """The dimensions of breakdowns that are lists: curves of risk over coverage, or else bins."""
+
+    def wanted(values: Any) -> bool:
+        points = isinstance(values, list) and values and all(isinstance(v, dict) for v in values)
+        return bool(points) and ("coverage" in values[0]) == curves
+
+    names = dict.fromkeys(n for r in records for n, v in r["breakdown"].items() if wanted(v))
+    found = {name: [r["breakdown"].get(name) for r in records] for name in names}
+    return {name: [v if wanted(v) else None for v in lists] for name, lists in found.items()}
+
+
 def series_of(run: str, records: Group) -> dict:
-    """One run's curves within a group: columns over its checkpoints. calibration: for each one the
-    bins of its breakdown that is a list, or null."""
+    """One run's curves within a group: columns over its checkpoints. calibration and risk: what its
+    breakdown has as lists, {dimension: the list of each checkpoint, or null}."""
     checkpoints = [r["checkpoint"] for r in records]
-    lists = [[v for v in r["breakdown"].values() if isinstance(v, list)] for r in records]
     return {
         "run": run,
         "name": [str(c.get("name")) for c in checkpoints],
@@ -82,7 +93,8 @@ def series_of(run: str, records: Group) -> dict:
         "metrics": columns_of(records, lambda r: r["metrics"]),
         "breakdown": breakdowns_of(records),
         "cost": columns_of(records, lambda r: r["cost"]),
-        "calibration": [bins[0] if bins else None for bins in lists] if any(lists) else None,
+        "calibration": lists_of(records, curves=False),
+        "risk": lists_of(records, curves=True),
     }
 
 

@@ -5,18 +5,22 @@
 
 Text becomes tokens as in lm-evaluation-harness: prompt and answer encoded as one text, white space
 at the prompt's end being the answer's. A subject's prompts share their first tokens, which
-become a prefix that is run once. What does not fit the context loses whole few-shot examples.
+become a prefix that is run once. What does not fit the context loses whole few-shot examples. In a
+chat the description is the system turn, and an answer begins its turn, without white space before.
 """
 
-import itertools
+import functools
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from backends.continuations import MIN_PREFIX, Continuations
-from tasks.questions import LETTERS, subject_table
+from backends.continuations import MIN_PREFIX, Continuations, RowScores
+from tasks.chat import Chat, encode
+from tasks.questions import QuestionSet
+from tasks.templates import Template
 from tokenizer import SAFE_BREAK
 
 MAX_NEW_TOKENS = 16  # of --scoring generate
@@ -44,7 +48,8 @@ def encode_after(tokenizer: Any, head: str, tails: list[str]) -> list[np.ndarray
 @dataclass(frozen=True)
 class Prompts:
     """Rows to score. question, rotation, choice [R]: whose they are (choice 0 where the row's
-    letters stand for all); shots [questions, rotations]: examples kept; truncated: prompts cut."""
+    letters stand for all); shots [questions, rotations]: examples kept; truncated: prompts cut;
+    first: the text of the first prompt that was made."""
 
     rows: Continuations
     question: np.ndarray
@@ -52,33 +57,58 @@ class Prompts:
     choice: np.ndarray
     shots: np.ndarray
     truncated: int
+    first: str = ""
+
+    def letter_start(self, found: RowScores) -> np.ndarray:
+        """Log-probabilities [R] of the tokens that come before the one that tells letters apart: of
+        a space, or of the line before an answer's turn."""
+        own = found.choices[:, 0] if len(self.rows.targets[0]) else 0.0
+        return found.targets - own
 
 
+@dataclass(eq=False)
 class PromptMaker:
-    """Turns questions into rows of tokens for one template, scoring and tokenizer."""
+    """Turns questions into rows of tokens for one template, scoring and tokenizer. rotations: how
+    many orders of the choices; chat: whose turns they are, or None for plain text."""
 
-    def __init__(self, tokenizer, data, template, scoring, context, rotations, truncate, bos):
-        self.tokenizer, self.data, self.template, self.scoring = tokenizer, data, template, scoring
-        self.context, self.rotations, self.truncate, self.bos = context, rotations, truncate, bos
-        self.names = subject_table(data.subjects)["names"]
+    tokenizer: Any
+    data: QuestionSet
+    template: Template
+    scoring: str
+    context: int
+    rotations: int
+    truncate: bool
+    bos: bool
+    chat: Chat | None = None
+
+    def __post_init__(self):
+        self.names = self.data.table["names"]
+        self.first = None  # text of the first prompt
         self.letters = None  # token ids of each letter after a prompt
+        # what is scored: in a chat the answer begins a turn
+        bare = replace(self.template, answer=self.template.answer.lstrip())
+        self.answered = bare if self.chat else self.template
+        for q in self.data.questions:
+            self.template.check(q, self.scoring)
 
     def make(self, share_prefix: bool = True) -> Prompts:
         prefixes, prefix_of, ids, targets, owner = [], [], [], [], []
         shots = np.zeros((len(self.data.questions), self.rotations), dtype=np.int64)
         truncated = 0
-        numbered = list(enumerate(self.data.questions))
-        for subject, members in itertools.groupby(numbered, key=lambda item: item[1].subject):
-            asked = [(i, r) for i, _ in members for r in range(self.rotations)]
-            for k, group in self._fitted(subject, asked):
-                n = _shared_length([contexts for contexts, _ in group.values()])
+        share_prefix = share_prefix and not self.data.drawn
+        for subject, examples, members in self.data.groups:
+            asked = [(i, r) for i in members for r in range(self.rotations)]
+            for k, group in self._fitted(subject, examples, asked):
+                contexts = {id(context): context for rows in group.values() for context, _ in rows}
+                n = _shared_length(contexts.values())
                 cut = k is None  # left-truncated prompts share nothing
-                n = n if share_prefix and not cut and n >= MIN_PREFIX and len(group) > 1 else 0
-                prefixes.append(next(iter(group.values()))[0][:n])
+                n = n if share_prefix and not cut and n >= MIN_PREFIX and len(contexts) > 1 else 0
+                if not (self.data.drawn and prefixes):  # else all share an empty one
+                    prefixes.append(next(iter(contexts.values()))[:n])
                 truncated += len(group) if cut else 0
-                for (i, r), (context, continuations) in group.items():
+                for (i, r), rows in group.items():
                     shots[i, r] = k or 0
-                    for c, continuation in enumerate(continuations):
+                    for c, (context, continuation) in enumerate(rows):
                         ids.append(np.concatenate((context[n:], continuation[:-1])))
                         targets.append(continuation)
                         owner.append((i, r, c))
@@ -86,20 +116,21 @@ class PromptMaker:
         choice_ids = None
         if self.scoring == "letter":
             choice_ids = [int(letter[-1]) for letter in self.letters]
-            targets = [t[:-1] for t in targets]
+            # what several tokens share is scored with the first letter's last one: see letter_start
+            targets = [t if len(t) > 1 else t[:0] for t in targets]
         elif self.scoring == "generate":
             targets = [t[:0] for t in targets]
         rows = Continuations(prefixes, np.array(prefix_of), ids, targets, choice_ids)
         question, rotation, choice = np.array(owner, dtype=np.int64).T
-        return Prompts(rows, question, rotation, choice, shots, truncated)
+        return Prompts(rows, question, rotation, choice, shots, truncated, self.first or "")
 
-    def _fitted(self, subject, asked):
-        """Yield (shots, {(question, rotation): (context ids, continuations)}): what fits with all
-        the examples, then the rest with ever fewer; shots None for prompts cut on the left."""
-        examples = self.data.examples[subject]
+    def _fitted(self, subject, examples, asked):
+        """Yield (shots, {(question, rotation): its rows, pairs of context and continuation ids}):
+        what fits with all the examples, then the rest with ever fewer; shots None for prompts cut
+        on the left."""
         for k in range(len(examples), -1, -1):
             encoded = self._encode(subject, examples[:k], asked)
-            fits = {key: v for key, v in encoded.items() if self._length(*v) <= self.context}
+            fits = {key: v for key, v in encoded.items() if self._length(v) <= self.context}
             if fits:
                 yield k, fits
             asked = [key for key in asked if key not in fits]
@@ -108,67 +139,104 @@ class PromptMaker:
         worst = self.data.questions[asked[0][0]]
         if not self.truncate:
             raise ValueError(
-                f"{worst.where}: the question alone takes {self._length(*encoded[asked[0]])} "
+                f"{worst.where}: the question alone takes {self._length(encoded[asked[0]])} "
                 f"tokens of a context of {self.context} ({len(asked)} such in {subject!r}): "
                 "--truncate cuts such prompts on the left"
             )
         cut = {}
         for key in asked:
-            context, continuations = encoded[key]
-            surplus = self._length(context, continuations) - self.context
-            if surplus >= len(context):
+            surplus = self._length(encoded[key]) - self.context
+            if surplus >= min(len(context) for context, _ in encoded[key]):
                 raise ValueError(f"{worst.where}: a choice alone exceeds the context")
-            cut[key] = context[surplus:], continuations
+            cut[key] = [(context[surplus:], continuation) for context, continuation in encoded[key]]
         yield None, cut
 
-    def _length(self, context, continuations) -> int:
+    def _length(self, rows) -> int:
         """Tokens that the model reads: the last scored (or generated) one is not among them."""
-        new = MAX_NEW_TOKENS if self.scoring == "generate" else max(map(len, continuations))
-        return len(context) + new - 1
+        if self.scoring == "generate":
+            return len(rows[0][0]) + MAX_NEW_TOKENS - 1
+        return max(len(context) + len(continuation) for context, continuation in rows) - 1
 
     def _encode(self, subject, examples, asked) -> dict:
-        """{(question, rotation): (context ids, [continuation ids])}, as lm-evaluation-harness:
-        trailing white space moves to the continuation; the two are encoded as one text, and the
-        continuation is what comes after as many tokens as the context has alone."""
-        name = self.names.get(subject)
-        head = self.template.render_head(subject, name, examples, self.scoring)
+        """{(question, rotation): [(context ids, continuation ids)]}, a row for each choice or one
+        for all letters, as lm-evaluation-harness: trailing white space moves to the continuation;
+        the two are encoded as one text, and the continuation is what comes after as many tokens as
+        the context has alone."""
+        around = self._around(subject, examples)
         questions = [self.data.questions[i] for i, _ in asked]
-        texts = [self.template.render_question(q, r) for q, (_, r) in zip(questions, asked)]
-        contexts = self._encode_texts(head, [text.rstrip() for text in texts])
+        if self.scoring == "continuation":
+            return self._encode_choices(around, questions, asked)
+        head, wrap = around
+        shown = [self.template.render_question(q, r) for q, (_, r) in zip(questions, asked)]
+        texts = [wrap(text) for text in shown]
         if self.scoring == "generate":
             # one token stands for those to come: the row ends before it, where generation begins
-            coming = [np.zeros(1, int)]
-            return {key: (context, coming) for key, context in zip(asked, contexts)}
-        if self.scoring == "letter":
-            self._read_letters(head, questions[0], texts[0], len(contexts[0]))
-            return {key: (context, [self.letters[0]]) for key, context in zip(asked, contexts)}
-        answered = [
-            text + self.template.render_answer(q, c, self.scoring, r)
-            for q, text, (_, r) in zip(questions, texts, asked)
-            for c in range(len(LETTERS))
-        ]
-        joint = self._encode_texts(head, answered)
-        encoded = {}
-        for j, (key, context) in enumerate(zip(asked, contexts)):
-            four = [ids[len(context) :] for ids in joint[4 * j : 4 * j + 4]]
-            if not all(map(len, four)):
-                raise ValueError(f"{questions[j].where}: a choice has no tokens to score")
-            encoded[key] = context, four
-        return encoded
+            coming = np.zeros(1, int)
+            texts = texts if self.chat else [text.rstrip() for text in texts]
+            contexts = self._encode_texts(head, texts)
+        else:
+            contexts = self._encode_texts(head, [text.rstrip() for text in texts])
+            self._read_letters(head, questions, texts[0], len(contexts[0]))
+            coming = self.letters[0]
+        return {key: [(context, coming)] for key, context in zip(asked, contexts)}
+
+    def _around(self, subject, examples) -> tuple[str, Callable[[str], str]]:
+        """What comes before a question as it stands, and what is made of it: in a chat, the turns
+        that end with it."""
+        name, template = self.names.get(subject), self.template
+        if self.chat is None:
+            return template.render_head(subject, name, examples, self.scoring), str
+        shots = [template.render_example(q, self.scoring) for q in examples]
+        description = template.render_description(subject, name)
+        separator = template.separator
+        ask = functools.partial(
+            self.chat.ask, shots=shots, description=description, separator=separator
+        )
+        return "", ask
+
+    def _encode_choices(self, around, questions, asked) -> dict:
+        """The rows of whole choices: after one context, or where each choice is put into the text
+        after one of its own."""
+        template, (head, wrap) = self.template, around
+        places = [(q, r, c) for q, (_, r) in zip(questions, asked) for c in range(len(q.choices))]
+        n_choices = [len(q.choices) for q in questions]
+        if template.fills_in:
+            texts = [wrap(template.render_question(q, r, c)) for q, r, c in places]
+            contexts = self._encode_texts(head, [text.rstrip() for text in texts])
+        else:
+            shown = [template.render_question(q, r) for q, (_, r) in zip(questions, asked)]
+            shown = [wrap(text) for text in shown]
+            encoded = self._encode_texts(head, [text.rstrip() for text in shown])
+            texts, contexts = _repeated(shown, n_choices), _repeated(encoded, n_choices)
+        ends = [self.answered.render_answer(q, c, self.scoring, r) for q, r, c in places]
+        joint = self._encode_texts(head, [text + end for text, end in zip(texts, ends)])
+        rows = {key: [] for key in asked}
+        for key, context, whole, (q, _, _) in zip(
+            _repeated(asked, n_choices), contexts, joint, places
+        ):
+            if len(whole) <= len(context):
+                raise ValueError(f"{q.where}: a choice has no tokens to score")
+            rows[key].append((context, whole[len(context) :]))
+        return rows
 
     def _encode_texts(self, head, tails):
+        self.first = head + tails[0] if self.first is None else self.first
+        if self.chat:
+            encoded = encode(self.tokenizer, [head + tail for tail in tails], self.bos)
+            return [np.array(ids, dtype=np.int64) for ids in encoded]
         encoded = encode_after(self.tokenizer, head, tails)
         bos = [self.tokenizer.bos_token_id] * self.bos
         return [np.concatenate((bos, ids)).astype(np.int64) for ids in encoded]
 
-    def _read_letters(self, head, q, text, context_length):
+    def _read_letters(self, head, questions, text, context_length):
         """The letters' ids, from a prompt with each letter as its answer. They may share leading
         tokens (a space, in the byte tokenizer) and must differ in one last token."""
-        answers = [self.template.render_answer(q, c, "letter") for c in range(len(LETTERS))]
+        q, n = questions[0], int(self.data.n_choices.max())
+        answers = [self.answered.render_answer(q, c, "letter") for c in range(n)]
         joint = self._encode_texts(head, [text + answer for answer in answers])
         letters = [ids[context_length:].tolist() for ids in joint]
         same_start = len({(len(ids), *ids[:-1]) for ids in letters}) == 1
-        if not same_start or len({ids[-1] for ids in letters if ids}) < len(LETTERS):
+        if not same_start or len({ids[-1] for ids in letters if ids}) < n:
             raise ValueError(
                 f"tokenizer {self.tokenizer.name}: the answers {answers} become {letters}, which "
                 "one token does not tell apart; use --scoring continuation"
@@ -176,6 +244,11 @@ class PromptMaker:
         if self.letters is not None and letters != [ids.tolist() for ids in self.letters]:
             raise ValueError(f"{q.where}: the letters' tokens {letters} are not those before")
         self.letters = [np.array(ids) for ids in letters]
+
+
+def _repeated(values, counts) -> list:
+    """Each value as often as its count says."""
+    return [value for value, n in zip(values, counts) for _ in range(n)]
 
 
 def _shared_length(contexts) -> int:

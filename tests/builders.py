@@ -173,7 +173,7 @@ def judge_as_openai(samples_file, problem_file, k):
 def mmlu_prompts(tokenizer, data, template, context=4096, *, scoring=None, share=True, **options):
     """(the PromptMaker, its Prompts) of a QuestionSet under a template of that name."""
     from tasks.prompts import PromptMaker
-    from tasks.questions import load_template
+    from tasks.templates import load_template
 
     template = load_template(template)
     options = {"rotations": 1, "truncate": False, "bos": False} | options

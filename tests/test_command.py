@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +60,17 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
     written = {n: v for n, v in values.items() if v not in (None, ())}
     assert read == cli.read_options(kind.Options, cli.convert_options(kind.Options, written, "y"))
     for f in fields(kind.Options):
-        assert f.metadata.get("help") or f.name == "sampling", f"{f.name} says nothing of itself"
+        for own in fields(f.default) if is_dataclass(f.default) else [f]:
+            assert own.metadata.get("help"), f"{own.name} says nothing of itself"
 
 
 # What cli.py and train.py look for before there are options; and flags of one mode, as --help says
 UNREAD = {"debug", "train_config"}
+OF_A_CHAT = {"chat_template_args", "fewshot_as_turns", "system_prompt"}
 OF_A_MODE = {
     "eval": {"seed"},
+    "mmlu_eval": OF_A_CHAT,
+    "humaneval_eval": OF_A_CHAT,
     "sweep": {"retry_failed", "quiet_seconds"},
     "train": {"val_max_tokens", "wandb_project", "wandb_run_name"},
 }

@@ -20,8 +20,8 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 FLOORS = [
     "packed",
     "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
-    "tasks/answers",
-    "cli identity hf_mixtures chat_templates formats/pickles formats/gguf_file "
+    "tasks/answers tasks/corpus_scores certainty",
+    "resampling cli identity hf_mixtures chat_templates formats/pickles formats/gguf_file "
     "formats/vocabularies",
     "hf_convert",
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
@@ -45,22 +45,23 @@ FLOORS = [
     "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
     "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction "
     "tasks/code_prompts "
-    "tasks/problems tasks/scores tasks/questions tasks/prompts tasks/choices tasks/programs "
-    "tasks/word_problems tasks/drawing tasks/harness",
+    "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
+    "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "
+    "tasks/further tasks/choice_tables tasks/programs tasks/word_problems tasks/translation "
+    "tasks/drawing tasks/harness",
     "evaluation training/batches training/log training/options",
     "command",
-    "reporting/groups reporting/compare reporting/tables reporting/page",
-    "eval mmlu_eval humaneval_eval gsm8k_eval harness_eval compute train report",
+    "reporting/groups reporting/compare reporting/tables reporting/page reporting/charts",
+    "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner",
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
-NO_TORCH += (
-    " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time tasks/programs"
-)
-NO_TORCH += " tasks/questions tasks/answers tasks/word_problems tasks/drawing humaneval_eval"
-NO_TORCH += " gsm8k_eval tasks/chat formats/adapter_config backends/probing"
+NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
+NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
+NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
+NO_TORCH += " bleu_eval certainty resampling tasks/translation backends/probing"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

@@ -6,17 +6,27 @@ import json
 import math
 import statistics
 
+import choice_files
 import numpy as np
 import pytest
 import torch
-from builders import CPU, PlainModel, error_of, save_model, tiny_model, torchrun
+from builders import (
+    CPU,
+    PlainModel,
+    error_of,
+    save_model,
+    saved_checkpoint,
+    tiny_model,
+    torchrun,
+)
 
 import checkpoint
 import mmlu_eval
 import results
 import transformers_model
 from mmlu_eval import evaluate_mmlu
-from tasks.questions import LETTERS, load_template, read_data
+from tasks.questions import LETTERS, read_data
+from tasks.templates import load_template
 from tokenizer import build_tokenizer
 
 SHAPES = {
@@ -225,6 +235,21 @@ def test_a_model_that_always_says_c_scores_the_share_of_c(gpt2, data_dir):
     assert record.arrays["logprobs"][:, 2] == pytest.approx(full, abs=1e-5)
 
 
+def test_letters_of_several_tokens_are_scored_whole(data_dir):
+    """Under the byte tokenizer the space before a letter is a token of its own."""
+    model, byte = make_model("llama", vocab_size=257), build_tokenizer("byte")
+    record = evaluate_mmlu(model, byte, data_dir / "mmlu", subjects=["anatomy"], limit=3)
+    data, template = read_data(data_dir / "mmlu", subjects=["anatomy"]), load_template("lm_eval")
+    for q, found in zip(data.questions, record.arrays["logprobs"]):
+        head = template.render_head(q.subject, None, [], "letter") + template.render_question(q)
+        for letter, ours in zip("ABCD", found):
+            ids = torch.tensor([byte.encode(head + " " + letter)])
+            with torch.no_grad():
+                logs = model.logits(model.hidden(ids))[0].log_softmax(-1)
+            wanted = logs[-3, ids[0, -2]] + logs[-2, ids[0, -1]]
+            assert ours == pytest.approx(wanted.item(), abs=1e-4)
+
+
 def test_figures_follow_from_the_questions_file(gpt2, data_dir, tmp_path):
     """Accuracy by subject, category, micro and macro, recomputed by hand from samples.jsonl."""
     subjects = ["anatomy", "virology", "sociology", "high_school_us_history", "marketing"]
@@ -337,6 +362,87 @@ def test_bad_flags_are_one_line_and_exit_2(saved, tmp_path):
     assert "--checkpoint-path" in error_of("mmlu_eval.py", "--data-path", tmp_path)
     for flag in ("--seed", "--compile"):  # they would do nothing
         assert flag in error_of("mmlu_eval.py", *where, tmp_path, flag, "1")
+
+
+def test_other_sets_through_the_command(tmp_path, capsys):
+    """Their name in records, table, report and file names; the figure that ranks checkpoints."""
+    path = saved_checkpoint(tmp_path / "run", 3, "llama", max_position_embeddings=4096)
+    common = [
+        "--checkpoint-path",
+        str(path),
+        "--device",
+        "cpu",
+        "--results-dir",
+        str(tmp_path / "r"),
+    ]
+    choice_files.write(tmp_path / "arc", "arc_challenge")
+    flags = ["--set", "arc_challenge", "--data-path", str(tmp_path / "arc"), "--num-few-shot", "2"]
+    mmlu_eval.main([*common, *flags, "--template", "arc_challenge", "letters", "--log-samples"])
+    printed = capsys.readouterr().out
+    assert "checkpoint-3: 12 questions of arc_challenge, 2-shot" in printed
+    assert "12 questions, unlike the 1,172 of the test split" in printed and "macro" not in printed
+    whole, letters = sorted(
+        results.load_records(tmp_path / "r"), key=lambda r: r["protocol"]["template"]
+    )
+    assert whole["evaluation"] == letters["evaluation"] == "arc_challenge"
+    assert next(iter(whole["metrics"])) == "accuracy_normalised"
+    assert next(iter(letters["metrics"])) == "accuracy"
+    assert any(words.endswith(": not a score") for words in whole["words"])
+    rows = choice_files.rows_of("arc_challenge", "test")
+    for record in (whole, letters):
+        for row, sample, right in zip(
+            rows, results.load_samples(record), results.load_arrays(record)["correct"]
+        ):
+            labels = [choice["label"] for choice in row["question"]["choices"]]
+            assert sample["gold"] == "ABCDE"[labels.index(row["answerKey"])]
+            assert len(sample["logprobs"]) == len(sample["choices"]) == len(labels)
+            assert right == (sample["predicted"] == sample["gold"])
+    (folder,) = (tmp_path / "r" / "run").iterdir()
+    assert {path.name.partition("-")[0] for path in folder.iterdir()} == {"arc_challenge"}
+    report = report_of(tmp_path / "r")
+    assert "arc_challenge · " in report and "accuracy_normalised" in report
+
+
+def test_answers_to_hand_in(tmp_path, capsys):
+    """Of C-Eval's test split, whose answers only its site knows."""
+    path = saved_checkpoint(tmp_path / "run", 3, "llama", max_position_embeddings=4096)
+    for split, answer in (("dev", ",B"), ("test", "")):
+        (tmp_path / split).mkdir()
+        for subject in ("law", "logic"):
+            head = "id,question,A,B,C,D" + ",answer" * bool(answer)
+            rows = [f"{7 * i},问{subject}{i},甲,乙,丙{i},丁{answer}" for i in range(3)]
+            text = "\n".join([head, *rows]) + "\n"
+            (tmp_path / split / f"{subject}_{split}.csv").write_text(text, encoding="utf-8")
+    where = [
+        "--checkpoint-path",
+        str(path),
+        "--device",
+        "cpu",
+        "--results-dir",
+        str(tmp_path / "r"),
+    ]
+    flags = ["--set", "ceval", "--data-path", str(tmp_path), "--split", "test"]
+    mmlu_eval.main([*where, *flags, "--num-few-shot", "1", "--log-samples"])
+    printed = capsys.readouterr().out
+    (record,) = results.load_records(tmp_path / "r")
+    assert list(record["metrics"]) == ["answered"] and record["examples"] is None
+    samples = results.load_samples(record)
+    assert all(s["gold"] is None and s["correct"] is None for s in samples)
+    (file,) = (tmp_path / "r").rglob("*-submission.json")
+    assert str(file) in printed
+    wanted = {name: {} for name in ("law", "logic")}
+    for i, sample in enumerate(samples):
+        wanted[sample["subject"]][str(7 * (i % 3))] = sample["predicted"]
+    assert json.loads(file.read_text()) == wanted
+    assert report_of(tmp_path / "r")
+
+
+def report_of(folder):
+    """The report's text of a results directory."""
+    import report
+
+    report.main([str(folder)])
+    return (folder / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ import yaml
 
 import checkpoint
 from mmlu_eval import evaluate_mmlu
-from tasks.questions import LETTERS, load_template, read_data
+from tasks.questions import read_data
+from tasks.templates import load_template
 from tokenizer import build_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: no oracle")
@@ -23,6 +24,7 @@ pytest.importorskip(
     "lm_eval.models.huggingface", reason="a package that lm-eval imports is missing"
 )
 TASKS = Path(lm_eval.__file__).parent / "tasks" / "mmlu"
+LETTERS = "ABCD"
 FOLDERS = {"lm_eval": "default", "continuation": "continuation"}
 # short and long prompts, formulas, and text that ends in white space or begins with it
 SUBJECTS = ["abstract_algebra", "sociology", "high_school_us_history"]

@@ -158,29 +158,6 @@ def test_choice_logprob_is_the_log_of_the_share():
     assert np.isnan(stats.choice_logprob(np.full((1, 4), -np.inf), np.array([2])))[0]
 
 
-def test_calibration_by_brute_force():
-    rng = np.random.default_rng(0)
-    p = np.concatenate([rng.random(500), [0.0, 0.1, 0.2, 1.0]])
-    correct = rng.random(len(p)) < p**2
-    out = stats.calibration(p, correct, bins=10)
-    ece, seen = 0.0, 0
-    for i in range(10):
-        low, high = i / 10, (i + 1) / 10
-        inside = [j for j in range(len(p)) if low < p[j] <= high or (i == 0 and p[j] == 0)]
-        row = next(r for r in out["bins"] if r["low"] == low)
-        assert row["n"] == len(inside)
-        accuracy, confidence = np.mean(correct[inside]), np.mean(p[inside])
-        assert (row["accuracy"], row["confidence"]) == pytest.approx((accuracy, confidence))
-        ece += len(inside) / len(p) * abs(accuracy - confidence)
-        seen += row["n"]
-    assert seen == len(p)
-    assert out["ece"] == pytest.approx(ece)
-    assert out["brier"] == pytest.approx(np.mean((p - correct) ** 2))
-    assert stats.calibration([], [])["bins"] == []
-    with pytest.raises(ValueError, match=r"0\.\.1"):
-        stats.calibration([1.5], [True])
-
-
 def test_a_share_as_text():
     assert stats.show_share({"value": 0.125, "stderr": 0.031}) == "12.50% ± 3.10%"
     assert stats.show_share({"value": 1.0, "stderr": 0.0}, 7) == "100.00% ± 0.00%"

@@ -13,7 +13,8 @@ import checkpoint
 from config import load_config
 from mmlu_eval import evaluate_mmlu
 from model import GPTModel
-from tasks.questions import LETTERS, load_template, read_data
+from tasks.questions import read_data
+from tasks.templates import load_template
 from tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -65,10 +66,10 @@ def lm_eval_scores(saved, data_dir, limit):
     for i, q in enumerate(data.questions):
         head = template.render_head(q.subject, None, data.examples[q.subject], "letter")
         context = head + template.render_question(q)
-        for k, letter in enumerate(LETTERS):
+        for k, letter in enumerate("ABCD"):
             requests.append(Instance("loglikelihood", {}, (context, f" {letter}"), k, ("", i, 1)))
     values = model.loglikelihood(requests, disable_tqdm=True)
-    return np.array([value for value, _ in values]).reshape(-1, len(LETTERS))
+    return np.array([value for value, _ in values]).reshape(-1, 4)
 
 
 @pytest.mark.parametrize("limit", [5, pytest.param(None, marks=pytest.mark.slow)])

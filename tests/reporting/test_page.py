@@ -70,6 +70,7 @@ def test_page_in_a_browser(browser, synthetic_page):
         "Stem",
         "By subject",
         "Calibration",
+        "Risk coverage",
         "Letter",
         "pass@1",
         "pass@10",

@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 from builders import ROOT
 
-from tasks.questions import LETTERS, Question, load_template, read_data, subject_table
+from tasks.questions import LETTERS, Question, read_data, subject_table
+from tasks.templates import load_template
 
 # ---------------------------------------------------------------------------------------------
 # Questions
