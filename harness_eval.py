@@ -128,7 +128,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         **(chat.protocol if chat else {}),
         "bos": evaluation.resolve_bos(options.bos, tokenizer),
         "limit": options.limit,
-        "batch_tokens": options.batch_tokens or BATCH_TOKENS[facts.device],
+        "batch_tokens": options.batch_tokens or BATCH_TOKENS.get(facts.device),
         "compile": options.compile,
         "context": facts.context,
         "dtype": facts.dtype,

@@ -416,8 +416,8 @@ def main(argv=None):
     p.add_argument("--samples-file", metavar="FILE", help="judge these samples; needs no model")
     p.add_argument("--ignore-incomplete", action="store_true", help="... though tasks are missing")
     args = p.parse_args(argv)
-    if bool(args.samples_file) == bool(args.checkpoint_path):
-        p.error("give --checkpoint-path to draw samples, or --samples-file to judge those there")
+    if bool(args.samples_file) == bool(args.checkpoint_path or args.endpoint):
+        p.error("give --checkpoint-path or --endpoint to draw samples, or --samples-file to judge")
     if args.ignore_incomplete and not args.samples_file:
         p.error("--ignore-incomplete goes with --samples-file")
     if not args.samples_file:

@@ -224,6 +224,7 @@ def protocol_of(options: Options, work: Asked) -> dict:
     tokenizer, bos, generates = facts.tokenizer, maker.bos, maker.scoring == "generate"
     if chat:  # a template may write its own
         bos = starts_with_bos(tokenizer, encode(tokenizer, [chat.ask("?")], bos))
+    batch_tokens = options.batch_tokens or BATCH_TOKENS.get(facts.device)  # a server has its own
     return work.choice_set.protocol | {
         "template": maker.template.name,
         "template_hash": maker.template.hash,
@@ -242,7 +243,7 @@ def protocol_of(options: Options, work: Asked) -> dict:
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "prefix_cache": work.share_prefix,
-        "batch_tokens": None if generates else options.batch_tokens or BATCH_TOKENS[facts.device],
+        "batch_tokens": None if generates else batch_tokens,
         "batch_size": options.batch_size,
         "examples_hash": work.data.examples_hash,
     }
@@ -355,7 +356,7 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
 
     def ask(others: QuestionSet, changes: dict) -> Answers:
         scoring = changes.get("scoring", protocol["scoring"])
-        batch_tokens = protocol["batch_tokens"] or BATCH_TOKENS[backend.facts.device]
+        batch_tokens = protocol["batch_tokens"] or BATCH_TOKENS.get(backend.facts.device)
         own = protocol | {"scoring": scoring, "batch_tokens": batch_tokens}
         work = plan.work.about(others, changes)
         return answer(backend, work.prepared[0], own, work)

@@ -342,7 +342,7 @@ def generate(
     for a prompt beyond the context; a sequence that reaches its end finishes there.
     """
     longest = model.max_positions
-    samplings = _by_sample(sampling, len(prompts), n_samples)
+    samplings = by_sample(sampling, len(prompts), n_samples)
     distinct = list({id(s): s for own in samplings for s in own}.values())
     _check_job(prompts, longest, keys, distinct, tokenizer)
     if not prompts:
@@ -375,8 +375,12 @@ def generate(
     return Generation(stream(), bool(compile))
 
 
-def _by_sample(sampling, n_prompts: int, n_samples: int) -> list[list[Sampling]]:
-    """[n_prompts, n_samples]"""
+def by_sample(
+    sampling: Sampling | abc.Sequence[Sampling] | abc.Sequence[abc.Sequence[Sampling]],
+    n_prompts: int,
+    n_samples: int,
+) -> list[list[Sampling]]:
+    """[n_prompts, n_samples] of one for all, one for each prompt, or one for each sample."""
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, not {n_samples}")
     if isinstance(sampling, Sampling):

@@ -28,7 +28,7 @@ import durable
 import humaneval_eval
 import results
 from backends.local import facts_in_memory
-from evaluation import ModelOptions
+from evaluation import EndpointOptions, ModelOptions
 from humaneval_eval import Options, evaluate_humaneval
 from sandbox.judge import Sandbox
 from tasks.code_prompts import PROMPTS
@@ -452,7 +452,7 @@ def test_flags_reach_the_judging_of_a_samples_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "give --checkpoint-path to draw samples, or --samples-file"),
+        ("", "give --checkpoint-path or --endpoint to draw samples, or --samples-file"),
         ("--checkpoint-path c --samples-file s", "give --checkpoint-path"),
         ("--samples-file s --limit 3", "--limit goes with --checkpoint-path"),
         ("--samples-file s --stop x", "--stop goes with --checkpoint-path"),
@@ -478,14 +478,16 @@ OF_DRAWING = {
     **{"num_samples": "2", "max_new_tokens": "5", "temperature": "0.5", "top_p": "0.5"},
     **{"top_k": "3", "stop": "x", "seed": "7", "bos": "on", "limit": "3", "batch_size": "2"},
     **{"compile": "off", "dtype": "fp32", "bf16": "", "no_amp": "", "device": "cpu"},
-    **{"timeout": "3", "strip_prompt": "--no-strip-prompt"},
+    **{"timeout": "3", "strip_prompt": "--no-strip-prompt", "model": "m", "server": "vllm"},
+    **{"concurrency": "3", "request_timeout": "5"},
 }
 
 
 def test_judging_a_file_ignores_no_flag(capsys):
-    kinds = ModelOptions, Options, cli.PrecisionOptions, cli.RunOptions
+    kinds = ModelOptions, EndpointOptions, Options, cli.PrecisionOptions, cli.RunOptions
     offered = {name for kind in kinds for name in cli.option_names(kind)}
-    assert offered - {"checkpoint_path"} - set(humaneval_eval.JUDGING) == OF_DRAWING.keys()
+    models = {"checkpoint_path", "endpoint"}
+    assert offered - models - set(humaneval_eval.JUDGING) == OF_DRAWING.keys()
     for name, value in OF_DRAWING.items():
         flag = cli.flag_of(name)
         words = value if value.startswith("--") else f"{flag} {value}"
