@@ -11,13 +11,14 @@ channels (2i, 2i + 1) of a head together where ours turns (i, i + D/2), so the r
 are taken in another order, for which the config must say how many heads there are.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import GPTConfig
-from formats.stored import Stored, beside, rows
+from formats.stored import Stored, beside, rows, stacked
 
 NOT_THE_MODEL = re.compile(
     r"(optim\w*|lr_schedulers?|schedulers?|dataloader\w*|train_state|trainer_state|rng\w*|"
@@ -41,10 +42,11 @@ MEGATRON = re.compile(
 
 
 class Dialect(NamedTuple):
-    modules: dict[str, list[str]]  # ours: theirs, in the order of our rows
+    modules: dict[str, list[str]]  # ours: theirs, in the order of our rows; {e}: for each expert
     paired: bool = False  # rotary channels (2i, 2i + 1) turn together: Meta's order
     grouped: bool = False  # their one qkv matrix has rows [q … q, k, v] for each key head
     ignored: str = r"$^"  # buffers
+    choice_bias: str = ""  # what a router chooses by beside its weight, by its whole name
 
 
 def _meta(qkv: list[str], paired: bool, grouped: bool = False) -> Dialect:
@@ -321,18 +323,39 @@ def under_ours(
     left, ours = dict(tensors), {}
     number = re.compile(r"(?:\w+\.){1,2}?(\d+)\.")
     layers = sorted({int(m[1]) for name in tensors if (m := number.match(name))})
-    for module, theirs in spec.modules.items():
-        for i in layers if "{i}" in module else [0]:
-            for leaf in ("weight", "bias"):
-                names = [f"{their.format(i=i)}.{leaf}" for their in theirs]
-                if not all(name in left for name in names):
-                    continue
-                parts = [left.pop(name) for name in names]
-                name = f"{module.format(i=i)}.{leaf}"
-                if module.endswith("qkv_proj"):
-                    parts = _by_heads(parts, spec, config, name)
-                ours[name] = parts[0] if len(parts) == 1 else beside(name, parts)
+    table = {
+        f"{ours}.{leaf}": [f"{their}.{leaf}" for their in theirs]
+        for ours, theirs in spec.modules.items()
+        for leaf in ("weight", "bias")
+    }
+    if spec.choice_bias:
+        table["blocks.{i}.mlp.router.choice_bias"] = [spec.choice_bias]
+    for our, theirs in table.items():
+        for i in layers if "{i}" in our else [0]:
+            name, names = our.format(i=i), [_of_layer(their, i, left) for their in theirs]
+            there = all(each and all(n in left for n in each) for each in names)
+            if not there or len({len(each) for each in names}) > 1:  # an expert's half
+                continue
+            parts = [_taken(name, each, their, left) for each, their in zip(names, theirs)]
+            if ".qkv_proj." in our:
+                parts = _by_heads(parts, spec, config, name)
+            dim = max(0, len(parts[0].shape) - 2)  # rows, of each expert
+            ours[name] = parts[0] if len(parts) == 1 else beside(name, parts, dim)
     return ours | {name: t for name, t in left.items() if not re.search(spec.ignored, name)}
+
+
+def _of_layer(their: str, i: int, left: dict[str, Stored]) -> list[str]:
+    """Their names of one of our tensors: as many as there are experts, where each has its own."""
+    if "{e}" not in their:
+        return [their.format(i=i)]
+    every = (their.format(i=i, e=e) for e in itertools.count())
+    return list(itertools.takewhile(left.__contains__, every))
+
+
+def _taken(name: str, names: list[str], their: str, left: dict[str, Stored]) -> Stored:
+    """A part of ours, which is no longer left."""
+    found = [left.pop(one) for one in names]
+    return stacked(name, found) if "{e}" in their else found[0]
 
 
 def _by_heads(parts: list[Stored], spec: Dialect, config: GPTConfig | None, name: str):
