@@ -127,7 +127,10 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """The structure of an iteration's files, joined, and what its settings say of the model."""
     folder = place(path)
     if folder is None:
-        raise ValueError(f"{path} has no directory {_latest(path)!r:.100}, which {TRACKER} names")
+        raise ValueError(
+            f"{path}, a directory of Megatron's, has no directory {_latest(path)!r:.100}, which "
+            f"{TRACKER} names"
+        )
     where = _distributed(folder)
     if where is None:
         tensors, said, files = _of_ranks(folder)

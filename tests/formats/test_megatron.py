@@ -219,6 +219,8 @@ def test_a_run_of_several_iterations(tmp_path):
     for step in (5, 200, 30):
         ranks(tmp_path, state, GPT, 1, 1, step=step)
     torch_dist(tmp_path, state, GPT, 1, 1, 0, step=400)
+    other = ranks(tmp_path / "other", state, GPT, 1, 1, step=5).parent
+    (other / "latest_checkpointed_iteration.txt").write_text("5")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("200\n")
     found = checkpoint.list_checkpoints(tmp_path)
     assert [(c.step, c.kind) for c in found] == [(n, "megatron") for n in (5, 30, 200, 400)]
@@ -231,6 +233,10 @@ def test_a_run_of_several_iterations(tmp_path):
     assert len({checkpoint.fingerprint(c.path) for c in found}) == 4
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("../../etc")
     assert "has no directory '../../etc'" in refusal(tmp_path)
+    (tmp_path / "run-2").mkdir()  # which lost its iterations: not passed over
+    shutil.copy(tmp_path / "latest_checkpointed_iteration.txt", tmp_path / "run-2")
+    assert checkpoint.is_checkpoint(tmp_path / "run-2") and not checkpoint.is_checkpoint(other)
+    assert "has no directory" in refusal(tmp_path / "run-2")
     shutil.move(found[0].path, tmp_path / "release")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     assert checkpoint.is_finished(tmp_path / "release") and right(tmp_path / "release", GPT)
