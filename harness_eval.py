@@ -258,7 +258,7 @@ def show(records: list[Result]) -> None:
     first = records[0]["checkpoint"]
     print(f"\n{cli.printable(first['name'])}  ({cli.printable(first['path'])})")
     for record in records:
-        print(f"{', '.join(record['words'])}: {record['data']['documents']:,} documents")
+        print(f"{record['data']['documents']:,} documents: {', '.join(record['words'])}")
         for name, metric in record["metrics"].items():
             print(f"  {name:<28} {show_metric(metric)}")
         for task, metrics in record["breakdown"].get("task", {}).items():

@@ -4,7 +4,8 @@ writes greedily, in float32.
     ROSEVAL_DATA=… ROSEVAL_MODEL=…/smollm2-135m-instruct pytest --slow -s tests/test_real_model.py
 
 ROSEVAL_MODEL: a small model as a Hugging Face directory. SmolLM2-135M-Instruct, torch 2.13,
-transformers 5.17, two CPU cores: FIGURES
+transformers 5.17, CPU: 250 of 250 letters are the same, log-probabilities differ by at most 2.6e-5
+(26.40% are right); 24 of 24 greedy texts are the same, 1,115 tokens in all.
 """
 
 import json
