@@ -1,0 +1,123 @@
+"""Mixtures of experts as trainers keep them: transformers' models under the names of torchtitan,
+DeepSpeed and Megatron, by the rules that these document, against transformers' own logits."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
+from trained_files import refusal
+
+import checkpoint
+from config import config_from_hf
+
+transformers = pytest.importorskip("transformers")
+
+V = 61
+IDS = torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(0))
+SIZES = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+SIZES |= dict(moe_intermediate_size=24, num_experts_per_tok=2, pad_token_id=None)
+SIZES |= dict(bos_token_id=None, eos_token_id=None)
+QWEN = dict(num_experts=4, head_dim=16, norm_topk_prob=True)
+DEEPSEEK = dict(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, n_group=2)
+DEEPSEEK |= dict(num_key_value_heads=4, n_routed_experts=4, topk_group=1, first_k_dense_replace=1)
+
+
+def made(model_type, **case):
+    """(a transformers model, its weights a matrix for each expert, its config with us)."""
+    config = transformers.AutoConfig.for_model(model_type, **(SIZES | case))
+    torch.manual_seed(1)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.12)
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
+    weights = {}
+    for name, t in theirs.eval().state_dict().items():
+        stem, _, last = name.rpartition(".experts.")
+        if stem and last == "gate_up_proj":
+            weights[f"{stem}.experts.gate"], weights[f"{stem}.experts.up"] = t.chunk(2, dim=1)
+        elif stem and last == "down_proj":
+            weights[f"{stem}.experts.down"] = t
+        else:
+            weights[name] = t
+    return theirs, weights, config_from_hf(config.to_dict()).replace(dropout=0.0)
+
+
+@torch.no_grad()
+def same(path, theirs, config):
+    wanted = theirs(IDS).logits
+    found = checkpoint.load_model(path, "float32", config=config)(IDS)[0]
+    assert wanted.std() > 0.3
+    return (found - wanted).abs().max() <= 1e-5 * max(1.0, wanted.std().item())
+
+
+def renamed(weights, names):
+    """By pairs of (theirs, new), each a part of a name."""
+    found = {}
+    for name, t in weights.items():
+        for old, new in names:
+            name = name.replace(old, new)
+        found[name] = t.contiguous().clone()
+    return found
+
+
+def save_dcp(weights, path):
+    with warnings.catch_warnings(action="ignore"):
+        torch_dcp.save(weights, checkpoint_id=path, no_dist=True)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# torchtitan
+
+TITAN = (
+    ("model.embed_tokens", "tok_embeddings"), ("lm_head", "output"), ("model.norm", "norm"),
+    ("model.layers", "layers"), ("self_attn", "attention"), ("input_layernorm", "attention_norm"),
+    ("post_attention_layernorm", "ffn_norm"), ("mlp.gate.e_score_correction", "moe.expert"),
+    ("mlp.gate.", "moe.router.gate."), ("mlp.experts.gate", "moe.experts.w1"),
+    ("mlp.experts.up", "moe.experts.w3"), ("mlp.experts.down", "moe.experts.w2"),
+    ("mlp.shared_experts", "moe.shared_experts"), ("mlp.", "feed_forward."),
+    ("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"), ("q_proj", "wq"),
+    ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo"), ("q_a_proj", "wq_a"),
+    ("q_a_layernorm", "q_norm"), ("q_b_proj", "wq_b"), ("kv_a_proj_with_mqa", "wkv_a"),
+    ("kv_a_layernorm", "kv_norm"), ("kv_b_proj", "wkv_b"),
+)  # fmt: skip
+NOW = (
+    ("output.", "lm_head."), ("moe.expert_bias", "moe.expert_bias_E"),
+    ("moe.experts.w1", "moe.routed_experts.inner_experts.w1_EFD"),
+    ("moe.experts.w2", "moe.routed_experts.inner_experts.w2_EDF"),
+    ("moe.experts.w3", "moe.routed_experts.inner_experts.w3_EFD"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [dict(q_lora_rank=12), dict(q_lora_rank=None)])
+def test_torchtitans_deepseek(tmp_path, case):
+    theirs, weights, config = made("deepseek_v3", **DEEPSEEK, **case)
+    old = renamed(weights, TITAN)
+    assert {"layers.1.moe.experts.w1", "layers.1.moe.expert_bias"} <= old.keys()
+    assert same(save_dcp(old, tmp_path / "step-1"), theirs, config)
+    new = save_dcp(renamed(old, NOW), tmp_path / "step-2")
+    assert same(new, theirs, config)
+    converted = checkpoint.convert(new, tmp_path / "out", config)
+    assert same(converted, theirs, None)
+    assert "no config" in refusal(new)
+    wrong = config.replace(kv_lora_rank=12)
+    assert "kv_down_proj.weight (file [20, 32], model [16, 32])" in refusal(new, wrong)
+
+
+def test_torchtitans_qwen3(tmp_path):
+    """Whose routers have a bias that balances their load, of which Qwen's config knows nothing."""
+    theirs, weights, config = made("qwen3_moe", **QWEN)
+    path = save_dcp(renamed(weights, TITAN), tmp_path / "step-1")
+    assert same(path, theirs, config)
+    biases = {f"layers.{i}.moe.expert_bias": torch.zeros(4) for i in range(3)}
+    path = save_dcp(renamed(weights, TITAN) | biases, tmp_path / "step-2")
+    assert "unexpected: blocks.0.mlp.router.choice_bias" in refusal(path, config)
+    assert same(path, theirs, config.replace(router_choice_bias=True))
+    biases["layers.1.moe.expert_bias"] = torch.tensor([0.0, 9.0, 0.0, 0.0])
+    path = save_dcp(renamed(weights, TITAN) | biases, tmp_path / "step-3")
+    assert not same(path, theirs, config.replace(router_choice_bias=True))
