@@ -249,7 +249,7 @@ def test_truncated_damaged_and_hostile_files(tmp_path, theirs):
 
 
 @pytest.mark.parametrize("name", ["mp_rank_01_model_states.pt", "layer_03-model_00-model_states.pt",
-                                  "layer_0_expert_3_mp_rank_00_model_states.pt"])  # fmt: skip
+                                  "layer_0_expert_3_mp_rank_01_model_states.pt"])  # fmt: skip
 def test_parallel_forms_are_refused_by_name(tmp_path, name):
     tag = tmp_path / "global_step5"
     tag.mkdir()

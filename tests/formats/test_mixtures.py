@@ -121,3 +121,64 @@ def test_torchtitans_qwen3(tmp_path):
     biases["layers.1.moe.expert_bias"] = torch.tensor([0.0, 9.0, 0.0, 0.0])
     path = save_dcp(renamed(weights, TITAN) | biases, tmp_path / "step-3")
     assert not same(path, theirs, config.replace(router_choice_bias=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# DeepSpeed
+
+
+def save_deepspeed(tag, weights, wrap=True):
+    """Each expert of each layer in a file; the rest, routers too, in `module`."""
+    tag.mkdir(parents=True)
+    module, experts = {}, {}
+    at = ".deepspeed_moe.experts.deepspeed_experts."
+    for name, t in weights.items():
+        stem, _, part = name.rpartition(".experts.")
+        if stem and wrap:
+            layer = int(name.split(".")[2])
+            for e, own in enumerate(t):
+                full = f"{stem}{at}{e}.{part}_proj.weight"
+                experts.setdefault((layer, e), {})[full] = own.clone()
+        else:
+            module[name.replace(".mlp.gate.", ".mlp.deepspeed_moe.gate.wg.")] = t.clone()
+    torch.save({"module": module, "global_steps": 7}, tag / "mp_rank_00_model_states.pt")
+    for (layer, e), own in experts.items():
+        torch.save(own, tag / f"layer_{layer}_expert_{e}_mp_rank_00_model_states.pt")
+    (tag / "expp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"is not needed")
+    (tag.parent / "latest").write_text(tag.name)
+    return tag
+
+
+def test_deepspeeds_files_of_experts(tmp_path):
+    theirs, weights, config = made("qwen3_moe", **QWEN)
+    tag = save_deepspeed(tmp_path / "run/global_step7", weights)
+    assert same(tag, theirs, config) and same(tmp_path / "run", theirs, config)
+    ckpt = checkpoint.open(tag, config)
+    assert (ckpt.kind, ckpt.step) == ("deepspeed", 7) and checkpoint.is_finished(tag)
+    assert len(ckpt.fingerprint) == 64
+    theirs.config.save_pretrained(tag)
+    assert same(tag, theirs, None)
+    file, whole = (tag / f"layer_1_expert_{e}_mp_rank_00_model_states.pt" for e in (2, 3))
+    content = file.read_bytes()
+    file.unlink()
+    assert "model.layers.1.mlp.experts.2.gate_proj.weight" in refusal(tag)
+    for bad, match in (
+        (content[:-50], "truncated or still being written"),
+        (whole.read_bytes(), "and so does another file"),
+    ):
+        file.write_bytes(bad)
+        assert match in refusal(tag)
+    file.write_bytes(content)
+    (tag / "mp_rank_00_model_states.pt").unlink()
+    assert "of experts under ZeRO 3" in refusal(tag)
+
+
+def test_deepspeed_without_files_of_experts(tmp_path):
+    """transformers' own module, which keeps the experts of a layer in two tensors."""
+    theirs, _, config = made("qwen3_moe", **QWEN)
+    tag = save_deepspeed(tmp_path / "global_step7", theirs.state_dict(), wrap=False)
+    said = torch.load(tag / "mp_rank_00_model_states.pt")["module"]
+    said = {name.replace("deepspeed_moe.gate.wg", "gate"): t for name, t in said.items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in said
+    torch.save({"module": said, "global_steps": 7}, tag / "mp_rank_00_model_states.pt")
+    assert same(tag, theirs, config)
