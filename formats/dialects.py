@@ -138,11 +138,18 @@ def _megatron(qkv: str, paired: bool) -> Dialect:
             "blocks.{i}.attn.k_norm": [at + "self_attention.k_layernorm"],
             "blocks.{i}.mlp.fc1": [at + "mlp.linear_fc1"],
             "blocks.{i}.mlp.fc2": [at + "mlp.linear_fc2"],
+            "blocks.{i}.mlp.router": [at + "mlp.router"],
+            "blocks.{i}.mlp.experts.fc1": [at + "mlp.experts.local_experts.{e}.linear_fc1"],
+            "blocks.{i}.mlp.experts.fc2": [at + "mlp.experts.local_experts.{e}.linear_fc2"],
+            "blocks.{i}.mlp.shared.fc1": [at + "mlp.shared_experts.linear_fc1"],
+            "blocks.{i}.mlp.shared.fc2": [at + "mlp.shared_experts.linear_fc2"],
+            "blocks.{i}.mlp.shared_gate": [at + "mlp.shared_experts.gate"],
             "ln_f": ["decoder.final_layernorm"],
             "lm_head": ["output_layer"],
         },
         paired,
         grouped=True,
+        choice_bias=at + "mlp.router.expert_bias",
     )
 
 
@@ -162,6 +169,9 @@ FORMER_MEGATRON = tuple((re.compile(pattern), now) for pattern, now in (
     (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
     (r"\.self_attention\.linear_qkv\.layer_norm_", ".input_layernorm."),
     (r"\.mlp\.linear_fc1\.layer_norm_", ".pre_mlp_layernorm."),
+    (r"\.experts\.linear_fc([12])\.weight(\d+)$", r".experts.local_experts.\2.linear_fc\1.weight"),
+    (r"\.experts\.experts\.(?=\d)", ".experts.local_experts."),
+    (r"\.shared_experts\.gate_weight$", ".shared_experts.gate.weight"),
 ))  # fmt: skip
 
 SPLIT = ["wq", "wk", "wv"]

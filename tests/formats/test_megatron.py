@@ -183,7 +183,7 @@ def test_activation_of_fused_and_plain_gelu():
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("num_experts", 8), ("multi_latent_attention", True), ("window_size", (128, 0)),
+    ("moe_latent_size", 8), ("multi_latent_attention", True), ("window_size", (128, 0)),
     ("position_embedding_type", "yarn"), ("softmax_type", "learnable"), ("spec", ["a", "b"]),
     ("quick_geglu", True), ("normalization", "Weird"), ("num_layers", "two"),
     ("num_attention_heads", -4), ("norm_epsilon", {}), ("hybrid_layer_pattern", "M*M*"),
@@ -262,8 +262,8 @@ def test_ranks_that_are_missing_or_of_another_save(tmp_path):
     for rank in ("01_000", "01_001"):
         shutil.rmtree(path / f"mp_rank_{rank}")
     assert "tensor_model_parallel_size 2, there are files of 1" in refusal(path)
-    (alone / "mp_rank_00").rename(alone / "mp_rank_00_000_000")
-    assert "one rank of experts" in refusal(alone)
+    (alone / "mp_rank_00").rename(alone / "mp_rank_00_000_001")
+    assert "lacks the file of tensor rank 0, stage 0, rank 0 of experts" in refusal(alone)
     state.pop("decoder.layers.0.mlp.linear_fc2.weight")
     assert "1 missing: blocks.0.mlp.fc2.weight" in refusal(
         ranks(tmp_path / "d", state, LLAMA, 2, 1)

@@ -1,11 +1,14 @@
 """Mixtures of experts as trainers keep them: transformers' models under the names of torchtitan,
 DeepSpeed and Megatron, by the rules that these document, against transformers' own logits."""
 
+import re
 import warnings
 
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from checkpoint_files import CONFIGS, logits, make_model
+from megatron_files import core_state, of_experts, ranks, torch_dist
 from trained_files import refusal
 
 import checkpoint
@@ -182,3 +185,89 @@ def test_deepspeed_without_files_of_experts(tmp_path):
     assert "model.layers.0.mlp.experts.gate_up_proj" in said
     torch.save({"module": said, "global_steps": 7}, tag / "mp_rank_00_model_states.pt")
     assert same(tag, theirs, config)
+
+
+# ---------------------------------------------------------------------------------------------
+# Megatron
+
+LLAMA = CONFIGS["llama"].replace(n_layers=4)
+MIXTURES = {
+    "mixtral": LLAMA.replace(n_experts=4, n_experts_per_token=2, router_norm=True),
+    "qwen2": LLAMA.replace(
+        n_experts=4, n_experts_per_token=3, d_ff_expert=24, d_ff_shared=40, shared_gate=True
+    ),
+    "deepseek": LLAMA.replace(
+        n_experts=8, n_experts_per_token=2, d_ff_expert=24, d_ff_shared=24, dense_layers=(0,),
+        router_score="sigmoid", router_norm=True, router_scale=2.5, router_choice_bias=True,
+        n_expert_groups=2, expert_group_score="top2",
+    ),
+}  # fmt: skip
+
+
+def right(path, config):
+    ckpt = checkpoint.open(path)
+    assert ckpt.config == config and ckpt.kind == "megatron", (ckpt.config, config, ckpt.problem)
+    return torch.equal(logits(ckpt.load("float32")), logits(make_model(config)))
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_megatrons_files_of_ranks(tmp_path, kind):
+    """Tensor, pipeline and expert parallel; experts as modules or as numbered weights of one."""
+    config = MIXTURES[kind]
+    state, said = core_state(make_model(config)), of_experts(config)
+    for i, (T, P, E) in enumerate([(1, 1, 1), (1, 1, 2), (2, 2, 1), (2, 1, 4), (2, 2, 2)]):
+        assert right(ranks(tmp_path / f"{i}", state, config, T, P, E=E, **said), config), (T, P, E)
+    grouped = {
+        re.sub(r"local_experts\.(\d+)\.linear_fc(\d)\.weight", r"linear_fc\2.weight\1", n): t
+        for n, t in state.items()
+    }
+    assert any(name.endswith("mlp.experts.linear_fc1.weight3") for name in grouped)
+    assert right(ranks(tmp_path / "grouped", grouped, config, 1, 2, **said), config)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_megatrons_torch_dist(tmp_path, kind):
+    config = MIXTURES[kind]
+    state, said = core_state(make_model(config)), of_experts(config)
+    for i, (stacked, halves) in enumerate([(1, 0), (0, 1), (1, 1), (0, 0)]):
+        if stacked and config.dense_layers:  # layers that differ are not stacked
+            continue
+        path = torch_dist(tmp_path / f"{i}", state, config, stacked, 1, halves, **said)
+        assert right(path, config), (stacked, halves)
+
+
+def test_ranks_of_experts_that_are_missing(tmp_path):
+    config = MIXTURES["mixtral"]
+    state, said = core_state(make_model(config)), of_experts(config)
+    path = ranks(tmp_path, state, config, 1, 1, E=4, **said)
+    (path / "mp_rank_00_003").rename(tmp_path / "away")
+    assert "expert_model_parallel_size 4, there are files of 3" in refusal(path)
+    (tmp_path / "away").rename(path / "mp_rank_00_003")
+    (path / "mp_rank_00_001").rename(tmp_path / "away")
+    assert "lacks the file of tensor rank 0, stage 0, rank 1 of experts" in refusal(path)
+    (tmp_path / "away").rename(path / "mp_rank_00_001")
+    assert right(path, config)
+    fused = {n: t for n, t in state.items() if ".experts." not in n}  # of an old grouped product
+    fused |= {f"decoder.layers.{i}.mlp.experts.weight1": torch.ones(32, 384) for i in range(4)}
+    odd = ranks(tmp_path / "odd", fused, config, 1, 1, **said)
+    assert "unexpected: decoder.layers.0.mlp.experts.weight1" in refusal(odd)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("moe_router_score_function", "tanh"),
+        ("moe_router_load_balancing_type", "sinkhorn"),
+        ("moe_router_load_balancing_type", ["aux_loss", "sinkhorn"]),
+        ("moe_router_enable_expert_bias", True),
+        ("moe_expert_capacity_factor", 1.0),
+        ("moe_layer_freq", "x"),
+        ("moe_layer_freq", [1]),
+        ("moe_router_topk", "x"),
+        ("expert_tensor_parallel_size", 2),
+    ],
+)
+def test_megatrons_settings_without_a_native_form(tmp_path, name, value):
+    config = MIXTURES["mixtral"]
+    state, said = core_state(make_model(config)), of_experts(config) | {name: value}
+    assert name in refusal(ranks(tmp_path, state, config, 1, 1, **said))
