@@ -34,6 +34,8 @@ EMBEDDING = re.compile(
 )
 
 
+# rows of latent attention with rotary channels
+TURNED = tuple(f".attn.{x}.weight" for x in ("q_proj", "q_up_proj", "kv_down_proj"))
 # a matrix that Megatron has in every block, before and since Megatron-Core
 MEGATRON = re.compile(
     r"^((module|model|language_model)\.)*(decoder|encoder|transformer)\.layers\.(\d+\.)?"
@@ -393,9 +395,6 @@ def _taken(name: str, names: list[str], their: str, left: dict[str, Stored]) -> 
     """A part of ours, which is no longer left."""
     found = [left.pop(one) for one in names]
     return stacked(name, found) if "{e}" in their else found[0]
-
-
-TURNED = tuple(f".attn.{x}.weight" for x in ("q_proj", "q_up_proj", "kv_down_proj"))
 
 
 def _by_heads(parts: list[Stored], spec: Dialect, config: GPTConfig | None, name: str):

@@ -189,10 +189,11 @@ def _of_ranks(folder: Path) -> tuple[dict[str, Stored], dict[str, Any], list[Pat
     """(whole tensors, what the first rank's file says beside them, files)."""
     files = _by_rank(folder)
     T, P, E = (1 + max(rank[i] for rank in files) for i in (0, 1, 2))
-    for t, p, e in ((t, p, e) for p in range(P) for t in range(T) for e in range(E)):
-        if (t, p, e) not in files:
-            last = f", rank {e} of experts" if E > 1 else ""
-            raise ValueError(f"{folder} lacks the file of tensor rank {t}, stage {p}{last}")
+    for rank in ((t, p, e) for p in range(P) for t in range(T) for e in range(E)):
+        if rank not in files:
+            last = f", rank {rank[2]} of experts" if E > 1 else ""
+            said_of = f"tensor rank {rank[0]}, stage {rank[1]}{last}"
+            raise ValueError(f"{folder} lacks the file of {said_of}")
     contents = {rank: archives.open_archive(file) for rank, file in files.items()}
     first = contents[0, 0, 0]
     for rank, said in contents.items():
@@ -261,9 +262,8 @@ def _check_rank(file: Path, said: Any, first: dict, ranks: tuple[int, ...]) -> N
             "values lie in another order: load and save it with a newer Megatron"
         )
     args = _settings(said.get("args")) or {}
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    names += ("expert_model_parallel_size",)
-    for name, there in zip(names, ranks):
+    for kind, there in zip(("tensor", "pipeline", "expert"), ranks):
+        name = f"{kind}_model_parallel_size"
         if args.get(name, there) != there:
             raise ValueError(
                 f"{file} is of {name} {args[name]!r:.50}, there are files of {there}: not all are "
