@@ -46,6 +46,7 @@ from tasks.templates import load_template
 from tasks.word_problems import Problem, Prompt, data_hash, load_prompt, read_problems
 
 VERDICTS = ("accuracy", "strict_match", "flexible_extract")
+CONFIDENCES = {"vote_": "share of the votes", "p_true_": "P(True)"}  # by prefix of their metrics
 VOTE_KS = (8, 40)  # of pass@k and maj@k, where there are more samples
 
 # ---------------------------------------------------------------------------------------------
@@ -371,8 +372,12 @@ def print_record(record: Result) -> None:
     print(f"{record['data']['problems']:,} problems: {', '.join(record['words'])}")
     if protocol["limit"]:
         print("A PART OF THE PROBLEMS (--limit): not a score of the set")
-    for name, metric in record["metrics"].items():
-        print(f"  {name:<18} {stats.show_share(metric)}")
+    metrics = record["metrics"]
+    for name in shares_of(metrics):
+        print(f"  {name:<18} {stats.show_share(metrics[name])}")
+    for prefix, words in CONFIDENCES.items():
+        if f"{prefix}ece" in metrics:
+            print(f"  {words}: {sure.show_figures(metrics, prefix)}")
     for name, split in parts.get("language", {}).items():
         print(f"    {name:<16} {stats.show_share(split['accuracy'])}")
     for name, counts in parts["disagree"].items():
@@ -389,8 +394,11 @@ def print_record(record: Result) -> None:
 
 
 def print_table(records: list[dict]) -> None:
-    names = [name for name in records[0]["metrics"] if not name.startswith(("vote_", "p_true_"))]
-    command.print_shares(records, names, 22)
+    command.print_shares(records, shares_of(records[0]["metrics"]), 22)
+
+
+def shares_of(metrics: dict) -> list[str]:
+    return [name for name in metrics if not name.startswith(tuple(CONFIDENCES))]
 
 
 # ---------------------------------------------------------------------------------------------
