@@ -14,8 +14,6 @@ from pathlib import Path
 # Whose names these are: a pattern that some name matches, and one that none does.
 NAMES: tuple[tuple[str, str, str], ...] = (
     ("those of a PEFT adapter: give its directory, with its config", r"\.lora_\w+", ""),
-    ("those of weights quantised by bitsandbytes", r"\.weight\.(absmax|quant_)|\.SCB$", ""),
-    ("those of weights quantised by GPTQ or AWQ", r"\.(qweight|qzeros)$", ""),
     ("nanochat's", r"\bh\.\d+\.attn\.c_q\.", ""),
     ("litgpt's", r"\bh\.\d+\.(norm_1|attn\.qkv|attn\.attn|mlp\.fc_1)\.", ""),
     ("Meta's (Llama, llama2.c, torchtitan)", r"layers\.\d+\.attention\.(wq|qkv_linear)\b", ""),

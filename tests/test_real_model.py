@@ -4,7 +4,8 @@ writes greedily, in float32.
     ROSEVAL_DATA=… ROSEVAL_MODEL=…/smollm2-135m-instruct pytest --slow -s tests/test_real_model.py
 
 ROSEVAL_MODEL: a small model as a Hugging Face directory. SmolLM2-135M-Instruct, torch 2.13,
-transformers 5.17, two CPU cores: FIGURES
+transformers 5.17, CPU: 250 of 250 letters are the same, log-probabilities differ by at most 2.6e-5
+(26.40% are right); 24 of 24 greedy texts are the same, 1,115 tokens in all.
 """
 
 import json
@@ -18,7 +19,8 @@ import checkpoint
 from backends import Sampling
 from backends.local import Local
 from mmlu_eval import evaluate_mmlu
-from tasks.questions import LETTERS, load_template, read_data
+from tasks.questions import read_data
+from tasks.templates import load_template
 from tokenizer import build_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -54,7 +56,7 @@ def test_the_letters_of_mmlu(both, data_dir):
         ours, own_tokenizer, data_dir / "mmlu", 5, subjects=SUBJECTS, limit=QUESTIONS
     )
     template = load_template("lm_eval")
-    letters = [tokenizer.encode(f" {x}", add_special_tokens=False) for x in LETTERS]
+    letters = [tokenizer.encode(f" {x}", add_special_tokens=False) for x in "ABCD"]
     assert all(len(ids) == 1 for ids in letters)
     wanted = []
     for q in data.questions:

@@ -11,6 +11,7 @@ from config import GPTConfig, config_to_hf
 FEATURED = ("olmo", "olmo2", "gpt_neox", "gemma2", "gemma3_text", "phi", "granite", "stablelm")
 FEATURED += ("glm4", "cohere", "starcoder2", "smollm3", "youtu")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3")
+LATENT = ("youtu", "deepseek_v3")  # attention
 KINDS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", *FEATURED, *MIXTURES)
 
 

@@ -6,7 +6,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import PARAMETERS
-from small_models import FEATURED, KINDS, MEGATRON, MIXTURES, hf_model, megatron, tiny
+from small_models import FEATURED, KINDS, LATENT, MEGATRON, MIXTURES, hf_model, megatron, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,13 +69,8 @@ def configs(draw):
         tie_embeddings=draw(st.booleans()),
     )
     if kind in FEATURED:
-        d, k = 4 * draw(st.integers(1, 3)), heads if kind in ("gpt_neox", "youtu") else k
+        d, k = 4 * draw(st.integers(1, 3)), heads if kind == "gpt_neox" else k
         changes |= dict(n_kv_heads=k, head_dim=d, d_model=heads * d)
-        if kind == "youtu":
-            low, dims = st.integers(1, 9), st.sampled_from([2, 4, 6])
-            changes |= dict(head_dim=None, kv_lora_rank=draw(low), v_head_dim=draw(low))
-            changes |= dict(q_lora_rank=draw(st.none() | low), qk_nope_head_dim=draw(low))
-            changes |= dict(qk_rope_head_dim=draw(dims))
         changes |= {"embedding_scale": (heads * d) ** 0.5} if kind.startswith("gemma") else {}
     elif kind in ("gpt2", "qwen2"):
         changes |= dict(n_kv_heads=heads if kind == "gpt2" else k, head_dim=d, d_model=heads * d)
@@ -84,13 +79,23 @@ def configs(draw):
     if kind == "llama":  # transformers wants a width that divides into the heads
         bias = draw(st.booleans())
         changes |= dict(bias=bias, qkv_bias=bias, d_model=heads * draw(st.integers(2, 9)))
+    if kind in LATENT:
+        low, dims = st.integers(1, 9), st.sampled_from([2, 4, 6])
+        changes |= dict(head_dim=None, n_kv_heads=heads, kv_lora_rank=draw(low))
+        changes |= dict(q_lora_rank=draw(st.none() | low), qk_nope_head_dim=draw(low))
+        changes |= dict(qk_rope_head_dim=draw(dims), v_head_dim=draw(low))
     if kind in MIXTURES:
         experts = draw(st.integers(1, 5))
         chosen = draw(st.integers(1, experts))
         width = changes["d_ff"] if kind == "mixtral" else draw(st.integers(3, 50))
         changes |= dict(n_experts=experts, n_experts_per_token=chosen, d_ff_expert=width)
         if kind == "glm4_moe":
-            changes |= dict(d_ff_shared=width * draw(st.integers(1, 3)), head_dim=d * 2)
+            changes |= dict(head_dim=d * 2)
+        if kind == "deepseek_v3":
+            changes |= dict(n_experts=2 * experts, n_expert_groups=experts)
+            changes |= dict(n_expert_groups_per_token=chosen)
+        if kind in ("glm4_moe", "deepseek_v3"):
+            changes |= dict(d_ff_shared=width * draw(st.integers(1, 3)))
             changes |= dict(dense_layers=tuple(range(draw(st.integers(0, 3)))))
     return tiny(kind, **changes)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import KINDS, MEGATRON, MIXTURES, hf_model, megatron, tiny, to_pure
+from small_models import KINDS, LATENT, MEGATRON, MIXTURES, hf_model, megatron, tiny, to_pure
 
 import model as model_file
 from backends import scoring
@@ -80,7 +80,8 @@ def saved_by_a_block(kind, mode, ours: bool) -> tuple[GPTConfig, float]:
     for layers in (2, 3):  # the difference is one block
         # values as wide as keys: on CPU no fast attention takes others, on CUDA they are widened
         alike = {"dense_layers": ()} if kind in MIXTURES else {}
-        c = tiny(kind, n_layers=layers, **({"v_head_dim": 18} if kind == "youtu" else alike))
+        alike |= {"v_head_dim": 18} if kind in LATENT else {}
+        c = tiny(kind, n_layers=layers, **alike)
         torch.manual_seed(0)
         model = GPTModel(c).train() if ours else hf_model(c, "cpu", attn_implementation="sdpa")
         if mode == "pure":
@@ -119,6 +120,8 @@ def casts_and_norms(c, mode) -> float:
     if c.qk_norm_type == "rmsnorm":
         extra += c.qk_norm * 4 * (c.n_heads + c.n_kv_heads) * c.head_dim
     extra += 4 * ((c.kv_lora_rank or 0) + (c.q_lora_rank or 0))
+    if c.n_expert_groups > 1:  # how groups were chosen, which is let go with the choice
+        extra += 17 * c.n_expert_groups + 8 * c.n_expert_groups_per_token
     if c.sliding_window:
         extra += (4 if mode == "fp32" else 2) * 64 / 2
     return extra
