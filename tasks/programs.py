@@ -374,5 +374,6 @@ def print_example(problem: dict, judged: dict[str, Judged]) -> None:
     sample, verdict = failed[0]
     prompt, completion, *_ = program_of(problem, sample)
     print(f"--- {task}, failing sample 1 of {len(failed)}\n{printable(prompt, lines=True)}")
-    print(f">>> drawn from here\n{printable(completion, lines=True)}")
+    begins = ">>> the program" if "solution" in sample else ">>> drawn from here"
+    print(f"{begins}\n{printable(completion, lines=True)}")
     print(f"--- {verdict.kind}: {printable(verdict.detail)}")
