@@ -510,15 +510,7 @@ OF_DRAWING = {
     "chat_template_args": "a=1",
     **{"config": "c", "base": "b", "tokenizer_name": "byte", "results_dir": "r", "run_name": "n"},
     **{"num_samples": "2", "max_new_tokens": "5", "temperature": "0.5", "top_p": "0.5"},
-    **{
-        "base": "m",
-        "top_k": "3",
-        "stop": "x",
-        "seed": "7",
-        "bos": "on",
-        "limit": "3",
-        "batch_size": "2",
-    },
+    **{"top_k": "3", "stop": "x", "seed": "7", "bos": "on", "limit": "3", "batch_size": "2"},
     **{"compile": "off", "dtype": "fp32", "bf16": "", "no_amp": "", "device": "cpu"},
     **{"timeout": "3", "strip_prompt": "--no-strip-prompt"},
 }
