@@ -27,12 +27,9 @@ import command
 import evaluation
 import results
 import stats
-from backends import Backend, Facts
+from backends import BATCH_TOKENS, Backend, Facts
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks.chat import Chat, ChatOptions, open_chat
-
-BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch
-
 
 # ---------------------------------------------------------------------------------------------
 # Options

@@ -34,7 +34,7 @@ import numpy as np
 import cli
 import command
 import evaluation
-from backends import Backend, Facts, Sampling
+from backends import BATCH_TOKENS, Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks.chat import ChatOptions, encode, open_chat, starts_with_bos
 from tasks.choice_sets import ChoiceSet, load_set
@@ -62,8 +62,6 @@ from tasks.questions import QuestionSet, read_data
 from tasks.templates import SCORINGS
 
 __all__ = ["MMLU", "column_of", "evaluate_mmlu"]
-
-BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch
 
 # ---------------------------------------------------------------------------------------------
 # Options

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
 
 
 SERVERS = ("openai", "roseval", "vllm", "sglang", "llama.cpp", "llama-cpp-python")
+BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch of rows, unless asked for
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from builders import (
     PlainModel,
     judge_as_openai,
     read_lines,
+    run_ranks,
     saved_checkpoint,
     tiny_model,
     torchrun,
@@ -403,6 +404,39 @@ def test_killed_on_two_ranks_resumed_on_three_is_as_run_on_one(saved, data_dir, 
     protocol = one["protocol"]
     assert protocol["stop"] == list(PROMPTS["completion"].stop) and protocol["limit"] == 9
     assert protocol["sandbox_tier"][0] in "ABC" and protocol["judge_timeout"] == PATIENCE
+
+
+@pytest.mark.slow
+def test_humaneval_plus_has_the_same_bits_on_two_ranks(data_dir, tmp_path):
+    """Canonical programs and their mutants, drawn and judged: base and plus are right by turns."""
+    body = f"""
+    from humaneval_eval import evaluate_humaneval
+    from mutants import mutants
+    from tasks.problems import read_problems
+    from test_humaneval_eval import Planted
+    from tokenizer import build_tokenizer
+    path, texts = {str(data_dir / "HumanEvalPlus-Mini.jsonl.gz")!r}, []
+    for task, p in read_problems(path, 8).items():
+        begun = p["prompt"].strip() + chr(10)
+        texts.append(begun + p["canonical_solution"])
+        program = p["prompt"] + p["canonical_solution"]
+        for mutant in mutants(program, p["entry_point"], 2, task):
+            texts.append(begun + mutant)
+    options = dict(limit=8, temperature=1.0, top_p=1.0, max_new_tokens=2000, workers=1, dist=dist)
+    found = evaluate_humaneval(Planted(texts), build_tokenizer("byte"), path, 4, **options)
+    keep = {{name: found[name] for name in ("metrics", "breakdown")}}
+    samples = list(found.samples())
+    arrays = [(name, a.tobytes().hex()) for name, a in found.arrays.items()]
+    if dist.is_main:
+        passed = [sum(s[name] for s in samples) for name in ("passed", "plus_passed")]
+        say("PASSED", len(samples), *passed, dist.world_size)
+        say("FOUND", keep, arrays, samples)
+    """
+    outs = [run_ranks(n, tmp_path, body).stdout for n in (1, 2)]
+    said = [out.partition("FOUND")[2] for out in outs]
+    n, base, plus, _ = map(int, outs[0].partition("PASSED")[2].split()[:4])
+    assert n == 32 and n > base >= plus > 4, outs[0][:200]
+    assert said[0] and said[0] == said[1]
 
 
 # ---------------------------------------------------------------------------------------------
