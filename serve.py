@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import cli
 import evaluation
+from backends import BATCH_TOKENS
 from evaluation import ModelOptions
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ KEY = "ROSEVAL_API_KEY"
 KEEP_ALIVE = 75  # seconds; clients come back to a connection for 15 and more
 CPU_ROWS = 8
 NEW_TOKENS = 2048
-BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of prompts scored at once
 
 
 @dataclass(frozen=True)
