@@ -126,13 +126,14 @@ class Backend(Protocol):
     def score_rows(
         self,
         rows: Continuations,
-        max_tokens: int,
+        max_tokens: int | None = None,
         max_rows: int | None = None,
         *,
         greedy: bool = False,
         consumer: Consumer | None = None,
     ) -> RowScores:
-        """continuations.RowScores of rows that go on from shared prefixes."""
+        """continuations.RowScores of rows that go on from shared prefixes. max_tokens: padded ones
+        of a batch, BATCH_TOKENS unless given; a server has its own."""
 
     def generate(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import cli
-from backends import Facts, Sample, Sampling, continuations, engine, scoring
+from backends import BATCH_TOKENS, Facts, Sample, Sampling, continuations, engine, scoring
 from costs import gpus
 from costs.flops import estimate_flops
 from distributed import Dist, print0
@@ -144,7 +144,7 @@ class Local:
     def score_rows(
         self,
         rows: continuations.Continuations,
-        max_tokens: int,
+        max_tokens: int | None = None,
         max_rows: int | None = None,
         *,
         greedy: bool = False,
@@ -156,6 +156,7 @@ class Local:
         it, and the consumer sees logits again from the start: it must write by place, not add up.
         ValueError where the model gives NaN."""
         overhead = batch_overhead(self.model, self.dist.device)
+        max_tokens = max_tokens or BATCH_TOKENS[self.dist.device.type]
 
         def score(most):
             batches = continuations.plan_batches(rows, most, max_rows, overhead)
