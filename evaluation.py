@@ -333,6 +333,9 @@ def bos_option(default: str = "auto") -> str:
     )
 
 
+BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch of rows, by default
+
+
 def compile_option() -> str:
     help = "torch.compile; auto: on CUDA, if the job is long enough to repay it"
     return cli.option("auto", help, choices=("auto", "on", "off"))

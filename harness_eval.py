@@ -28,10 +28,7 @@ import evaluation
 import results
 import stats
 from backends import Backend, Facts
-from evaluation import Evaluation, Folder, Outcome, Plan, Result
-
-BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch
-
+from evaluation import BATCH_TOKENS, Evaluation, Folder, Outcome, Plan, Result
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -120,10 +117,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "limit": options.limit,
         "batch_tokens": options.batch_tokens or BATCH_TOKENS[facts.device],
         "compile": options.compile,
-        "context": facts.context,
-        "dtype": facts.dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **facts.protocol,
     }
     data = {"files": sorted(asked.tasks), "hash": harness.content_hash(asked, options.limit)}
     shots = "/".join(map(str, asked.shots()))
@@ -258,7 +252,8 @@ def show(records: list[Result]) -> None:
     first = records[0]["checkpoint"]
     print(f"\n{cli.printable(first['name'])}  ({cli.printable(first['path'])})")
     for record in records:
-        print(f"{record['data']['documents']:,} documents: {', '.join(record['words'])}")
+        words = ", ".join(map(cli.printable, record["words"]))
+        print(f"{record['data']['documents']:,} documents: {words}")
         for name, metric in record["metrics"].items():
             print(f"  {name:<28} {show_metric(metric)}")
         for task, metrics in record["breakdown"].get("task", {}).items():

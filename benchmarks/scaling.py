@@ -181,7 +181,8 @@ def print_plan(args) -> None:
     from backends.continuations import deal_batches, plan_batches
     from backends.local import batch_overhead
     from config import load_config
-    from mmlu_eval import BATCH_TOKENS, MMLU
+    from evaluation import BATCH_TOKENS
+    from mmlu_eval import MMLU
     from model import GPTModel
     from tokenizer import build_tokenizer
 

@@ -18,14 +18,10 @@ from tasks.chat import Chat
 from tasks.evalplus import is_mbpp
 from tasks.extraction import extract
 
-EVALPLUS_STOP: tuple[str, ...] = (
-    "<|endoftext|>",
-    "<|endofmask|>",
-    "</s>",
-    "\nif __name__",
-    "\ndef main(",
+EVALPLUS_STOP = (
+    *("<|endoftext|>", "<|endofmask|>", "</s>"),
+    *("\nif __name__", "\ndef main(", "\nprint("),
 )
-EVALPLUS_STOP += ("\nprint(",)
 
 
 @dataclass(frozen=True)

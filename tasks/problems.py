@@ -11,11 +11,10 @@ file and line.
 """
 
 import ast
-import hashlib
-import json
 import warnings
 from pathlib import Path
 
+from identity import rows_hash
 from inputs import read_jsonl
 from tasks import evalplus
 from tasks.agreement import write
@@ -156,7 +155,7 @@ def data_hash(problems: Problems) -> str:
                 problem["atol"],
             ]
         rows.append([*row, problem["plus_test"]] if "plus_test" in problem else row)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return rows_hash(rows)
 
 
 def find_task(problems: Problems, name: str) -> str:

@@ -94,6 +94,7 @@ def test_what_no_class_has_is_named_before_anything_is_written(tmp_path):
         "embedding_scale 2.0": CONFIGS["gpt2"].replace(embedding_scale=2.0),
         "qk_norm True": CONFIGS["gpt2"].replace(qk_norm=True),
         "parallel_residual True": CONFIGS["qwen3"].replace(parallel_residual=True),
+        "qk_norm_over 'width'": CONFIGS["qwen3"].replace(qk_norm_over="width"),
         "logit_softcap 30.0 and residual_scale 0.5": CONFIGS["gpt2"].replace(
             residual_scale=0.5, logit_softcap=30.0
         ),
