@@ -29,6 +29,7 @@ import results
 import stats
 from backends import Backend, Facts
 from evaluation import BATCH_TOKENS, Evaluation, Folder, Outcome, Plan, Result
+from tasks.chat import Chat, ChatOptions, open_chat
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -48,6 +49,7 @@ class Options:
     gen_kwargs: str = cli.option(
         "", "of generation, instead of the task's: max_gen_toks=128,temperature=0.7", metavar="K=V"
     )
+    chat: ChatOptions = ChatOptions()  # noqa: RUF009
     seed: int = cli.option(42, "of the random numbers", type=int)
     bos: str = evaluation.bos_option()
     limit: int | None = cli.option(
@@ -103,16 +105,24 @@ def check(options: Options) -> None:
 # Plan and run
 
 
+@dataclass(frozen=True)
+class Work:
+    asked: Any  # tasks.harness.Asked
+    chat: Chat | None
+
+
 def plan(options: Options, facts: Facts) -> Plan:
     from tasks import harness
 
     asked, tokenizer = find(options), facts.tokenizer
+    chat = open_chat(options.chat, tokenizer)
     protocol = {
         "task": asked.name,
         "lm_eval": harness.VERSION,
         "num_few_shot": asked.shots(),
         "gen_kwargs": read_gen_kwargs(options.gen_kwargs) or None,
         "seed": options.seed,
+        **(chat.protocol if chat else {}),
         "bos": evaluation.resolve_bos(options.bos, tokenizer),
         "limit": options.limit,
         "batch_tokens": options.batch_tokens or BATCH_TOKENS[facts.device],
@@ -121,20 +131,27 @@ def plan(options: Options, facts: Facts) -> Plan:
     }
     data = {"files": sorted(asked.tasks), "hash": harness.content_hash(asked, options.limit)}
     shots = "/".join(map(str, asked.shots()))
-    words = [asked.name, f"{shots}-shot", *(["BOS"] if protocol["bos"] else []), facts.dtype]
+    words = [
+        asked.name,
+        f"{shots}-shot",
+        *(chat.words if chat else ()),
+        *(["BOS"] if protocol["bos"] else []),
+        facts.dtype,
+    ]
     words += [f"limit {options.limit}: not a score"] if options.limit else []
-    return Plan(protocol, data, asked, tuple(words))
+    return Plan(protocol, data, Work(asked, chat), tuple(words))
 
 
 def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     from tasks import harness
 
-    asked, protocol = plan.work, plan.protocol
+    asked, chat, protocol = plan.work.asked, plan.work.chat, plan.protocol
     model = harness.Verbs(
         backend,
         folder,
         lambda highest: evaluation.check_vocabulary(highest, backend.facts),
         bos=protocol["bos"],
+        chat=chat,
         batch_tokens=protocol["batch_tokens"],
         seed=protocol["seed"],
     )
@@ -143,12 +160,16 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     together = join(list(values.values()))
     by_task = {task: metrics_of(found, task, own) for task, own in values.items()}
     metrics = metrics_of(found, asked.name, together) or next(iter(by_task.values()))
-    arrays = {name: np.array(own) for name, own in together.items() if is_flat(own)}
     documents = [
         f"{task} {doc}"
         for task, samples in found["samples"].items()
         for doc in dict.fromkeys(sample["doc_id"] for sample in samples)
     ]
+    arrays = {
+        name: np.array(own)
+        for name, own in together.items()
+        if is_flat(own) and len(own) == len(documents)
+    }
     scores = {  # what two checkpoints can be paired by
         name: name
         for name, metric in metrics.items()

@@ -24,6 +24,7 @@ from backends import Backend, Sampling
 from backends.pairs import score_pairs
 from durable import Folder
 from tasks import drawing
+from tasks.chat import Chat
 
 try:
     from lm_eval import evaluator
@@ -135,7 +136,16 @@ def _json(value: Any) -> bytes:
 def evaluate(asked: Asked, model: "Verbs", limit: int | None) -> dict:
     """lm-eval's results, the samples among them; no standard errors, some of which it would draw
     again and again for, in processes forked from this one."""
-    return evaluator.evaluate(model, asked.loaded, limit=limit, bootstrap_iters=0)
+    chat = model.chat
+    return evaluator.evaluate(
+        model,
+        asked.loaded,
+        limit=limit,
+        bootstrap_iters=0,
+        system_instruction=(chat and chat.system) or None,
+        apply_chat_template=chat is not None,
+        fewshot_as_multiturn=bool(chat and chat.as_turns),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -154,11 +164,13 @@ class Verbs(TemplateLM):
         check: Callable[[int], None],
         *,
         bos: bool,
+        chat: Chat | None,
         batch_tokens: int,
         seed: int,
     ):
         super().__init__()
         self.verbs, self.folder, self.check, self.seed = backend, folder, check, seed
+        self.chat = chat
         self.batch_tokens, self.tok = batch_tokens, backend.facts.tokenizer
         self.start = [self.tok.bos_token_id] if bos else []
         self.bos_text = self.tok.decode(self.start) if bos else None
@@ -181,6 +193,19 @@ class Verbs(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.tok.name
 
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat, its last turn left open where no new one begins. As in lm-eval's own
+        class, a template without a system turn is not given any."""
+        assert self.chat is not None, "lm-eval asks only where there is a template"
+        if not self.chat.takes_system:
+            chat_history = [turn for turn in chat_history if turn["role"] != "system"]
+        how = {"add_generation_prompt": add_generation_prompt}
+        if not add_generation_prompt:
+            how["continue_final_message"] = True
+        return self.chat.render(chat_history, **how)
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
@@ -192,7 +217,7 @@ class Verbs(TemplateLM):
         """{text: token ids}, each text once."""
         texts = list(dict.fromkeys(texts))
         found = {}
-        for text, ids in zip(texts, self.tok.encode_batch(texts)):
+        for text, ids in zip(texts, self.tok.encode_batch(texts, specials=self.chat is not None)):
             begun = self.bos_text is not None and text.startswith(self.bos_text)
             start = [] if begun or add_special_tokens is False else self.start
             found[text] = start + ids.tolist()

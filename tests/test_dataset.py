@@ -369,7 +369,11 @@ def forms_of_documents():
         yield name, gzip.compress(indented)
 
 
-@pytest.mark.parametrize(("name", "data"), forms_of_documents())
+# a gzip's bytes hold the time: names of tests must be the same in every worker
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [pytest.param(*form, id=f"{i}-{form[0]}") for i, form in enumerate(forms_of_documents())],
+)
 def test_documents_under_every_name(name, data, tmp_path):
     (tmp_path / name).write_bytes(data)
     stream = open_stream("text", tmp_path / name, BYTE)

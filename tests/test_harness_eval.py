@@ -30,6 +30,9 @@ def place(tmp_path_factory, data_dir):
         bos_token_id=50256, eos_token_id=50256, initializer_range=0.3,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    (folder / "model/chat_template.jinja").write_text(template)
     write_tasks(folder / "tasks", data_dir, LIMIT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -46,9 +49,9 @@ def theirs(place):
 
     manager = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
     model = HFLM(pretrained=str(place / "model"), dtype="float32", device="cpu", batch_size=4)
-    return lambda tasks: simple_evaluate(
+    return lambda tasks, **chat: simple_evaluate(
         model=model, tasks=sorted(tasks), task_manager=manager, num_fewshot=SHOTS,
-        limit=LIMIT, gen_kwargs=f"max_gen_toks={NEW}", bootstrap_iters=0,
+        limit=LIMIT, gen_kwargs=f"max_gen_toks={NEW}", bootstrap_iters=0, **chat,
     )  # fmt: skip
 
 
@@ -91,6 +94,23 @@ def test_every_answer_is_lm_evals_on_two_ranks(place, theirs, tmp_path):
     found = records_of(tmp_path)
     assert found.keys() == every and len(every) == 8
     compare(found, theirs(every))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_turns", [True, False])
+def test_chats_are_lm_evals(place, theirs, tmp_path, as_turns):
+    """By a template in which a special token stands."""
+    tasks = {"mmlu_anatomy", "gsm8k", "bbh_cot_fewshot_web_of_lies"}
+    words = ["--chat-template", "--system-prompt", "Be brief."]
+    words += [f"--{'' if as_turns else 'no-'}fewshot-as-turns"]
+    run_to_end(command(0, "harness_eval.py", *flags(place, tmp_path, tasks), *words))
+    wanted = theirs(
+        tasks,
+        apply_chat_template=True,
+        system_instruction="Be brief.",
+        fewshot_as_multiturn=as_turns,
+    )
+    compare(records_of(tmp_path), wanted)
 
 
 def compare(found, theirs):
