@@ -67,7 +67,10 @@ def _of_row(where: str, row: dict) -> dict:
     needed = ("task_id", "prompt", "entry_point", "canonical_solution" if own_form else "test")
     for name in needed:
         if not isinstance(row.get(name), str):
-            raise ValueError(f"{where}: field {name!r} is missing or not text")
+            there = ", ".join(map(str, row))
+            raise ValueError(
+                f"{where}: field {name!r} is missing or not text; its fields are {there:.200}"
+            )
     if own_form:
         problem = {name: row[name] for name in needed} | {"atol": row.get("atol", 0)}
         problem["inputs"] = evalplus.read_inputs(where, row)

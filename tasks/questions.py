@@ -217,7 +217,10 @@ def _question(row: dict, subject: str | None, where: str, layout: Layout, hidden
     question = values.get("question")
     for name, text in [("subject", subject), ("question", question), *zip(LETTERS, choices)]:
         if not isinstance(text, str):
-            raise ValueError(f"{where}: {name} is missing or not text: {text!r:.60}")
+            there = ", ".join(map(str, row))
+            raise ValueError(
+                f"{where}: {name} is missing or not text: {text!r:.60}; its fields are {there:.200}"
+            )
     assert isinstance(subject, str) and isinstance(question, str)  # seen in the loop
     if not question.strip():
         raise ValueError(f"{where}: question is empty")
