@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import warm
 
 from config import GPTConfig
 from dataset import build_tokenizer
@@ -229,9 +230,15 @@ def run_to_end(words, code: int | None = 0, **options):
     return out
 
 
-def torchrun(n: int, script, *argv, code: int | None = 0, **options):
-    """run_to_end() of a script of ours: under torchrun with n ranks, plainly if n is 0."""
-    return run_to_end(command(n, script, *argv), code, **options)
+def torchrun(n: int, script, *argv, code: int | None = 0, cold: bool = False, **options):
+    """run_to_end() of a script of ours: under torchrun with n ranks, plainly if n is 0. cold: in
+    new interpreters, as on GPUs and with options of Popen it must be; else from warm.py."""
+    if cold or options:
+        return run_to_end(command(n, script, *argv), code, **options)
+    words = [ROOT / script, *argv]
+    out = subprocess.CompletedProcess(words, *warm.run(words, n, PATIENCE))
+    assert code is None or out.returncode == code, out.stdout[-2000:] + out.stderr[-4000:]
+    return out
 
 
 def ranks_script(folder, body: str, timeout: float = PATIENCE) -> Path:
@@ -253,9 +260,11 @@ def ranks_script(folder, body: str, timeout: float = PATIENCE) -> Path:
     return path
 
 
-def run_ranks(n: int, folder, body: str, code: int | None = 0, timeout: float = PATIENCE):
+def run_ranks(
+    n: int, folder, body: str, code: int | None = 0, timeout: float = PATIENCE, cold: bool = False
+):
     """Run `body` as ranks_script() has it under torchrun with n ranks. As torchrun()."""
-    return torchrun(n, ranks_script(folder, body, timeout), code=code)
+    return torchrun(n, ranks_script(folder, body, timeout), code=code, cold=cold)
 
 
 def error_of(script, *argv) -> str:

@@ -95,7 +95,7 @@ def odd_records(directory):
 
 
 def run_report(*arguments, **options):
-    return builders.torchrun(0, "report.py", *arguments, code=None, **options)
+    return builders.torchrun(0, "report.py", *arguments, code=None, cold=True, **options)
 
 
 def synthetic():

@@ -204,7 +204,8 @@ def record() -> dict:
                 out[f"{name}, {n or 1} rank(s)"] = numbers_of(results)
             print(f"{n or 1} rank(s): train", file=sys.stderr)
             target = root / f"trained-{n}"
-            torchrun(n, "train.py", *fill(TRAIN), "--device", "cpu", "--checkpoint-path", target)
+            where = ["--device", "cpu", "--checkpoint-path", target]
+            torchrun(n, "train.py", *fill(TRAIN), *where, cwd=root)
             weights = digest((target / "checkpoint-4/model.safetensors").read_bytes())
             lines = [json.loads(line) for line in (target / "log.jsonl").open()]
             for line in lines:
@@ -212,7 +213,7 @@ def record() -> dict:
             out[f"train, {n or 1} rank(s)"] = {"weights": weights, "log": lines}
         print("samples file, compute, checkpoint", file=sys.stderr)
         sampled = fill(["--samples-file", "{r}/samples.jsonl", "--data-path", "{r}/problems.jsonl"])
-        torchrun(0, "humaneval_eval.py", *sampled)
+        torchrun(0, "humaneval_eval.py", *sampled, cwd=root)
         out["samples file"] = (root / "samples.jsonl_results.jsonl").read_text()
         for flags in (
             ["--config", "7b"],
@@ -222,9 +223,10 @@ def record() -> dict:
             ["--params", "7e9"],
         ):
             out[" ".join(["compute", *flags])] = digest(
-                torchrun(0, "compute.py", *flags).stdout.encode()
+                torchrun(0, "compute.py", *flags, cwd=root).stdout.encode()
             )
-        inspected = torchrun(0, "checkpoint.py", "inspect", root / "run/checkpoint-10").stdout
+        where = ["inspect", root / "run/checkpoint-10"]
+        inspected = torchrun(0, "checkpoint.py", *where, cwd=root).stdout
         out["inspect"] = re.sub(re.escape(str(root)), "", inspected)
     return json.loads(json.dumps(out))
 

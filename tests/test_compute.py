@@ -14,7 +14,7 @@ from costs import flops, formulas, gpus, memory, time
 
 
 def compute_command(*arguments):
-    return torchrun(0, "compute.py", *arguments, code=None)
+    return torchrun(0, "compute.py", *arguments, code=None, cold=True)
 
 
 def test_json_has_the_promised_fields():

@@ -1,4 +1,4 @@
-"""Ranks under real torchrun processes: exact sums, and what happens when one of them fails."""
+"""Ranks that torchrun's agent starts and ends: exact sums, and what happens when one fails."""
 
 import os
 import re
@@ -158,7 +158,7 @@ def test_a_killed_rank_ends_the_run(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         dist.sum(torch.ones(1, dtype=torch.float64))
     """
-    code, _, _ = run(tmp_path, body, 2)
+    code, _, _ = run(tmp_path, body, 2, cold=True)
     assert code == 1
 
 

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from builders import command, run_to_end, torchrun
+from builders import torchrun
 
 pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed: no oracle")
 from harness_tasks import write_tasks
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import harness_eval
 
 LIMIT, SHOTS, NEW = 3, 2, 12
 
@@ -81,7 +83,7 @@ def records_of(folder):
 def test_answers_are_lm_evals(place, theirs, tmp_path):
     """A choice, a text, and a loss over windows."""
     quick = {"mmlu_anatomy", "bbh_fewshot_date_understanding", "wikitext"}
-    run_to_end(command(1, "harness_eval.py", *flags(place, tmp_path, quick)))
+    harness_eval.main([*map(str, flags(place, tmp_path, quick)), "--device", "cpu"])
     found = records_of(tmp_path)
     assert found.keys() == quick
     compare(found, theirs(quick))
@@ -90,7 +92,7 @@ def test_answers_are_lm_evals(place, theirs, tmp_path):
 @pytest.mark.slow
 def test_every_answer_is_lm_evals_on_two_ranks(place, theirs, tmp_path):
     every = {path.stem for path in (place / "tasks").glob("*.yaml")}
-    torchrun(2, "harness_eval.py", *flags(place, tmp_path, every))
+    torchrun(2, "harness_eval.py", *flags(place, tmp_path, every), cold=True)
     found = records_of(tmp_path)
     assert found.keys() == every and len(every) == 8
     compare(found, theirs(every))
@@ -103,7 +105,7 @@ def test_chats_are_lm_evals(place, theirs, tmp_path, as_turns):
     tasks = {"mmlu_anatomy", "gsm8k", "bbh_cot_fewshot_web_of_lies"}
     words = ["--chat-template", "--system-prompt", "Be brief."]
     words += [f"--{'' if as_turns else 'no-'}fewshot-as-turns"]
-    run_to_end(command(0, "harness_eval.py", *flags(place, tmp_path, tasks), *words))
+    harness_eval.main([*map(str, flags(place, tmp_path, tasks)), *words, "--device", "cpu"])
     wanted = theirs(
         tasks,
         apply_chat_template=True,
@@ -143,7 +145,7 @@ def same_answer(ours, theirs):
 def test_any_number_of_ranks_gives_the_same_bits(place, tmp_path):
     tasks = {"mmlu_anatomy", "gsm8k", "truthfulqa_mc2"}
     for ranks in (1, 3):
-        torchrun(ranks, "harness_eval.py", *flags(place, tmp_path / str(ranks), tasks))
+        torchrun(ranks, "harness_eval.py", *flags(place, tmp_path / str(ranks), tasks), cold=True)
     one, three = (
         {path.name: dict(np.load(path)) for path in (tmp_path / ranks).rglob("*.npz")}
         for ranks in ("1", "3")
@@ -154,9 +156,12 @@ def test_any_number_of_ranks_gives_the_same_bits(place, tmp_path):
             assert np.array_equal(values, three[name][key]), (name, key)
 
 
-def test_errors_are_one_line(place):
+def test_errors_are_one_line(place, monkeypatch):
     from harness_eval import HARNESS
+    from tasks import harness
 
+    manager = harness._manager  # reading lm-eval's own tasks takes seconds
+    monkeypatch.setattr(harness, "_manager", lambda path, defaults: manager(path, False))
     with pytest.raises(ValueError, match="--tasks is needed"):
         HARNESS.Options()
     tasks = str(place / "tasks")

@@ -3,7 +3,6 @@ interrupted runs, and the command line. Only canonical and harmlessly wrong prog
 
 import json
 import math
-import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -365,13 +364,12 @@ cli.run(humaneval_eval.main)
 """
 
 
-def launch(saved, data_dir, where, ranks, script="humaneval_eval.py", code=0):
+def launch(saved, data_dir, where, ranks, script="humaneval_eval.py", **options):
     words = ["--checkpoint-path", saved, "--device", "cpu"]
     words += ["--data-path", data_dir / "HumanEval.jsonl.gz", "--limit", "9"]
-    words += ["--num-samples", "3", "--temperature", "1.0", "--max-new-tokens", "200"]
+    words += ["--num-samples", "3", "--temperature", "1.0", "--max-new-tokens", "64"]
     words += ["--results-dir", where, *JUDGING, "--k", "2", "--show", "4"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return torchrun(ranks if ranks > 1 else 0, script, *words, code=code, env=env)
+    return torchrun(ranks if ranks > 1 else 0, script, *words, **options)
 
 
 def journaled(where):
@@ -386,7 +384,7 @@ def test_killed_on_two_ranks_resumed_on_three_is_as_run_on_one(saved, data_dir, 
     assert "A PART OF THE TASKS" in out and "pass@2" in out and "--- HumanEval/4, failing" in out
 
     (tmp_path / "mortal.py").write_text(MORTAL)
-    killed = launch(saved, data_dir, parts, 2, tmp_path / "mortal.py", code=None)
+    killed = launch(saved, data_dir, parts, 2, tmp_path / "mortal.py", code=None, cold=True)
     before = journaled(parts)
     assert killed.returncode and len(before) == 2 and 5 <= sum(before) <= 10, before
     out = launch(saved, data_dir, parts, 3).stdout
@@ -476,7 +474,7 @@ OF_DRAWING = {
     "system_prompt": "x",
     "fewshot_as_turns": "--no-fewshot-as-turns",
     "chat_template_args": "a=1",
-    **{"config": "c", "tokenizer_name": "byte", "results_dir": "r", "run_name": "n"},
+    **{"config": "c", "base": "b", "tokenizer_name": "byte", "results_dir": "r", "run_name": "n"},
     **{"num_samples": "2", "max_new_tokens": "5", "temperature": "0.5", "top_p": "0.5"},
     **{"top_k": "3", "stop": "x", "seed": "7", "bos": "on", "limit": "3", "batch_size": "2"},
     **{"compile": "off", "dtype": "fp32", "bf16": "", "no_amp": "", "device": "cpu"},

@@ -38,8 +38,8 @@ def flags_of(shards, out, *more, shape=SHAPE):
     return [*shape, *data, *rest, "--log-steps", 1, "--checkpoint-path", out, *more]
 
 
-def run(shards, out, *more, n=0):
-    return torchrun(n, "train.py", *flags_of(shards, out, *more)).stdout
+def run(shards, out, *more, n=0, cold=False):
+    return torchrun(n, "train.py", *flags_of(shards, out, *more), cold=cold).stdout
 
 
 def state_of(path):
@@ -149,7 +149,7 @@ def test_world_size_does_not_change_what_is_learned(shards, tmp_path):
     """The same windows a step on 1 and 2 ranks: equal but for rounding."""
     common = ["--num-steps", 4, "--eval-steps", 4, "--dropout", "0"]
     run(shards, tmp_path / "one", *common, "--batch-size", 4)
-    run(shards, tmp_path / "two", *common, n=2)
+    run(shards, tmp_path / "two", *common, n=2, cold=True)
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
 

@@ -216,11 +216,13 @@ def test_done_samples_are_left_out_and_the_others_unchanged():
     assert all(rest[i] == whole[i] for i in rest)
 
 
-RANKS = """
+RANKS = f"""
     import json
-    import numpy as np
-    from test_engine import Sampling, generate, ragged_prompts, small_model
-    model, prompts = small_model(), ragged_prompts(n=9)
+    from backends import Sampling
+    from backends.engine import generate
+    prompts = {ragged_prompts(n=9)}
+    model = builders.tiny_model("llama", std=0.1, max_position_embeddings=48)
+    model = model.for_inference(torch.float32)
     sampling = Sampling(12, temperature=1.0, top_p=0.95, seed=0)
     samples = list(generate(model, prompts, sampling, n_samples=3, eos_ids=[9, 10], batch_size=4,
                             dist=dist))

@@ -35,7 +35,7 @@ from formats import stored, tensorfiles
 
 MEMORY = 1 << 30  # bytes of address space beyond what is there at the start
 SECONDS = 300  # for any one checkpoint, which takes some ms
-SHARE, FIELDS = 35, 8  # of the quick run: % of what is done to files, fields of each file
+SHARE, FIELDS = 18, 5  # of the quick run: % of what is done to files, fields of each file
 PICKLED = (".pt", ".bin")
 Damage = Callable[[Path], None]
 

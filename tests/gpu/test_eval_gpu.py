@@ -50,7 +50,7 @@ def evaluate(saved, name, n_gpus, tmp_path, *flags):
     words = ["--checkpoint-path", saved / name / "checkpoint-1", "--seq-len", "256"]
     words += ["--val-data", ROOT / "model.py", ROOT / "train.py", "--batch-size", "6"]
     words += ["--results-dir", tmp_path, "--run-name", f"{name}-{n_gpus}{''.join(flags)}"]
-    out = torchrun(n_gpus, "eval.py", *words, *flags)
+    out = torchrun(n_gpus, "eval.py", *words, *flags, cold=True)
     line = next(x for x in out.stdout.splitlines() if x.startswith("record: "))
     path = Path(line.removeprefix("record: "))
     return json.loads(path.read_text()), np.load(path.with_suffix(".npz"))

@@ -27,7 +27,7 @@ def draw(saved, data_dir, where, gpus=1):
     words = ["--checkpoint-path", saved, "--data-path", data_dir / "HumanEval.jsonl.gz"]
     words += ["--limit", "6", "--k", "2", "--num-samples", "8", "--temperature", "0.8"]
     words += ["--max-new-tokens", "100", "--results-dir", where, "--compile", "off"]
-    print(torchrun(gpus, "humaneval_eval.py", *words).stdout)
+    print(torchrun(gpus, "humaneval_eval.py", *words, cold=True).stdout)
     (record,) = results.load_records(where)
     (samples,) = where.rglob("samples.jsonl")
     return record, samples
@@ -42,7 +42,7 @@ def test_drawn_on_a_gpu_and_judged_beside(saved, data_dir, tmp_path):
     # a samples file of these six tasks, judged without a model
     lines = data_dir.joinpath("HumanEval.jsonl.gz")
     words = ["--samples-file", samples, "--data-path", lines, "--ignore-incomplete"]
-    torchrun(0, "humaneval_eval.py", *words)
+    torchrun(0, "humaneval_eval.py", *words, cold=True)
     again = Path(f"{samples}_results.jsonl").read_text().splitlines()
     kept = [(s["task_id"], s["completion"], s["passed"]) for s in results.load_samples(record)]
     assert len(kept) == 48 and len({completion for _, completion, _ in kept}) > 6

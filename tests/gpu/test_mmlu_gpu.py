@@ -114,7 +114,7 @@ def test_one_gpu_and_two_give_the_same_bits(template, saved, data_dir, tmp_path)
     for n_gpus in (1, 2):
         words = ["--num-few-shot", "5", "--checkpoint-path", saved, "--limit", "40"]
         words += ["--data-path", data_dir / "mmlu", "--template", template]
-        torchrun(n_gpus, "mmlu_eval.py", *words, "--results-dir", tmp_path / str(n_gpus))
+        torchrun(n_gpus, "mmlu_eval.py", *words, "--results-dir", tmp_path / str(n_gpus), cold=True)
         arrays.append(next((tmp_path / str(n_gpus)).rglob("*.npz")))
     one, two = (np.load(path) for path in arrays)
     for name in one.files:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from builders import PATIENCE
 
 from sandbox import judge
@@ -34,6 +35,8 @@ def available(tier: str) -> bool:
 
 
 TIERS = [tier for tier in judge.TIERS if available(tier)]
+# for what takes seconds: the best one, and the others with --slow
+BEST_TIER = [*TIERS[:1], *(pytest.param(tier, marks=pytest.mark.slow) for tier in TIERS[1:])]
 
 
 def in_a_hurry(timeout: float, workers: int = 1) -> judge.Sandbox:

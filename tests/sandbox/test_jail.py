@@ -30,7 +30,7 @@ def interpreter_for_everybody():
     return None
 
 
-def start_battery(folder, tier, nobody):
+def start_battery(folder, tier, nobody, timeout):
     """Start tests/sandbox/hostile/battery.py as this user or, from root, as nobody."""
     python, options = sys.executable, {}
     if nobody:
@@ -41,7 +41,7 @@ def start_battery(folder, tier, nobody):
     for path in (ROOT / "tests/sandbox/hostile").glob("*.*"):
         shutil.copy(path, folder)
     folder.chmod(0o755)
-    config = json.dumps({"tier": tier, "timeout": 0.5})
+    config = json.dumps({"tier": tier, "timeout": timeout})
     command = [python, str(folder / "battery.py"), str(folder), config]
     return subprocess.Popen(command, stdout=subprocess.PIPE, cwd="/", **options)
 
@@ -54,12 +54,12 @@ def open_folder():
         yield Path(folder)
 
 
-def run_batteries(folder, combinations):
+def run_batteries(folder, combinations, timeout=0.5):
     running = {}
     for tier, nobody in combinations:
         place = folder / f"{tier}-{nobody}"
         place.mkdir()
-        if process := start_battery(place, tier, nobody):
+        if process := start_battery(place, tier, nobody, timeout):
             running[tier, nobody] = process
     for (tier, nobody), process in running.items():
         out, _ = process.communicate(timeout=3600)  # two hundred programs
@@ -74,7 +74,7 @@ def run_batteries(folder, combinations):
 
 def test_hostile_programs(open_folder):
     """The battery at the best tier as this user and, from root, at tier C as nobody."""
-    assert run_batteries(open_folder, [(TIERS[0], False), ("C", True)])
+    assert run_batteries(open_folder, [(TIERS[0], False), ("C", True)], timeout=0.3)
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def test_ranks_agree_where_one_of_them_alone_fails(tmp_path, data):
         except SystemExit as stop:
             say("code", stop.code)
     """
-    out = run_ranks(2, tmp_path, body)
+    out = run_ranks(2, tmp_path, body, cold=True)  # it looks at its parent from the start
     assert out.stdout.count("code 1") == 2, out.stderr
     records = results.load_records(tmp_path / "results")
     reasons = {r["checkpoint"]["name"]: r["reason"] for r in records if r["reason"]}

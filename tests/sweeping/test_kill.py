@@ -15,11 +15,11 @@ from builders import (
     descendants,
     is_there,
     run_ranks,
-    run_to_end,
     started,
+    torchrun,
     wait_for,
 )
-from small_sweeps import expected, numbers, start_words
+from small_sweeps import expected, flags, numbers, start_words
 
 import results
 
@@ -92,7 +92,8 @@ def battery(tmp_path, data, n_kills, n_steps, seed):
     train += ["--num-steps", str(n_steps), "--save-steps", "2", "--warmup-steps", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    watching = start_words(run_dir, data, "--watch", "--newest-first", ranks=2)
+    watch = ["--watch", "--newest-first"]
+    watching = start_words(run_dir, data, *watch, ranks=2)
     left, steps = set(), range(2, n_steps + 1, 2)
     with started(train, **quiet) as trainer:
         for _ in range(n_kills):
@@ -100,15 +101,15 @@ def battery(tmp_path, data, n_kills, n_steps, seed):
                 reach_a_moment(rng, tmp_path / "results", sweeper, 2 * len(steps))
                 left.update(kill(sweeper, rng))
         assert trainer.wait(PATIENCE) == 0
-    last = [*watching, "--until-step", str(n_steps), "--lease-seconds", "20"]
-    run_to_end(last, env=environment)
+    last = flags(run_dir, data, "results", *watch, "--until-step", n_steps, "--lease-seconds", 20)
+    torchrun(2, "sweep.py", *last, cold=True)
     # whose torchrun died before they had found it give up after distributed.CONNECT_TIMEOUT, two
     # minutes; torch's pauses between its tries grow, and the last one may end after twice that
     wait_for(lambda: not any(map(is_there, left)))
     skipped = []
     survived = results.load_records(tmp_path / "results", skipped)
     assert not skipped and numbers(survived).keys() == expected(steps)
-    run_to_end(start_words(run_dir, data, name="clean"), env=environment)
+    torchrun(0, "sweep.py", *flags(run_dir, data, "clean"))
     assert numbers(survived) == numbers(results.load_records(tmp_path / "clean"))
     assert not any((tmp_path / "results/.leases").iterdir())
 
