@@ -54,7 +54,7 @@ from formats import (
     training_state,
 )
 from formats.finding import CheckpointInfo, find_tokenizer
-from formats.readers import READERS
+from formats.readers import READERS, is_run, place_of
 from model import GPTModel
 from packed import require_file
 from transformers_model import Model, TransformersModel, load_transformers, transformers_sizes
@@ -91,12 +91,13 @@ def _readable(path: Path) -> Iterator[None]:
 
 def reader_of(path: Path) -> ModuleType:
     """The format of a path. A file that none recognises by its name is tried, and refused by what
-    is in it."""
+    is in it; of a run, the checkpoint that it calls its latest."""
     for question in ("recognises", "tries"):
         for reader in READERS:
             if getattr(reader, question, lambda path: False)(path):
                 return reader
-        if foreign_kind := foreign.what_is(path):
+        tried = question == "tries" or not os.path.isdir(path)
+        if tried and (foreign_kind := foreign.what_is(path)):
             raise ValueError(f"{path} is {foreign_kind}")
     if not os.path.isdir(path):
         require_file(path)
@@ -320,7 +321,7 @@ def is_checkpoint(path: str | Path) -> bool:
     try:
         if any(reader.recognises(path) for reader in READERS):
             return True
-        return bool(foreign.what_is(path))
+        return bool(foreign.what_is(path)) and not is_run(path)
     except Exception:  # an edge: one of a directory, which says what is wrong when it is opened
         return True
 
@@ -359,15 +360,18 @@ def info_of(path: Path) -> CheckpointInfo:
     return CheckpointInfo(path, step, name, kind, problem)
 
 
+LOOK = finding.Look(is_checkpoint, info_of, place_of)
+
+
 def list_checkpoints(directory: str | Path) -> list[CheckpointInfo]:
     """The checkpoints in a directory, in step order; those without a step come last."""
-    return finding.listed(Path(directory), finding.Look(is_checkpoint, info_of))
+    return finding.listed(Path(directory), LOOK)
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """Checkpoint paths from files, checkpoint directories, directories of checkpoints and globs,
     each once, in the order given and in step order within a directory or glob."""
-    return finding.expand(paths, finding.Look(is_checkpoint, info_of))
+    return finding.expand(paths, LOOK)
 
 
 # ---------------------------------------------------------------------------------------------

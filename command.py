@@ -21,11 +21,12 @@ import numpy as np
 
 import cli
 import evaluation as frame
+import launcher
 import resampling
 import stats
 from cli import printable
 from durable import check_writable
-from evaluation import Evaluation, ModelOptions, Plans, Result
+from evaluation import EndpointOptions, Evaluation, ModelOptions, Plans, Result
 from identity import run_directory
 from runs import called
 
@@ -54,21 +55,25 @@ def main(evaluation: Evaluation, argv: list[str] | None, description: str | None
     p = cli.parser(description)
     add_flags(p, evaluation)
     args = p.parse_args(argv)
-    if not args.checkpoint_path:
-        p.error("the following arguments are required: --checkpoint-path")
+    if not (args.checkpoint_path or args.endpoint):
+        p.error("the following arguments are required: --checkpoint-path (or --endpoint)")
     run_command(evaluation, args)
 
 
 def add_flags(p: cli.Parser, evaluation: Evaluation) -> None:
     """Those of the models, of the evaluation and of the run."""
     kinds = evaluation.Options, cli.PrecisionOptions, cli.RunOptions
-    cli.add_options(p, ModelOptions, AdapterOptions, *kinds)
+    cli.add_options(p, ModelOptions, AdapterOptions, EndpointOptions, *kinds)
     if evaluation.samples == "asked":
         p.add_argument("--log-samples", action="store_true", help="keep every example's scores")
 
 
 def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
-    """Every checkpoint named, one after the other, and after each the adapters over it."""
+    """Every checkpoint named, one after the other, and after each the adapters over it; or the
+    model that is served."""
+    if args.endpoint:
+        return run_served(evaluation, args)
+    check_unused(evaluation, args, cli.option_names(EndpointOptions), "only with --endpoint")
     models = cli.read_options(ModelOptions, args)
     over = cli.read_options(AdapterOptions, args).adapter
     options = cli.read_options(evaluation.Options, args)
@@ -105,6 +110,68 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
         if n_models > 1 and dist.is_main:
             evaluation.table(done)
             print_differences(pairs)
+
+
+# flags that say nothing of a served model
+OF_CHECKPOINTS = ["checkpoint_path", "config", "base", "adapter", "dtype", "bf16", "no_amp"]
+OF_CHECKPOINTS += ["device", "compile", "batch_size", "batch_tokens", "no_prefix_cache"]
+
+
+def check_unused(
+    evaluation: Evaluation, args: argparse.Namespace, names: Iterable[str], why: str
+) -> None:
+    """ValueError for flags that are given where nothing would come of them."""
+    p = cli.parser(None)
+    add_flags(p, evaluation)
+    for name in names:
+        if hasattr(args, name) and getattr(args, name) != p.get_default(name):
+            raise ValueError(f"{cli.flag_of(name)} goes {why}")
+
+
+def run_served(evaluation: Evaluation, args: argparse.Namespace) -> None:
+    """The evaluation of a model behind an endpoint, in one process."""
+    check_unused(evaluation, args, OF_CHECKPOINTS, "with checkpoints, not with --endpoint")
+    models = cli.read_options(ModelOptions, args)
+    served = cli.read_options(EndpointOptions, args)
+    options = cli.read_options(evaluation.Options, args)
+    keep = evaluation.samples == "always" or getattr(args, "log_samples", False)
+    variants = evaluation.variants(options)
+    evaluation.check(options)
+    if launcher.launch().world_size > 1:
+        raise ValueError("--endpoint is asked by one process, not by torchrun's: --concurrency N")
+    if models.tokenizer_name is None:
+        raise ValueError(
+            "--endpoint needs --tokenizer-name PATH: the tokenizer of the model that is served"
+        )
+    run = models.run_name or "endpoints"
+    check_writable(run_directory(models.results_dir, run), "--results-dir")
+    tokenizer = frame.open_tokenizer(models.tokenizer_name)
+    import distributed
+    from backends.endpoint import connect
+
+    with distributed.setup("cpu", args.timeout) as dist:
+        backend = connect(
+            served.endpoint or "",
+            served.model,
+            tokenizer,
+            kind=served.server,
+            concurrency=served.concurrency,
+            timeout=served.request_timeout,
+            dist=dist,
+        )
+        done = [
+            frame.measure(
+                evaluation,
+                backend,
+                evaluation.plan(variant, backend.facts),
+                info=backend.info,
+                run=run,
+                rooms=("backends/endpoint.py",),
+                results_dir=models.results_dir,
+            )
+            for variant in variants
+        ]
+        save_and_show(evaluation, done, models.results_dir, keep, dist)
 
 
 def open_with_adapters(models: ModelOptions, path: Path, adapters: list[Path]) -> list[Checkpoint]:

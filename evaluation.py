@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import cli
 import results
-from backends import Backend, Facts
+from backends import SERVERS, Backend, Facts
 from config import GPTConfig, load_config
 from durable import Folder
 from tokenizer import TOKENIZER_COPIES, Tokenizer, build_tokenizer
@@ -333,9 +334,6 @@ def bos_option(default: str = "auto") -> str:
     )
 
 
-BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch of rows, by default
-
-
 def compile_option() -> str:
     help = "torch.compile; auto: on CUDA, if the job is long enough to repay it"
     return cli.option("auto", help, choices=("auto", "on", "off"))
@@ -378,6 +376,26 @@ class ModelOptions:
         import checkpoint
 
         return checkpoint.open(path, self.model_config(), base or self.base)
+
+
+@dataclass(frozen=True)
+class EndpointOptions:
+    """A served model instead of checkpoints: flags of every evaluation."""
+
+    endpoint: str | None = cli.option(
+        None,
+        "a served model, at OpenAI's /v1/completions, instead of checkpoints: http://host:8000, "
+        "say. A key comes from the environment's ROSEVAL_API_KEY",
+        metavar="URL",
+    )
+    model: str | None = cli.option(None, "its name there; default: the only one", metavar="NAME")
+    server: str | None = cli.option(None, "its kind; default: found by asking", choices=SERVERS)
+    concurrency: int = cli.option(16, "requests under way (16)", type=cli.positive_int)
+    request_timeout: float = cli.option(600.0, "seconds that an answer may take (600)", type=float)
+
+    def __post_init__(self):
+        if not 0 < self.request_timeout <= threading.TIMEOUT_MAX:
+            raise ValueError("--request-timeout must be a positive number of seconds")
 
 
 def set_precision(precision: cli.PrecisionOptions, dist: Dist) -> str:

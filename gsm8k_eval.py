@@ -16,10 +16,12 @@ Three verdicts on every sample: lm-evaluation-harness's `strict_match` and `flex
 the letter, and `accuracy`, which reads numbers as people do (tasks/answers.py). Where they differ
 much, the form of the answers is what was measured. With several samples: pass@k, and maj@k, the
 chance that the commonest answer of k samples is right (self-consistency, Wang et al. 2022), whose
-share of the votes is a confidence with a calibration of its own. The examples before a question are
-the same for all of them; lm-eval draws others for each. Cobbe et al., "Training Verifiers to Solve
-Math Word Problems" (2021); Shi et al., "Language Models are Multilingual Chain-of-Thought
-Reasoners" (2022). Published, 8 shots: DeepSeekMath-Base 7B 64.2%, Llama-2-7B 14.6%.
+share of the votes is a confidence with a calibration of its own. --p-true gives another: the model
+is asked whether the solution that has most votes is right (tasks/p_true.py). The examples before a
+question are the same for all of them; lm-eval draws others for each. Cobbe et al., "Training
+Verifiers to Solve Math Word Problems" (2021); Shi et al., "Language Models are Multilingual
+Chain-of-Thought Reasoners" (2022). Published, 8 shots: DeepSeekMath-Base 7B 64.2%, Llama-2-7B
+14.6%.
 """
 
 from collections import Counter
@@ -37,12 +39,14 @@ import results
 import stats
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
-from tasks import answers, drawing
+from tasks import answers, drawing, p_true
 from tasks import confidence as sure
-from tasks.chat import ChatOptions, ends_of, open_chat, starts_with_bos
+from tasks.chat import Chat, ChatOptions, ends_of, open_chat, starts_with_bos
+from tasks.templates import load_template
 from tasks.word_problems import Problem, Prompt, data_hash, load_prompt, read_problems
 
 VERDICTS = ("accuracy", "strict_match", "flexible_extract")
+CONFIDENCES = {"vote_": "share of the votes", "p_true_": "P(True)"}  # by prefix of their metrics
 VOTE_KS = (8, 40)  # of pass@k and maj@k, where there are more samples
 
 # ---------------------------------------------------------------------------------------------
@@ -64,6 +68,9 @@ class Options:
     sampling: Sampling = Sampling(max_new_tokens=256)  # noqa: RUF009
     k: tuple[int, ...] = cli.option(
         (), "of pass@k and maj@k (8, 40 and all)", type=cli.positive_int, nargs="+"
+    )
+    p_true: bool = cli.option(
+        False, "ask of each answer whether it is right: P(True), a confidence of its own"
     )
     bos: str = evaluation.bos_option()
     limit: int | None = cli.option(
@@ -113,6 +120,8 @@ class Work:
     problems: list[Problem]
     prompt: Prompt
     asked: drawing.Asked
+    bos: bool
+    chat: Chat | None
 
 
 def plan(options: Options, facts: Facts) -> Plan:
@@ -147,7 +156,10 @@ def plan(options: Options, facts: Facts) -> Plan:
         "batch_size": options.batch_size,
         "compile": options.compile,
         **facts.protocol,
+        **({"p_true": load_template("p_true").hash} if options.p_true else {}),
     }
+    if options.p_true:  # what no tokens can ask is known before anything is drawn
+        p_true.make_prompts(facts, p_true.questions_on([("?", "?", True, "")]), bos, chat)
     data = {
         "files": sorted({Path(p.where.rpartition(":")[0]).name for p in problems}),
         "hash": data_hash([*shots, *problems]),
@@ -156,7 +168,7 @@ def plan(options: Options, facts: Facts) -> Plan:
     }
     asked = drawing.Asked(names, prompts, samplings, options.num_samples, options.batch_size)
     words = words_of(protocol, chat.words if chat else ())
-    return Plan(protocol, data, Work(options, problems, prompt, asked), words)
+    return Plan(protocol, data, Work(options, problems, prompt, asked, bos, chat), words)
 
 
 def words_of(protocol: dict, of_chat: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -197,6 +209,15 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
         arrays |= voted
         metrics |= measured
         breakdown |= drawn_votes
+    drawn, ran = backend.cost(), backend.ran()
+    if work.options.p_true:
+        told, measured, of_words, cut = _own_word(
+            backend, work, entries, values, verdicts["accuracy"]
+        )
+        arrays |= told
+        metrics |= measured
+        breakdown |= of_words
+        ran |= {"p_true_truncated": cut}
     examples = {
         "unit": "problems",
         "scores": {name: name for name in metrics if name in arrays},
@@ -204,13 +225,15 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     }
     if n > 1:
         sure.add_examples(examples, "vote_share", "voted_right", "vote_brier", "vote_")
-    drawn = backend.cost()
+    if work.options.p_true:
+        sure.add_examples(examples, "p_true", "p_true_right", "p_true_brier", "p_true_")
     return Outcome(
         metrics=metrics,
         breakdown=breakdown,
         arrays=arrays,
         examples=examples,
-        cost={"seconds": drawn["seconds"], "samples_resumed": resumed},
+        protocol=ran,
+        cost=drawn | {"samples_resumed": resumed},
         samples=lambda: map(_sample, entries, read, (p for p in work.problems for _ in range(n))),
         shown=breakdown,
     )
@@ -287,6 +310,32 @@ def _majority(count: Counter, gold: Fraction, n: int, k: int) -> float:
     return stats.majority_at_k(count[gold], wrong, n - count.total(), k)
 
 
+def _own_word(
+    backend: Backend,
+    work: Work,
+    entries: list[dict],
+    values: list[list[Fraction | None]],
+    right: np.ndarray,
+) -> tuple[dict, dict, dict, int]:
+    """(arrays, metrics, breakdown, prompts that were cut) of P(True), asked of one solution of each
+    problem: the first that ends in the commonest answer. right: [problems, samples]."""
+    chosen = []
+    for own in values:
+        votes = Counter(v for v in own if v is not None).most_common(1)
+        chosen.append(own.index(votes[0][0]) if votes else 0)
+    n, is_right = right.shape[1], right[np.arange(len(right)), chosen]
+    solutions = [
+        (problem.question, entries[i * n + sample]["completion"], bool(ok), problem.where)
+        for i, (problem, sample, ok) in enumerate(zip(work.problems, chosen, is_right))
+    ]
+    asked = p_true.questions_on(solutions)
+    prompts = p_true.make_prompts(backend.facts, asked, work.bos, work.chat)
+    p = p_true.probability_of_true(backend, prompts)
+    metrics, breakdown, brier = sure.measured(p, is_right, "p_true_")
+    arrays = {"p_true": p, "p_true_right": is_right, "p_true_brier": brier}
+    return arrays | {"p_true_sample": np.array(chosen)}, metrics, breakdown, prompts.truncated
+
+
 def _sample(entry: dict, read: dict, problem: Problem) -> dict:
     """A line beside the record."""
     number = None if read["number"] is None else str(read["number"])
@@ -311,8 +360,12 @@ def print_record(record: Result) -> None:
     protocol, parts = record["protocol"], record.shown
     n = record["data"]["problems"] * protocol["num_samples"]
     command.print_head(record, record["data"]["problems"], "problems")
-    for name, metric in record["metrics"].items():
-        print(f"  {name:<18} {stats.show_share(metric)}")
+    metrics = record["metrics"]
+    for name in shares_of(metrics):
+        print(f"  {name:<18} {stats.show_share(metrics[name])}")
+    for prefix, words in CONFIDENCES.items():
+        if f"{prefix}ece" in metrics:
+            print(f"  {words}: {sure.show_figures(metrics, prefix)}")
     for name, split in parts.get("language", {}).items():
         print(f"    {name:<16} {stats.show_share(split['accuracy'])}")
     for name, counts in parts["disagree"].items():
@@ -325,8 +378,11 @@ def print_record(record: Result) -> None:
 
 
 def print_table(records: list[dict]) -> None:
-    names = [name for name in records[0]["metrics"] if not name.startswith("vote_")]
-    command.print_shares(records, names, 22)
+    command.print_shares(records, shares_of(records[0]["metrics"]), 22)
+
+
+def shares_of(metrics: dict) -> list[str]:
+    return [name for name in metrics if not name.startswith(tuple(CONFIDENCES))]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ import command
 import evaluation
 import results
 import stats
-from backends import Backend, Facts
-from evaluation import BATCH_TOKENS, Evaluation, Folder, Outcome, Plan, Result
+from backends import BATCH_TOKENS, Backend, Facts
+from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks.chat import Chat, ChatOptions, open_chat
 
 # ---------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         **(chat.protocol if chat else {}),
         "bos": evaluation.resolve_bos(options.bos, tokenizer),
         "limit": options.limit,
-        "batch_tokens": options.batch_tokens or BATCH_TOKENS[facts.device],
+        "batch_tokens": options.batch_tokens or BATCH_TOKENS.get(facts.device),
         "compile": options.compile,
         **facts.protocol,
     }

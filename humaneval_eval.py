@@ -40,12 +40,13 @@ import evaluation
 import launcher
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
-from sandbox.judge import TIERS, Sandbox
+from sandbox.judge import Sandbox
 from tasks import drawing
 from tasks.chat import Chat, ChatOptions, ends_of, open_chat, starts_with_bos
 from tasks.code_prompts import PROMPTS, CodePrompt, choose
-from tasks.problems import data_hash, find_task, has_plus, read_examples, read_problems
+from tasks.problems import data_hash, find_task, read_examples, read_problems
 from tasks.programs import (
+    JudgeOptions,
     Judging,
     count_workers,
     judge_file,
@@ -91,17 +92,7 @@ class Options:
     )
     compile: str = evaluation.compile_option()
     show: str | None = cli.option(None, "print a failing sample of this task", metavar="TASK")
-    workers: int | None = cli.option(
-        None, "judges a rank (its share of cores)", type=cli.positive_int
-    )
-    judge_timeout: float | None = cli.option(
-        None, "of a program (3; 20 with EvalPlus's tests)", type=float, metavar="SECONDS"
-    )
-    judge_memory: int | None = cli.option(
-        None, "of a program (1024; 4096 so)", type=cli.positive_int, metavar="MB"
-    )
-    sandbox_tier: str | None = cli.option(None, "default: the best that works here", choices=TIERS)
-    unsafe_no_sandbox: bool = cli.option(False, "if no sandbox works: none")
+    judges: JudgeOptions = JudgeOptions()  # noqa: RUF009
 
     def __post_init__(self):
         if not self.data_path:
@@ -122,16 +113,6 @@ class Options:
                 )
         return all_ks(self.k, self.num_samples)
 
-    def sandbox(self, problems: dict[str, dict]) -> dict:
-        """Of judges: EvalPlus's tests are a thousand to a task, some of them large."""
-        usual = (20.0, 4096) if has_plus(problems) else (3.0, 1024)
-        return {
-            "timeout": self.judge_timeout if self.judge_timeout is not None else usual[0],
-            "memory_mb": self.judge_memory or usual[1],
-            "tier": self.sandbox_tier,
-            "unsafe": self.unsafe_no_sandbox,
-        }
-
 
 def check(options: Options) -> None:
     """Problems that tests can judge, and a sandbox that works here."""
@@ -141,7 +122,7 @@ def check(options: Options) -> None:
     _ = options.ks
     if options.chat.chat_template == "off":
         read_examples(options.data_path, choose(options.prompt, problems, None).n_shots)
-    with Sandbox(1, **options.sandbox(problems)):
+    with Sandbox(1, **options.judges.sandbox(problems)):
         pass
 
 
@@ -193,7 +174,6 @@ def plan(options: Options, facts: Facts) -> Plan:
     prompts = drawing.encode_prompts(tokenizer, list(problems), texts, bos, bool(chat))
     evaluation.check_vocabulary(max(map(max, prompts)), facts)
     sampling = replace(sampling, stop=(sampling.stop or prompt.stop) + ends_of(chat))
-    judge = options.sandbox(problems)
     protocol = {
         "prompt": prompt.name,
         "prompt_hash": hashlib.sha256(repr(prompt).encode()).hexdigest(),
@@ -209,10 +189,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "batch_size": options.batch_size,
         "compile": options.compile,
         **facts.protocol,
-        "judge_timeout": judge["timeout"],
-        "judge_memory_mb": judge["memory_mb"],
-        "sandbox_tier_asked": options.sandbox_tier,
-        "unsafe_no_sandbox": options.unsafe_no_sandbox,
+        **options.judges.protocol(problems),
     }
     data = {
         "files": [Path(options.data_path).name],
@@ -254,8 +231,8 @@ def continuation_of(prompt: str, text: str, strip_prompt: bool) -> str:
 def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     """Draw what no journal holds, judge it meanwhile, count it."""
     work, dist = plan.work, backend.dist
-    judges = work.options.sandbox(work.problems)
-    with Sandbox(work.options.workers or count_workers(), **judges) as sandbox:
+    judges = work.options.judges
+    with Sandbox(judges.workers or count_workers(), **judges.sandbox(work.problems)) as sandbox:
         kept, left_out = split_off(work.problems, sandbox, dist)
         work = work.only(kept)
         known = drawing.known_samples(folder.known(), kept)
@@ -389,8 +366,8 @@ def evaluate_humaneval(
 
 
 # flags of judging a file of samples; all others say what is drawn, and by which model
-JUDGING = ["samples_file", "ignore_incomplete", "data_path", "k", "show", "workers", "debug"]
-JUDGING += ["judge_timeout", "judge_memory", "sandbox_tier", "unsafe_no_sandbox"]
+JUDGING = ["samples_file", "ignore_incomplete", "data_path", "k", "show", "debug"]
+JUDGING += cli.option_names(JudgeOptions)
 
 
 def main(argv=None):
@@ -399,8 +376,8 @@ def main(argv=None):
     p.add_argument("--samples-file", metavar="FILE", help="judge these samples; needs no model")
     p.add_argument("--ignore-incomplete", action="store_true", help="... though tasks are missing")
     args = p.parse_args(argv)
-    if bool(args.samples_file) == bool(args.checkpoint_path):
-        p.error("give --checkpoint-path to draw samples, or --samples-file to judge those there")
+    if bool(args.samples_file) == bool(args.checkpoint_path or args.endpoint):
+        p.error("give --checkpoint-path or --endpoint to draw samples, or --samples-file to judge")
     if args.ignore_incomplete and not args.samples_file:
         p.error("--ignore-incomplete goes with --samples-file")
     if not args.samples_file:
@@ -420,9 +397,9 @@ def judge_samples(path: str, ignore_incomplete: bool, options: Options) -> None:
         judge_file(
             path,
             problems,
-            options.sandbox(problems),
+            options.judges.sandbox(problems),
             ks=options.k,
-            workers=options.workers,
+            workers=options.judges.workers,
             ignore_incomplete=ignore_incomplete,
             show=task,
         )

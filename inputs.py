@@ -44,21 +44,26 @@ def read_object(path: str | Path, limit: int = SMALL_FILE) -> dict[str, Any]:
         raise ValueError(
             f"{path} is empty, which is not JSON: it is still to be written, or the copy failed"
         )
+    return parse_object(data, path)
+
+
+def parse_object(data: bytes, where: str | Path) -> dict[str, Any]:
+    """The object that JSON of somebody else is. ValueError as read_object, which names `where`."""
     if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
-        raise ValueError(f"{path} has more than {MAX_BRACKETS:,} lists and objects")
-    text = decode_utf8(data, path)
+        raise ValueError(f"{where} has more than {MAX_BRACKETS:,} lists and objects")
+    text = decode_utf8(data, where)
     try:
         values = json.loads(text, object_pairs_hook=_unrepeated)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object")
+        raise ValueError(f"{where} holds {type(values).__name__}, not a JSON object")
     level: list = [values]
     for _ in range(MAX_DEPTH):
         inner = [v.values() if isinstance(v, dict) else v for v in level]
         level = [v for values in inner for v in values if isinstance(v, (dict, list))]
     if level:
-        raise ValueError(f"{path} is nested more than {MAX_DEPTH} deep")
+        raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep")
     return values
 
 

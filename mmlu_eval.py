@@ -34,8 +34,8 @@ import numpy as np
 import cli
 import command
 import evaluation
-from backends import Backend, Facts, Sampling
-from evaluation import BATCH_TOKENS, Evaluation, Folder, Outcome, Plan, Result
+from backends import BATCH_TOKENS, Backend, Facts, Sampling
+from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks.chat import ChatOptions, encode, ends_of, open_chat, starts_with_bos
 from tasks.choice_sets import ChoiceSet, load_set
 from tasks.choice_tables import (
@@ -222,6 +222,7 @@ def protocol_of(options: Options, work: Asked) -> dict:
     tokenizer, bos, generates = facts.tokenizer, maker.bos, maker.scoring == "generate"
     if chat:  # a template may write its own
         bos = starts_with_bos(tokenizer, encode(tokenizer, [chat.ask("?")], bos))
+    batch_tokens = options.batch_tokens or BATCH_TOKENS.get(facts.device)  # a server has its own
     return work.choice_set.protocol | {
         "template": maker.template.name,
         "template_hash": maker.template.hash,
@@ -237,7 +238,7 @@ def protocol_of(options: Options, work: Asked) -> dict:
         **(chat.protocol if chat else {}),
         **facts.protocol,
         "prefix_cache": work.share_prefix,
-        "batch_tokens": None if generates else options.batch_tokens or BATCH_TOKENS[facts.device],
+        "batch_tokens": None if generates else batch_tokens,
         "batch_size": options.batch_size,
         "examples_hash": work.data.examples_hash,
     }
@@ -349,7 +350,7 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
 
     def ask(others: QuestionSet, changes: dict) -> Answers:
         scoring = changes.get("scoring", protocol["scoring"])
-        batch_tokens = protocol["batch_tokens"] or BATCH_TOKENS[backend.facts.device]
+        batch_tokens = protocol["batch_tokens"] or BATCH_TOKENS.get(backend.facts.device)
         own = protocol | {"scoring": scoring, "batch_tokens": batch_tokens}
         work = plan.work.about(others, changes)
         return answer(backend, work.prepared[0], own, work)

@@ -28,6 +28,7 @@ import itertools
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -230,7 +231,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, tok: Any, name: str):
-        self.tok, self.name = tok, name
+        self.tok, self.name, self._encoding = tok, name, threading.Lock()
         self.backend = getattr(tok, "backend_tokenizer", None)
         self._definition = json.loads(self.backend.to_str()) if self.backend else {}
         if self.backend:  # a tokenizer.json may carry settings that would cut or pad every text
@@ -267,8 +268,9 @@ class HuggingFaceTokenizer:
                 np.array(self.tok.encode(t, **options, verbose=False), dtype=np.uint32)
                 for t in texts
             ]
-        self.backend.encode_special_tokens = not specials
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        with self._encoding:  # the switch is the backend's
+            self.backend.encode_special_tokens = not specials
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, dtype=np.uint32) for e in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -258,6 +258,10 @@ class Loss(nn.Module):
     def __init__(self, model: GPTModel):
         super().__init__()
         self.model = model
+        # here and not above the function: the mark alone imports a compiler, which takes seconds
+        self.of_all_ranks = (
+            torch.compiler.disable(of_all_ranks) if model.config.router_loss else None
+        )
 
     def forward(
         self, input_ids: torch.Tensor, targets: torch.Tensor
@@ -265,12 +269,11 @@ class Loss(nn.Module):
         """input_ids, targets [B, T]; nats a token, and the load-balancing loss or None: scalars."""
         hidden = self.model.hidden(input_ids).flatten(0, 1)
         loss = self.model.nll(hidden, targets.flatten()).mean()
-        if not self.model.config.router_loss:
+        if self.of_all_ranks is None:
             return loss, None
-        return loss, balance_loss(of_all_ranks(self.model.router_loads()))
+        return loss, balance_loss(self.of_all_ranks(self.model.router_loads()))
 
 
-@torch.compiler.disable
 def of_all_ranks(loads: torch.Tensor) -> torch.Tensor:
     """`Mixture.load` of all layers, [L, 2, E], with the share of tokens that chose an expert taken
     over all ranks. It has no gradient, and the loss is linear in the rest, so that the mean of the

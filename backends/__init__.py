@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
     from distributed import Dist
 
 
+SERVERS = ("openai", "roseval", "vllm", "sglang", "llama.cpp", "llama-cpp-python")
+BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch of rows, unless asked for
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a model before it runs, from a checkpoint's headers or a server's answers.

@@ -44,6 +44,14 @@ COMPILE_STEPS = 8192  # torch.compile costs up to a minute and saves millisecond
 # What ends a sequence
 
 
+def text_of_tokens(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """What tells a token's own text: decoded after another one, for alone it may lose a leading
+    space."""
+    anchor = list(tokenizer.encode("a"))
+    before = len(tokenizer.decode(anchor))
+    return functools.cache(lambda token: tokenizer.decode([*anchor, token])[before:])
+
+
 class Endings:
     """Decides when a sequence is finished, and what its text is."""
 
@@ -53,13 +61,8 @@ class Endings:
         # A stop string of ASCII characters shows in the tokens' own texts laid end to end; other
         # characters can be split between tokens
         self.by_piece = all(s.isascii() for s in self.stop)
-        if self.stop:  # a token alone may lose a leading space: pieces are decoded after an anchor
-            self.anchor = list(tokenizer.encode("a"))
-            self.anchor_text = tokenizer.decode(self.anchor)
-            self.piece = functools.cache(self._piece)
-
-    def _piece(self, token):
-        return self.tokenizer.decode([*self.anchor, token])[len(self.anchor_text) :]
+        if self.stop:
+            self.piece = text_of_tokens(tokenizer)
 
     def add(self, sequence: Sequence, token: int) -> str | None:
         """Take one more token; returns the reason if the sequence ends with it."""
@@ -157,7 +160,8 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.at: list[Sequence | None] = [None] * capacity.rows
         self.flight: deque[tuple[int, list[Sequence | None]]] = deque()  # steps not looked at
-        self._endings = functools.cache(lambda stop: Endings(tokenizer, stop, eos_ids))
+        # a server's clients bring stop strings without end: the latest are kept
+        self._endings = functools.lru_cache(64)(lambda stop: Endings(tokenizer, stop, eos_ids))
 
     @property
     def busy(self) -> bool:
@@ -338,7 +342,7 @@ def generate(
     for a prompt beyond the context; a sequence that reaches its end finishes there.
     """
     longest = model.max_positions
-    samplings = _by_sample(sampling, len(prompts), n_samples)
+    samplings = by_sample(sampling, len(prompts), n_samples)
     distinct = list({id(s): s for own in samplings for s in own}.values())
     _check_job(prompts, longest, keys, distinct, tokenizer)
     if not prompts:
@@ -371,8 +375,12 @@ def generate(
     return Generation(stream(), bool(compile))
 
 
-def _by_sample(sampling, n_prompts: int, n_samples: int) -> list[list[Sampling]]:
-    """[n_prompts, n_samples]"""
+def by_sample(
+    sampling: Sampling | abc.Sequence[Sampling] | abc.Sequence[abc.Sequence[Sampling]],
+    n_prompts: int,
+    n_samples: int,
+) -> list[list[Sampling]]:
+    """[n_prompts, n_samples] of one for all, one for each prompt, or one for each sample."""
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, not {n_samples}")
     if isinstance(sampling, Sampling):

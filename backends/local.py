@@ -109,7 +109,7 @@ class Local:
         batch_size, device = min(batch_size, len(windows)), self.dist.device
         compiled = self._should_compile(len(windows) * windows.seq_len)
         nll_fn = scoring.nll_function(self.model, compiled, consumer)
-        token_bytes, special = self._bytes_of_tokens()
+        token_bytes, special = scoring.bytes_of_tokens(self.facts)
         seconds = {}
 
         def score(b):
@@ -277,17 +277,6 @@ class Local:
             return self.compile == "on" and c is not None
         saved = n_tokens * self.n_jobs * c.n_layers * c.d_model * SAVED_SECONDS_PER_UNIT
         return self.dist.device.type == "cuda" and saved > COMPILE_SECONDS
-
-    def _bytes_of_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """(bytes of text [V] int64, special or not [V] bool) by token id; zeros without a
-        tokenizer."""
-        V, tokenizer = self.facts.vocab_size, self.facts.tokenizer
-        n_bytes, special = np.zeros(V, dtype=np.int64), np.zeros(V, dtype=bool)
-        if tokenizer is not None:
-            known = tokenizer.token_bytes()[:V]
-            n_bytes[: len(known)] = known
-            special[[i for i in tokenizer.special_ids if i < V]] = True
-        return n_bytes, special
 
     def _end_of_text(self) -> tuple[int, ...]:
         eos = getattr(self.facts.tokenizer, "eos_token_id", None)

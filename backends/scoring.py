@@ -26,6 +26,7 @@ from transformers_model import Model
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from backends import Facts
     from dataset import RandomWindows, TokenStream, Windows
     from distributed import Dist
 
@@ -253,6 +254,17 @@ def score_windows(
     counts = np.rint(sums[:, 1:]).astype(np.int64)
     every = dist.sum(tokens[:-1].contiguous()) if per_token else None
     return WindowTotals(sums[:, 0], counts[:, 0], counts[:, 1], *layout.describe(), every)
+
+
+def bytes_of_tokens(facts: "Facts") -> tuple[np.ndarray, np.ndarray]:
+    """(bytes of text [V] int64, special or not [V] bool) by token id; zeros without a tokenizer."""
+    V, tokenizer = facts.vocab_size, facts.tokenizer
+    n_bytes, special = np.zeros(V, dtype=np.int64), np.zeros(V, dtype=bool)
+    if tokenizer is not None:
+        known = tokenizer.token_bytes()[:V]
+        n_bytes[: len(known)] = known
+        special[[i for i in tokenizer.special_ids if i < V]] = True
+    return n_bytes, special
 
 
 class BatchTooLarge(Exception):

@@ -177,11 +177,10 @@ def print_plan(args) -> None:
     """Of MMLU, 5-shot, the whole test set: batches of each model, and the balance on many ranks."""
     import torch
 
-    from backends import Facts, engine
+    from backends import BATCH_TOKENS, Facts, engine
     from backends.continuations import deal_batches, plan_batches
     from backends.local import batch_overhead
     from config import load_config
-    from evaluation import BATCH_TOKENS
     from mmlu_eval import MMLU
     from model import GPTModel
     from tokenizer import build_tokenizer

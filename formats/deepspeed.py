@@ -3,6 +3,7 @@
     latest  global_step300/mp_rank_00_model_states.pt        ZeRO 0, 1, 2: the weights, in `module`
             global_step300/zero_pp_rank_0_mp_rank_00_model_states.pt …
                            bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt …     ZeRO 3
+            layer_0_expert_3_mp_rank_00_model_states.pt …     an expert, beside mp_rank_00
             global_step300_universal/zero/{name}/fp32.pt     universal
 
 Under ZeRO 3 each rank holds an equal share of every parameter in one long vector, so a parameter is
@@ -17,14 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from config import GPTConfig
-from formats import Opened, archives, dialects, trained
+from formats import Opened, archives, dialects, shown, trained
 from formats.pickles import Record
 from formats.stored import Stored, joined, ranges
 
 FORMAT = "formats/deepspeed.py"
 WHOLE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 RANKS = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt")
-OTHER = re.compile(r"layer_\d+.*model_states\.pt|expert_\d+_mp_rank_\d+_model_states\.pt")
+EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_(\d+)_model_states\.pt")
+OTHER = re.compile(r"layer_\d+(?!_expert).*model_states\.pt")
+# its modules around a router and around experts, which may be anybody's
+OF_EXPERTS = {r"\.deepspeed_moe\.gate\.wg\.": ".gate.",
+              r"\.deepspeed_moe\.experts\.deepspeed_experts\.": ".experts."}  # fmt: skip
 
 
 def place(path: Path) -> Path | None:
@@ -40,7 +45,7 @@ def place(path: Path) -> Path | None:
 
 
 def _is_tag(folder: Path) -> bool:
-    names = (WHOLE, RANKS, OTHER)
+    names = (WHOLE, RANKS, EXPERT, OTHER)
     found = any(name.fullmatch(f.name) for f in folder.glob("*_states.pt") for name in names)
     return found or any(folder.glob("zero/*/fp32.pt"))
 
@@ -96,17 +101,22 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         raise ValueError(
             f"{path} has no directory of the tag {_latest(path)!r} that it calls latest"
         )
-    whole = sorted(f for f in tag.glob("mp_rank_*_model_states.pt") if WHOLE.fullmatch(f.name))
-    other = sorted(f.name for f in tag.glob("*model_states.pt") if OTHER.fullmatch(f.name))
-    if other or len(whole) > 1:
-        what = other[0] if other else whole[1].name
-        raise ValueError(f"{tag} is of a pipeline, of experts or of model parallelism ({what}), "
-                         "whose parts are not joined here")  # fmt: skip
+    files = sorted(tag.glob("*model_states.pt"))
+    whole, experts, other = (
+        [f for f in files if kind.fullmatch(f.name)] for kind in (WHOLE, EXPERT, OTHER)
+    )
+    parts = [*other, *whole[1:], *(f for f in experts if not whole or _model_rank(f))]
+    if parts:
+        raise ValueError(
+            f"{tag} is of a pipeline, of experts under ZeRO 3 or of model parallelism "
+            f"({parts[0].name}), whose parts are not joined here"
+        )
     if any(tag.glob("zero/*/fp32.pt")):
         tensors, step = _universal(tag), None
     elif whole:
         said = archives.open_archive(whole[0])
-        tensors, step = trained.weights(_field(said, "module", whole[0]), whole[0]), _step(said)
+        module = trained.weights(_field(said, "module", whole[0]), whole[0])
+        tensors, step = _with_experts(module, experts), _step(said)
     else:
         tensors, step = _zero3(tag)
     step = glance(path)[1] if step is None else step
@@ -124,6 +134,25 @@ def _field(said: Any, name: str, file: Path) -> Any:
 def _step(said: dict) -> int | None:
     step = said.get("global_steps")
     return step if type(step) is int else None
+
+
+def _model_rank(file: Path) -> int:
+    name = EXPERT.fullmatch(file.name)
+    return int(name[1]) if name else 0
+
+
+def _with_experts(module: dict[str, Stored], files: list[Path]) -> dict[str, Stored]:
+    """Each expert of a layer is a file, whichever rank had it; their names are those of the whole
+    model, under which the router is in `module`."""
+    tensors = dict(module)
+    for file in files:
+        own = trained.weights(archives.open_archive(file), file)
+        if twice := sorted(own.keys() & tensors.keys()):
+            raise ValueError(f"{file} holds {shown(twice)}, and so does another file")
+        tensors |= own
+    for pattern, instead in OF_EXPERTS.items():
+        tensors = {re.sub(pattern, instead, name): t for name, t in tensors.items()}
+    return tensors
 
 
 def _universal(tag: Path) -> dict[str, Stored]:

@@ -11,13 +11,14 @@ channels (2i, 2i + 1) of a head together where ours turns (i, i + D/2), so the r
 are taken in another order, for which the config must say how many heads there are.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import GPTConfig
-from formats.stored import Stored, beside, rows
+from formats.stored import Stored, beside, rows, stacked
 
 NOT_THE_MODEL = re.compile(
     r"(optim\w*|lr_schedulers?|schedulers?|dataloader\w*|train_state|trainer_state|rng\w*|"
@@ -33,6 +34,8 @@ EMBEDDING = re.compile(
 )
 
 
+# rows of latent attention with rotary channels
+TURNED = tuple(f".attn.{x}.weight" for x in ("q_proj", "q_up_proj", "kv_down_proj"))
 # a matrix that Megatron has in every block, before and since Megatron-Core
 MEGATRON = re.compile(
     r"^((module|model|language_model)\.)*(decoder|encoder|transformer)\.layers\.(\d+\.)?"
@@ -41,31 +44,47 @@ MEGATRON = re.compile(
 
 
 class Dialect(NamedTuple):
-    modules: dict[str, list[str]]  # ours: theirs, in the order of our rows
+    modules: dict[str, list[str]]  # ours: theirs, in the order of our rows; {e}: for each expert
     paired: bool = False  # rotary channels (2i, 2i + 1) turn together: Meta's order
     grouped: bool = False  # their one qkv matrix has rows [q … q, k, v] for each key head
     ignored: str = r"$^"  # buffers
+    turned_last: bool = False  # rotary channels stand behind the others in latent attention
+    choice_bias: str = ""  # what a router chooses by beside its weight, by its whole name
 
 
-def _meta(qkv: list[str], paired: bool, grouped: bool = False) -> Dialect:
+def _meta(
+    qkv: list[str], paired: bool, grouped: bool = False, latents: dict[str, str] | None = None
+) -> Dialect:
+    """latents: of latent attention, in place of qkv and of the norms of queries and keys."""
     at = "layers.{i}."
+    attention = {"qkv_proj": qkv, "q_norm": ["q_norm"], "k_norm": ["k_norm"]}
+    if latents:
+        attention = {ours: [name] for ours, name in latents.items()}
     return Dialect(
         {
+            f"blocks.{{i}}.attn.{ours}": [f"{at}attention.{name}" for name in theirs]
+            for ours, theirs in attention.items()
+        }
+        | {
             "token_embedding": ["tok_embeddings"],
             "blocks.{i}.ln1": [at + "attention_norm"],
             "blocks.{i}.ln2": [at + "ffn_norm"],
-            "blocks.{i}.attn.qkv_proj": [at + "attention." + name for name in qkv],
             "blocks.{i}.attn.out_proj": [at + "attention.wo"],
-            "blocks.{i}.attn.q_norm": [at + "attention.q_norm"],
-            "blocks.{i}.attn.k_norm": [at + "attention.k_norm"],
             "blocks.{i}.mlp.fc1": [at + "feed_forward.w1", at + "feed_forward.w3"],
             "blocks.{i}.mlp.fc2": [at + "feed_forward.w2"],
+            "blocks.{i}.mlp.router": [at + "moe.router.gate"],
+            "blocks.{i}.mlp.experts.fc1": [at + "moe.experts.w1", at + "moe.experts.w3"],
+            "blocks.{i}.mlp.experts.fc2": [at + "moe.experts.w2"],
+            "blocks.{i}.mlp.shared.fc1": [at + f"moe.shared_experts.{w}" for w in ("w1", "w3")],
+            "blocks.{i}.mlp.shared.fc2": [at + "moe.shared_experts.w2"],
             "ln_f": ["norm"],
             "lm_head": ["output"],
         },
         paired,
         grouped,
         r"^(freqs_cis|rope\.freqs|rope\.cache|freqs_(cos|sin))$",
+        turned_last=bool(latents),
+        choice_bias=at + "moe.expert_bias",
     )
 
 
@@ -121,11 +140,18 @@ def _megatron(qkv: str, paired: bool) -> Dialect:
             "blocks.{i}.attn.k_norm": [at + "self_attention.k_layernorm"],
             "blocks.{i}.mlp.fc1": [at + "mlp.linear_fc1"],
             "blocks.{i}.mlp.fc2": [at + "mlp.linear_fc2"],
+            "blocks.{i}.mlp.router": [at + "mlp.router"],
+            "blocks.{i}.mlp.experts.fc1": [at + "mlp.experts.local_experts.{e}.linear_fc1"],
+            "blocks.{i}.mlp.experts.fc2": [at + "mlp.experts.local_experts.{e}.linear_fc2"],
+            "blocks.{i}.mlp.shared.fc1": [at + "mlp.shared_experts.linear_fc1"],
+            "blocks.{i}.mlp.shared.fc2": [at + "mlp.shared_experts.linear_fc2"],
+            "blocks.{i}.mlp.shared_gate": [at + "mlp.shared_experts.gate"],
             "ln_f": ["decoder.final_layernorm"],
             "lm_head": ["output_layer"],
         },
         paired,
         grouped=True,
+        choice_bias=at + "mlp.router.expert_bias",
     )
 
 
@@ -145,9 +171,16 @@ FORMER_MEGATRON = tuple((re.compile(pattern), now) for pattern, now in (
     (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
     (r"\.self_attention\.linear_qkv\.layer_norm_", ".input_layernorm."),
     (r"\.mlp\.linear_fc1\.layer_norm_", ".pre_mlp_layernorm."),
+    (r"\.experts\.linear_fc([12])\.weight(\d+)$", r".experts.local_experts.\2.linear_fc\1.weight"),
+    (r"\.experts\.experts\.(?=\d)", ".experts.local_experts."),
+    (r"\.shared_experts\.gate_weight$", ".shared_experts.gate.weight"),
 ))  # fmt: skip
 
 SPLIT = ["wq", "wk", "wv"]
+LATENTS = {
+    "q_proj": "wq", "q_down_proj": "wq_a", "q_down_norm": "q_norm", "q_up_proj": "wq_b",
+    "kv_down_proj": "wkv_a", "kv_down_norm": "kv_norm", "kv_up_proj": "wkv_b",
+}  # fmt: skip
 DIALECTS = {
     "litgpt": _litgpt(gated=False, old=False),
     "litgpt, gated": _litgpt(gated=True, old=False),
@@ -157,6 +190,7 @@ DIALECTS = {
     "meta, fused": _meta(["qkv_linear.wqkv"], paired=True, grouped=True),
     "torchtitan qwen3": _meta(SPLIT, paired=False),
     "torchtitan qwen3, fused": _meta(["qkv_linear.wqkv"], paired=False, grouped=True),
+    "torchtitan deepseek": _meta([], paired=True, latents=LATENTS),
     "olmo-core": OLMO_CORE,
     "megatron": _megatron("linear_qkv", paired=False),
     "megatron, neighbours": _megatron("linear_qkv_pairs", paired=True),
@@ -200,6 +234,9 @@ def _of_one_generation(tensors: dict[str, Stored]) -> dict[str, Stored]:
 
     def former(name: str) -> str:
         name = re.sub(r"\.qkv_linear\.(w[qkv])\.", r".\1.", name)
+        name = re.sub(r"\.routed_experts\.inner_experts\.(w[123])_[A-Z]+$", r".experts.\1", name)
+        name = re.sub(r"\.moe\.experts\.w[123]$", r"\g<0>.weight", name)
+        name = re.sub(r"\.moe\.expert_bias_E$", ".moe.expert_bias", name)
         return re.sub(r"^lm_head\.", "output.", name)
 
     return _renamed(tensors, former)
@@ -230,6 +267,8 @@ def dialect_of(tensors: dict[str, Stored]) -> str | None:
     ours, from Llama: torchtitan calls the rest of both the same."""
     names = _of_one_generation(tensors).keys()
     if "tok_embeddings.weight" in names:
+        if "layers.0.attention.wkv_a.weight" in names:
+            return "torchtitan deepseek"
         fused = "layers.0.attention.qkv_linear.wqkv.weight" in names
         if not fused and "layers.0.attention.wq.weight" not in names:
             return None
@@ -321,18 +360,41 @@ def under_ours(
     left, ours = dict(tensors), {}
     number = re.compile(r"(?:\w+\.){1,2}?(\d+)\.")
     layers = sorted({int(m[1]) for name in tensors if (m := number.match(name))})
-    for module, theirs in spec.modules.items():
-        for i in layers if "{i}" in module else [0]:
-            for leaf in ("weight", "bias"):
-                names = [f"{their.format(i=i)}.{leaf}" for their in theirs]
-                if not all(name in left for name in names):
-                    continue
-                parts = [left.pop(name) for name in names]
-                name = f"{module.format(i=i)}.{leaf}"
-                if module.endswith("qkv_proj"):
-                    parts = _by_heads(parts, spec, config, name)
-                ours[name] = parts[0] if len(parts) == 1 else beside(name, parts)
+    table = {
+        f"{ours}.{leaf}": [f"{their}.{leaf}" for their in theirs]
+        for ours, theirs in spec.modules.items()
+        for leaf in ("weight", "bias")
+    }
+    if spec.choice_bias:
+        table["blocks.{i}.mlp.router.choice_bias"] = [spec.choice_bias]
+    for our, theirs in table.items():
+        for i in layers if "{i}" in our else [0]:
+            name, names = our.format(i=i), [_of_layer(their, i, left) for their in theirs]
+            there = all(each and all(n in left for n in each) for each in names)
+            if not there or len({len(each) for each in names}) > 1:  # an expert's half
+                continue
+            parts = [_taken(name, each, their, left) for each, their in zip(names, theirs)]
+            if ".qkv_proj." in our:
+                parts = _by_heads(parts, spec, config, name)
+            if spec.turned_last and config is not None and our.endswith(TURNED):
+                parts = [_turned_first(parts[0], our, spec, config)]
+            dim = max(0, len(parts[0].shape) - 2)  # rows, of each expert
+            ours[name] = parts[0] if len(parts) == 1 else beside(name, parts, dim)
     return ours | {name: t for name, t in left.items() if not re.search(spec.ignored, name)}
+
+
+def _of_layer(their: str, i: int, left: dict[str, Stored]) -> list[str]:
+    """Their names of one of our tensors: as many as there are experts, where each has its own."""
+    if "{e}" not in their:
+        return [their.format(i=i)]
+    every = (their.format(i=i, e=e) for e in itertools.count())
+    return list(itertools.takewhile(left.__contains__, every))
+
+
+def _taken(name: str, names: list[str], their: str, left: dict[str, Stored]) -> Stored:
+    """A part of ours, which is no longer left."""
+    found = [left.pop(one) for one in names]
+    return stacked(name, found) if "{e}" in their else found[0]
 
 
 def _by_heads(parts: list[Stored], spec: Dialect, config: GPTConfig | None, name: str):
@@ -351,6 +413,20 @@ def _by_heads(parts: list[Stored], spec: Dialect, config: GPTConfig | None, name
         R = config.rotary_dim
         parts = [unpaired(parts[0], D, R), unpaired(parts[1], D, R), parts[2]]
     return parts
+
+
+def _turned_first(t: Stored, our: str, spec: Dialect, config: GPTConfig) -> Stored:
+    """Rows of latent attention whose rotary channels stand behind the others of each head, or of
+    the latent, in our order: before them."""
+    R, heads = config.rotary_dim, 1 if "kv_down" in our else config.n_heads
+    others = config.kv_lora_rank if "kv_down" in our else config.qk_nope_head_dim
+    if others is None or t.shape[0] != heads * (others + R):
+        return t  # check_fits says so
+    step, runs = 2 if spec.paired else 1, []
+    for a in range(0, t.shape[0], others + R):
+        b = a + others
+        runs += [range(b + i, b + R, step) for i in range(step)] + [range(a, b)]
+    return rows(t, runs)
 
 
 def ungrouped(qkv: Stored, H: int, G: int, D: int) -> list[Stored]:

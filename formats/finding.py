@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import note
-from formats import named, shown
+from formats import named, shown, step_in_name
 from tokenizer import TOKENIZER_FILES
 
 INSIDE = re.compile(r"(checkpoint|ckpt|step|epoch|iter|global_step)[-_=]?\d+")
@@ -30,10 +30,11 @@ class CheckpointInfo(NamedTuple):
 
 
 class Look(NamedTuple):
-    """The two questions to the formats."""
+    """The questions to the formats."""
 
     is_checkpoint: Callable[[Path], bool]
     info_of: Callable[[Path], CheckpointInfo]
+    place_of: Callable[[Path], Path]  # where the files of one lie: itself, or a folder in it
 
 
 def listed(directory: Path, look: Look) -> list[CheckpointInfo]:
@@ -113,11 +114,14 @@ def _globbed(given: str | Path) -> list[Path]:
 
 
 def _inside(path: Path, look: Look) -> list[Path]:
-    """Checkpoints in the directory of another: a Trainer's steps beside its final model."""
+    """Checkpoints in the directory of another: a Trainer's steps beside its final model. Not what
+    is a part of it: DeepSpeed's only tag, and the one of its own step beside gathered weights."""
     if not os.path.isdir(path) or closed_to_us(path):
         return []
     inside = [p for p in _entries(path) if INSIDE.fullmatch(p.name) and os.path.isdir(p)]
-    return [p for p in inside if look.is_checkpoint(p)]
+    inside = [p for p in inside if look.is_checkpoint(p)]
+    step, own = step_in_name(path.name), look.place_of(path) if inside else path
+    return [p for p in inside if p != own and (step is None or step_in_name(p.name) != step)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -37,8 +37,10 @@ QUANTISED = {
     "the original",
 }
 DEEPSPEED = "a directory of DeepSpeed's without the directory of a tag, such as global_step100"
+MEGATRON = "a directory of Megatron's without the directory of an iteration, such as iter_0001000"
 DIRECTORIES = {  # the name of a file that tells what its directory is
     r"zero_to_fp32\.py": DEEPSPEED,
+    r"latest_checkpointed_iteration\.txt": MEGATRON,
     r"flax_model\.msgpack|tf_model\.h5": "weights of Flax or TensorFlow, which are not read",
 }
 FILES = {

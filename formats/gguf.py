@@ -16,7 +16,7 @@ import torch
 
 from config import GPTConfig
 from formats import Opened, blocks, dialects, gguf_file, shown
-from formats.gguf_config import ARCHITECTURES, Architecture, config_of
+from formats.gguf_config import ARCHITECTURES, Architecture, architecture, config_of
 from formats.gguf_file import Container, Entry
 from formats.stored import Stored, whole
 
@@ -63,7 +63,8 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     name = metadata.get("general.architecture")
     if type(name) is not str or name not in ARCHITECTURES:
         raise ValueError(f"{path} is of the architecture {name!r:.60}, which is not read from GGUF")
-    about, tensors, problem = ARCHITECTURES[name], _tensors(held, path), ""
+    about, problem = architecture(metadata, name), ""
+    tensors = _without_guesses(_tensors(held, path))
     if config is None:
         try:
             config = config_of(metadata, name, tensors)
@@ -71,7 +72,8 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
             problem = f"{path}: {error}"[:1000]
     if about.plus_one:
         tensors = {n: _less_one(t) if n.endswith("norm.weight") else t for n, t in tensors.items()}
-    tensors = {n: t for n, t in tensors.items() if not n.startswith("rope_f")}
+    rows = {n: _as_row(t) for n, t in tensors.items() if n.endswith(".ffn_gate_inp_shexp.weight")}
+    tensors = {n: t for n, t in (tensors | rows).items() if not n.startswith("rope_f")}
     try:
         tensors = dialects.under_ours(tensors, _dialect(tensors, about), config)
     except ValueError as error:
@@ -177,6 +179,20 @@ def _less_one(stored: Stored) -> Stored:
     return _packed(stored, blocks.LESS_ONE)
 
 
+def _without_guesses(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Without the layers behind the last that guess at tokens further ahead."""
+    ahead = tuple(n.partition("nextn.")[0] for n in tensors if ".nextn.eh_proj." in n)
+    return {name: t for name, t in tensors.items() if not name.startswith(ahead)}
+
+
+def _as_row(stored: Stored) -> Stored:
+    """A vector as the matrix of one row that it is with us."""
+    if len(stored.shape) != 1:
+        return stored
+    pieces = tuple(p._replace(start=(0, *p.start), shape=(1, *p.shape)) for p in stored.pieces)
+    return stored._replace(shape=(1, *stored.shape), pieces=pieces)
+
+
 def _dialect(tensors: dict[str, Stored], about: Architecture) -> dialects.Dialect:
     """llama.cpp's names. Of a projection's parts those that the file has."""
     at = "blk.{i}."
@@ -187,6 +203,9 @@ def _dialect(tensors: dict[str, Stored], about: Architecture) -> dialects.Dialec
     post = {"blocks.{i}.ln1_post": [at + "post_attention_norm"]}
     if not second and "blk.0.post_ffw_norm.weight" not in tensors:  # Seed-OSS's name of it
         post = {"blocks.{i}.ln2": [at + "post_attention_norm"]}
+    each = (
+        ".{e}" if "blk.0.ffn_gate.0.weight" in tensors else "_exps"
+    )  # before experts were stacked
     return dialects.Dialect(
         {
             "token_embedding": ["token_embd"],
@@ -200,10 +219,17 @@ def _dialect(tensors: dict[str, Stored], about: Architecture) -> dialects.Dialec
             "blocks.{i}.attn.k_norm": [at + "attn_k_norm"],
             "blocks.{i}.mlp.fc1": [at + "ffn_gate", at + "ffn_up"] if gated else [at + "ffn_up"],
             "blocks.{i}.mlp.fc2": [at + "ffn_down"],
+            "blocks.{i}.mlp.router": [at + "ffn_gate_inp"],
+            "blocks.{i}.mlp.experts.fc1": [at + "ffn_gate" + each, at + "ffn_up" + each],
+            "blocks.{i}.mlp.experts.fc2": [at + "ffn_down" + each],
+            "blocks.{i}.mlp.shared.fc1": [at + "ffn_gate_shexp", at + "ffn_up_shexp"],
+            "blocks.{i}.mlp.shared.fc2": [at + "ffn_down_shexp"],
+            "blocks.{i}.mlp.shared_gate": [at + "ffn_gate_inp_shexp"],
             "ln_f": ["output_norm"],
             "lm_head": ["output"],
         }
         | post,
         paired=about.paired,
         ignored=r"attn_rot_embd\.weight$",  # frequencies, in old files
+        choice_bias=at + "exp_probs_b.bias",
     )

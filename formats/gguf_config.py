@@ -10,6 +10,7 @@ import math
 import struct
 from typing import Any, NamedTuple
 
+import hf_mixtures
 from config import GPTConfig
 from formats.stored import Stored, read_whole
 from hf_convert import fields_from_hf
@@ -23,6 +24,7 @@ class Architecture(NamedTuple):
     paired: bool = False  # rotary channels (2i, 2i + 1) turn together, not (i, i + R/2)
     plus_one: bool = False  # norms hold 1 + weight
     windows: bool = False  # attention.sliding_window is a window of some layers, or of all
+    router_norm: bool = False  # of a mixture, where expert_weights_norm is not said
 
 
 ARCHITECTURES = {
@@ -50,8 +52,13 @@ ARCHITECTURES = {
     "seed_oss": Architecture("seed_oss"),
     "hunyuan-dense": Architecture("hunyuan_v1_dense"),
     "ernie4_5": Architecture("ernie4_5", paired=True),
+    "qwen2moe": Architecture("qwen2_moe"),
+    "qwen3moe": Architecture("qwen3_moe", router_norm=True),
+    "olmoe": Architecture("olmoe"),
+    "granitemoe": Architecture("granitemoe", paired=True, router_norm=True),
+    "glm4moe": Architecture("glm4_moe"),
 }
-
+MIXTRAL = Architecture("mixtral", paired=True, router_norm=True)  # a llama with experts
 
 NUMBERS = {  # a key of the architecture, without its name: the field that it is
     "attention.layer_norm_epsilon": "norm_eps",
@@ -72,15 +79,24 @@ KNOWN = {
     "attention.sliding_window_pattern", "use_parallel_residual", "tensor_data_layout",
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", *NUMBERS,
 }  # fmt: skip
+OF_EXPERTS = {
+    "expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_count",
+    "expert_shared_feed_forward_length", "expert_gating_func", "expert_weights_norm",
+    "expert_weights_scale", "expert_group_count", "expert_group_used_count",
+    "leading_dense_block_count", "nextn_predict_layers",
+}  # fmt: skip
+SCORES = {1: "softmax", 2: "sigmoid"}  # expert_gating_func
 
 
 def config_of(metadata: dict[str, Any], name: str, tensors: dict[str, Stored]) -> GPTConfig:
     """Of a model of the architecture `name`, an entry of ARCHITECTURES. ValueError for what is
     missing, is none, or has no native form."""
-    about = ARCHITECTURES[name]
+    about = architecture(metadata, name)
     said = {k.removeprefix(f"{name}."): v for k, v in metadata.items() if k.startswith(f"{name}.")}
     for key, value in said.items():
         if key in KNOWN or key.startswith("rope.scaling."):
+            continue
+        if key in OF_EXPERTS and about.model_type in hf_mixtures.FAMILIES:
             continue
         if not (type(value) is int and value == 0):  # no experts, for example
             raise ValueError(f"{name}.{key} = {value!r:.60} has no native form")
@@ -95,7 +111,7 @@ def config_of(metadata: dict[str, Any], name: str, tensors: dict[str, Stored]) -
     for key, field in NUMBERS.items():
         if key in said and said[key] != 0:
             fields[field] = _decimal(said[key], key)
-    if name == "granite":
+    if name in ("granite", "granitemoe"):
         fields["logit_scale"] = 1 / fields["logit_scale"]
     if name in ("gemma2", "gemma3") and "attention.scale" not in said:
         largest = sizes["n_layers"] == {"gemma2": 46, "gemma3": 62}[name]  # the 27B's
@@ -103,6 +119,8 @@ def config_of(metadata: dict[str, Any], name: str, tensors: dict[str, Stored]) -
         fields["attention_scale"] = per_head**-0.5
     fields |= _from_tensors(tensors, said, fields)
     fields |= _windows(said, about, sizes["n_layers"])
+    if about.model_type in hf_mixtures.FAMILIES:
+        fields |= _experts(said, tensors, about, sizes)
     if fields.get("position") == "rope":
         fields |= _rope(said, tensors, fields)
     if said.get("attention.causal", True) is not True:
@@ -110,6 +128,13 @@ def config_of(metadata: dict[str, Any], name: str, tensors: dict[str, Stored]) -
     if about.paired and fields["qk_norm"]:
         raise ValueError(f"norms of queries and keys of {name} have no native form")
     return GPTConfig(**fields)
+
+
+def architecture(metadata: dict[str, Any], name: str) -> Architecture:
+    """The entry of ARCHITECTURES; a llama with experts is another model."""
+    return (
+        MIXTRAL if name == "llama" and metadata.get("llama.expert_count") else ARCHITECTURES[name]
+    )
 
 
 def _sizes(said: dict[str, Any], tensors: dict[str, Stored], name: str) -> dict[str, int]:
@@ -128,10 +153,13 @@ def _sizes(said: dict[str, Any], tensors: dict[str, Stored], name: str) -> dict[
 
     heads = size("attention.head_count", longest)
     embedding = tensors.get("token_embd.weight")
+    n_layers = size("block_count", len(tensors))
+    if said.get("nextn_predict_layers"):  # which guess at tokens further ahead, behind the others
+        n_layers -= size("nextn_predict_layers", n_layers - 1)
     return {
         "vocab_size": embedding.shape[0] if embedding else size("vocab_size", longest),
         "max_position_embeddings": size("context_length", 1 << 30),
-        "n_layers": size("block_count", len(tensors)),
+        "n_layers": n_layers,
         "n_heads": heads,
         "n_kv_heads": size("attention.head_count_kv", heads)
         if "attention.head_count_kv" in said
@@ -184,6 +212,49 @@ def _from_tensors(
         found["parallel_residual"] = said["use_parallel_residual"]
         found["shared_norm"] = said["use_parallel_residual"] and "ffn_norm.weight" not in there
     return found
+
+
+def _experts(
+    said: dict[str, Any], tensors: dict[str, Stored], about: Architecture, sizes: dict[str, int]
+) -> dict[str, Any]:
+    """Of a mixture: how many experts, how wide, and how a router chooses and weighs them."""
+
+    def count(key: str, usual: int = 0) -> int:
+        value = said.get(key, usual)
+        if type(value) is not int or not 0 <= value < 1 << 31:
+            raise ValueError(f"{key} is {value!r:.60}, and should be a number")
+        return value
+
+    def has(layer: int, name: str) -> bool:
+        return f"blk.{layer}.{name}" in tensors
+
+    layers, width = range(sizes["n_layers"]), count("expert_feed_forward_length") or sizes["d_ff"]
+    mixed = [i for i in layers if has(i, "ffn_gate_inp.weight")]
+    dense = tuple(i for i in layers if i not in mixed)
+    leading = count("leading_dense_block_count", len(dense))
+    if not mixed:
+        raise ValueError(f"expert_count is {said['expert_count']!r:.60}, and no layer has a router")
+    if dense != tuple(range(leading)):
+        raise ValueError(f"leading_dense_block_count is {leading}, but layers {mixed} have experts")
+    chosen_by_bias = any(has(i, "exp_probs_b.bias") for i in mixed)
+    score = said.get("expert_gating_func") or (2 if about.model_type == "glm4_moe" else 1)
+    if score not in SCORES:
+        raise ValueError(f"expert_gating_func {score!r:.60} has no native form")
+    shared = count("expert_shared_feed_forward_length") or count("expert_shared_count") * width
+    return {
+        "n_experts": count("expert_count"),
+        "n_experts_per_token": count("expert_used_count"),
+        "d_ff_expert": width,
+        "d_ff_shared": shared,
+        "dense_layers": dense,
+        "router_score": SCORES[score],
+        "router_norm": said.get("expert_weights_norm", about.router_norm),
+        "router_scale": _decimal(said.get("expert_weights_scale") or 1.0, "expert_weights_scale"),
+        "router_choice_bias": chosen_by_bias,
+        "n_expert_groups": count("expert_group_count") or 1,
+        "n_expert_groups_per_token": count("expert_group_used_count") or 1,
+        "gated_mlp": has(mixed[0], "ffn_gate_exps.weight") or has(mixed[0], "ffn_gate.0.weight"),
+    }
 
 
 def _windows(said: dict[str, Any], about: Architecture, n_layers: int) -> dict[str, Any]:

@@ -6,9 +6,10 @@
     NAME/weights/metadata.json …  context/model.yaml                    the same, of NeMo 2
 
 The files of ranks are joined here: rows or columns by tensor rank, layers by pipeline stage (and by
-virtual stage, which come first). torch_dist has whole tensors, in the container of dcp.py, with all
-layers stacked in one. Which model it is, is said by the command line that was pickled beside the
-weights, which is read as data (formats/megatron_args.py); what of it has no native form is refused.
+virtual stage, which come first), experts by their ranks, whose number comes last. torch_dist has
+whole tensors, in the container of dcp.py, with all layers stacked in one. Which model it is, is
+said by the command line that was pickled beside the weights, which is read as data
+(formats/megatron_args.py); what of it has no native form is refused.
 """
 
 import os
@@ -25,11 +26,16 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 WEIGHTS = "model_optim_rng.pt"
 OTHER_PARTS = re.compile(r"(^|\.)mtp\.|_extra_state(\.|$|/)")  # heads for later tokens, FP8's state
+EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts\.local_experts\.)(\d+)(\..+)")
+MLP = r"mlp\.(?:experts\.local_experts\.\d+\.|shared_experts\.)?"
 # by which dimension tensor ranks share a weight; biases with it where it is the first
 SHARED = (
     (0, re.compile(r"embedding\.word_embeddings\.weight|output_layer\.(weight|bias)")),
-    (0, re.compile(r"decoder\.layers\.\d+\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.\w+")),
-    (1, re.compile(r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight")),
+    (0, re.compile(rf"decoder\.layers\.\d+\.(self_attention\.linear_qkv|{MLP}linear_fc1)\.\w+")),
+    (
+        1,
+        re.compile(rf"decoder\.layers\.\d+\.(self_attention\.linear_proj|{MLP}linear_fc2)\.weight"),
+    ),
 )
 
 
@@ -127,7 +133,10 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """The structure of an iteration's files, joined, and what its settings say of the model."""
     folder = place(path)
     if folder is None:
-        raise ValueError(f"{path} has no directory {_latest(path)!r:.100}, which {TRACKER} names")
+        raise ValueError(
+            f"{path}, a directory of Megatron's, has no directory {_latest(path)!r:.100}, which "
+            f"{TRACKER} names"
+        )
     where = _distributed(folder)
     if where is None:
         tensors, said, files = _of_ranks(folder)
@@ -178,27 +187,31 @@ def _without_padding(
 
 def _of_ranks(folder: Path) -> tuple[dict[str, Stored], dict[str, Any], list[Path]]:
     """(whole tensors, what the first rank's file says beside them, files)."""
-    files = {_rank(file): file for file in _ranks_in(folder)}
-    T, P = (1 + max(rank[i] for rank in files) for i in (0, 1))
-    for rank in ((t, p) for p in range(P) for t in range(T)):
+    files = _by_rank(folder)
+    T, P, E = (1 + max(rank[i] for rank in files) for i in (0, 1, 2))
+    for rank in ((t, p, e) for p in range(P) for t in range(T) for e in range(E)):
         if rank not in files:
-            raise ValueError(f"{folder} lacks the file of tensor rank {rank[0]}, stage {rank[1]}")
+            last = f", rank {rank[2]} of experts" if E > 1 else ""
+            said_of = f"tensor rank {rank[0]}, stage {rank[1]}{last}"
+            raise ValueError(f"{folder} lacks the file of {said_of}")
     contents = {rank: archives.open_archive(file) for rank, file in files.items()}
-    first = contents[0, 0]
+    first = contents[0, 0, 0]
     for rank, said in contents.items():
-        _check_rank(files[rank], said, first, (T, P))
+        _check_rank(files[rank], said, first, (T, P, E))
     layers, tensors = 0, {}
     for chunk, p in _chunks(contents, P, files):
-        parts = [_weights(contents[t, p][chunk], files[t, p]) for t in range(T)]
-        if any(part.keys() != parts[0].keys() for part in parts):
-            odd = next(t for t in range(T) if parts[t].keys() != parts[0].keys())
-            raise ValueError(f"{files[odd, p]} holds other weights than {files[0, p]}")
-        whole = _joined(parts)
+        whole: dict[str, Stored] = {}
+        for e in range(E):
+            parts = [_weights(contents[t, p, e][chunk], files[t, p, e]) for t in range(T)]
+            if any(part.keys() != parts[0].keys() for part in parts):
+                odd = next(t for t in range(T) if parts[t].keys() != parts[0].keys())
+                raise ValueError(f"{files[odd, p, e]} holds other weights than {files[0, p, e]}")
+            _add_experts(whole, _joined(parts), e)
         numbers = {
             int(m[1]) for name in whole if (m := re.match(r"decoder\.layers\.(\d+)\.", name))
         }
         if numbers != set(range(len(numbers))):
-            raise ValueError(f"{files[0, p]} holds layers {sorted(numbers)}, not all from 0 on")
+            raise ValueError(f"{files[0, p, 0]} holds layers {sorted(numbers)}, not all from 0 on")
         for name, t in whole.items():
             local = re.fullmatch(r"(decoder\.layers\.)(\d+)(\..+)", name)
             name = f"{local[1]}{layers + int(local[2])}{local[3]}" if local else name
@@ -207,15 +220,33 @@ def _of_ranks(folder: Path) -> tuple[dict[str, Stored], dict[str, Any], list[Pat
     return tensors, first, list(files.values())
 
 
-def _rank(file: Path) -> tuple[int, int]:
-    name = RANK.fullmatch(file.parent.name)
-    assert name, "_ranks_in looks for such names"
-    if name[3]:
-        raise ValueError(f"{file} is of one rank of experts, whose parts are not joined here")
-    return int(name[1]), int(name[2] or 0)
+def _by_rank(folder: Path) -> dict[tuple[int, int, int], Path]:
+    """{(tensor rank, stage, rank of experts): file}. With one stage alone, the number behind the
+    tensor rank is that of the experts, where the settings say so."""
+    found, files = {}, _ranks_in(folder)
+    said = archives.open_archive(files[0])
+    args = _settings(said.get("args") if isinstance(said, dict) else None) or {}
+    of_experts = args.get("expert_model_parallel_size", 1) != 1
+    one_stage = of_experts and args.get("pipeline_model_parallel_size") == 1
+    for file in files:
+        name = RANK.fullmatch(file.parent.name)
+        assert name, "_ranks_in looks for such names"
+        second, third = int(name[2] or 0), int(name[3] or 0)
+        stage, expert = (0, second) if one_stage and not name[3] else (second, third)
+        found[int(name[1]), stage, expert] = file
+    return found
 
 
-def _check_rank(file: Path, said: Any, first: dict, ranks: tuple[int, int]) -> None:
+def _add_experts(whole: dict[str, Stored], part: dict[str, Stored], rank: int) -> None:
+    """What ranks of experts hold: the same, but for experts, which each counts from 0 on."""
+    held = {int(m[2]) for name in part if (m := EXPERT.fullmatch(name))}
+    for name, t in part.items():
+        if (local := EXPERT.fullmatch(name)) and rank:
+            name = f"{local[1]}{rank * len(held) + int(local[2])}{local[3]}"
+        whole.setdefault(name, t)
+
+
+def _check_rank(file: Path, said: Any, first: dict, ranks: tuple[int, ...]) -> None:
     """That a rank's file is of the same save as the first one's, and of as many ranks."""
     if not isinstance(said, dict) or not any(str(key).startswith("model") for key in said):
         raise ValueError(f"{file} has no 'model': it is not what Megatron saves")
@@ -231,21 +262,25 @@ def _check_rank(file: Path, said: Any, first: dict, ranks: tuple[int, int]) -> N
             "values lie in another order: load and save it with a newer Megatron"
         )
     args = _settings(said.get("args")) or {}
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    for name, there in zip(names, ranks):
-        if args.get(name, there) != there and args.get("num_experts"):
-            raise ValueError(f"{file} is of experts (num_experts), whose parts are not joined here")
+    for kind, there in zip(("tensor", "pipeline", "expert"), ranks):
+        name = f"{kind}_model_parallel_size"
         if args.get(name, there) != there:
             raise ValueError(
                 f"{file} is of {name} {args[name]!r:.50}, there are files of {there}: not all are "
                 "there, or they are not of one save"
             )
+    of_experts = args.get("expert_tensor_parallel_size")
+    if args.get("num_experts") and of_experts not in (None, ranks[0]):
+        raise ValueError(
+            f"{file} is of expert_tensor_parallel_size {of_experts!r:.50} and {ranks[0]} tensor "
+            "ranks: experts that are cut otherwise than the rest are not joined here"
+        )
 
 
 def _chunks(contents: dict, P: int, files: dict) -> list[tuple[str, int]]:
     """(key of the weights, stage) in the order of the layers: virtual stages come first."""
     keys = sorted(
-        (key for key in contents[0, 0] if re.fullmatch(r"model\d*", str(key))),
+        (key for key in contents[0, 0, 0] if re.fullmatch(r"model\d*", str(key))),
         key=lambda key: int(key[5:] or 0),
     )
     for rank, said in contents.items():
@@ -322,6 +357,7 @@ def _of_torch_dist(folder: Path) -> tuple[dict[str, Stored], dict[str, Any], lis
                 tensors[f"{stack[1]}{i}.{stack[2]}"] = one
         else:
             tensors[name] = t
+    tensors = dialects.megatron_core(_experts_apart(tensors))
     files = [*dcp.metadata_files(folder), folder / "metadata.json"]
     if os.path.isfile(folder / "common.pt"):
         said = archives.open_archive(folder / "common.pt")
@@ -331,12 +367,24 @@ def _of_torch_dist(folder: Path) -> tuple[dict[str, Stored], dict[str, Any], lis
     return tensors, said if isinstance(said, dict) else {}, files
 
 
+def _experts_apart(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """An entry for each expert of those that lie stacked."""
+    found: dict[str, Stored] = {}
+    for name, t in tensors.items():
+        if re.search(r"\.experts\.experts\.linear_fc[12]\.weight$", name) and len(t.shape) == 3:
+            for e, one in enumerate(stored.unstacked(t)):
+                found[name.replace(".experts.linear", f".local_experts.{e}.linear")] = one
+        else:
+            found[name] = t
+    return found
+
+
 def _with_halves_joined(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """Gate and up stand for themselves where each rank's share is kept as it is."""
     for name in [name for name in tensors if re.search(r"\.linear_fc1\.(weight|bias)_w$", name)]:
         gate, up = tensors.pop(name), tensors.pop(f"{name[:-1]}v", None)
         if up is None:
             raise ValueError(f"{gate.pieces[0].file}: {name} is there without its {name[:-1]}v")
-        stacked = 0 if re.search(r"layers\.\d+\.", name) else 1
+        stacked = (0 if re.search(r"layers\.\d+\.", name) else 1) + (".experts.linear" in name)
         tensors[name[:-2]] = stored.beside(name, [gate, up], stacked)
     return tensors

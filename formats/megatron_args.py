@@ -16,8 +16,6 @@ from config import GPTConfig, load_yaml
 
 # settings that must be absent, false, zero or empty
 ABSENT: tuple[str, ...] = (
-    "num_experts",
-    "num_moe_experts",
     "multi_latent_attention",
     "heterogeneous_block_specs",
     "heterogeneous_layers_config_path",
@@ -31,6 +29,8 @@ ABSENT += ("experimental_attention_variant", "linear_attention_freq", "attention
 ABSENT += ("window_size", "no_rope_freq", "qk_l2_norm", "quick_geglu", "glu_linear_offset")
 ABSENT += ("activation_func_clamp_value", "apply_residual_connection_post_layernorm")
 ABSENT += ("retro_add_retriever", "add_retriever")
+ABSENT += ("moe_expert_capacity_factor", "moe_apply_probs_on_input", "moe_extended_tp")
+ABSENT += ("moe_router_force_load_balancing", "moe_latent_size")
 ONLY = {"softmax_type": "vanilla", "rope_type": "rope"}  # the one value that is read
 # NeMo's and Megatron-Bridge's names of what Megatron's command line calls otherwise
 FIELDS_OF_CLASSES = {
@@ -41,7 +41,7 @@ FIELDS_OF_CLASSES = {
     "rope_scaling": "use_rope_scaling",
 }
 # classes that are Megatron's GPT with other defaults; what others add, no field says
-PLAIN_CLASSES = re.compile(r"(.*\.)?(GPT|Llama|Mistral|Qwen2|Qwen25|Qwen3)[0-9A-Z_a-z]*")
+PLAIN_CLASSES = re.compile(r"(.*\.)?(GPT|Llama|Mistral|Mixtral|Qwen2|Qwen25|Qwen3)[0-9A-Z_a-z]*")
 SETTINGS_FILES = (("run_config.yaml", "model"), ("context/model.yaml", "config"))
 
 
@@ -131,7 +131,7 @@ def config_of(args: dict[str, Any], sizes: dict[str, int], where: str) -> GPTCon
         "attention_scale": args.get("softmax_scale"),
         "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
     }
-    return GPTConfig.from_dict(fields | _positions(args, where), where)
+    return GPTConfig.from_dict(fields | _positions(args, where) | _experts(args, where), where)
 
 
 def _activation(args: dict, bias: bool) -> str | None:
@@ -147,6 +147,57 @@ def _activation(args: dict, bias: bool) -> str | None:
         return "gelu"
     fused = args.get("bias_gelu_fusion")
     return None if fused is None else "gelu_new" if fused else "gelu"
+
+
+def _experts(args: dict, where: str) -> dict[str, Any]:
+    """Of a mixture. A router weighs by a softmax over the logits of those chosen, unless it is
+    said to be over all, or sigmoids."""
+    n = args.get("num_experts") or args.get("num_moe_experts")
+    if not n:
+        return {}
+    score, chosen = args.get("moe_router_score_function") or "softmax", args.get("moe_router_topk")
+    chosen = 2 if chosen is None else chosen
+    sigmoid, before = score == "sigmoid", bool(args.get("moe_router_pre_softmax"))
+    groups, of_groups = args.get("moe_router_num_groups") or 1, args.get("moe_router_group_topk")
+    balance = args.get("moe_router_load_balancing_type")
+    bias = bool(args.get("moe_router_enable_expert_bias"))
+    each = chosen // of_groups if groups != 1 and type(of_groups) is int and of_groups > 0 else 1
+    for name, value, read in (
+        ("moe_router_score_function", score, score in ("softmax", "sigmoid")),
+        ("moe_router_topk", chosen, type(chosen) is int),
+        ("moe_router_load_balancing_type", balance, "sinkhorn" not in str(balance)),
+        ("moe_router_enable_expert_bias", bias, sigmoid or not bias),
+        # the best one or two of a group count, by scores that are no logits
+        ("moe_router_group_topk", of_groups, each == 1 or (each == 2 and (sigmoid or before))),
+    ):
+        if not read:
+            raise ValueError(f"{where}: {name} = {value!r:.100} has no native form")
+    return {
+        "n_experts": n,
+        "n_experts_per_token": chosen,
+        "d_ff_expert": args.get("moe_ffn_hidden_size"),
+        "dense_layers": _dense_layers(args, where),
+        "d_ff_shared": args.get("moe_shared_expert_intermediate_size") or 0,
+        "shared_gate": bool(args.get("moe_shared_expert_gate")),
+        "router_score": score,
+        "router_norm": chosen > 1 if sigmoid else not before,
+        "router_scale": args.get("moe_router_topk_scaling_factor") or 1.0,
+        "router_choice_bias": bias,
+        "n_expert_groups": groups,
+        "n_expert_groups_per_token": of_groups if groups != 1 else 1,
+        "expert_group_score": "top2" if each == 2 else "max",
+    }
+
+
+def _dense_layers(args: dict, where: str) -> tuple[int, ...]:
+    """Every so many layers there is a mixture, or a list says of each whether it is one."""
+    every, layers = args.get("moe_layer_freq", 1), args.get("num_layers")
+    if type(layers) is int and layers < 1 << 20:
+        if type(every) is int and every > 0:
+            return tuple(i for i in range(layers) if i % every)
+        if isinstance(every, (list, tuple)) and len(every) == layers:
+            return tuple(i for i in range(layers) if not every[i])
+    raise ValueError(f"{where}: moe_layer_freq = {every!r:.100} has no native form")
 
 
 def _positions(args: dict, where: str) -> dict[str, Any]:

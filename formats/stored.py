@@ -5,7 +5,7 @@
     for where, values in read(stored):
         weight[where] = values                       # some MB at a time, any dtype, any device
 
-    unstacked(stored)                            # each tensor of a stack of them
+    stacked(name, parts), unstacked(stored)      # a tensor of several, and each of them again
     rows(stored, [range(0, 8, 2), range(1, 8, 2)])   # another order of its rows: a table, no bytes
     beside([q, k, v])                                # one below the other, or next to (dim=1)
 
@@ -173,6 +173,23 @@ def beside(name: str, parts: Iterable[Stored], dim: int = 0) -> Stored:
     return Stored(parts[0].dtype, shape, tuple(pieces))
 
 
+def stacked(name: str, parts: Iterable[Stored]) -> Stored:
+    """Tensors of one shape along a new first dimension. ValueError, naming a file, unless they
+    are."""
+    each = []
+    for part in parts:
+        pieces = (
+            p._replace(
+                start=(0, *p.start),
+                shape=(1, *p.shape),
+                strides=p.strides and (math.prod(p.shape), *p.strides),
+            )
+            for p in part.pieces
+        )
+        each.append(Stored(part.dtype, (1, *part.shape), tuple(pieces)))
+    return beside(name, each)
+
+
 def unstacked(stored: Stored, turned: bool = False) -> list[Stored]:
     """The tensors that are stacked along the first dimension; turned: with their last two
     dimensions the other way round, which blocks of packed numbers cannot be."""
@@ -270,25 +287,39 @@ def read(
     assert isinstance(stored.dtype, torch.dtype), "check_fits refuses what torch has no use for"
     staging = staging or Staging()
     for piece in stored.pieces:
-        shape = piece.shape or (1,)
-        if not math.prod(shape):
+        if math.prod(piece.shape):
+            yield from _read_piece(piece, stored.dtype, staging)
+
+
+def _read_piece(
+    piece: Piece, dtype: torch.dtype, staging: Staging
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    shape = piece.shape or (1,)
+    packed = _packed(shape)
+    strides = piece.strides or packed
+    if len(shape) > 2 and packed[0] * dtype.itemsize > READ_BYTES:  # matrix by matrix of a stack
+        for i in range(shape[0]):
+            at = piece.offset + piece.size_of(i * strides[0], dtype)
+            own = piece.strides and piece.strides[1:]
+            one = piece._replace(offset=at, start=piece.start[1:], shape=shape[1:], strides=own)
+            begin = piece.start[0] + i
+            for where, values in _read_piece(one, dtype, staging):
+                yield (slice(begin, begin + 1), *where), values[None]
+        return
+    in_rows = strides[1:] == packed[1:] and packed[0] <= strides[0]
+    row = strides[0] if in_rows else packed[0]
+    count = max(1, min(shape[0], READ_BYTES // (row * dtype.itemsize)))
+    if in_rows:
+        found = _read_rows(piece, dtype, shape, count, staging)
+    else:
+        assert piece.blocks is None, "packed rows lie whole"
+        found = _map_rows(piece, dtype, shape, count)
+    for row, values in found:
+        if not piece.shape:
+            yield (), values[0]
             continue
-        packed = _packed(shape)
-        strides = piece.strides or packed
-        in_rows = strides[1:] == packed[1:] and packed[0] <= strides[0]
-        row = strides[0] if in_rows else packed[0]
-        count = max(1, min(shape[0], READ_BYTES // (row * stored.dtype.itemsize)))
-        if in_rows:
-            found = _read_rows(piece, stored.dtype, shape, count, staging)
-        else:
-            assert piece.blocks is None, "packed rows lie whole"
-            found = _map_rows(piece, stored.dtype, shape, count)
-        for row, values in found:
-            if not piece.shape:
-                yield (), values[0]
-                continue
-            begins = (piece.start[0] + row, *piece.start[1:])
-            yield tuple(slice(a, a + n) for a, n in zip(begins, values.shape)), values
+        begins = (piece.start[0] + row, *piece.start[1:])
+        yield tuple(slice(a, a + n) for a, n in zip(begins, values.shape)), values
 
 
 def _read_rows(

@@ -69,9 +69,12 @@ def groups(x: Tensor, fc2: Tensor) -> bool:
     return x.shape[1] % 8 == 0 and fc2.shape[2] % 8 == 0 and _has_groups(x.device.index)
 
 
-@torch.compiler.assume_constant_result
 def _has_groups(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+# torch.compiler.assume_constant_result would import all of dynamo here, seconds of every start
+vars(_has_groups)["_dynamo_marked_constant"] = True
 
 
 def by_expert(chosen: Tensor, n_experts: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,10 @@ It has had it, too, once its candidate and tests have used as much processor tim
 for each other gain nothing), and in any case after LONGEST times as much wall time. Sleeping is its
 own time: a candidate that sleeps is late after the same seconds on any machine.
 
+One call of the candidate may have a limit of its own, in the same kind of seconds, counted from the
+first tick that finds the call under way: what never returns need not use up the time that many
+calls have together.
+
 A verdict is the machine's, not the program's, and is asked for once more with no other program
 beside it (judge.py), when the wall time ended it before its own, or when the kernel does not count
 the waiting and it used less than half of its time on a processor.
@@ -30,11 +34,12 @@ STANDSTILL = 0.5  # seconds by which a tick comes too late only if nobody could 
 class Clock:
     """One program's time after the other's.
 
-    ask: [processor seconds, waited seconds] of the present candidate, as jail.Cage.times.
+    ask: [processor seconds, waited seconds] of the present candidate, as jail.Cage.times. call:
+    seconds of one call of it, None: as many as the program has.
     """
 
-    def __init__(self, ask: Callable[[], list[float | None]]):
-        self.ask, self.schedstat = ask, -1
+    def __init__(self, ask: Callable[[], list[float | None]], call: float | None = None):
+        self.ask, self.call, self.schedstat = ask, call, -1
         with contextlib.suppress(OSError):
             self.schedstat = os.open("/proc/self/schedstat", os.O_RDONLY)
 
@@ -45,6 +50,7 @@ class Clock:
         self.waited_at_tick = self.waited
         self.turns = self.still = 0.0  # seconds of the candidate's turns; of standing still
         self.turn: float | None = None  # when the present one began
+        self.seen: tuple | None = None  # the turn that a tick found last, and how things stood
         self.spoilt = False
 
     @contextlib.contextmanager
@@ -67,6 +73,8 @@ class Clock:
             self.still += late if late > STANDSTILL else 0.0
         self.ticked, self.waited_at_tick = now, waited
         elapsed, used = now - self.began, time.process_time() - self.used
+        if self.turn is not None and self.call is not None and self._has_had_its_call(now):
+            return 0.0
         own = turns - self.still + max(used, elapsed - turns - (waited - self.waited))
         over = elapsed >= LONGEST * seconds
         if own >= seconds or over:
@@ -78,6 +86,20 @@ class Clock:
                 self.spoilt = unknown or max(own, used) < seconds
                 return 0.0
         return min(TICK, max(0.01, seconds - max(own, used)))
+
+    def _has_had_its_call(self, now):
+        """Whether the present turn alone has taken as long as a call may."""
+        used, waited = self.ask()
+        stood = now, self.still, used or 0.0, waited or 0.0
+        if self.seen is None or self.seen[0] != self.turn:
+            self.seen = self.turn, stood
+            return False
+        elapsed, still, ran, stood_by = (b - a for a, b in zip(self.seen[1], stood))
+        own, over = max(elapsed - still - stood_by, ran), elapsed >= LONGEST * self.call
+        if own < self.call and not over:
+            return False
+        self.spoilt = own < self.call or (waited is None and ran < self.call / 2)
+        return True
 
     def _waited(self):
         """Seconds that this process waited for a processor."""

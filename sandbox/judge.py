@@ -83,12 +83,13 @@ class Verdict:
 class Sandbox:
     """Workers that judge programs, `workers` at a time, each on about one CPU.
 
-    timeout: seconds for all of a program's tests, of its own time (clock.py). memory_mb: address
-    space of a candidate. tier: "A", "B" or "C" to insist on one, else the first whose canary
-    passes. packages: what candidates may import besides the standard library, wherever this
-    interpreter finds it; those that they can import are in `packages` once it is entered. unsafe:
-    go without confinement if no tier works. Raises ValueError naming the failed probe of every tier
-    if none does, and later if a worker was lost and no other can be started.
+    timeout: seconds for all of a program's tests, of its own time (clock.py). call_timeout: for one
+    call of its function, None: as many. memory_mb: address space of a candidate. tier: "A", "B" or
+    "C" to insist on one, else the first whose canary passes. packages: what candidates may import
+    besides the standard library, wherever this interpreter finds it; those that they can import are
+    in `packages` once it is entered. unsafe: go without confinement if no tier works. Raises
+    ValueError naming the failed probe of every tier if none does, and later if a worker was lost
+    and no other can be started.
 
     A verdict that the machine may have spoilt is asked for once more, with no other program at
     work: a timeout that was the machine's doing (clock.py), a candidate that was killed or, where
@@ -103,6 +104,7 @@ class Sandbox:
         tier: str | None = None,
         unsafe: bool = False,
         packages: Iterable[str] = ("numpy",),
+        call_timeout: float | None = None,
     ):
         if tier not in (None, *TIERS):
             raise ValueError(f"tier is {tier!r}; it must be one of A, B, C")
@@ -113,6 +115,9 @@ class Sandbox:
             )
         self.workers, self.timeout = workers, timeout
         self._config: dict[str, Any] = {"timeout": timeout, "grace": GRACE, "memory_mb": memory_mb}
+        if call_timeout is not None and not 0 < call_timeout <= 3600:
+            raise ValueError(f"a sandbox with {call_timeout} s a call: above 0 and at most 3600")
+        self._config["call_timeout"] = call_timeout
         self._wanted = list(packages)
         self._config["packages"] = find_packages(self._wanted)
         self._config["paths"] = find_paths()

@@ -5,9 +5,9 @@ standard input is a configuration in JSON, each one after it a program as JSON, 
 completion, test, entry_point]; each is answered by a line of JSON: what the cage is made of, then
 the fields of a Verdict and "spoilt", whether it was perhaps the machine that decided it.
 
-The configuration: tier, timeout and grace in seconds, memory_mb, packages (where each lies that
-candidates may import, by name), paths (whence tests import, besides the interpreter's own) and
-folder, where alone tests may write.
+The configuration: tier, timeout, call_timeout (or null) and grace in seconds, memory_mb, packages
+(where each lies that candidates may import, by name), paths (whence tests import, besides the
+interpreter's own) and folder, where alone tests may write.
 
 The tests run here and call a proxy; the candidate's function runs in a process of its own, which
 jail.py's zygote forks and confines. The verdict exists in this process alone.
@@ -40,13 +40,13 @@ LAST_ALARM = 5  # of those that follow the timeout, 0.2 s apart; then the worker
 class Judge:
     """A zygote and, one after the other, the candidates that it forks and the tests of them.
 
-    config: tier, timeout and grace in seconds, memory_mb and packages. Raises OSError if the cage
-    cannot be built.
+    config: tier, timeout, grace and perhaps call_timeout in seconds, memory_mb and packages. Raises
+    OSError if the cage cannot be built.
     """
 
     def __init__(self, config: dict):
         self.timeout, self.grace, self.armed = config["timeout"], config["grace"], False
-        self.clock = Clock(self._ask_times)
+        self.clock = Clock(self._ask_times, config.get("call_timeout"))
         # Threads are counted by uid: without one of its own a candidate may be short of them.
         self.threads_shared = config["tier"] in ("C", "none") and config.get("spare") is None
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -153,8 +153,8 @@ class Chat:
     ) -> str:
         """The prompt's text, up to where the answer goes on.
 
-        shots: (question, answer) of examples, the answer with the white space before it that plain
-        text has; separator: between examples in one message. begun: how the answer begins; its
+        shots: (question, answer) of examples, the answer with the spaces before it that plain text
+        has; separator: between examples in one message. begun: how the answer begins; its
         turn stays open, as lm-eval opens it: a template that trims what is said cuts the end of
         `begun`. rest: how such an answer would go on, so that nothing of `begun` is trimmed.
         """
@@ -165,7 +165,7 @@ class Chat:
         messages = [{"role": SYSTEM, "content": system}] if system else []
         if self.as_turns:
             for asked, answer in shots:
-                messages += [_says(USER, asked), _says(ASSISTANT, answer.lstrip())]
+                messages += [_says(USER, asked), _says(ASSISTANT, answer.lstrip(" "))]
         else:
             question = "".join(q + a + separator for q, a in shots) + question
         messages.append(_says(USER, question))

@@ -11,6 +11,7 @@ import numpy as np
 import stats
 from cli import printable
 from durable import dumps, write_atomic, write_json
+from tasks import confidence
 from tasks.choices import name_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def print_accuracies(records: list["Result"]) -> None:
     data, protocol = first.shown, first["protocol"]
     named = "" if first["evaluation"] == "mmlu" else f" of {printable(first['evaluation'])}"
     by_subject = data.layout.has_subjects
-    subjects = f" of {len(data.subjects)} subjects" if by_subject else ""
+    n = len(data.subjects)
+    subjects = f" of {n} subject{'s' * (n > 1)}" if by_subject else ""
     print(
         f"\n{printable(first['checkpoint']['name'])}: {len(data.questions):,} questions"
         f"{subjects}{named}, {protocol['shots']}-shot"
@@ -123,9 +125,7 @@ def print_confidence(record: "Result") -> None:
 def print_further(metrics: dict) -> None:
     """What was asked for beside the answers: whether they are true, and leave to give none."""
     if "p_true_ece" in metrics:
-        named = ("calibration error", "ece"), ("Brier", "brier"), ("AUROC", "auroc")
-        said = (f"{words} {metrics[f'p_true_{name}']['value']:.4f}" for words, name in named)
-        print(f"  P(True): {', '.join(said)}")
+        print(f"  P(True): {confidence.show_figures(metrics, 'p_true_')}")
     if "accuracy_answered" in metrics:
         share, right = metrics["answered"], metrics["accuracy_answered"]
         print(f"  answered {stats.show_share(share)}, right of these {stats.show_share(right)}")

@@ -9,6 +9,7 @@ Any evaluation's confidence will do: the probability of a choice, a share of vot
 word (P(True), tasks/p_true.py). The figures are certainty.py's.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,16 @@ def add_examples(
         if name != "brier"
     }
     examples["statistics"] = examples.get("statistics", {}) | made
+
+
+def show_figures(metrics: dict, prefix: str = "") -> str:
+    """The first of them in words, for a terminal."""
+    said = []
+    for words, name in (("calibration error", "ece"), ("Brier", "brier"), ("AUROC", "auroc")):
+        value = metrics[prefix + name]["value"]
+        # all answers right, or all wrong: nothing to tell apart
+        said.append(f"{words} undefined" if math.isnan(value) else f"{words} {value:.4f}")
+    return ", ".join(said)
 
 
 def of_classes(probabilities: np.ndarray, gold: np.ndarray) -> tuple[dict, np.ndarray]:

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,62 @@ import cli
 import durable
 from cli import printable
 from inputs import read_jsonl
-from sandbox.judge import Sandbox, Verdict
+from sandbox.judge import TIERS, Sandbox, Verdict
 from tasks import evalplus
-from tasks.problems import Problems
+from tasks.problems import Problems, has_plus
 from tasks.scores import PREFIX, Judged, all_ks, print_scores, summarise_all
+
+# ---------------------------------------------------------------------------------------------
+# How they are judged
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Flags, YAML keys and keywords of whoever judges programs. EvalPlus's tests are a thousand to
+    a task, some of them large: the canonical solution of Mbpp/599 takes 21 s of a core, all others
+    less than 5, so that a program has two minutes. One that never ends is late sooner, since a call
+    has a limit too: the longest of a canonical solution takes 1.4 s."""
+
+    workers: int | None = cli.option(
+        None, "judges a rank (its share of cores)", type=cli.positive_int
+    )
+    judge_timeout: float | None = cli.option(
+        None, "of a program (3; 120 with EvalPlus's tests)", type=float, metavar="SECONDS"
+    )
+    judge_call_timeout: float | None = cli.option(
+        None, "of a call of it (none; 10 with EvalPlus's tests)", type=float, metavar="SECONDS"
+    )
+    judge_memory: int | None = cli.option(
+        None, "of a program (1024; 4096 with EvalPlus's)", type=cli.positive_int, metavar="MB"
+    )
+    sandbox_tier: str | None = cli.option(None, "default: the best that works here", choices=TIERS)
+    unsafe_no_sandbox: bool = cli.option(False, "if no sandbox works: none")
+
+    def sandbox(self, problems: Problems) -> dict:
+        """Of Sandbox, what these problems need."""
+        usual = (120.0, 10.0, 4096) if has_plus(problems) else (3.0, None, 1024)
+        given = self.judge_timeout, self.judge_call_timeout, self.judge_memory
+        timeout, call, memory = (u if g is None else g for g, u in zip(given, usual))
+        return {
+            "timeout": timeout,
+            "call_timeout": call,
+            "memory_mb": memory,
+            "tier": self.sandbox_tier,
+            "unsafe": self.unsafe_no_sandbox,
+        }
+
+    def protocol(self, problems: Problems) -> dict:
+        """What a record says of it."""
+        used = self.sandbox(problems)
+        call = used["call_timeout"]
+        return {
+            "judge_timeout": used["timeout"],
+            **({} if call is None else {"judge_call_timeout": call}),
+            "judge_memory_mb": used["memory_mb"],
+            "sandbox_tier_asked": self.sandbox_tier,
+            "unsafe_no_sandbox": self.unsafe_no_sandbox,
+        }
+
 
 # ---------------------------------------------------------------------------------------------
 # Which problems can be judged
@@ -322,5 +374,6 @@ def print_example(problem: dict, judged: dict[str, Judged]) -> None:
     sample, verdict = failed[0]
     prompt, completion, *_ = program_of(problem, sample)
     print(f"--- {task}, failing sample 1 of {len(failed)}\n{printable(prompt, lines=True)}")
-    print(f">>> drawn from here\n{printable(completion, lines=True)}")
+    begins = ">>> the program" if "solution" in sample else ">>> drawn from here"
+    print(f"{begins}\n{printable(completion, lines=True)}")
     print(f"--- {verdict.kind}: {printable(verdict.detail)}")

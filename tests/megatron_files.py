@@ -39,13 +39,37 @@ def core_state(model, padding=PAD) -> dict[str, torch.Tensor]:
             (r"attn\.qkv_proj", "self_attention.linear_qkv"),
             (r"attn\.out_proj", "self_attention.linear_proj"),
             (r"attn\.(q|k)_norm", r"self_attention.\1_layernorm"),
-            (r"mlp\.fc", "mlp.linear_fc"),
+            (r"mlp\.(experts\.)?fc", r"mlp.\1linear_fc"),
+            (r"mlp\.shared\.fc", "mlp.shared_experts.linear_fc"),
+            (r"mlp\.shared_gate\.weight", "mlp.shared_experts.gate_weight"),
+            (r"router\.choice_bias", "router.expert_bias"),
             (r"^ln_f", "decoder.final_layernorm"),
             (r"^lm_head", "output_layer"),
         ):
             name = re.sub(ours, new, name)
-        theirs[name] = t
+        if ".experts." in name:
+            own = name.replace(".experts.", ".experts.local_experts.{}.")
+            theirs |= {own.format(e): one.clone() for e, one in enumerate(t)}
+        else:
+            theirs[name] = t
     return theirs
+
+
+def of_experts(c) -> dict:
+    """Settings of a mixture."""
+    sigmoid = c.router_score == "sigmoid"
+    return {
+        "num_experts": c.n_experts, "moe_router_topk": c.n_experts_per_token,
+        "moe_ffn_hidden_size": c.d_ff_expert, "moe_router_score_function": c.router_score,
+        "moe_router_pre_softmax": not sigmoid and not c.router_norm,
+        "moe_layer_freq": [int(i not in c.dense_layers) for i in range(c.n_layers)],
+        "moe_shared_expert_intermediate_size": c.d_ff_shared or None,
+        "moe_shared_expert_gate": c.shared_gate,
+        "moe_router_enable_expert_bias": c.router_choice_bias,
+        "moe_router_topk_scaling_factor": c.router_scale if c.router_scale != 1 else None,
+        "moe_router_num_groups": c.n_expert_groups if c.n_expert_groups > 1 else None,
+        "moe_router_group_topk": c.n_expert_groups_per_token if c.n_expert_groups > 1 else None,
+    }  # fmt: skip
 
 
 def about(config, T, P, step, args=(), version=3.0, **changes) -> dict:
@@ -114,8 +138,28 @@ def _nested(state: dict) -> dict:
     return found
 
 
-def ranks(folder, state, config, T, P, virtual=1, cuts=None, rename=None, step=100, **said) -> Path:
-    """One file a rank; cuts: the first layer of each stage."""
+def ranks(folder, state, config, T, P, virtual=1, cuts=None, rename=None, step=100, E=1, **said):
+    """One file a rank; cuts: the first layer of each stage; E ranks of experts."""
+    for e in range(E):
+        said |= {"expert_model_parallel_size": E} if E > 1 else {}
+        of_rank = {name: t for name, t in state.items() if _is_of(name, e, E, config.n_experts)}
+        tail = f"_{e:03d}" if E > 1 else ""
+        path = _ranks(folder, of_rank, config, T, P, virtual, cuts, rename, step, tail, said)
+    return path
+
+
+def _is_of(name, e, E, n):
+    expert = re.search(r"local_experts\.(\d+)\.", name)
+    return not expert or int(expert[1]) // (n // E) == e
+
+
+def _locally(name, n):
+    """An expert's number among the n of its rank."""
+    return re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) % n), name)
+
+
+def _ranks(folder, state, config, T, P, virtual, cuts, rename, step, tail, said) -> Path:
+    experts = len({m[1] for n in state if (m := re.search(r"local_experts\.(\d+)\.", n))})
     path, L = Path(folder) / f"iter_{step:07d}", config.n_layers
     cuts = cuts or [L * i // (P * virtual) for i in range(P * virtual + 1)]
     for t in range(T):
@@ -133,6 +177,7 @@ def ranks(folder, state, config, T, P, virtual=1, cuts=None, rename=None, step=1
                         local = int(layer[1]) - cuts[stage]
                     if here:
                         new = re.sub(r"layers\.\d+", f"layers.{local}", name) if layer else name
+                        new = _locally(new, experts) if experts else new
                         own[new] = _share(name, tensor, t, T, config.gated_mlp)
                 if config.tie_embeddings and last and not first:  # the head's copy
                     table = _share(
@@ -145,7 +190,7 @@ def ranks(folder, state, config, T, P, virtual=1, cuts=None, rename=None, step=1
                 if rename:
                     own = _nested({rename(name): x for name, x in own.items()})
                 contents["model" if virtual == 1 else f"model{v}"] = own
-            name = f"mp_rank_{t:02d}" + (f"_{p:03d}" if P > 1 else "")
+            name = f"mp_rank_{t:02d}" + (f"_{p:03d}" if P > 1 else "") + tail
             (path / name).mkdir(parents=True, exist_ok=True)
             torch.save(contents, path / name / "model_optim_rng.pt")
     (path.parent / "latest_checkpointed_iteration.txt").write_text(str(step))
@@ -156,10 +201,19 @@ def torch_dist(folder, state, config, stacked, common, halves, step=100, **said)
     """torch's own container, with Megatron-Core's names: layers stacked in one tensor or not,
     settings in common.pt or an object of the container, halves of a gated MLP apart or not."""
     path, found = Path(folder) / f"iter_{step:07d}", {}
+    each: dict = {}
+    for name, t in state.items():
+        each.setdefault(name.replace("local_experts", "experts"), []).append(t)
+    stacks: dict = {}
+    for name, (t,) in each.items():  # experts in one tensor
+        alike = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        stacks.setdefault(alike, []).append(t)
+    state = {n: torch.stack(t) if ".experts.experts." in n else t[0] for n, t in stacks.items()}
     for name, t in state.items():
         layer = re.search(r"layers\.(\d+)\.", name)
         if halves and config.gated_mlp and "linear_fc1." in name:
-            parts = {f"{name}_w": t.chunk(2)[0].clone(), f"{name}_v": t.chunk(2)[1].clone()}
+            gate, up = t.chunk(2, dim=1 if ".experts.experts." in name else 0)
+            parts = {f"{name}_w": gate.clone(), f"{name}_v": up.clone()}
         else:
             parts = {name: t}
         for part, values in parts.items():

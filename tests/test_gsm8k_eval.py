@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from builders import PlainModel, saved_checkpoint, torchrun, write_jsonl
+from builders import PlainModel, saved_checkpoint, tiny_model, torchrun, write_jsonl
+from sklearn.metrics import roc_auc_score
 
 import durable
 import results
@@ -143,6 +144,66 @@ def test_votes_and_passes_from_the_samples_themselves(data):
     assert "pass@1" not in value, "that is accuracy"
 
 
+def test_p_true_is_the_models_own_word(data, tmp_path):
+    """Of the first solution with most votes, by the logits of a model of the question's text."""
+    byte, more = build_tokenizer("byte"), {"temperature": 1.0, "max_new_tokens": 6, "seed": 3}
+    model = tiny_model("gpt", std=0.15, max_position_embeddings=1024).for_inference(torch.float32)
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    for chat in (False, True):
+        more["chat_template"] = str(tmp_path / "mine.jinja") if chat else "off"
+        record = evaluate_gsm8k(model, byte, data, 3, num_few_shot=1, p_true=True, **more)
+        samples = list(record.samples())
+        for i, (question, _) in enumerate(PROBLEMS):
+            own = samples[3 * i : 3 * i + 3]
+            votes = Counter(s["number"] for s in own if s["number"] is not None).most_common(1)
+            asked = next((s for s in own if votes and s["number"] == votes[0][0]), own[0])
+            assert record.arrays["p_true_sample"][i] == asked["sample"]
+            assert record.arrays["p_true_right"][i] == asked["accuracy"]
+            text = (
+                f"Question: {question}\nProposed answer: {asked['completion'].strip()}\n"
+                "Is the proposed answer:\nA. True\nB. False\nThe proposed answer is:"
+            )
+            text = f"<user>{text}<end><assistant>Answer:" if chat else f"{text} "
+            with torch.inference_mode():
+                logits = model(torch.tensor([list(byte.encode(text))]))[0][0, -1].double()
+            expected = torch.softmax(logits[[ord("A"), ord("B")]], 0)[0].item()
+            assert record.arrays["p_true"][i] == pytest.approx(expected, abs=1e-5)
+        plain = evaluate_gsm8k(model, byte, data, 3, num_few_shot=1, **more)
+        for part in ("metrics", "protocol"):
+            same = {name: record[part][name] for name in plain[part]}
+            assert repr(same) == repr(plain[part]), "asking further changes nothing else"
+        assert {"p_true_ece", "p_true_brier", "p_true_auroc"} <= record["metrics"].keys()
+        assert record["protocol"]["p_true_truncated"] == 0 and record["protocol"]["p_true"]
+        assert record["config_hash"] != plain["config_hash"]
+        assert record["cost"]["tokens"] == plain["cost"]["tokens"] > 0, "the cost is of drawing"
+
+
+def test_p_true_tells_right_from_wrong_where_the_model_does(data):
+    """A model that says A of what ends in 29, whatever was asked."""
+
+    class Believes(Planted):
+        def logits(self, hidden):
+            logits = super().logits(hidden)
+            for out, i in zip(logits, hidden.flatten().long().tolist()):
+                if self.rows[i].rstrip().endswith(b"The proposed answer is:"):
+                    out[ord("A")] = 3.0 if b"29" in self.rows[i] else -3.0
+                    out[ord("B")] = 0.0
+            return logits
+
+        def nll(self, hidden, targets):
+            logits = self.logits(hidden)
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    options = {"num_few_shot": 0, "temperature": 1.0, "p_true": True}
+    record = evaluate_gsm8k(Believes(), build_tokenizer("byte"), data, 5, **options)
+    right, p = record.arrays["p_true_right"], record.arrays["p_true"]
+    first = next(iter(record.samples()))
+    assert right.any() and not right.all(), first
+    value = record["metrics"]["p_true_auroc"]["value"]
+    assert value == pytest.approx(roc_auc_score(right, p))
+    assert record["metrics"]["p_true_brier"]["value"] == pytest.approx(np.mean((p - right) ** 2))
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(data, tmp_path):
     options = {"num_few_shot": 0, "temperature": 1.0, "results_dir": tmp_path, "info": INFO}
     model, tokenizer = Planted(), build_tokenizer("byte")
@@ -168,6 +229,7 @@ def test_the_command_gives_the_same_bits_on_any_number_of_ranks(tmp_path):
         (tmp_path / f"mgsm_{language}.tsv").write_text(text, encoding="utf-8")
     words = ["--checkpoint-path", path, "--data-path", tmp_path, "--prompt", "mgsm_native_cot"]
     words += ["--num-samples", "3", "--temperature", "1", "--max-new-tokens", "12", "--k", "2"]
+    words += ["--p-true"]
     found = []
     for ranks in (0, 3):
         out = torchrun(

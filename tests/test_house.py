@@ -27,7 +27,7 @@ FLOORS = [
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
     "sandbox/frames costs/gpus backends",
-    "formats rotary mlp norms",
+    "formats rotary mlp norms backends/client backends/completions backends/probing",
     "attention",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
@@ -43,7 +43,8 @@ FLOORS = [
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
-    "backends/local tasks/chat tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
+    "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction "
+    "tasks/code_prompts "
     "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
     "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "
     "tasks/further tasks/choice_tables tasks/programs tasks/word_problems tasks/translation "
@@ -51,7 +52,9 @@ FLOORS = [
     "evaluation training/batches training/log training/options",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page reporting/charts",
-    "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report",
+    "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "
+    "serving/metrics serving/lightllm serving/routes",
+    "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report serve",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner",
     "sweep",
@@ -60,7 +63,7 @@ NO_TORCH = "cli stats durable config results backends evaluation command tokeniz
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
 NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
-NO_TORCH += " bleu_eval certainty resampling tasks/translation"
+NO_TORCH += " bleu_eval certainty resampling tasks/translation backends/probing"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

@@ -17,6 +17,7 @@ from builders import (
     PlainModel,
     judge_as_openai,
     read_lines,
+    run_ranks,
     saved_checkpoint,
     tiny_model,
     torchrun,
@@ -28,7 +29,7 @@ import durable
 import humaneval_eval
 import results
 from backends.local import facts_in_memory
-from evaluation import ModelOptions
+from evaluation import EndpointOptions, ModelOptions
 from humaneval_eval import Options, evaluate_humaneval
 from sandbox.judge import Sandbox
 from tasks.code_prompts import PROMPTS
@@ -405,6 +406,39 @@ def test_killed_on_two_ranks_resumed_on_three_is_as_run_on_one(saved, data_dir, 
     assert protocol["sandbox_tier"][0] in "ABC" and protocol["judge_timeout"] == PATIENCE
 
 
+@pytest.mark.slow
+def test_humaneval_plus_has_the_same_bits_on_two_ranks(data_dir, tmp_path):
+    """Canonical programs and their mutants, drawn and judged: base and plus are right by turns."""
+    body = f"""
+    from humaneval_eval import evaluate_humaneval
+    from mutants import mutants
+    from tasks.problems import read_problems
+    from test_humaneval_eval import Planted
+    from tokenizer import build_tokenizer
+    path, texts = {str(data_dir / "HumanEvalPlus-Mini.jsonl.gz")!r}, []
+    for task, p in read_problems(path, 8).items():
+        begun = p["prompt"].strip() + chr(10)
+        texts.append(begun + p["canonical_solution"])
+        program = p["prompt"] + p["canonical_solution"]
+        for mutant in mutants(program, p["entry_point"], 2, task):
+            texts.append(begun + mutant)
+    options = dict(limit=8, temperature=1.0, top_p=1.0, max_new_tokens=2000, workers=1, dist=dist)
+    found = evaluate_humaneval(Planted(texts), build_tokenizer("byte"), path, 4, **options)
+    keep = {{name: found[name] for name in ("metrics", "breakdown")}}
+    samples = list(found.samples())
+    arrays = [(name, a.tobytes().hex()) for name, a in found.arrays.items()]
+    if dist.is_main:
+        passed = [sum(s[name] for s in samples) for name in ("passed", "plus_passed")]
+        say("PASSED", len(samples), *passed, dist.world_size)
+        say("FOUND", keep, arrays, samples)
+    """
+    outs = [run_ranks(n, tmp_path, body).stdout for n in (1, 2)]
+    said = [out.partition("FOUND")[2] for out in outs]
+    n, base, plus, _ = map(int, outs[0].partition("PASSED")[2].split()[:4])
+    assert n == 32 and n > base >= plus > 4, outs[0][:200]
+    assert said[0] and said[0] == said[1]
+
+
 # ---------------------------------------------------------------------------------------------
 # Samples files, and flags
 
@@ -452,7 +486,7 @@ def test_flags_reach_the_judging_of_a_samples_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "give --checkpoint-path to draw samples, or --samples-file"),
+        ("", "give --checkpoint-path or --endpoint to draw samples, or --samples-file"),
         ("--checkpoint-path c --samples-file s", "give --checkpoint-path"),
         ("--samples-file s --limit 3", "--limit goes with --checkpoint-path"),
         ("--samples-file s --stop x", "--stop goes with --checkpoint-path"),
@@ -478,14 +512,16 @@ OF_DRAWING = {
     **{"num_samples": "2", "max_new_tokens": "5", "temperature": "0.5", "top_p": "0.5"},
     **{"top_k": "3", "stop": "x", "seed": "7", "bos": "on", "limit": "3", "batch_size": "2"},
     **{"compile": "off", "dtype": "fp32", "bf16": "", "no_amp": "", "device": "cpu"},
-    **{"timeout": "3", "strip_prompt": "--no-strip-prompt"},
+    **{"timeout": "3", "strip_prompt": "--no-strip-prompt", "model": "m", "server": "vllm"},
+    **{"concurrency": "3", "request_timeout": "5"},
 }
 
 
 def test_judging_a_file_ignores_no_flag(capsys):
-    kinds = ModelOptions, Options, cli.PrecisionOptions, cli.RunOptions
+    kinds = ModelOptions, EndpointOptions, Options, cli.PrecisionOptions, cli.RunOptions
     offered = {name for kind in kinds for name in cli.option_names(kind)}
-    assert offered - {"checkpoint_path"} - set(humaneval_eval.JUDGING) == OF_DRAWING.keys()
+    models = {"checkpoint_path", "endpoint"}
+    assert offered - models - set(humaneval_eval.JUDGING) == OF_DRAWING.keys()
     for name, value in OF_DRAWING.items():
         flag = cli.flag_of(name)
         words = value if value.startswith("--") else f"{flag} {value}"

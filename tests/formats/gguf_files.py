@@ -14,7 +14,14 @@ from gguf import GGMLQuantizationType as Type
 
 from byte_bpe import byte_alphabet
 
-PERMUTED = ("llama", "olmo", "granite", "smollm3", "arcee")  # halves of q and k become pairs
+PERMUTED = (
+    "llama",
+    "olmo",
+    "granite",
+    "smollm3",
+    "arcee",
+    "granitemoe",
+)  # halves of q and k become pairs
 PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
 ARCHITECTURES = {gguf.MODEL_ARCH_NAMES[arch]: arch for arch in gguf.MODEL_ARCH}
 DIRECT = {  # keys of a Hugging Face config: GGUF's, where a value is there
@@ -28,7 +35,14 @@ DIRECT = {  # keys of a Hugging Face config: GGUF's, where a value is there
     "residual_multiplier": "residual_scale",
     "attention_multiplier": "attention.scale",
 }
-WITHOUT_WINDOW = ("starcoder2", "qwen2", "qwen3", "llama")  # whose converter writes none
+WITHOUT_WINDOW = (
+    "starcoder2",
+    "qwen2",
+    "qwen3",
+    "llama",
+    "qwen2moe",
+    "qwen3moe",
+)  # whose converter writes none
 
 
 def permuted(t, heads):
@@ -44,7 +58,7 @@ def converted(theirs, arch):
     keys = getattr(c, "num_key_value_heads", None) or heads  # GPT-NeoX has no such
     names = gguf.get_tensor_name_map(ARCHITECTURES[arch], layers)
     per_head: dict[str, list] = {}
-    for name, t in theirs.state_dict().items():
+    for name, t in _of_experts(theirs.state_dict()).items():
         array = t.float().numpy()
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
@@ -68,6 +82,50 @@ def converted(theirs, arch):
     for name, arrays in per_head.items():
         tensors[names.get_name(name, (".weight", ".bias"))] = np.stack(arrays)
     return tensors
+
+
+def _of_experts(weights):
+    """What transformers keeps in one, gate and up, in two; a stack's name like a module's."""
+    found = {}
+    for name, t in weights.items():
+        name = name.replace("router.weight", "router.layer.weight")
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        if name.endswith("shared_expert_gate.weight"):
+            t = t[0]
+        stem, _, last = name.rpartition(".experts.")
+        if stem and last in ("gate_up_proj", "down_proj"):
+            gate, up = t.chunk(2, dim=1)
+            parts = {"gate": gate, "up": up} if last == "gate_up_proj" else {"down": t}
+            layer = name.split(".")[2]
+            found |= {f"blk.{layer}.ffn_{part}_exps.weight": one for part, one in parts.items()}
+        elif name.endswith("shared_mlp.input_linear.weight"):
+            layer = name.split(".")[2]
+            for part, one in zip(("gate", "up"), t.chunk(2)):
+                found[f"blk.{layer}.ffn_{part}_shexp.weight"] = one
+        else:
+            found[name] = t
+    return found
+
+
+def _described_experts(c, arch):
+    """Of a mixture, as the converter of each architecture says it."""
+    counts = (getattr(c, key, None) for key in ("num_local_experts", "num_experts"))
+    n = next((n for n in counts if n), None) or getattr(c, "n_routed_experts", None)
+    if not n:
+        return {}
+    said = {"expert_count": n, "expert_used_count": c.num_experts_per_tok}
+    if getattr(c, "moe_intermediate_size", None):
+        said["expert_feed_forward_length"] = c.moe_intermediate_size
+    for key in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+        if getattr(c, key, None):
+            said["expert_shared_feed_forward_length"] = getattr(c, key)
+    if arch == "glm4moe":
+        said |= {"expert_shared_count": c.n_shared_experts, "expert_gating_func": 2}
+        said |= {"leading_dense_block_count": c.first_k_dense_replace}
+        said |= {"expert_weights_scale": c.routed_scaling_factor}
+        said |= {"expert_weights_norm": c.norm_topk_prob}
+        said |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
+    return said
 
 
 def described(theirs, arch):
@@ -109,7 +167,7 @@ def described(theirs, arch):
             said[theirs_of] = value
     if hasattr(c, "use_parallel_residual"):
         said["use_parallel_residual"] = c.use_parallel_residual
-    return said
+    return said | _described_experts(c, arch)
 
 
 def write_model(path, theirs, arch, **changes):

@@ -116,6 +116,7 @@ def make_again(theirs):
 
 
 def test_a_run_of_several_tags(tmp_path, theirs):
+    (tmp_path / "zero_to_fp32.py").write_text("# DeepSpeed leaves it there")
     for step in (10, 200, 30):
         zero3(tmp_path, make_again(theirs), 2, step=step)
     shutil.copytree(tmp_path / "global_step200", tmp_path / "global_step400")  # latest says 30 …
@@ -142,6 +143,29 @@ def test_as_transformers_trainer_lays_it_down(tmp_path, theirs):
     saved = checkpoint.convert(path, tmp_path / "converted")
     shutil.copy(saved / "model.safetensors", path)
     assert checkpoint.open(path).kind == "huggingface" and right(path, None)
+
+
+def test_a_tag_is_no_second_checkpoint(tmp_path, theirs, capsys):
+    """A run with one tag is that tag, and so is a Trainer's directory, where weights were gathered
+    too; a model beside a tag of another time is not."""
+    zero3(tmp_path / "run", theirs, 1)
+    (tmp_path / "run/zero_to_fp32.py").write_text("# DeepSpeed leaves it there")
+    (found,) = checkpoint.list_checkpoints(tmp_path / "run")
+    assert (found.path, found.step) == (tmp_path / "run", 30)
+    assert checkpoint.expand_paths([tmp_path / "run"]) == [tmp_path / "run"]
+    assert "left out" not in capsys.readouterr().err
+    trained = tmp_path / "checkpoint-30"
+    (tmp_path / "run").rename(trained)
+    assert [c.path for c in checkpoint.list_checkpoints(trained)] == [trained]
+    CONFIG.save_pretrained(trained)
+    saved = checkpoint.convert(trained, tmp_path / "converted")
+    shutil.copy(saved / "model.safetensors", trained)
+    assert [c.kind for c in checkpoint.list_checkpoints(trained)] == ["huggingface"]
+    trained.rename(tmp_path / "final")
+    steps = [(c.kind, c.step) for c in checkpoint.list_checkpoints(tmp_path / "final")]
+    assert steps == [("deepspeed", 30), ("huggingface", None)]
+    assert checkpoint.expand_paths([tmp_path / "final"]) == [tmp_path / "final"]
+    assert "such as global_step30, which are left out" in capsys.readouterr().err
 
 
 def test_zero_2_and_universal(tmp_path, theirs):
@@ -225,7 +249,7 @@ def test_truncated_damaged_and_hostile_files(tmp_path, theirs):
 
 
 @pytest.mark.parametrize("name", ["mp_rank_01_model_states.pt", "layer_03-model_00-model_states.pt",
-                                  "layer_0_expert_3_mp_rank_00_model_states.pt"])  # fmt: skip
+                                  "layer_0_expert_3_mp_rank_01_model_states.pt"])  # fmt: skip
 def test_parallel_forms_are_refused_by_name(tmp_path, name):
     tag = tmp_path / "global_step5"
     tag.mkdir()

@@ -84,7 +84,6 @@ def test_links_in_a_circle(tmp_path):
 
 FOREIGN = {
     "zero_to_fp32.py": "a directory of DeepSpeed's without the directory of a tag",
-    "latest_checkpointed_iteration.txt": "a directory of Megatron's",
     "tf_model.h5": "weights of Flax or TensorFlow",
 }
 

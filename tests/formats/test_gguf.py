@@ -51,6 +51,12 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LONG = dict(rope_type="longrope", short_factor=[1.0 + i / 9 for i in range(8)])
 LONG |= dict(long_factor=[1.5 + i / 3 for i in range(8)])
+FEW = dict(num_experts=5, num_local_experts=5, num_experts_per_tok=3, moe_intermediate_size=40)
+GLM = dict(n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=16)
+GLM |= dict(n_shared_experts=2, first_k_dense_replace=1, n_group=1, routed_scaling_factor=1.7)
+GLM |= dict(topk_group=1)
+GRANITE = dict(embedding_multiplier=12.0, attention_multiplier=0.4)
+GRANITE |= dict(residual_multiplier=0.22, logits_scaling=3.0)
 CASES = [
     ("llama", "llama", dict(attention_bias=True, mlp_bias=True)),
     ("llama", "llama", dict(rope_scaling=LLAMA3 | dict(original_max_position_embeddings=16))),
@@ -72,16 +78,7 @@ CASES = [
     ("olmo", "olmo", dict(clip_qkv=0.5)),
     ("olmo2", "olmo2", {}),
     ("olmo2", "olmo3", WINDOW),
-    (
-        "granite",
-        "granite",
-        dict(
-            embedding_multiplier=12.0,
-            attention_multiplier=0.4,
-            residual_multiplier=0.22,
-            logits_scaling=3.0,
-        ),
-    ),
+    ("granite", "granite", GRANITE),
     ("command-r", "cohere", dict(logit_scale=0.5)),
     ("cohere2", "cohere2", WINDOW | dict(logit_scale=0.5)),
     ("glm4", "glm4", WIDE),
@@ -91,6 +88,22 @@ CASES = [
     ("seed_oss", "seed_oss", WIDE | dict(attention_dropout=0.0)),
     ("hunyuan-dense", "hunyuan_v1_dense", dict(head_dim=16)),
     ("ernie4_5", "ernie4_5", WIDE),
+    ("llama", "mixtral", dict(num_local_experts=5)),
+    ("qwen2moe", "qwen2_moe", FEW | dict(shared_expert_intermediate_size=56)),
+    ("qwen3moe", "qwen3_moe", FEW | dict(head_dim=24, norm_topk_prob=True)),
+    ("olmoe", "olmoe", dict(num_experts=5, num_experts_per_tok=3)),
+    ("granitemoe", "granitemoe", GRANITE | dict(num_local_experts=5)),
+    (
+        "granitemoe",
+        "granitemoeshared",
+        GRANITE | dict(num_local_experts=5, shared_intermediate_size=56),
+    ),
+    ("glm4moe", "glm4_moe", GLM),
+    (
+        "glm4moe",
+        "glm4_moe",
+        GLM | dict(use_qk_norm=True, norm_topk_prob=False, n_group=3, topk_group=2),
+    ),
 ]
 
 
@@ -202,6 +215,107 @@ def test_a_model_of_every_type(tmp_path, kind):
     assert torch.equal(found["token_embedding.weight"], wanted["token_embd.weight"])
     kinds = {"F16": "float16", "BF16": "bfloat16"}
     assert checkpoint.inspect(path)["dtypes"] == sorted({"float32", kinds.get(kind, kind)})
+
+
+# ---------------------------------------------------------------------------------------------
+# Mixtures of experts
+
+
+def write_mixture(path, theirs, arch, pack=lambda name, array: ("F32", array), **changes):
+    tensors = {name: pack(name, array) for name, array in converted(theirs, arch).items()}
+    said = described(theirs, arch) | changes
+    return write_tensors(path, tensors, arch, {f"{arch}.{key}": v for key, v in said.items()})
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K"])
+def test_stacks_of_experts_are_unpacked_matrix_by_matrix(tmp_path, monkeypatch, kind):
+    """Bit for bit, and never more of a stack in memory than is read at once."""
+    monkeypatch.setattr(stored, "READ_BYTES", 64 << 10)
+    few = dict(num_local_experts=3, hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    theirs, wanted = made("mixtral", few), {}
+
+    def pack(name, array):
+        if array.ndim != 3:
+            return "F32", array
+        if kind.endswith("_K"):
+            raw = np.stack([random_blocks(kind, *array[0].shape, seed=e) for e in range(3)])
+        else:
+            raw = gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind]).view(np.uint8)
+        wanted[name] = torch.tensor(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]))
+        return kind, raw
+
+    path = write_mixture(tmp_path / "a.gguf", theirs, "llama", pack)
+    tensors = checkpoint.open(path).tensors
+    gate, up, down = (wanted[f"blk.0.ffn_{x}_exps.weight"] for x in ("gate", "up", "down"))
+    ours = {"fc1": torch.cat((gate, up), dim=1), "fc2": down}
+    for name, t in ours.items():
+        entry = tensors[f"blocks.0.mlp.experts.{name}.weight"]
+        assert max(v.numel() * v.element_size() for _, v in stored.read(entry)) <= 64 << 10
+        assert torch.equal(stored.read_whole(entry), t)
+    found = checkpoint.load_model(path, "float32").state_dict()
+    assert all(
+        torch.equal(found[f"blocks.0.mlp.experts.{name}.weight"], ours[name]) for name in ours
+    )
+
+
+@torch.no_grad()
+def test_experts_in_tensors_of_their_own(tmp_path):
+    """As files had them before experts were stacked."""
+    theirs = made("mixtral", dict(num_local_experts=3, num_hidden_layers=2))
+    tensors = {}
+    for name, array in converted(theirs, "llama").items():
+        each = [(name.replace("_exps", f".{e}"), own) for e, own in enumerate(array)]
+        tensors |= dict(each) if "_exps" in name else {name: array}
+    typed = {name: ("F32", array) for name, array in tensors.items()}
+    said = {f"llama.{key}": value for key, value in described(theirs, "llama").items()}
+    path = write_tensors(tmp_path / "a.gguf", typed, "llama", said)
+    assert (checkpoint.load_model(path, "float32")(IDS)[0] - theirs(IDS).logits).abs().max() < 1e-4
+    del typed["blk.1.ffn_up.1.weight"]
+    path = write_tensors(tmp_path / "b.gguf", typed, "llama", said)
+    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.2\.weight"):
+        checkpoint.load_model(path, "float32")
+
+
+@torch.no_grad()
+def test_layers_that_guess_ahead_are_left_out(tmp_path):
+    """GLM-4.5's files count them among the blocks, behind the others."""
+    theirs = made("glm4_moe", GLM | dict(num_hidden_layers=2))
+    tensors = {name: ("F32", array) for name, array in converted(theirs, "glm4moe").items()}
+    ahead = {"nextn.eh_proj": (64, 128), "attn_norm": (64,), "ffn_gate_inp": (6, 64)}
+    tensors |= {
+        f"blk.2.{name}.weight": ("F32", np.ones(shape, np.float32)) for name, shape in ahead.items()
+    }
+    said = described(theirs, "glm4moe") | {"block_count": 3, "nextn_predict_layers": 1}
+    said = {f"glm4moe.{key}": value for key, value in said.items()}
+    path = write_tensors(tmp_path / "a.gguf", tensors, "glm4moe", said)
+    model = checkpoint.load_model(path, "float32")
+    assert model.config.n_layers == 2
+    assert (model(IDS)[0] - theirs(IDS).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "key, value, match",
+    [
+        ("expert_gating_func", 3, "expert_gating_func 3 has no native form"),
+        ("expert_used_count", 9, "n_experts_per_token 9 must lie in 1..6"),
+        (
+            "expert_count",
+            5,
+            r"mlp\.experts\.fc1\.weight \(file \[6, 80, 64\], model \[5, 80, 64\]\)",
+        ),
+        ("expert_count", "x", "expert_count is 'x', and should be a number"),
+        ("expert_shared_count", 0, r"unexpected: blocks\.1\.mlp\.shared\.fc1\.weight"),
+        ("expert_weights_norm", 7, "router_norm must be true or false, not 7"),
+        ("leading_dense_block_count", 2, r"leading_dense_block_count is 2, but layers \[1\] have"),
+        ("experts_per_group", 2, "experts_per_group = 2 has no native form"),
+    ],
+)
+def test_mixtures_that_are_refused(tmp_path, key, value, match):
+    theirs = made("glm4_moe", GLM | dict(num_hidden_layers=2))
+    path = write_mixture(tmp_path / "a.gguf", theirs, "glm4moe", **{key: value})
+    with pytest.raises(ValueError, match=match) as error:
+        checkpoint.load_model(path, "float32")
+    assert "\n" not in str(error.value) and "a.gguf" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -352,7 +466,8 @@ def test_every_cut_is_one_line(tmp_path, plain):
 @pytest.mark.parametrize(
     "key, value, match",
     [
-        ("llama.expert_count", 8, "expert_count = 8 has no native form"),
+        ("llama.expert_count", 8, "expert_count is 8, and no layer has a router"),
+        ("llama.expert_used_count", 2, "expert_used_count = 2 has no native form"),
         ("llama.attention.sliding_window", 512, "sliding_window 512 has no native form"),
         ("llama.block_count", 1 << 30, "block_count is 1073741824"),
         ("llama.block_count", 3, "n_layers is 3 in the config, 2 in the tensors"),

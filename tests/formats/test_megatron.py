@@ -183,7 +183,7 @@ def test_activation_of_fused_and_plain_gelu():
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("num_experts", 8), ("multi_latent_attention", True), ("window_size", (128, 0)),
+    ("moe_latent_size", 8), ("multi_latent_attention", True), ("window_size", (128, 0)),
     ("position_embedding_type", "yarn"), ("softmax_type", "learnable"), ("spec", ["a", "b"]),
     ("quick_geglu", True), ("normalization", "Weird"), ("num_layers", "two"),
     ("num_attention_heads", -4), ("norm_epsilon", {}), ("hybrid_layer_pattern", "M*M*"),
@@ -219,6 +219,8 @@ def test_a_run_of_several_iterations(tmp_path):
     for step in (5, 200, 30):
         ranks(tmp_path, state, GPT, 1, 1, step=step)
     torch_dist(tmp_path, state, GPT, 1, 1, 0, step=400)
+    other = ranks(tmp_path / "other", state, GPT, 1, 1, step=5).parent
+    (other / "latest_checkpointed_iteration.txt").write_text("5")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("200\n")
     found = checkpoint.list_checkpoints(tmp_path)
     assert [(c.step, c.kind) for c in found] == [(n, "megatron") for n in (5, 30, 200, 400)]
@@ -231,6 +233,10 @@ def test_a_run_of_several_iterations(tmp_path):
     assert len({checkpoint.fingerprint(c.path) for c in found}) == 4
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("../../etc")
     assert "has no directory '../../etc'" in refusal(tmp_path)
+    (tmp_path / "run-2").mkdir()  # which lost its iterations: not passed over
+    shutil.copy(tmp_path / "latest_checkpointed_iteration.txt", tmp_path / "run-2")
+    assert checkpoint.is_checkpoint(tmp_path / "run-2") and not checkpoint.is_checkpoint(other)
+    assert "has no directory" in refusal(tmp_path / "run-2")
     shutil.move(found[0].path, tmp_path / "release")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     assert checkpoint.is_finished(tmp_path / "release") and right(tmp_path / "release", GPT)
@@ -256,8 +262,8 @@ def test_ranks_that_are_missing_or_of_another_save(tmp_path):
     for rank in ("01_000", "01_001"):
         shutil.rmtree(path / f"mp_rank_{rank}")
     assert "tensor_model_parallel_size 2, there are files of 1" in refusal(path)
-    (alone / "mp_rank_00").rename(alone / "mp_rank_00_000_000")
-    assert "one rank of experts" in refusal(alone)
+    (alone / "mp_rank_00").rename(alone / "mp_rank_00_000_001")
+    assert "lacks the file of tensor rank 0, stage 0, rank 0 of experts" in refusal(alone)
     state.pop("decoder.layers.0.mlp.linear_fc2.weight")
     assert "1 missing: blocks.0.mlp.fc2.weight" in refusal(
         ranks(tmp_path / "d", state, LLAMA, 2, 1)

@@ -78,6 +78,27 @@ def test_strided_pieces(tmp_path, monkeypatch):
     assert torch.equal(read_whole(joined("w", torch.float32, (6, 9), halves)), t)
 
 
+@pytest.mark.parametrize("step", [16, 300, 1 << 20])
+def test_tensors_stacked_and_apart_again(tmp_path, monkeypatch, step):
+    """In pieces and in other strides; a stack is read matrix by matrix where it is large."""
+    monkeypatch.setattr(stored, "READ_BYTES", step)
+    t, rng = torch.randn(4, 6, 5), random.Random(1)
+    (tmp_path / "a").write_bytes(t.numpy().tobytes())
+    turned = stored.unstacked(whole(tmp_path / "a", 0, torch.float32, t.shape), turned=True)
+    pieces = write_boxes(t[0], cut((6, 5), rng), [tmp_path / "b"], rng)
+    for each, wanted in (
+        (turned, t.transpose(1, 2)),
+        ([joined("w", torch.float32, (6, 5), pieces)] * 2, t[:1].expand(2, -1, -1)),
+    ):
+        stack = stored.stacked("w", each)
+        assert stack.shape == wanted.shape and torch.equal(read_whole(stack), wanted)
+        largest = max(values.numel() * 4 for _, values in read(stack))
+        assert largest <= max(step, 4 * max(wanted.shape))
+        assert [read_whole(one).tolist() for one in stored.unstacked(stack)] == wanted.tolist()
+    with pytest.raises(ValueError, match="do not go together"):
+        stored.stacked("w", [turned[0], joined("w", torch.float32, (6, 5), pieces)])
+
+
 def test_shrinking_while_read_is_an_error(tmp_path):
     (tmp_path / "a").write_bytes(bytes(100))
     for more in ({}, {"strides": (1, 5)}):

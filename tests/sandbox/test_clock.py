@@ -105,6 +105,29 @@ def test_a_machine_that_stands_still_takes_no_time(machine):
         assert machine.run(3.0, candidate=1.0)[0] == pytest.approx(2.8, abs=0.3)
 
 
+@pytest.mark.parametrize(
+    ("rates", "elapsed", "spoilt"),
+    [
+        ({"candidate": 1.0}, 1.0, False),
+        ({}, 1.0, False),  # asleep
+        ({"candidate": 0.5, "candidate_waited": 0.5}, 2.0, False),  # one neighbour
+        ({"candidate": 0.02, "candidate_waited": 0.98}, 10.0, True),  # fifty
+    ],
+)
+def test_a_call_has_a_limit_of_its_own(machine, rates, elapsed, spoilt):
+    machine.clock.call = 1.0
+    for _ in range(20):  # many short ones have the time of all
+        with machine.clock.candidates_turn():
+            machine.pass_by(0.7, candidate=1.0)
+            assert machine.clock.tick(30.0)
+            machine.pass_by(0.2, candidate=1.0)
+            assert machine.clock.tick(30.0)
+        machine.pass_by(0.1, used=1.0)
+    with machine.clock.candidates_turn():
+        found = machine.run(90.0, **rates)
+    assert found == (pytest.approx(elapsed, abs=2 * TICK), spoilt)
+
+
 def test_where_the_kernel_does_not_count_the_waiting(machine):
     for rate, spoilt in ((1.0, False), (0.2, True)):
         machine.candidate = [0.0, None]
@@ -130,6 +153,18 @@ def solve(x):
     return x + 1
 """
 ASLEEP = "import time\ndef solve(x):\n    time.sleep(60)\n    return x + 1\n"
+
+
+ENDLESS = "def solve(x):\n    while True: pass\n"
+
+
+def test_a_call_that_never_ends_is_late_long_before_its_program():
+    with Sandbox(1, timeout=PATIENCE, call_timeout=0.3) as sandbox:
+        verdict = sandbox.judge("", ENDLESS, TEST, "solve")
+        assert (verdict.kind, verdict.result) == ("timeout", "timed out")
+        assert sandbox.judge("", "while True: pass\n", TEST, "solve").kind == "timeout"  # to load
+    with pytest.raises(ValueError, match="a sandbox with 0 s a call"):
+        Sandbox(1, call_timeout=0)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="the kernel does not count")

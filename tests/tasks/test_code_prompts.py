@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import jinja2
 import pytest
@@ -109,3 +110,92 @@ def test_what_of_a_reply_is_the_program():
         "solution": "def f():\n    return 2"
     }
     assert choose("completion", {"T/0": problem}, None).program_in(problem, "  pass") == {}
+
+
+INSTRUCT = {
+    "humaneval_instruct": "humaneval/humaneval_instruct.yaml",
+    "mbpp_instruct": "mbpp/mbpp_instruct.yaml",
+    "mbpp_plus_instruct": "mbpp/mbpp_plus_instruct.yaml",
+}
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def lm_evals_task(file, shots):
+    """(lm-eval's own task of a YAML, without its data and code, what ends its samples)"""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.config.task import FewshotConfig, TaskConfig
+
+    values, path = {}, Path(lm_eval.__file__).parent / "tasks" / file
+    while path:
+        own = yaml.safe_load(path.read_text().replace("!function ", ""))
+        values = own | values
+        path = path.with_name(own["include"]) if "include" in own else None
+    names = ("task", "doc_to_text", "doc_to_target", "gen_prefix", "target_delimiter")
+    config = TaskConfig(
+        **{n: values[n] for n in names if n in values}, output_type="generate_until"
+    )
+    task = object.__new__(ConfigurableTask)
+    task._config, task.multiple_input, task.features, task.prompt = config, 0, [], None
+    task.fewshot_cfg = FewshotConfig.from_dict(
+        {},
+        fewshot_delimiter=config.fewshot_delimiter,
+        target_delimiter=config.target_delimiter,
+        gen_prefix=config.gen_prefix,
+        doc_to_text=config.doc_to_text,
+        doc_to_target=config.doc_to_target,
+    )
+    task.sampler = SimpleNamespace(sample=lambda n, eval_doc: shots[:n])
+    return task, values["num_fewshot"], values["generation_kwargs"]["until"]
+
+
+@pytest.mark.parametrize("name", INSTRUCT)
+def test_instruct_models_are_asked_as_lm_eval_asks_them(tmp_path, name):
+    """By its own task: as turns, in one message, and as plain text."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if name == "humaneval_instruct":
+        plain = {"task_id": "T/0", "entry_point": "f", "test": "def check(f): pass\n"}
+        doc = plain | {"prompt": '\ndef f(x):\n    """{text} of {x}."""\n\n'}
+        shots, examples, problem = [], [], doc
+    else:
+        file = write_jsonl(tmp_path / "mbpp.jsonl", [row(i) for i in range(1, 975)])
+        shots = [row(i) | {"is_fewshot": True} for i in (2, 3, 4)]
+        doc, problem = row(17), read_problems(file)["Mbpp/17"]
+        examples = read_examples(file, 3)
+    task, n, until = lm_evals_task(INSTRUCT[name], shots)
+    prompt = choose(name, {problem["task_id"]: problem}, None)
+    assert (prompt.n_shots, list(prompt.stop)) == (n, until)
+
+    def template(history, add_generation_prompt):
+        how = {"add_generation_prompt": add_generation_prompt}
+        how["continue_final_message"] = not add_generation_prompt
+        return render_jinja_template([history], chat_template=CHATML, **how)[0][0]
+
+    begun = task.doc_to_prefix(doc)
+    for chat, turns in ((True, True), (True, False), (False, False)):
+        wanted = task.fewshot_context(
+            doc,
+            n,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=turns,
+            chat_template=template if chat else None,
+            gen_prefix=begun,
+        )
+        asks = Chat("theirs", CHATML, {}, as_turns=turns) if chat else None
+        assert prompt.render(problem, examples[:n], asks) == wanted, (chat, turns)
+
+
+def test_a_program_ends_with_its_block():
+    problem = {"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f", "test": ""}
+    whole = choose("humaneval_instruct", {"T/0": problem}, None)
+    reply = "    return 1\n```\nSo it is.\n```python\nx = 1\n```"
+    assert whole.program_in(problem, reply) == {"solution": "def f():\n    return 1\n"}
+    of_mbpp = problem | {"task_id": "Mbpp/11", "text": "?", "tests": ["assert f() == 1"]}
+    found = choose("mbpp_instruct", {"Mbpp/11": of_mbpp}, None).program_in(of_mbpp, "def f(): 1```")
+    assert found == {"solution": "def f(): 1"}
+    with pytest.raises(ValueError, match="--prompt humaneval_instruct: MBPP's problems are no"):
+        choose("humaneval_instruct", {"Mbpp/11": of_mbpp}, None)

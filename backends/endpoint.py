@@ -1,0 +1,376 @@
+"""What somebody serves, as the three verbs, over HTTP.
+
+    backend = connect("http://host:8000", "the-model", tokenizer)
+    backend.probed.scores            # "", or why it cannot score
+
+The server is probed first (probing.py): a verb that it cannot do truthfully is one line, never a
+number. Scores are log-probabilities of prompts of token ids, one request a sequence. A sample is a
+request of its own, its seed made of (seed, the prompt's key, sample index). A prompt that is
+refused is a sample whose finish is "refused"; a score cannot do without any of them.
+"""
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+
+import cli
+from backends import Facts, Sample, Sampling, continuations, scoring
+from backends.client import Client, Gone, Refused, in_flight
+from backends.completions import Completions, Scores
+from backends.engine import by_sample
+from backends.probing import Probed, only_model, probe
+from distributed import Dist
+from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from dataset import RandomWindows, TokenStream, Windows
+
+Job = TypeVar("Job")
+REFUSED = "refused"
+# of a context: the token that is scored after the last one read, and the one that is generated
+BEYOND = 2
+
+
+def connect(
+    url: str,
+    model: str | None,
+    tokenizer: Tokenizer,
+    *,
+    kind: str | None = None,
+    concurrency: int = 16,
+    timeout: float = 600.0,
+    dist: Dist | None = None,
+) -> "Endpoint":
+    """The backend of a served model, probed. model: None for the only one there. kind: of the
+    server, found by asking unless given. timeout: seconds that an answer may take. ValueError and
+    OSError for what cannot be evaluated, in one line."""
+    client = Client(url, concurrency, timeout)
+    model = model or only_model(client)
+    probed = probe(client, model, tokenizer, kind)
+    return Endpoint(client, model, tokenizer, probed, concurrency, dist)
+
+
+def facts_of(model: str, tokenizer: Tokenizer, probed: Probed) -> Facts:
+    """What the probe tells of a model. Its vocabulary is the tokenizer's, for servers name none."""
+    lacks = {verb: probed.scores for verb in ("score_rows", "score_windows") if probed.scores}
+    return Facts(
+        name=model,
+        vocab_size=tokenizer.vocab_size,
+        context=None if probed.context is None else probed.context - BEYOND,
+        dtype="served",
+        device="server",
+        tokenizer=tokenizer,
+        shares_prefixes=False,
+        lacks=tuple(lacks.items()),
+    )
+
+
+class Endpoint:
+    """See the file's docstring; the verbs are those of backends.Backend, in one process."""
+
+    def __init__(
+        self,
+        client: Client,
+        model: str,
+        tokenizer: Tokenizer,
+        probed: Probed,
+        concurrency: int = 16,
+        dist: Dist | None = None,
+    ):
+        self.client, self.probed, self.concurrency = client, probed, concurrency
+        self.completions = Completions(client, model, probed.server)
+        self.facts = facts_of(model, tokenizer, probed)
+        self.dist = dist or Dist(0, 1, 0, torch.device("cpu"))
+        assert self.dist.world_size == 1, "an endpoint is asked by one process"
+        self._cost: dict = {}
+        self._ran: dict = {}
+
+    @property
+    def info(self) -> dict:
+        """What a record says of its checkpoint."""
+        return {
+            "path": self.client.root,
+            "name": self.facts.name,
+            "fingerprint": self.probed.fingerprint,
+            "module": f"endpoint:{self.probed.server}",
+        }
+
+    # -- The verbs ----------------------------------------------------------------------------
+
+    def score_windows(
+        self,
+        stream: "TokenStream",
+        windows: "Windows | RandomWindows",
+        batch_size: int = 8,
+        *,
+        per_token: bool = False,
+        consumer: scoring.Consumer | None = None,
+    ) -> scoring.WindowTotals:
+        """As Local.score_windows; batch_size says nothing here: `concurrency` requests are under
+        way at any time."""
+        self._check("score_windows", consumer)
+
+        def sequence(w):
+            row = windows.batch(stream, [w])
+            targets = row["targets"][0]
+            last = int(np.flatnonzero(targets != scoring.IGNORE)[-1])
+            return [*row["input_ids"][0, : last + 1].tolist(), int(targets[last])]
+
+        with cli.progress(len(windows), "windows", "window") as bar, self._timed() as cost:
+            found = self._score(range(len(windows)), sequence, bar)
+
+            def nll_fn(input_ids, targets, ids):
+                nats = torch.zeros(targets.shape, dtype=torch.float64)
+                for row, w in enumerate(ids.tolist()):
+                    if w >= 0:
+                        values = torch.from_numpy(-found[w].values[1:])
+                        nats[row, : len(values)] = values
+                return nats * (targets != scoring.IGNORE)
+
+            about = scoring.bytes_of_tokens(self.facts)
+            batch_size = min(64, len(windows))
+            totals = scoring.score_windows(
+                *(nll_fn, stream, windows, batch_size, self.dist, *about), per_token=per_token
+            )
+            cost["tokens"] = int(totals.tokens.sum())
+        self._ran |= {"batch_size": None}
+        return totals
+
+    def score_rows(
+        self,
+        rows: continuations.Continuations,
+        max_tokens: int | None = None,
+        max_rows: int | None = None,
+        *,
+        greedy: bool = False,
+        consumer: scoring.Consumer | None = None,
+    ) -> continuations.RowScores:
+        """As Local.score_rows; max_tokens and max_rows say nothing here. greedy: ValueError where
+        the server does not tell."""
+        self._check("score_rows", consumer)
+        if greedy and self.probed.greedy:
+            raise ValueError(self._cannot("whether a token is the likeliest", self.probed.greedy))
+        wanted = Wanted(rows)
+        with cli.progress(len(wanted.places), "rows", "request") as bar, self._timed() as cost:
+            found = self._score(wanted.places, list, bar)
+            cost["tokens"] = rows.unique_tokens()
+        K, offsets = len(rows.choice_ids or ()), rows.target_offsets
+        choices = np.zeros(len(rows.ids) * K)
+        tokens, likeliest = np.zeros(int(offsets[-1])), np.zeros(int(offsets[-1]), dtype=bool)
+        for ids, places in wanted.places.items():
+            scores = found[ids]
+            for of_choices, slot, at in places:
+                (choices if of_choices else tokens)[slot] = scores.values[at]
+                if greedy and not of_choices and scores.likeliest is not None:
+                    likeliest[slot] = scores.likeliest[at]
+        parts = list(itertools.pairwise(offsets.tolist()))
+        self._ran |= {"batch_tokens": None, "batch_size": None}
+        return continuations.RowScores(
+            choices.reshape(len(rows.ids), K),
+            np.array([tokens[a:b].sum() for a, b in parts]),
+            tokens,
+            np.array([likeliest[a:b].all() for a, b in parts]) if greedy else None,
+            likeliest if greedy else None,
+        )
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling | Sequence[Sampling] | Sequence[Sequence[Sampling]],
+        n_samples: int = 1,
+        *,
+        keys: Sequence[str] | None = None,
+        end_ids: Collection[int] | None = None,
+        done: Collection[tuple[int, int]] = frozenset(),
+        batch_size: int | None = None,
+    ) -> Iterator[Sample]:
+        """Samples as they arrive. What ends one beside the stop strings is the server's business:
+        end_ids and batch_size say nothing here. ValueError where sampling has no effect on the
+        server, and where it refuses every prompt."""
+        samplings = by_sample(sampling, len(prompts), n_samples)
+        if any(s.temperature for own in samplings for s in own) and not self.probed.samples:
+            raise ValueError(self._cannot("sampling", "its samples do not depend on --temperature"))
+        jobs = [(p, s) for p in range(len(prompts)) for s in range(n_samples) if (p, s) not in done]
+        inputs = [self._as_input(prompt) for prompt in prompts]
+
+        def draw(job):
+            p, s = job
+            wanted = samplings[p][s]
+            room = (self.probed.context or 2**31) - len(prompts[p])
+            limited = replace(wanted, max_new_tokens=max(1, min(wanted.max_new_tokens, room)))
+            key = str(p) if keys is None else keys[p]
+            seed = seed_of(wanted.seed, key, s) if wanted.temperature else None
+            try:
+                drawn = self.completions.draw(inputs[p], limited, seed)
+            except Refused as error:
+                return str(error)
+            if drawn.prompt_tokens not in (None, len(prompts[p])):
+                raise ValueError(
+                    f"{self.client.root} read prompt {key} as {drawn.prompt_tokens} tokens where "
+                    f"{self.facts.tokenizer.name} gives {len(prompts[p])} (--tokenizer-name, --bos)"
+                )
+            return self._sample(job, wanted, drawn)
+
+        n_drawn, n_refused, waiting = 0, 0, []
+        with self._timed() as cost:
+            try:
+                for job, answer in in_flight(draw, jobs, self.concurrency):
+                    if isinstance(answer, str):
+                        cli.note(f"the server refuses a prompt: {answer}")
+                        n_refused += 1
+                        waiting.append((Sample(job[0], job[1], [], "", REFUSED), 0, answer))
+                    else:
+                        n_drawn += 1
+                        cost["tokens"] += answer[1]
+                        yield answer[0]
+                    while n_drawn and waiting:
+                        yield waiting.pop()[0]
+            except Gone as error:
+                raise Gone(
+                    f"{error}; {n_drawn + len(done):,} of {len(prompts) * n_samples:,} samples are "
+                    "there: the same command goes on from them, where it keeps records"
+                ) from None
+            if waiting:
+                raise ValueError(f"{self.client.root} refuses every prompt: {waiting[0][2]}")
+            self._ran |= {"batch_size": None, "compile": None, "refused": n_refused}
+
+    def cost(self) -> dict:
+        """Of the last verb: seconds, requests and their seconds, tokens; no GPU of ours."""
+        none = {"gpu": None, "peak_memory_bytes": None, "mfu": None}
+        return self._cost | {"world_size": 1} | none
+
+    def ran(self) -> dict:
+        """The server, what was found out about it, and how it was asked."""
+        return {"endpoint": self.probed.shown, "concurrency": self.concurrency} | self._ran
+
+    # -- Inside -------------------------------------------------------------------------------
+
+    def _check(self, verb: str, consumer) -> None:
+        assert consumer is None, "no server gives whole logits"
+        why = dict(self.facts.lacks).get(verb)
+        if why:
+            raise ValueError(self._cannot("log-probabilities of prompts", why))
+
+    def _cannot(self, what: str, why: str) -> str:
+        return (
+            f"{self.client.root} cannot be asked for {what}: {why} (vLLM and SGLang give them; "
+            "evaluations that generate, --scoring generate too, need no log-probabilities)"
+        )
+
+    def _score(
+        self, jobs: Collection[Job], ids_of: Callable[[Job], list[int]], bar: "tqdm"
+    ) -> dict[Job, Scores]:
+        """Of the token ids of each job."""
+
+        def score(job):
+            ids = ids_of(job)
+            try:
+                return self.completions.score(ids)
+            except (Refused, ValueError) as error:
+                raise ValueError(
+                    f"{self.client.root}: a prompt of {len(ids):,} tokens: {error}; no score is "
+                    "written"
+                ) from None
+
+        found = {}
+        for job, scores in in_flight(score, jobs, self.concurrency):
+            found[job] = scores
+            bar.update(1)
+        return found
+
+    def _as_input(self, prompt: list[int]) -> list[int] | str:
+        """Token ids, or where the server takes none, the text that it reads as these."""
+        if self.probed.token_ids:
+            return list(prompt)
+        tokenizer = self.facts.tokenizer
+        starts = bool(prompt) and prompt[0] == tokenizer.bos_token_id
+        own = prompt[1:] if starts and self.probed.adds_bos else prompt
+        text = tokenizer.decode(own)
+        same = tokenizer.encode_batch([text], specials=True)[0].tolist() == list(own)
+        if not same or (self.probed.adds_bos and not starts):
+            raise ValueError(
+                f"{self.client.root} takes no token ids, and no text stands for a prompt of "
+                f"{len(prompt):,} of them (it {'adds' if self.probed.adds_bos else 'adds no'} BOS)"
+            )
+        return text
+
+    def _sample(self, job, sampling: Sampling, drawn) -> tuple[Sample, int]:
+        """(the sample cut before its first stop string, tokens)"""
+        ends = [at for stop in sampling.stop if (at := drawn.text.find(stop)) >= 0]
+        by_text = sampling.stop and drawn.finish == "stop" and self.probed.stop == "cut"
+        finish = "stop" if ends or by_text else "eos" if drawn.finish == "stop" else "length"
+        ids = list(map(int, self.facts.tokenizer.encode(drawn.text)))
+        text = drawn.text[: min(ends)] if ends else drawn.text
+        return Sample(job[0], job[1], ids, text, finish), len(
+            ids
+        ) if drawn.tokens is None else drawn.tokens
+
+    def _timed(self) -> "Timed":
+        self._cost, self._ran = {}, {}
+        return Timed(self.client, self._cost)
+
+
+class Wanted:
+    """places: {a sequence of token ids: [(a choice or not, slot in the result, the token's place in
+    the sequence)]} of all that rows ask for."""
+
+    def __init__(self, rows: continuations.Continuations):
+        self.places: dict[tuple[int, ...], list[tuple[bool, int, int]]] = {}
+        offsets, K = rows.target_offsets.tolist(), len(rows.choice_ids or ())
+        for r, own in enumerate(rows.ids):
+            read = (*map(int, rows.prefixes[rows.prefix[r]]), *map(int, own))
+            for k, choice in enumerate(rows.choice_ids or ()):
+                self._add((*read, int(choice)), True, r * K + k)
+            targets = list(map(int, rows.targets[r]))
+            spare = 0 if rows.alternatives is None else int(rows.alternatives[r]) - 1
+            last = len(read) - 1
+            whole = (*read, targets[-1]) if targets else read
+            for j, token in enumerate(targets):
+                at = min(last - len(targets) + 1 + j + spare, last) + 1  # the target's own place
+                known = at < len(read) and read[at] == token
+                self._add(whole if known else (*read[:at], token), False, offsets[r] + j, at)
+
+    def _add(self, ids: tuple[int, ...], of_choices: bool, slot: int, at: int = -1) -> None:
+        self.places.setdefault(ids, []).append((of_choices, slot, at))
+
+
+class Timed:
+    """Fills in, at the end, what a verb cost: seconds, tokens and requests a second, and how long
+    an answer took, without the waiting before it was asked for."""
+
+    def __init__(self, client: Client, cost: dict, clock: Callable[[], float] = time.perf_counter):
+        self.client, self.cost, self.clock = client, cost, clock
+
+    def __enter__(self) -> dict:
+        self.start, self.before = self.clock(), (len(self.client.latencies), self.client.retries)
+        self.cost["tokens"] = 0
+        return self.cost
+
+    def __exit__(self, *exc) -> None:
+        seconds = self.clock() - self.start
+        taken = self.client.latencies[self.before[0] :]
+        self.cost |= {
+            "seconds": seconds,
+            "tokens_per_second": self.cost["tokens"] / seconds,
+            "requests": len(taken),
+            "requests_per_second": len(taken) / seconds,
+            "retries": self.client.retries - self.before[1],
+        }
+        if taken:
+            p50, p90, p99 = np.percentile(taken, (50, 90, 99)).tolist()
+            latency = {"mean": float(np.mean(taken)), "p50": p50, "p90": p90, "p99": p99}
+            self.cost["latency_seconds"] = latency
+
+
+def seed_of(seed: int, key: str, sample: int) -> int:
+    """Of one sample, whatever else is asked for: 31 bits, which every server takes."""
+    digest = hashlib.sha256(f"{seed}\n{key}\n{sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

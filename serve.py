@@ -1,0 +1,226 @@
+"""A checkpoint behind OpenAI's API, on one GPU or CPU: for harnesses, notebooks, and people.
+
+    python serve.py --checkpoint-path checkpoints/checkpoint-1000 --port 8000
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"prompt": "Once upon", "max_tokens": 16, "temperature": 0}'
+    lm_eval --model local-completions --tasks gsm8k --model_args \\
+        model=checkpoint-1000,base_url=http://127.0.0.1:8000/v1/completions,max_length=1024
+
+Needs `pip install starlette uvicorn`. Requests join the rows that are running; prompts that are to
+be scored (echo with logprobs) run as batches between. A sample is a function of (seed, tokens of
+the prompt, its index): its neighbours do not change it. Listens on this machine alone unless --host
+says otherwise; with ROSEVAL_API_KEY in the environment, clients must show that key. SIGTERM takes
+no more requests, finishes those that are there, and ends.
+"""
+
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cli
+import evaluation
+from backends import BATCH_TOKENS
+from evaluation import ModelOptions
+
+if TYPE_CHECKING:
+    from distributed import Dist
+    from serving.asked import Served
+    from serving.service import Service
+
+KEY = "ROSEVAL_API_KEY"
+KEEP_ALIVE = 75  # seconds; clients come back to a connection for 15 and more
+CPU_ROWS = 8
+NEW_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where it listens and what it has room for."""
+
+    checkpoint_path: str = cli.option(help="a checkpoint's file or directory", metavar="PATH")
+    config: str | None = cli.option(
+        None, "the model's shape, for old checkpoint files that hold none"
+    )
+    base: str | None = cli.option(
+        None, "the base of an adapter; default: as it names it", metavar="PATH"
+    )
+    tokenizer_name: str | None = cli.option(
+        None, "byte, a tiktoken name or a local directory; default: the checkpoint's own"
+    )
+    model_name: str | None = cli.option(
+        None, "what clients call it; default: the checkpoint's name", metavar="NAME"
+    )
+    host: str = cli.option("127.0.0.1", "address to listen on (127.0.0.1: this machine alone)")
+    port: int = cli.option(8000, "0: any that is free (8000)", type=int)
+    bos: str = evaluation.bos_option()
+    context: int | None = cli.option(
+        None, "tokens of a prompt and its answer (the model's own)", type=cli.positive_int
+    )
+    max_new_tokens: int | None = cli.option(
+        None, f"of an answer at most ({NEW_TOKENS}, or the context)", type=cli.positive_int
+    )
+    max_rows: int | None = cli.option(
+        None, "sequences drawn at a time (as memory allows; 8 on a CPU)", type=cli.positive_int
+    )
+    max_queue: int = cli.option(
+        1024, "sequences that may wait; more are told to come again (429)", type=cli.positive_int
+    )
+    max_logprobs: int = cli.option(
+        20, "of the likeliest tokens that a client may ask for", type=cli.positive_int
+    )
+    max_body: int = cli.option(
+        16 << 20, "bytes of a request at most (16777216)", type=cli.positive_int
+    )
+    return_all_prompt_logprobs: bool = cli.option(
+        False, "lightllm's /generate tells those of the prompt, as OpenCompass needs"
+    )
+    drain_seconds: int = cli.option(
+        120, "that SIGTERM waits for what is on its way (120)", type=cli.positive_int
+    )
+    compile: str = cli.option(
+        "off", "torch.compile of the decode step: a minute's start", choices=("on", "off")
+    )
+
+
+def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") -> Any:
+    """(Served, Service) of the checkpoint that the options name."""
+    import checkpoint
+    from backends import engine
+    from backends.local import facts_of
+    from backends.rows import Capacity
+    from serving.asked import Served
+    from serving.service import Service
+    from serving.texts import Texts
+    from tasks.drawing import end_tokens
+
+    models = ModelOptions(
+        config=options.config, base=options.base, tokenizer_name=options.tokenizer_name
+    )
+    (path,) = checkpoint.expand_paths((options.checkpoint_path,))
+    ckpt = models.opened(path)
+    dtype = evaluation.set_precision(precision, dist)
+    tokenizer = evaluation.pick_tokenizer(options.tokenizer_name, ckpt, needed=True)
+    assert tokenizer is not None, "needed"
+    facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
+    evaluation.check_vocabulary(max(tokenizer.encode("a")), facts)
+    model = ckpt.load(dtype, dist.device)
+    context = read_context(options.context, facts.context)
+    new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
+    rows = options.max_rows or (
+        CPU_ROWS
+        if dist.device.type == "cpu"
+        else engine.default_batch_size(model, context, new_tokens)
+    )
+    texts = Texts(tokenizer, facts.vocab_size, evaluation.resolve_bos(options.bos, tokenizer))
+    logprobs = min(options.max_logprobs, facts.vocab_size)
+    service = Service(
+        *(model, texts, Capacity(rows, context, new_tokens), end_tokens(facts)),
+        queue_size=options.max_queue,
+        logprobs=logprobs,
+        batch_tokens=BATCH_TOKENS[dist.device.type],
+        compiled=options.compile == "on",
+    )
+    served = Served(
+        name=options.model_name or ckpt.name,
+        texts=texts,
+        context=context,
+        new_tokens=new_tokens,
+        logprobs=logprobs,
+        sequences=service.most,
+        dtype=dtype,
+        template=tokenizer.chat_templates.get("default"),
+    )
+    return served, service
+
+
+def read_context(wanted: int | None, own: int | None) -> int:
+    if wanted and own and wanted > own:
+        raise ValueError(f"--context {wanted}: the model has {own} positions")
+    if not (wanted or own):
+        raise ValueError("nobody says how many positions the model has: --context N")
+    return wanted or own or 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of an address that nobody listens on. ValueError where that cannot be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen on --host {host} --port {port}: {reason}") from None
+    return listener
+
+
+def serve(options: Options, listener: socket.socket, served: "Served", service: "Service") -> None:
+    """Until a signal, or until the engine ends, whose error is raised then."""
+    import uvicorn
+
+    from serving.routes import Door, make_app
+
+    key = os.environ.get(KEY) or None
+    if key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+        cli.note(f"whoever reaches {options.host} may ask: {KEY} in the environment asks for a key")
+    door = Door(key, options.max_body, options.return_all_prompt_logprobs)
+    config = uvicorn.Config(
+        make_app(served, service, door),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=options.drain_seconds,
+    )
+    server = uvicorn.Server(config)
+    service.on_error = lambda: setattr(server, "should_exit", True)
+    listener.listen(128)  # not before there is somebody to answer
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(
+        f"{cli.printable(served.name)} on http://{shown}:{port}/v1: context {served.context:,}, "
+        f"answers to {served.new_tokens:,} tokens, {service.capacity.rows} rows, "
+        f"{served.dtype}, {'chats' if served.template else 'no chat template'}"
+        f"{', key asked for' if key else ''}",
+        flush=True,
+    )
+    signal.set_wakeup_fd(-1)  # cli would end us a few seconds after a signal: we drain
+    server.run(sockets=[listener])
+    if service.error is not None:
+        raise service.error
+
+
+def check_installed() -> None:
+    """ValueError where the server's packages are not there."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"serve.py needs {error.name}: pip install starlette uvicorn") from None
+
+
+def main(argv=None):
+    p = cli.parser(__doc__)
+    cli.add_options(p, Options, cli.PrecisionOptions, cli.RunOptions)
+    args = p.parse_args(argv)
+    options = cli.read_options(Options, args)
+    precision = cli.read_options(cli.PrecisionOptions, args)
+    where = cli.read_options(cli.RunOptions, args)
+    check_installed()
+    listener = bind(options.host, options.port)  # what is taken is said before a model is read
+    with listener:
+        import distributed
+
+        with distributed.setup(where.device, where.timeout) as dist:
+            if dist.world_size > 1:
+                raise ValueError("serve.py runs as one process: start it without torchrun")
+            served, service = open_model(options, precision, dist)
+            serve(options, listener, served, service)
+
+
+if __name__ == "__main__":
+    cli.run(main)

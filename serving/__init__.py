@@ -1,0 +1,1 @@
+"""The back rooms of serve.py."""

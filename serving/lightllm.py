@@ -1,0 +1,101 @@
+"""lightllm's /generate, by which OpenCompass scores base models: what it asks, what it is told.
+
+    asked, details = read_generate(served, fields, with_prompt=True)
+    generated(answer, details)
+
+{"inputs": text or token ids, "parameters": {…}}: greedy unless do_sample. With serve.py's
+--return-all-prompt-logprobs every answer has the log-probabilities of the prompt's tokens, as with
+lightllm's own flag of that name. A text ends before its stop string, where lightllm's ends after.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from serving.answers import LOWEST, Answer, Choice
+from serving.asked import Asked, Served, read_sampling
+from serving.fields import Fields, Refused
+
+NEW_TOKENS, MAX_SAMPLES = 16, 8  # lightllm's
+NEUTRAL: dict[str, tuple] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "ignore_eos": (False,),
+    "min_new_tokens": (1, 0),
+    "skip_special_tokens": (True, False),
+    "add_spaces_between_special_tokens": (True, False),
+    "print_eos_token": (False,),
+}
+
+
+def read_generate(served: Served, fields: Fields, with_prompt: bool) -> tuple[Asked, bool]:
+    """(what is asked, whether tokens are told one by one)"""
+    inputs, given = fields.any("inputs"), fields.any("parameters")
+    fields.refuse_rest({"multimodal_params": ({},)})
+    if not isinstance(given, dict):
+        raise Refused("parameters must be an object", "parameters")
+    renamed = {"stop" if name == "stop_sequences" else name: v for name, v in given.items()}
+    own = Fields(renamed, "parameters.")
+    if isinstance(inputs, str):
+        prompt = served.texts.encode(inputs, own.flag("add_special_tokens", True))
+    elif isinstance(inputs, list):
+        prompt = served.texts.checked(inputs)
+        own.flag("add_special_tokens", True)
+    else:
+        raise Refused("inputs must be a text or token ids", "inputs")
+    served.check_length(prompt)
+    n = own.integer("best_of", 1, 1, MAX_SAMPLES)
+    if own.integer("n", n, 1, MAX_SAMPLES) != n:
+        raise Refused("parameters.n must be best_of", "parameters.n")
+    new = own.integer("max_new_tokens", NEW_TOKENS, 1, 1 << 31)
+    sampling = read_sampling(served, own, new)
+    if not own.flag("do_sample"):
+        sampling = replace(sampling, temperature=0.0)
+    details = own.flag("return_details")
+    own.refuse_rest(NEUTRAL)
+    return Asked([prompt], sampling, n, logprobs=0, scores=with_prompt), details
+
+
+def generated(answer: Answer, details: bool) -> dict[str, Any]:
+    """The answer: lists of samples, or one where one was asked for, but for the texts."""
+    asked, choices = answer.asked, list(answer.choices.values())
+    counts = [len(choice.tokens) for choice in choices]
+    reasons = [choice.finish_reason for choice in choices]
+    one = asked.n == 1
+    said: dict[str, Any] = {
+        "generated_text": [choice.text for choice in choices],
+        "count_output_tokens": counts[0] if one else counts,
+        "finish_reason": reasons[0] if one else reasons,
+        "prompt_tokens": len(asked.prompts[0]),
+    }
+    if details:
+        told = [_tokens(answer, choice) for choice in choices]
+        said["tokens"] = told[0] if one else told
+    if 0 in answer.scores:
+        prompt, values = asked.prompts[0], answer.scores[0].logprobs
+        said["prompt_token_ids"] = prompt
+        said["prompt_logprobs"] = [
+            [prompt[i], {str(prompt[i + 1]): max(values[i][0], LOWEST)}]
+            for i in range(len(prompt) - 1)
+        ]
+    return said
+
+
+def _tokens(answer: Answer, choice: Choice) -> list[dict[str, Any]]:
+    """Each token of a sample; cumlogprob is the mean so far, as lightllm has it."""
+    told, total = [], 0.0
+    specials = set(answer.served.texts.tokenizer.special_ids)
+    for i, (ids, values) in enumerate(choice.tokens, 1):
+        total += max(values[0], LOWEST)
+        told.append(
+            {
+                "id": ids[0],
+                "text": answer.served.texts.piece(ids[0]),
+                "logprob": max(values[0], LOWEST),
+                "cumlogprob": total / i,
+                "special": ids[0] in specials,
+                "count_output_tokens": i,
+                "prompt_tokens": len(answer.asked.prompts[0]),
+            }
+        )
+    return told

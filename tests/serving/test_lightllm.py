@@ -1,0 +1,64 @@
+"""lightllm's /generate as OpenCompass asks and reads it, and /metrics."""
+
+import numpy as np
+import pytest
+import torch
+from servers import serving
+
+
+def test_samples_and_errors(client):
+    status, said = client.ask(
+        "/generate", {"inputs": "ab", "parameters": {"max_new_tokens": 5, "return_details": True}}
+    )
+    (choice,) = client.complete(prompt="ab", max_tokens=5, temperature=0, logprobs=0)
+    assert status == 200 and said["generated_text"] == [choice["text"]]
+    assert (said["count_output_tokens"], said["prompt_tokens"]) == (5, 2)
+    values = choice["logprobs"]["token_logprobs"]
+    assert [token["logprob"] for token in said["tokens"]] == values
+    assert said["tokens"][-1]["cumlogprob"] == pytest.approx(np.mean(values))
+    drawn = {"do_sample": True, "seed": 3, "best_of": 2, "max_new_tokens": 4}
+    _, said = client.ask("/generate", {"inputs": [97, 98], "parameters": drawn})
+    wanted = client.complete(prompt="ab", n=2, seed=3, max_tokens=4)
+    assert said["generated_text"] == [own["text"] for own in wanted]
+    assert said["finish_reason"] == [own["finish_reason"] for own in wanted]
+    for body in ({"inputs": "a"}, {"inputs": 1, "parameters": {}}, {"parameters": {}},
+                 {"inputs": "a", "parameters": {"guided_json": "x"}}):  # fmt: skip
+        status, said = client.ask("/generate", body)
+        assert status == 417 and said["message"]
+
+
+@torch.no_grad()
+def test_prompts_are_scored_as_opencompass_reads_them(checkpoint_path, model):
+    """Its perplexity: the mean over all tokens but the first."""
+    prompt = [104, 101, 108, 108, 111, 108]
+    body = {"inputs": "hellol", "parameters": {"max_new_tokens": 1}}
+    with serving(checkpoint_path, return_all_prompt_logprobs=True) as (client, _):
+        _, said = client.ask("/generate", body)
+    assert said["prompt_token_ids"] == prompt and said["count_output_tokens"] == 1
+    told = [
+        pair[1][str(after)] for pair, after in zip(said["prompt_logprobs"], prompt[1:], strict=True)
+    ]
+    assert [pair[0] for pair in said["prompt_logprobs"]] == prompt[:-1]
+    logits = model.logits(model.hidden(torch.tensor([prompt])))[0].log_softmax(-1)
+    wanted = [logits[i, after].item() for i, after in enumerate(prompt[1:])]
+    assert told == pytest.approx(wanted, abs=1e-4)
+
+
+def test_metrics_count(client):
+    def read():
+        with client.open("/metrics") as reply:
+            lines = reply.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines
+                if not line.startswith("#")}  # fmt: skip
+
+    before = read()
+    body = {"prompt": "abc", "max_tokens": 2, "temperature": 0, "n": 3, "echo": True, "logprobs": 1}
+    _, said = client.ask("/v1/completions", body)
+    after = read()
+    key = 'roseval_requests_total{route="/v1/completions",status="200"}'
+    assert after[key] == before.get(key, 0) + 1
+    drawn = said["usage"]["completion_tokens"]
+    for name, more in (("prompt", 3), ("scored", 3), ("drawn", drawn)):
+        key = f"roseval_{name}_tokens_total"
+        assert after[key] == before[key] + more, name
+    assert after["roseval_sequences_unfinished"] == 0

@@ -1,0 +1,70 @@
+"""serve.py as a command: its line, its errors, SIGTERM; and OpenAI's own client."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from builders import command, save_model, saved_checkpoint, started, tiny_model, wait_for
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+import serve
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return saved_checkpoint(tmp_path_factory.mktemp("serve"))
+
+
+def ask(url, body):
+    with urllib.request.urlopen(f"{url}/v1/completions", json.dumps(body).encode()) as reply:
+        return json.load(reply)
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_is_on_its_way(path):
+    words = command(0, "serve.py", "--checkpoint-path", path, "--port", 0, "--device", "cpu")
+    with started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        line = process.stdout.readline()
+        assert line.startswith("checkpoint-10 on http://127.0.0.1:"), process.stderr.read()
+        url = re.search(r"http://[\d.:]+", line)[0]
+        whole = {"prompt": "a", "n": 12, "max_tokens": 60, "temperature": 0}
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(ask, url, whole)
+            wait_for(lambda: b"unfinished 12" in urllib.request.urlopen(f"{url}/metrics").read())
+            process.send_signal(signal.SIGTERM)
+            assert len(reply.result()["choices"]) == 12
+        assert process.wait() == 128 + signal.SIGTERM
+        assert process.stderr.read() == ""
+
+
+def test_errors_are_one_line(path, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        bare = save_model(tiny_model(), tmp_path, tokenizer=None)
+        for words, said in (
+            (["--checkpoint-path", path, "--port", port], f"--port {port}: Address already in use"),
+            (["--checkpoint-path", path, "--port", 99999], "--port 99999"),
+            (["--checkpoint-path", path, "--host", "300.1.1.1"], "--host 300.1.1.1"),
+            (["--checkpoint-path", tmp_path / "no"], "no"),
+            (["--checkpoint-path", bare], "has no tokenizer files"),
+            (["--checkpoint-path", path, "--context", 300], "the model has 256 positions"),
+            (["--checkpoint-path", path, "--bos", "on"], "has no BOS token"),
+        ):
+            own = [*map(str, words), *([] if "--port" in words else ["--port", "0"])]
+            with pytest.raises((ValueError, OSError), match=re.escape(said)):
+                serve.main([*own, "--device", "cpu"])
+
+
+def test_what_it_needs_is_named(path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
+    with pytest.raises(ValueError, match="pip install starlette uvicorn"):
+        serve.main(["--checkpoint-path", str(path)])
