@@ -106,7 +106,7 @@ def make_prompts(facts: Facts, data: QuestionSet, bos: bool, chat: Chat | None) 
 
 def probability_of_true(backend: Backend, prompts: "Prompts") -> np.ndarray:
     """[questions]: of True, among True and False."""
-    found = backend.score_rows(prompts.rows, BATCH_TOKENS[backend.facts.device])
+    found = backend.score_rows(prompts.rows, BATCH_TOKENS.get(backend.facts.device))
     p = np.zeros(len(prompts.question))
     p[prompts.question] = softmax(found.choices)[:, 0]
     return p
