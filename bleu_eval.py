@@ -36,7 +36,7 @@ import results
 from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks import corpus_scores, drawing
-from tasks.chat import ChatOptions, open_chat, starts_with_bos
+from tasks.chat import ChatOptions, ends_of, open_chat, starts_with_bos
 from tasks.translation import (
     FIELDS,
     Language,
@@ -173,9 +173,8 @@ def plan(options: Options, facts: Facts) -> Plan:
     texts = [task.prompt.render(s, task.shots, *languages, chat) for s in task.segments]
     prompts = drawing.encode_prompts(tokenizer, names, texts, bos, by_template=bool(chat))
     evaluation.check_vocabulary(max(map(max, prompts)), facts)
-    ends = (chat.turn_end,) if chat and chat.turn_end else ()
-    sampling = replace(sampling, stop=(sampling.stop or task.prompt.stop) + ends)
-    greedy = not sampling.temperature
+    stop = (sampling.stop or task.prompt.stop) + ends_of(chat)
+    sampling = replace(sampling, stop=stop)
     references = [s.references for s in task.segments]
     scored_by = {
         name: corpus_scores.signature(metric, references) for name, metric in task.metrics.items()
@@ -192,20 +191,13 @@ def plan(options: Options, facts: Facts) -> Plan:
         "signatures": scored_by,
         "resamples": resampling.RESAMPLES,
         "resampling_seed": resampling.SEED,
-        "temperature": sampling.temperature,
-        "top_p": 1.0 if greedy else sampling.top_p,
-        "top_k": 0 if greedy else sampling.top_k,
-        "max_new_tokens": sampling.max_new_tokens,
+        **sampling.protocol,
         "stop": sorted(sampling.stop),
         "bos": starts_with_bos(tokenizer, prompts),
-        "seed": None if greedy else sampling.seed,
         "limit": options.limit,
         "batch_size": options.batch_size,
         "compile": options.compile,
-        "context": facts.context,
-        "dtype": facts.dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **facts.protocol,
     }
     files = [Path(path).name for path in (options.data_path, *options.references)]
     data = {"files": files, "hash": data_hash(task.segments), "segments": len(task.segments)}
@@ -322,12 +314,9 @@ def show(records: list[Result]) -> None:
 
 
 def print_record(record: Result) -> None:
-    protocol, cost, n = record["protocol"], record["cost"], record["data"]["segments"]
-    info, finish = record["checkpoint"], record["breakdown"]["finish"]
-    print(f"\n{cli.printable(info['name'])}  ({cli.printable(info['path'])})")
-    print(f"{n:,} segments: {', '.join(map(cli.printable, record['words']))}")
-    if protocol["limit"]:
-        print("A PART OF THE SEGMENTS (--limit): not a score of the set")
+    protocol, finish = record["protocol"], record["breakdown"]["finish"]
+    n = record["data"]["segments"]
+    command.print_head(record, n, "segments")
     for name, metric in record["metrics"].items():
         print(f"  {name:<8} {show_score(metric):<24} {protocol['signatures'][name]}")
     if record.shown["why"]:
@@ -336,11 +325,7 @@ def print_record(record: Result) -> None:
         if number:
             limit = f" at {protocol['max_new_tokens']} tokens" if kind == "cut off" else ""
             print(f"  {number:,} of {n:,} hypotheses are {kind}{limit}")
-    print(
-        f"drawn in {cost['seconds']:.1f} s: {cost['tokens']:,} tokens, "
-        f"{cost['tokens_per_second']:,.0f}/s; {cost['samples_resumed']:,} were there already"
-    )
-    print(f"record: {record.place}", flush=True)
+    command.print_drawn(record)
 
 
 def show_score(metric: dict) -> str:

@@ -110,13 +110,13 @@ def reader_of(path: Path) -> ModuleType:
 class Checkpoint:
     """A checkpoint that was opened once: what its files state, and the way to its model.
 
-    Attributes beside the properties below: path; name; kind (roseval, huggingface, rosetrainer,
-    nanogpt, training, weights, adapter); format, the file that opened it ("formats/native.py");
-    rooms, all such files; base, the handle of an adapter's base; step, as the
-    files or the name state it; tensors, {name: stored.Stored}, and their layout; tokenizer, the
-    directory with tokenizer files that goes with it; facts, plain values that the files state
-    (epoch, loss, tokens); native, whether GPTModel runs it, not transformers; problem, why its
-    config is not known. No file stays open.
+    Attributes beside the properties below: path; name; kind, what its format calls it ("roseval",
+    "gguf", "adapter"); format, the file that opened it ("formats/native.py"); rooms, all such
+    files; base, the handle of an adapter's base; step, as the files or the name state it; tensors,
+    {name: stored.Stored}, and their layout; tokenizer, the directory with tokenizer files that goes
+    with it, or the file that holds one; facts, plain values that the files state (epoch, loss,
+    tokens); native, whether GPTModel runs it, not transformers; problem, why its config is not
+    known. No file stays open.
     """
 
     def __init__(self, opened: formats.Opened, base: "Checkpoint | None" = None):

@@ -318,6 +318,25 @@ def _of_statistics(statistics: dict, base: dict, adapted: dict) -> list[str]:
     return told
 
 
+def print_head(record: Result, n: int, unit: str) -> None:
+    """Of which checkpoint a record is, and what it was asked in which way."""
+    info = record["checkpoint"]
+    print(f"\n{printable(info['name'])}  ({printable(info['path'])})")
+    print(f"{n:,} {unit}: {', '.join(map(printable, record['words']))}")
+    if record["protocol"]["limit"]:
+        print(f"A PART OF THE {unit.upper()} (--limit): not a score of the set")
+
+
+def print_drawn(record: Result) -> None:
+    """How fast samples were drawn, and where the record lies."""
+    cost = record["cost"]
+    print(
+        f"drawn in {cost['seconds']:.1f} s: {cost['tokens']:,} tokens, "
+        f"{cost['tokens_per_second']:,.0f}/s; {cost['samples_resumed']:,} were there already"
+    )
+    print(f"record: {record.place}", flush=True)
+
+
 def print_shares(
     records: list[dict],
     names: list[str],

@@ -40,15 +40,11 @@ CHOICES = {
     # a group of experts is as good as its best one, or as the sum of its best two
     "expert_group_score": ("max", "top2"),
 }
-POSITIVE: tuple[str, ...] = (
-    "rope_theta",
-    "local_rope_theta",
-    "clip_qkv",
-    "attention_scale",
-    "attention_softcap",
+POSITIVE = (
+    *("rope_theta", "local_rope_theta", "clip_qkv", "attention_scale", "attention_softcap"),
+    *("logit_softcap", "embedding_scale", "residual_scale", "logit_scale", "router_scale"),
 )
 LATENT = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-POSITIVE += ("logit_softcap", "embedding_scale", "residual_scale", "logit_scale", "router_scale")
 EXPERTS_ALONE = r"n_expert|d_ff_|dense_layers|router_|expert_|shared_gate"  # fields of a mixture
 LAYER_LISTS = ("full_attention_layers", "no_rope_layers", "dense_layers")
 

@@ -41,7 +41,7 @@ from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks import answers, drawing, p_true
 from tasks import confidence as sure
-from tasks.chat import Chat, ChatOptions, open_chat, starts_with_bos
+from tasks.chat import Chat, ChatOptions, ends_of, open_chat, starts_with_bos
 from tasks.templates import load_template
 from tasks.word_problems import Problem, Prompt, data_hash, load_prompt, read_problems
 
@@ -137,10 +137,9 @@ def plan(options: Options, facts: Facts) -> Plan:
     evaluation.check_vocabulary(max(map(max, prompts)), facts)
     # a stop string of any of the languages ends a sample: which is asked decides nothing else
     own = [prompt.of_language(p.language).stop for p in problems]
-    ends = (chat.turn_end,) if chat and chat.turn_end else ()
+    ends = ends_of(chat)
     samplings = [replace(sampling, stop=(sampling.stop or stop) + ends) for stop in own]
     stop = sorted({text for s in samplings for text in s.stop})
-    greedy = not sampling.temperature
     protocol = {
         "prompt": prompt.name,
         "prompt_hash": prompt.hash,
@@ -149,21 +148,14 @@ def plan(options: Options, facts: Facts) -> Plan:
         **(chat.protocol if chat else {}),
         "num_samples": options.num_samples,
         "k": options.ks,
-        "temperature": sampling.temperature,
-        "top_p": 1.0 if greedy else sampling.top_p,
-        "top_k": 0 if greedy else sampling.top_k,
-        "max_new_tokens": sampling.max_new_tokens,
+        **sampling.protocol,
         "stop": stop,
         "bos": starts_with_bos(tokenizer, prompts),
-        "seed": None if greedy else sampling.seed,
         "languages": sorted({p.language for p in problems}),
         "limit": options.limit,
         "batch_size": options.batch_size,
         "compile": options.compile,
-        "context": facts.context,
-        "dtype": facts.dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **facts.protocol,
         **({"p_true": load_template("p_true").hash} if options.p_true else {}),
     }
     if options.p_true:  # what no tokens can ask is known before anything is drawn
@@ -365,13 +357,9 @@ def show(records: list[Result]) -> None:
 
 
 def print_record(record: Result) -> None:
-    protocol, cost, parts = record["protocol"], record["cost"], record.shown
+    protocol, parts = record["protocol"], record.shown
     n = record["data"]["problems"] * protocol["num_samples"]
-    info = record["checkpoint"]
-    print(f"\n{cli.printable(info['name'])}  ({cli.printable(info['path'])})")
-    print(f"{record['data']['problems']:,} problems: {', '.join(record['words'])}")
-    if protocol["limit"]:
-        print("A PART OF THE PROBLEMS (--limit): not a score of the set")
+    command.print_head(record, record["data"]["problems"], "problems")
     metrics = record["metrics"]
     for name in shares_of(metrics):
         print(f"  {name:<18} {stats.show_share(metrics[name])}")
@@ -386,11 +374,7 @@ def print_record(record: Result) -> None:
     cut = parts["finish"].get("length", 0)
     if cut:
         print(f"  {cut:,} of {n:,} solutions were cut off at {protocol['max_new_tokens']} tokens")
-    print(
-        f"drawn in {cost['seconds']:.1f} s: {cost['tokens']:,} tokens, "
-        f"{cost['tokens_per_second']:,.0f}/s; {cost['samples_resumed']:,} were there already"
-    )
-    print(f"record: {record.place}", flush=True)
+    command.print_drawn(record)
 
 
 def print_table(records: list[dict]) -> None:

@@ -127,10 +127,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "limit": options.limit,
         "batch_tokens": options.batch_tokens or BATCH_TOKENS.get(facts.device),
         "compile": options.compile,
-        "context": facts.context,
-        "dtype": facts.dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **facts.protocol,
     }
     data = {"files": sorted(asked.tasks), "hash": harness.content_hash(asked, options.limit)}
     shots = "/".join(map(str, asked.shots()))
@@ -276,7 +273,8 @@ def show(records: list[Result]) -> None:
     first = records[0]["checkpoint"]
     print(f"\n{cli.printable(first['name'])}  ({cli.printable(first['path'])})")
     for record in records:
-        print(f"{record['data']['documents']:,} documents: {', '.join(record['words'])}")
+        words = ", ".join(map(cli.printable, record["words"]))
+        print(f"{record['data']['documents']:,} documents: {words}")
         for name, metric in record["metrics"].items():
             print(f"  {name:<28} {show_metric(metric)}")
         for task, metrics in record["breakdown"].get("task", {}).items():

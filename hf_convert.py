@@ -40,6 +40,7 @@ CONVERTED = {  # key: to the field, and back
         lambda scale: _whole(scale**-2),
     ),
 }
+
 # ---------------------------------------------------------------------------------------------
 # Reading
 

@@ -42,7 +42,7 @@ from backends import Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from sandbox.judge import Sandbox
 from tasks import drawing
-from tasks.chat import Chat, ChatOptions, open_chat, starts_with_bos
+from tasks.chat import Chat, ChatOptions, ends_of, open_chat, starts_with_bos
 from tasks.code_prompts import PROMPTS, CodePrompt, choose
 from tasks.problems import data_hash, find_task, read_examples, read_problems
 from tasks.programs import (
@@ -173,9 +173,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         texts = [text.rstrip("\n") for text in texts]
     prompts = drawing.encode_prompts(tokenizer, list(problems), texts, bos, bool(chat))
     evaluation.check_vocabulary(max(map(max, prompts)), facts)
-    ends = (chat.turn_end,) if chat and chat.turn_end else ()
-    sampling = replace(sampling, stop=(sampling.stop or prompt.stop) + ends)
-    greedy = not sampling.temperature
+    sampling = replace(sampling, stop=(sampling.stop or prompt.stop) + ends_of(chat))
     protocol = {
         "prompt": prompt.name,
         "prompt_hash": hashlib.sha256(repr(prompt).encode()).hexdigest(),
@@ -183,21 +181,14 @@ def plan(options: Options, facts: Facts) -> Plan:
         "examples": [shot["task_id"] for shot in shots],
         **(chat.protocol if chat else {}),
         "num_samples": options.num_samples,
-        "temperature": sampling.temperature,
-        "top_p": 1.0 if greedy else sampling.top_p,
-        "top_k": 0 if greedy else sampling.top_k,
-        "max_new_tokens": sampling.max_new_tokens,
+        **sampling.protocol,
         "stop": list(sampling.stop),
         "strip_prompt": stripped,
         "bos": starts_with_bos(tokenizer, prompts),
-        "seed": None if greedy else sampling.seed,
         "limit": options.limit,
         "batch_size": options.batch_size,
         "compile": options.compile,
-        "context": facts.context,
-        "dtype": facts.dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **facts.protocol,
         **options.judges.protocol(problems),
     }
     data = {
@@ -211,22 +202,18 @@ def plan(options: Options, facts: Facts) -> Plan:
 
 
 def words_of(protocol: dict, chat: Chat | None) -> tuple[str, ...]:
-    limit = protocol["limit"]
+    limit, drawn = protocol["limit"], ["greedy"]
+    if protocol["temperature"]:
+        drawn = [f"temperature {protocol['temperature']:g}", f"top-p {protocol['top_p']:g}"]
     return (
         *([] if protocol["prompt"] == "completion" else [f"prompt {protocol['prompt']}"]),
         *(chat.words if chat else ()),
         f"{protocol['num_samples']} samples",
-        *how_drawn(protocol),
+        *drawn,
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
         *([f"limit {limit}: not a score"] if limit else []),
     )
-
-
-def how_drawn(protocol: dict) -> list[str]:
-    if not protocol["temperature"]:
-        return ["greedy"]
-    return [f"temperature {protocol['temperature']:g}", f"top-p {protocol['top_p']:g}"]
 
 
 def continuation_of(prompt: str, text: str, strip_prompt: bool) -> str:
@@ -325,13 +312,9 @@ def show(records: list[Result]) -> None:
 
 
 def print_record(record: Result) -> None:
-    protocol, cost, info = record["protocol"], record["cost"], record["checkpoint"]
+    protocol, cost = record["protocol"], record["cost"]
     work, judged, tallies, folder = record.shown
-    print(f"\n{cli.printable(info['name'])}  ({cli.printable(info['path'])})")
-    drawn = ", ".join([str(protocol["num_samples"]), *how_drawn(protocol)])
-    print(f"{len(work.problems)} tasks, samples of each: {drawn}")
-    if protocol["limit"]:
-        print("A PART OF THE TASKS (--limit): not a score of the set")
+    command.print_head(record, len(work.problems), "tasks")
     print_scores(record["metrics"], tallies, record["data"]["left_out"])
     cut = record["breakdown"]["finish"].get("length", 0)
     if cut:

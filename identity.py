@@ -12,7 +12,7 @@ library and numpy only.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ def config_hash(configuration: Mapping[str, Any]) -> str:
     """sha256 of a configuration's canonical JSON: the order of keys does not matter."""
     text = dumps(configuration, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(encode(text)).hexdigest()
+
+
+def rows_hash(rows: Iterable[Any]) -> str:
+    """sha256 of what is asked, as rows of plain values: the order counts."""
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
 
 def resume_key(

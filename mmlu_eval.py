@@ -36,7 +36,7 @@ import command
 import evaluation
 from backends import BATCH_TOKENS, Backend, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
-from tasks.chat import ChatOptions, encode, open_chat, starts_with_bos
+from tasks.chat import ChatOptions, encode, ends_of, open_chat, starts_with_bos
 from tasks.choice_sets import ChoiceSet, load_set
 from tasks.choice_tables import (
     column_of,
@@ -236,10 +236,7 @@ def protocol_of(options: Options, work: Asked) -> dict:
         "truncate": options.truncate,
         "bos": bos,
         **(chat.protocol if chat else {}),
-        "context": facts.context,
-        "dtype": facts.dtype,
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **facts.protocol,
         "prefix_cache": work.share_prefix,
         "batch_tokens": None if generates else batch_tokens,
         "batch_size": options.batch_size,
@@ -319,9 +316,8 @@ def generate_answers(
 ) -> Answers:
     """The first letter that stands alone in MAX_NEW_TOKENS greedy tokens, before a blank line."""
     tokenizer, chat, mine = backend.facts.tokenizer, work.maker.chat, []
-    stop = (chat.turn_end,) if chat and chat.turn_end else ()
     ids = [row.tolist() for row in prompts.rows.ids]
-    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0, stop=stop)
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0, stop=ends_of(chat))
     with cli.progress(len(ids), "mmlu", "row") as bar:
         for sample in backend.generate(ids, greedy, batch_size=batch_size):
             mine.append((sample.prompt_index, tokenizer.decode(sample.token_ids)))

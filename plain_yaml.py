@@ -1,6 +1,7 @@
 """YAML files of settings: small ones, in which every name stands once.
 
     load_yaml("configs/7b.yaml")        # {"vocab_size": 32000, …}
+    find_yaml("gsm8k", CONFIGS_DIR / "word_problems", "--prompt")       # its path
 
 A file may be made to fill memory with a few lines, by aliases of aliases or merges of merges, and a
 name that stands there twice says two things: such files are refused, in one line.
@@ -17,6 +18,19 @@ LONGEST = 2**16  # bytes; PyYAML reads some 100 kB a second
 DEEPEST = 64  # brackets in brackets, which PyYAML reads in the square of the time
 MOST_VALUES = 10_000  # each counted as often as an alias repeats it
 MOST_ALIASES, MOST_FIELDS = 1000, 1000  # of a file, and of a mapping with what it merges
+
+
+def find_yaml(name: str | Path, folder: Path, flag: str) -> Path:
+    """The file of `folder` that has this name, or a YAML file of one's own by its path. ValueError
+    names the flag and what there is."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ValueError(f"{flag} {str(name)!r} is none of {known}, nor a YAML file")
+    return path
 
 
 def load_yaml(path: str | Path) -> dict:

@@ -57,6 +57,16 @@ class Facts:
         rest = self.vocab_size, self.context, self.dtype, self.device, self.shares_prefixes
         return (tokenizer, *rest, self.lacks)
 
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What of it decides the numbers of texts that it is asked."""
+        return {
+            "context": self.context,
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer.name,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+        }
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -91,6 +101,19 @@ class Sampling:
             if not right:
                 flag, value = cli.flag_of(name), getattr(self, name)
                 raise ValueError(f"{flag} must be {wanted}, not {value}")
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What of it decides what is drawn, but for the stop strings: the likeliest token is the
+        same whatever the others say."""
+        greedy = not self.temperature
+        return {
+            "temperature": self.temperature,
+            "top_p": 1.0 if greedy else self.top_p,
+            "top_k": 0 if greedy else self.top_k,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": None if greedy else self.seed,
+        }
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,8 @@ from inputs import read_object
 # How an adapter was trained, made or is called: nothing that a trained one computes
 NO_MATTER = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "peft_type"}
 NO_MATTER |= {"lora_dropout", "megatron_core", "qalora_group_size", "eva_config", "velora_config"}
-NO_MATTER |= {
-    "runtime_config",
-    "fan_in_fan_out",
-}  # the latter: as the base itself has it, in PEFT too
+NO_MATTER |= {"runtime_config"}
+NO_MATTER |= {"fan_in_fan_out"}  # as the base itself has it, in PEFT too
 EXPRESSED = {"base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
 EXPRESSED |= {"use_rslora", "use_dora", "lora_bias", "target_modules", "exclude_modules"}
 EXPRESSED |= {"modules_to_save", "layers_to_transform", "trainable_token_indices"}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cli
-from config import GPTConfig
+from config import CHOICES, GPTConfig
 from durable import dumps
 from formats import huggingface, layouts, naming, native, tensorfiles
 from formats.stored import FLOATS
@@ -165,17 +165,10 @@ def _obstacle(config: GPTConfig) -> str:
 
 def _other_values(config: GPTConfig) -> Iterator[tuple[str, Any]]:
     """(field, another value that it could have), features alone: no sizes."""
-    words = {
-        "activation": ("gelu", "gelu_new", "silu", "relu2"),
-        "norm": ("layernorm", "rmsnorm"),
-        "position": ("learned", "rope"),
-        "qk_norm_type": ("rmsnorm", "layernorm"),
-        "qk_norm_over": ("head", "heads", "all"),
-        "n_kv_heads": (config.n_heads,),
-    }
+    words: dict[str, tuple] = CHOICES | {"n_kv_heads": (config.n_heads,)}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        others: tuple[Any, ...] = words.get(field.name, ())
+        others = words.get(field.name, ())
         if type(value) is bool:
             others = (not value,)
         elif not others and type(field.default) in (float, tuple, type(None)):

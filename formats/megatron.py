@@ -353,8 +353,8 @@ def _of_torch_dist(folder: Path) -> tuple[dict[str, Stored], dict[str, Any], lis
             continue
         stack = re.fullmatch(r"(decoder\.layers\.)(?!\d)(.+)", name)
         if stack and t.pieces and len(t.shape) > 1:
-            for i in range(t.shape[0]):
-                tensors[f"{stack[1]}{i}.{stack[2]}"] = stored.nth(t, i)
+            for i, one in enumerate(stored.unstacked(t)):
+                tensors[f"{stack[1]}{i}.{stack[2]}"] = one
         else:
             tensors[name] = t
     tensors = dialects.megatron_core(_experts_apart(tensors))

@@ -155,16 +155,6 @@ def rows(stored: Stored, runs: Iterable[range]) -> Stored:
     return Stored(stored.dtype, (base, *stored.shape[1:]), tuple(pieces))
 
 
-def nth(stack: Stored, i: int) -> Stored:
-    """The i-th of tensors that are stacked along a first dimension."""
-    one = rows(stack, [range(i, i + 1)])
-    pieces = (
-        p._replace(start=p.start[1:], shape=p.shape[1:], strides=p.strides and p.strides[1:])
-        for p in one.pieces
-    )
-    return Stored(one.dtype, one.shape[1:], tuple(pieces))
-
-
 def beside(name: str, parts: Iterable[Stored], dim: int = 0) -> Stored:
     """Tensors put together along one dimension. ValueError, naming a file, unless they agree in the
     others."""
@@ -202,18 +192,18 @@ def stacked(name: str, parts: Iterable[Stored]) -> Stored:
 
 def unstacked(stored: Stored, turned: bool = False) -> list[Stored]:
     """The tensors that are stacked along the first dimension; turned: with their last two
-    dimensions the other way round."""
-    size = stored.dtype.itemsize if isinstance(stored.dtype, torch.dtype) else 0
+    dimensions the other way round, which blocks of packed numbers cannot be."""
     pieces: list[list[Piece]] = [[] for _ in range(stored.shape[0])]
     order = (*range(1, len(stored.shape) - 2), -1, -2) if turned else range(1, len(stored.shape))
     for piece in stored.pieces:
+        assert not (turned and piece.blocks), f"{piece.file}: rows of blocks cannot be turned"
         strides = piece.strides or _packed(piece.shape)
         own = tuple(strides[d] for d in order)
         shape = tuple(piece.shape[d] for d in order)
         start = tuple(piece.start[d] for d in order)
         moved = None if own == _packed(shape) else own
         for i in range(piece.shape[0]):
-            at = piece.offset + i * strides[0] * size
+            at = piece.offset + piece.size_of(i * strides[0], stored.dtype)
             part = piece._replace(offset=at, start=start, shape=shape, strides=moved)
             pieces[piece.start[0] + i].append(part)
     shape = tuple(stored.shape[d] for d in order)

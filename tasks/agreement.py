@@ -14,13 +14,10 @@ from typing import Any
 
 # MBPP: any answer that is not None is right where the expected one is not
 ONLY_THERE = ("check_str", "text_match_three", "text_starta_endb")
-AS_SETS: tuple[str, ...] = (
-    "similar_elements",
-    "find_char_long",
-    "common_in_nested_lists",
-    "extract_singly",
+AS_SETS = (
+    *("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly"),
+    *("larg_nnum", "intersection_array", "find_dissimilar", "Diff"),
 )
-AS_SETS += ("larg_nnum", "intersection_array", "find_dissimilar", "Diff")
 ROOTS = "find_zero"  # HumanEval: whatever is a root
 
 

@@ -105,6 +105,11 @@ def open_chat(options: ChatOptions, tokenizer: Any) -> "Chat | None":
     return chat
 
 
+def ends_of(chat: "Chat | None") -> tuple[str, ...]:
+    """The stop strings that a chat adds to those of a prompt."""
+    return (chat.turn_end,) if chat and chat.turn_end else ()
+
+
 def _find_template(asked: str, tokenizer: Any) -> tuple[str, str]:
     """(whose it is, its text)"""
     own = tokenizer.chat_templates

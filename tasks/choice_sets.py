@@ -14,7 +14,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from config import CONFIGS_DIR, load_yaml
+from config import CONFIGS_DIR
+from plain_yaml import find_yaml, load_yaml
 from tasks.layouts import Layout, read_layout
 from tasks.questions import QuestionSet
 from tasks.templates import SCORINGS, Template, load_template, make_template
@@ -86,12 +87,7 @@ class ChoiceSet:
 def load_set(name: str) -> ChoiceSet:
     """A set of configs/choice_sets/ by its name, or a YAML file of one's own. ValueError names the
     file and the key."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = SETS_DIR / f"{name}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in SETS_DIR.glob("*.yaml")))
-            raise ValueError(f"--set {name!r} is none of {known}, nor a YAML file")
+    path = find_yaml(name, SETS_DIR, "--set")
     values = load_yaml(path)
     _check(values, path)
     template = values.pop("template")

@@ -22,14 +22,10 @@ from tasks.chat import Chat
 from tasks.evalplus import is_mbpp
 from tasks.extraction import extract
 
-EVALPLUS_STOP: tuple[str, ...] = (
-    "<|endoftext|>",
-    "<|endofmask|>",
-    "</s>",
-    "\nif __name__",
-    "\ndef main(",
+EVALPLUS_STOP = (
+    *("<|endoftext|>", "<|endofmask|>", "</s>"),
+    *("\nif __name__", "\ndef main(", "\nprint("),
 )
-EVALPLUS_STOP += ("\nprint(",)
 HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 FIELDS = re.compile(r"\{(prompt|published|text|tests|test|solution)\}")
 

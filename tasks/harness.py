@@ -1,7 +1,7 @@
 """lm-evaluation-harness's side of harness_eval.py: its tasks, and a model that answers them.
 
-    tasks = find_tasks(["gsm8k", "arc_challenge"], include_path="tasks/")
-    found = evaluate(tasks["gsm8k"], Verbs(backend, folder, ...), ...)     # lm-eval's own results
+    asked = find_tasks("gsm8k", include_path="tasks/", num_few_shot=None, gen_kwargs={})
+    found = evaluate(asked, Verbs(backend, folder, ...), limit=None)       # lm-eval's own results
 
 lm-eval builds the requests, filters the answers and counts; the three verbs of backends.Backend
 answer. Every rank runs the same lm-eval, which sees one rank of one, and the work is dealt below:

@@ -11,11 +11,10 @@ file and line.
 """
 
 import ast
-import hashlib
-import json
 import warnings
 from pathlib import Path
 
+from identity import rows_hash
 from inputs import read_jsonl
 from tasks import evalplus
 from tasks.agreement import write
@@ -68,7 +67,10 @@ def _of_row(where: str, row: dict) -> dict:
     needed = ("task_id", "prompt", "entry_point", "canonical_solution" if own_form else "test")
     for name in needed:
         if not isinstance(row.get(name), str):
-            raise ValueError(f"{where}: field {name!r} is missing or not text")
+            there = ", ".join(map(str, row))
+            raise ValueError(
+                f"{where}: field {name!r} is missing or not text; its fields are {there:.200}"
+            )
     if own_form:
         problem = {name: row[name] for name in needed} | {"atol": row.get("atol", 0)}
         problem["inputs"] = evalplus.read_inputs(where, row)
@@ -156,7 +158,7 @@ def data_hash(problems: Problems) -> str:
                 problem["atol"],
             ]
         rows.append([*row, problem["plus_test"]] if "plus_test" in problem else row)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return rows_hash(rows)
 
 
 def find_task(problems: Problems, name: str) -> str:

@@ -14,7 +14,6 @@ them: one off, and every score is wrong.
 import ast
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import random
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import CONFIGS_DIR, load_yaml
+from identity import rows_hash
 from tasks.layouts import Layout
 from tasks.question_files import ANSWERS, rows_of, split_files, where_to_get
 
@@ -181,8 +181,7 @@ def _examples(root, dev, questions, wanted, layout) -> dict[str, list[Question]]
 
 
 def _digest(questions) -> str:
-    rows = [[*q[:4], q.several] if q.several else q[:4] for q in questions]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return rows_hash([*q[:4], q.several] if q.several else q[:4] for q in questions)
 
 
 def _read_split(root: Path, split: str, layout: Layout) -> tuple[list["_Read"], list]:
@@ -218,7 +217,10 @@ def _question(row: dict, subject: str | None, where: str, layout: Layout, hidden
     question = values.get("question")
     for name, text in [("subject", subject), ("question", question), *zip(LETTERS, choices)]:
         if not isinstance(text, str):
-            raise ValueError(f"{where}: {name} is missing or not text: {text!r:.60}")
+            there = ", ".join(map(str, row))
+            raise ValueError(
+                f"{where}: {name} is missing or not text: {text!r:.60}; its fields are {there:.200}"
+            )
     assert isinstance(subject, str) and isinstance(question, str)  # seen in the loop
     if not question.strip():
         raise ValueError(f"{where}: question is empty")

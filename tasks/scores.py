@@ -138,4 +138,4 @@ def print_scores(
         print(f"LEFT OUT, NOT COUNTED: {len(left_out)} tasks that cannot be judged here: their own")
         print("canonical_solution fails (README: what a problem file may use)")
     for task, why in (left_out or {}).items():
-        print(f"  {task}: {printable(why)}")
+        print(f"  {printable(task)}: {printable(why)}")

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from config import CONFIGS_DIR, load_yaml
+from config import CONFIGS_DIR
+from plain_yaml import find_yaml, load_yaml
 from tasks.questions import LETTERS, Question
 
 SCORINGS = ("letter", "continuation", "generate")
@@ -122,12 +123,7 @@ class Template:
 
 def load_template(name: str | Path) -> Template:
     """A template of configs/prompts/ by its name, or a YAML file of one's own."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = CONFIGS_DIR / "prompts" / f"{name}.yaml"
-        if not path.is_file():
-            known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-            raise ValueError(f"--template {name!r} is none of {', '.join(known)}, nor a YAML file")
+    path = find_yaml(name, CONFIGS_DIR / "prompts", "--template")
     return make_template(load_yaml(path), path.stem, str(path))
 
 

@@ -11,16 +11,17 @@ with file and line.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import CONFIGS_DIR, load_yaml
+from config import CONFIGS_DIR
+from identity import rows_hash
 from inputs import decode_utf8, read_jsonl, refuse_impostor
 from packed import open_packed, suffix_of
+from plain_yaml import find_yaml, load_yaml
 from tasks.chat import Chat
 
 PROMPTS_DIR = CONFIGS_DIR / "translation"
@@ -114,8 +115,7 @@ def _value(row: Any, name: str, where: str) -> Any:
 
 def data_hash(segments: Sequence[Segment]) -> str:
     """sha256 of what is asked and of what it is compared with."""
-    rows = [[s.source, *s.references] for s in segments]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return rows_hash([s.source, *s.references] for s in segments)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,12 +214,7 @@ class Prompt:
 
 def load_prompt(name: str) -> Prompt:
     """A prompt of configs/translation by its name, or a YAML file of one's own."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = PROMPTS_DIR / f"{name}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in PROMPTS_DIR.glob("*.yaml")))
-            raise ValueError(f"--prompt {name!r} is none of {known}, nor a YAML file")
+    path = find_yaml(name, PROMPTS_DIR, "--prompt")
     values = {"instruction": ""} | load_yaml(path)
     allowed = {f.name for f in fields(Prompt)} - {"name"}
     wrong = sorted(values.keys() ^ allowed)

@@ -11,7 +11,6 @@ mgsm_LANG.tsv a question and its number in a line. What is wrong is named with f
 
 import csv
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,8 +18,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from config import CONFIGS_DIR, load_yaml
+from config import CONFIGS_DIR
+from identity import rows_hash
 from inputs import decode_utf8, read_jsonl
+from plain_yaml import find_yaml, load_yaml
 from tasks.answers import number
 from tasks.chat import Chat
 
@@ -109,8 +110,7 @@ def _read_tsv(path: Path):
 
 def data_hash(problems: Sequence[Problem]) -> str:
     """sha256 of what is asked and of what is right."""
-    rows = [[p.question, p.solution, p.language] for p in problems]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return rows_hash([p.question, p.solution, p.language] for p in problems)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,12 +187,7 @@ class Prompt:
 
 def load_prompt(name: str) -> Prompt:
     """A prompt of configs/word_problems by its name, or a YAML file of one's own."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = PROMPTS_DIR / f"{name}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in PROMPTS_DIR.glob("*.yaml")))
-            raise ValueError(f"--prompt {name!r} is none of {known}, nor a YAML file")
+    path = find_yaml(name, PROMPTS_DIR, "--prompt")
     values = load_yaml(path)
     allowed = {f.name for f in fields(Prompt)} - {"name"}
     missing = allowed - {"punctuation", "languages"} - values.keys()

@@ -6,16 +6,14 @@ The form of LAMBADA (Paperno et al. 2016): a line's last word is right if each o
 likeliest after what comes before. Its tests run it as a command, from Python and in a sweep.
 """
 
-import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # a script on top needs no such line
+# a script on top needs no such line
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 import command
@@ -25,6 +23,7 @@ import stats
 from backends import Backend, Facts
 from backends.continuations import Continuations
 from evaluation import Evaluation, Folder, Outcome, Plan
+from identity import rows_hash
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,7 @@ def plan(options: Options, facts: Facts) -> Plan:
     bos = evaluation.resolve_bos(options.bos, facts.tokenizer)
     protocol = {
         "bos": bos,
-        "dtype": facts.dtype,
-        "tokenizer": facts.tokenizer.name,
-        "tokenizer_fingerprint": facts.tokenizer.fingerprint,
+        **facts.protocol,
         "batch_tokens": options.batch_tokens,
     }
     start = [facts.tokenizer.bos_token_id] * bos
@@ -58,8 +55,7 @@ def plan(options: Options, facts: Facts) -> Plan:
     nothing = np.zeros(0, dtype=np.int64)
     rows = Continuations([nothing], np.zeros(len(lines), dtype=np.int64), ids, targets)
     evaluation.check_vocabulary(rows.highest_token, facts)
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    data = {"files": [Path(options.data_path).name], "hash": digest}
+    data = {"files": [Path(options.data_path).name], "hash": rows_hash(lines)}
     return Plan(protocol, data, (rows, lines), ("BOS",) * bos + (facts.dtype,))
 
 

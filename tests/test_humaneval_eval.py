@@ -381,7 +381,7 @@ def journaled(where):
 def test_killed_on_two_ranks_resumed_on_three_is_as_run_on_one(saved, data_dir, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     out = launch(saved, data_dir, whole, 1).stdout
-    assert "9 tasks, samples of each: 3, temperature 1, top-p 0.95" in out
+    assert "9 tasks: 3 samples, temperature 1, top-p 0.95, float32, limit 9" in out
     assert "A PART OF THE TASKS" in out and "pass@2" in out and "--- HumanEval/4, failing" in out
 
     (tmp_path / "mortal.py").write_text(MORTAL)

@@ -5,7 +5,8 @@ import tracemalloc
 
 import pytest
 
-from plain_yaml import LONGEST, load_yaml
+from plain_yaml import LONGEST, find_yaml, load_yaml
+from tasks import choice_sets, templates, translation, word_problems
 
 
 def test_settings_are_read_with_their_aliases(tmp_path):
@@ -13,6 +14,25 @@ def test_settings_are_read_with_their_aliases(tmp_path):
     path.write_text("base: &b {x: 1, y: [2, 3]}\none: *b\ntwo: {<<: *b, x: 5}\nall: {<<: [*b]}\n")
     base = {"x": 1, "y": [2, 3]}
     assert load_yaml(path) == {"base": base, "one": base, "two": base | {"x": 5}, "all": base}
+
+
+def test_settings_are_found_by_name_or_by_path(tmp_path):
+    """A name never leaves the folder of its kind for the working directory."""
+    (tmp_path / "good.yaml").write_text("x: 1\n")
+    assert find_yaml("good", tmp_path, "--x") == tmp_path / "good.yaml"
+    assert find_yaml("other/mine.yml", tmp_path, "--x").parts == ("other", "mine.yml")
+    with pytest.raises(ValueError, match="--x 'mine' is none of good, nor a YAML file"):
+        find_yaml("mine", tmp_path, "--x")
+    for load, flag, known in (
+        (translation.load_prompt, "--prompt", "lm_eval"),
+        (word_problems.load_prompt, "--prompt", "gsm8k"),
+        (choice_sets.load_set, "--set", "arc_easy"),
+        (templates.load_template, "--template", "hendrycks"),
+    ):
+        with pytest.raises(ValueError, match=f"{flag} 'nope' is none of .*{known}"):
+            load("nope")
+        with pytest.raises(ValueError, match=r"nope\.yaml does not exist"):
+            load(str(tmp_path / "nope.yaml"))
 
 
 def laughs(kind, levels=9, times=9):

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from trained_files import TRAINED
 
 import checkpoint
-from config import load_config
+from config import GPTConfig, load_config
 from dataset import build_tokenizer
 from formats import conversion, tensorfiles
+from hf_convert import fields_from_hf
+from hf_families import SIZES
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,10 +92,13 @@ def test_an_adapter_is_merged(tmp_path):
 
 def test_what_no_class_has_is_named_before_anything_is_written(tmp_path):
     """With the fewest of its features that stand in the way."""
+    sizes = zip(SIZES.values(), (100, 64, 2, 4, 2, 32, 48), strict=True)
+    olmo2 = fields_from_hf({"model_type": "olmo2", **dict(sizes)})
     said = {
         "embedding_scale 2.0": CONFIGS["gpt2"].replace(embedding_scale=2.0),
         "qk_norm True": CONFIGS["gpt2"].replace(qk_norm=True),
         "parallel_residual True": CONFIGS["qwen3"].replace(parallel_residual=True),
+        "qk_norm_over 'heads'": GPTConfig(**olmo2 | {"qk_norm_over": "heads"}),
         "logit_softcap 30.0 and residual_scale 0.5": CONFIGS["gpt2"].replace(
             residual_scale=0.5, logit_softcap=30.0
         ),

@@ -8,6 +8,7 @@ from checkpoint_files import CONFIGS, logits, make_model
 
 import checkpoint
 from formats import layouts, stored, tensorfiles
+from formats.blocks import TYPES
 from formats.stored import Piece, joined, read, read_whole, whole
 from model import GPTModel
 
@@ -201,8 +202,24 @@ def test_one_of_a_stack(tmp_path):
         file.write_bytes(box.numpy().tobytes())
         pieces.append(Piece(file, 0, tuple(s.start for s in cut), tuple(box.shape)))
     stack = stored.joined("t", torch.float32, t.shape, pieces)
-    for i in range(3):
-        assert torch.equal(stored.read_whole(stored.nth(stack, i)), t[i])
+    for one, wanted in zip(stored.unstacked(stack), t, strict=True):
+        assert torch.equal(stored.read_whole(one), wanted)
+    for one, wanted in zip(stored.unstacked(stack, turned=True), t, strict=True):
+        assert torch.equal(stored.read_whole(one), wanted.t())
     (tmp_path / "turned").write_bytes(t.permute(0, 2, 1).contiguous().numpy().tobytes())
     turned = stored.whole(tmp_path / "turned", 0, torch.float32, t.shape, strides=(24, 1, 4))
-    assert torch.equal(stored.read_whole(stored.nth(turned, 2)), t[2])
+    assert torch.equal(stored.read_whole(stored.unstacked(turned)[2]), t[2])
+
+
+@pytest.mark.parametrize("kind", ("Q4_0", "Q8_0", "Q6_K"))
+def test_one_of_a_stack_of_blocks(kind, tmp_path):
+    """A matrix begins where the blocks before it end, not where its numbers would."""
+    how = TYPES[kind]
+    raw = torch.randint(0, 60, (3 * 4 * 2, how.bytes), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "packed").write_bytes(raw.to(torch.uint8).numpy().tobytes())
+    stack = stored.whole(tmp_path / "packed", 0, torch.float32, (3, 4, 2 * how.numbers))
+    stack = stack._replace(pieces=tuple(p._replace(blocks=how) for p in stack.pieces))
+    whole = how.decode(raw.to(torch.uint8)).view(3, 4, 2 * how.numbers)
+    assert whole.isfinite().all() and whole.unique().numel() > 20
+    for one, wanted in zip(stored.unstacked(stack), whole, strict=True):
+        assert torch.equal(stored.read_whole(one), wanted)

@@ -144,7 +144,10 @@ def test_bad_csv_rows_are_named_by_file_and_line(content, message, tmp_path):
 @pytest.mark.parametrize(
     "row,message",
     [
-        ({"question": "q", "choices": list("abcd"), "answer": 1}, "subject is missing"),
+        (
+            {"question": "q", "choices": list("abcd"), "answer": 1},
+            "subject is missing.*fields are question, cho",
+        ),
         ({"question": None, "choices": list("abcd"), "answer": 1, "subject": "s"}, "question is"),
         (
             {"question": "q", "choices": [1, 2, 3, 4], "answer": 1, "subject": "s"},
