@@ -281,11 +281,11 @@ def score_continuations(
     with attention_without_plans():
         agree_on_memory(score_mine, dist)
     summed = dist.sum(torch.cat((choices.flatten(), scored, likeliest)))
-    return _by_row(rows, np.split(summed, np.cumsum([choices.numel(), len(scored)])), greedy)
+    return by_row(rows, np.split(summed, np.cumsum([choices.numel(), len(scored)])), greedy)
 
 
-def _by_row(rows: Continuations, parts: list[np.ndarray], greedy: bool) -> RowScores:
-    """parts: choices [R * K], tokens and likeliest [sum of S], as they were summed over ranks."""
+def by_row(rows: Continuations, parts: Sequence[np.ndarray], greedy: bool) -> RowScores:
+    """parts: choices [R * K], tokens and likeliest [sum of S], float64: what was found of all."""
     choices, tokens, likeliest = parts
     n = len(rows.ids)
     row_of_target = np.repeat(np.arange(n), np.diff(rows.target_offsets))

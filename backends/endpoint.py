@@ -10,7 +10,6 @@ refused is a sample whose finish is "refused"; a score cannot do without any of 
 """
 
 import hashlib
-import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -164,22 +163,15 @@ class Endpoint:
             cost["tokens"] = rows.unique_tokens()
         K, offsets = len(rows.choice_ids or ()), rows.target_offsets
         choices = np.zeros(len(rows.ids) * K)
-        tokens, likeliest = np.zeros(int(offsets[-1])), np.zeros(int(offsets[-1]), dtype=bool)
+        tokens, likeliest = np.zeros(int(offsets[-1])), np.zeros(int(offsets[-1]))
         for ids, places in wanted.places.items():
             scores = found[ids]
             for of_choices, slot, at in places:
                 (choices if of_choices else tokens)[slot] = scores.values[at]
                 if greedy and not of_choices and scores.likeliest is not None:
                     likeliest[slot] = scores.likeliest[at]
-        parts = list(itertools.pairwise(offsets.tolist()))
         self._ran |= {"batch_tokens": None, "batch_size": None}
-        return continuations.RowScores(
-            choices.reshape(len(rows.ids), K),
-            np.array([tokens[a:b].sum() for a, b in parts]),
-            tokens,
-            np.array([likeliest[a:b].all() for a, b in parts]) if greedy else None,
-            likeliest if greedy else None,
-        )
+        return continuations.by_row(rows, (choices, tokens, likeliest), greedy)
 
     def generate(
         self,
