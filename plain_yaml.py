@@ -9,6 +9,7 @@ name that stands there twice says two things: such files are refused, in one lin
 
 import itertools
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,23 @@ def load_yaml(path: str | Path) -> dict:
     if _written_out(values, {}) > MOST_VALUES:
         raise ValueError(f"{path} holds more than {MOST_VALUES:,} values, aliases written out")
     return values
+
+
+def check_fields(
+    where: str | Path, values: dict, kinds: dict[str, type], optional: Collection[str] = ()
+) -> None:
+    """ValueError, naming the field, for one that is unknown, missing or of another kind; a list is
+    one of texts."""
+    missing = kinds.keys() - set(optional) - values.keys()
+    wrong = sorted((values.keys() - kinds.keys()) | missing)
+    if wrong:
+        raise ValueError(f"{where}: field {wrong[0]!r} is unknown or missing; {sorted(kinds)}")
+    for field, value in values.items():
+        if type(value) is not kinds[field]:
+            raise ValueError(f"{where}: {field} must be {kinds[field].__name__}, not {value!r:.40}")
+    for field, value in values.items():
+        if kinds[field] is list and not all(isinstance(text, str) and text for text in value):
+            raise ValueError(f"{where}: {field} must be a list of texts")
 
 
 def _loader(text: str) -> Any:

@@ -21,7 +21,7 @@ from config import CONFIGS_DIR
 from identity import rows_hash
 from inputs import decode_utf8, read_jsonl, refuse_impostor
 from packed import open_packed, suffix_of
-from plain_yaml import find_yaml, load_yaml
+from plain_yaml import check_fields, find_yaml, load_yaml
 from tasks.chat import Chat
 
 PROMPTS_DIR = CONFIGS_DIR / "translation"
@@ -216,17 +216,8 @@ def load_prompt(name: str) -> Prompt:
     """A prompt of configs/translation by its name, or a YAML file of one's own."""
     path = find_yaml(name, PROMPTS_DIR, "--prompt")
     values = {"instruction": ""} | load_yaml(path)
-    allowed = {f.name for f in fields(Prompt)} - {"name"}
-    wrong = sorted(values.keys() ^ allowed)
-    if wrong:
-        raise ValueError(f"{path}: field {wrong[0]!r} is unknown or missing; {sorted(allowed)}")
-    kinds = {"num_few_shot": int, "stop": list}
-    for field, value in values.items():
-        kind = kinds.get(field, str)
-        if type(value) is not kind:
-            raise ValueError(f"{path}: {field} must be {kind.__name__}, not {value!r:.40}")
-    if not all(isinstance(text, str) and text for text in values["stop"]):
-        raise ValueError(f"{path}: stop must be a list of texts")
+    texts = {f.name: str for f in fields(Prompt) if f.name != "name"}
+    check_fields(path, values, texts | {"num_few_shot": int, "stop": list})
     if values["num_few_shot"] < 0:
         raise ValueError(f"{path}: num_few_shot must not be negative")
     for field, own in (("question", "{source}"), ("answer", "{reference}")):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from config import CONFIGS_DIR
 from identity import rows_hash
 from inputs import decode_utf8, read_jsonl
-from plain_yaml import find_yaml, load_yaml
+from plain_yaml import check_fields, find_yaml, load_yaml
 from tasks.answers import number
 from tasks.chat import Chat
 
@@ -189,23 +189,14 @@ def load_prompt(name: str) -> Prompt:
     """A prompt of configs/word_problems by its name, or a YAML file of one's own."""
     path = find_yaml(name, PROMPTS_DIR, "--prompt")
     values = load_yaml(path)
-    allowed = {f.name for f in fields(Prompt)} - {"name"}
-    missing = allowed - {"punctuation", "languages"} - values.keys()
-    wrong = sorted((values.keys() - allowed) | missing)
-    if wrong:
-        raise ValueError(f"{path}: field {wrong[0]!r} is unknown or missing; {sorted(allowed)}")
-    _check_types(path, values)
+    texts = {f.name: str for f in fields(Prompt) if f.name != "name"}
+    others = {"num_few_shot": int, "stop": list, "punctuation": bool, "languages": dict}
+    check_fields(path, values, texts | others, optional=("punctuation", "languages"))
+    _check_words(path, values)
     return Prompt(path.stem, **values | {"stop": tuple(values["stop"])})
 
 
-def _check_types(path: Path, values: dict) -> None:
-    kinds = {"num_few_shot": int, "stop": list, "punctuation": bool, "languages": dict}
-    for field, value in values.items():
-        kind = kinds.get(field, str)
-        if type(value) is not kind:
-            raise ValueError(f"{path}: {field} must be {kind.__name__}, not {value!r:.40}")
-    if not all(isinstance(text, str) and text for text in values["stop"]):
-        raise ValueError(f"{path}: stop must be a list of texts")
+def _check_words(path: Path, values: dict) -> None:
     own = (values.get("languages") or {}).values()
     for words in [values, *(values | words for words in own)]:
         if "{question}" not in words["question"] or "{solution}" not in words["answer"]:
