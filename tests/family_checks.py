@@ -1,6 +1,7 @@
 """What every family of Hugging Face's is compared by: ours against transformers' eager model."""
 
 import copy
+import functools
 import json
 
 import torch
@@ -48,6 +49,19 @@ def make_pair(name, case, folder):
             p.add_(torch.randn_like(p) * 0.12)
     theirs.save_pretrained(folder)
     return theirs, checkpoint.load_model(folder, "float32")
+
+
+def pairs_of(cases, tmp_path_factory):
+    """(name, i) -> (transformers' model of cases[name][i], its directory, ours from there), each
+    made once."""
+
+    @functools.cache
+    def pair(name, i):
+        folder = tmp_path_factory.mktemp(f"{name}-{i}")
+        theirs, ours = make_pair(name, cases[name][i], folder)
+        return theirs, folder, ours
+
+    return pair
 
 
 @torch.no_grad()

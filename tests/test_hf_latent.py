@@ -11,7 +11,7 @@ from family_checks import (
     check_logits,
     check_padded_logits,
     check_saved,
-    make_pair,
+    pairs_of,
 )
 
 import checkpoint
@@ -90,17 +90,7 @@ def test_every_family_of_latent_attention_is_compared():
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """(name, i) -> (transformers' model, its directory, ours from there), each made once."""
-    made = {}
-
-    def pair(name, i):
-        if (name, i) not in made:
-            folder = tmp_path_factory.mktemp(f"{name}-{i}")
-            theirs, ours = make_pair(name, CASES[name][i], folder)
-            made[name, i] = theirs, folder, ours
-        return made[name, i]
-
-    return pair
+    return pairs_of(CASES, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name, i", NAMES)

@@ -21,6 +21,7 @@ from tokenizer import build_tokenizer
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
+from family_checks import SIZES, T, V  # noqa: E402
 from gguf_files import (  # noqa: E402
     converted,
     described,
@@ -31,19 +32,6 @@ from gguf_files import (  # noqa: E402
     write_vocabulary,
 )
 
-V, T = 97, 40
-SIZES = dict(
-    vocab_size=V,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
-)
 IDS = torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(0))
 WIDE, WINDOW = dict(head_dim=32), dict(sliding_window=8)
 LINEAR = dict(rope_type="linear", factor=8.0)
