@@ -217,18 +217,15 @@ def _origin(options: Options, task: Task) -> str:
 
 
 def words_of(protocol: dict, task: Task, of_chat: tuple[str, ...]) -> tuple[str, ...]:
-    drawn = "greedy" if not protocol["temperature"] else f"temperature {protocol['temperature']:g}"
-    pair, limit = (task.source.code, task.target.code), protocol["limit"]
+    pair = (task.source.code, task.target.code)
     return (
         *(["-".join(filter(None, pair))] if any(pair) else []),
         protocol["prompt"],
         f"{protocol['num_few_shot']} shots",
         *of_chat,
         *([f"tok:{task.tokenizer}"] if "bleu" in task.metrics else []),
-        drawn,
-        *(["BOS"] if protocol["bos"] else []),
-        protocol["dtype"],
-        *([f"limit {limit}: not a score"] if limit else []),
+        drawing.how_drawn(protocol),
+        *evaluation.closing_words(protocol),
     )
 
 

@@ -285,6 +285,16 @@ def check_vocabulary(highest: int, facts: Facts) -> None:
         )
 
 
+def closing_words(protocol: dict) -> tuple[str, ...]:
+    """What the words of most protocols end with: BOS, precision, and that it is a part of a set."""
+    limit = protocol["limit"]
+    return (
+        *(["BOS"] if protocol["bos"] else []),
+        protocol["dtype"],
+        *([f"limit {limit}: not a score"] if limit else []),
+    )
+
+
 GPT2_VOCABULARIES = (50257, 50304)  # the latter as nanoGPT pads it
 _tokenizers: dict = {}
 

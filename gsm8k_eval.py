@@ -172,17 +172,13 @@ def plan(options: Options, facts: Facts) -> Plan:
 
 
 def words_of(protocol: dict, of_chat: tuple[str, ...] = ()) -> tuple[str, ...]:
-    drawn = "greedy" if not protocol["temperature"] else f"temperature {protocol['temperature']:g}"
-    limit = protocol["limit"]
     return (
         protocol["prompt"],
         f"{protocol['num_few_shot']} shots",
         *of_chat,
         *([] if protocol["num_samples"] == 1 else [f"{protocol['num_samples']} samples"]),
-        drawn,
-        *(["BOS"] if protocol["bos"] else []),
-        protocol["dtype"],
-        *([f"limit {limit}: not a score"] if limit else []),
+        drawing.how_drawn(protocol),
+        *evaluation.closing_words(protocol),
     )
 
 

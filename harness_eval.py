@@ -16,6 +16,7 @@ local files: a YAML of yours in --include-path, which may bear a known task's na
 model writes are not run here: that is humaneval_eval.py's.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,11 +89,16 @@ def read_gen_kwargs(text: str) -> dict:
 
 def find(options: Options) -> Any:
     """The tasks.harness.Asked of options of one task."""
+    (name,) = options.names
+    return _found(name, options.include_path, options.num_few_shot, options.gen_kwargs)
+
+
+@functools.cache
+def _found(name: str, include_path: str | None, num_few_shot: int | None, gen_kwargs: str) -> Any:
+    """Loading a task's data takes seconds: check() and plan() share it."""
     from tasks import harness
 
-    (name,) = options.names
-    kwargs = read_gen_kwargs(options.gen_kwargs)
-    return harness.find_tasks(name, options.include_path, options.num_few_shot, kwargs)
+    return harness.find_tasks(name, include_path, num_few_shot, read_gen_kwargs(gen_kwargs))
 
 
 def check(options: Options) -> None:
@@ -131,15 +137,8 @@ def plan(options: Options, facts: Facts) -> Plan:
     }
     data = {"files": sorted(asked.tasks), "hash": harness.content_hash(asked, options.limit)}
     shots = "/".join(map(str, asked.shots()))
-    words = [
-        asked.name,
-        f"{shots}-shot",
-        *(chat.words if chat else ()),
-        *(["BOS"] if protocol["bos"] else []),
-        facts.dtype,
-    ]
-    words += [f"limit {options.limit}: not a score"] if options.limit else []
-    return Plan(protocol, data, Work(asked, chat), tuple(words))
+    words = (asked.name, f"{shots}-shot", *(chat.words if chat else ()))
+    return Plan(protocol, data, Work(asked, chat), words + evaluation.closing_words(protocol))
 
 
 def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:

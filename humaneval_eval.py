@@ -202,17 +202,13 @@ def plan(options: Options, facts: Facts) -> Plan:
 
 
 def words_of(protocol: dict, chat: Chat | None) -> tuple[str, ...]:
-    limit, drawn = protocol["limit"], ["greedy"]
-    if protocol["temperature"]:
-        drawn = [f"temperature {protocol['temperature']:g}", f"top-p {protocol['top_p']:g}"]
     return (
         *([] if protocol["prompt"] == "completion" else [f"prompt {protocol['prompt']}"]),
         *(chat.words if chat else ()),
         f"{protocol['num_samples']} samples",
-        *drawn,
-        *(["BOS"] if protocol["bos"] else []),
-        protocol["dtype"],
-        *([f"limit {limit}: not a score"] if limit else []),
+        drawing.how_drawn(protocol),
+        *([f"top-p {protocol['top_p']:g}"] if protocol["temperature"] else []),
+        *evaluation.closing_words(protocol),
     )
 
 

@@ -44,6 +44,12 @@ def encode_prompts(
     return prompts
 
 
+def how_drawn(protocol: dict) -> str:
+    """The word for the sampling of a protocol."""
+    temperature = protocol["temperature"]
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
 def end_tokens(facts: Facts) -> set[int]:
     """End of text, and whatever else has no text: special tokens, and a padded head's extra ids."""
     tokenizer = facts.tokenizer
