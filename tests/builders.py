@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +283,12 @@ def wait_for(condition):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
     return found
+
+
+def set_clock(monkeypatch, module, **clocks) -> None:
+    """`time` of this module alone, with these functions instead of its own: other threads of the
+    process, an event loop's among them, would wait for ever by a clock that goes back."""
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(**vars(time) | clocks))
 
 
 def descendants(pid) -> list[int]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from builders import PATIENCE
+from builders import PATIENCE, set_clock
 from small_programs import BEST_TIER, HONEST, TEST
 
 from sandbox import clock
@@ -19,8 +19,8 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.now, self.used, self.waited, self.candidate = 1000.0, 50.0, 7.0, [0.0, 0.0]
-        monkeypatch.setattr(clock.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(clock.time, "process_time", lambda: self.used)
+        clocks = {"monotonic": lambda: self.now, "process_time": lambda: self.used}
+        set_clock(monkeypatch, clock, **clocks)
         monkeypatch.setattr(clock.Clock, "_waited", lambda _: self.waited)
         self.clock = clock.Clock(lambda: self.candidate)
         self.clock.start()

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
-from builders import PATIENCE, ROOT, descendants, is_there, started, wait_for
+from builders import PATIENCE, ROOT, descendants, is_there, set_clock, started, wait_for
 from small_programs import (
     BEST_TIER,
     ENDLESS,
@@ -291,7 +291,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_program_judged_again():
 def test_an_idle_worker_that_is_killed_is_replaced_without_a_word():
     """In a program that ends with 141 on the first broken pipe, as every command does."""
     script = f"""
-import os, signal, sys
+import contextlib, os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests/sandbox")!r}]
 import cli
 from builders import descendants
@@ -308,7 +308,8 @@ def main():
                 assert sandbox.judge("", f"{{HONEST}}# {{turn}} {{i}}", TEST, "solve").passed
         for pid in descendants(os.getpid()):  # with zygotes and candidates
             if pid not in [worker.process.pid for worker in sandbox._all]:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # gone with the one before
+                    os.kill(pid, signal.SIGKILL)
         assert sandbox.judge("", HONEST, TEST, "solve").passed
         for worker in sandbox._all:
             os.kill(worker.process.pid, signal.SIGKILL)
@@ -446,8 +447,7 @@ def test_a_machine_without_room_for_processes_ends_it_in_one_line(monkeypatch):
 
     monkeypatch.setattr(judge, "subprocess", types.SimpleNamespace(**vars(subprocess)))
     judge.subprocess.Popen = popen
-    monkeypatch.setattr(judge, "time", types.SimpleNamespace(**vars(time)))
-    judge.time.sleep = lambda _: None
+    set_clock(monkeypatch, judge, sleep=lambda _: None)
     with Sandbox(workers=1, timeout=PATIENCE) as sandbox:
         sandbox._all[0].kill()
         refuse[:] = [True] * (judge.STARTS - 1)

@@ -1,4 +1,4 @@
-"""One server for all tests of a session, and the model in it. It is tiny: threads would only wait
+"""One server for all tests of this folder, and the model in it. It is tiny: threads would only wait
 for each other."""
 
 import pytest
@@ -30,7 +30,7 @@ def model(checkpoint_path):
     return load_model(checkpoint_path, "float32", "cpu")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(checkpoint_path):
     with serving(checkpoint_path) as (client, service):
         yield client, service

@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 import torch
-from builders import wait_for
+from builders import PATIENCE, wait_for
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -79,4 +79,5 @@ def serving(path, key=None, **options):
             yield Client("http://{}:{}".format(*listener.getsockname()[:2])), service
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), "the server does not end"

@@ -2,21 +2,21 @@
 
 import os
 import shutil
-import time
 
 import pytest
 import torch
-from builders import saved_checkpoint, tiny_model
+from builders import saved_checkpoint, set_clock, tiny_model
 from trained_files import copied
 
+from sweeping import seen
 from sweeping.seen import Shelf, signature
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """time.monotonic, to be set forward."""
+    """The shelf's time.monotonic, to be set forward."""
     now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    set_clock(monkeypatch, seen, monotonic=lambda: now[0])
     return now
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from builders import set_clock
 
 from distributed import Dist
 from training import log as module
@@ -22,7 +23,7 @@ def entries(path):
 def clock(monkeypatch):
     """A clock that goes when the test says so: clock[0] seconds."""
     now = [100.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    set_clock(monkeypatch, module, perf_counter=lambda: now[0])
     return now
 
 
