@@ -1,0 +1,302 @@
+"""Linear layers whose weights stay packed, in memory and on the card.
+
+    pack_model(model, {"blocks.0.mlp.fc1": [gate, up], ...})    # Codes, or those of fused parts
+    layer = PackedLinear([codes], torch.bfloat16)                # alone; then as any other Linear
+
+A model never has to be whole: built on meta, it takes one matrix after the other, and only what
+stays dense is allocated afterwards.
+
+    model = GPTModel.on_meta(config)
+    pack_model(model, ((name, codes_of(name)) for name in names), dtype=torch.bfloat16)
+    model.allocate(torch.bfloat16, "cuda")                       # embeddings, norms, head
+
+Few rows (a decode step) are multiplied by the codes as they lie; many (scoring, prefill) by the
+weight in the dtype of the products, which is made anew each time, in memory that the next layer
+uses again. In float32 and on a CPU all products go the second way.
+
+With activations "e4m3", weights that are e4m3 with one scale a row meet activations that are
+rounded alike, a scale a token, and the tensor cores multiply 8-bit floats.
+
+Shapes: M rows, N outputs, K inputs, G groups
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpu_kernels.low_bit_matmul import (
+    Packed,
+    arrivals_of,
+    dequantise,
+    low_bit_matmul,
+    multiplies,
+    pack,
+)
+from quantisation.codes import Codes
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max  # 448
+LEAST_SCALE = 1e-12  # of a row of zeros
+ALIGNED = 16  # rows and columns of the tensor cores' products of 8-bit floats
+
+PartsByName = Mapping[str, Sequence[Codes]] | Iterable[tuple[str, Sequence[Codes]]]
+
+
+class PackedLinear(nn.Module):
+    """A Linear [N, K] of the Codes of its parts, which lie one below the other, whatever each
+    has been rounded by. dtype: of its products. activations: None or "e4m3"."""
+
+    def __init__(
+        self,
+        parts: Sequence[Codes],
+        dtype: torch.dtype,
+        bias: nn.Parameter | None = None,
+        activations: str | None = None,
+    ):
+        super().__init__()
+        assert activations in (None, "e4m3"), activations
+        self.bias: nn.Parameter | None
+        self.dtype = dtype
+        kind = PackedWeight if activations is None else Float8Weight
+        self.weights = nn.ModuleList(kind(codes) for codes in joined(parts))
+        self.in_features = parts[0].codes.shape[1]
+        self.out_features = sum(len(codes.codes) for codes in parts)
+        assert bias is None or bias.shape == (self.out_features,), (bias, self.out_features)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.to(self.dtype).reshape(-1, self.in_features)
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        if len(self.weights) == 1:
+            y = self.weights[0](rows, bias)
+        else:
+            y = torch.cat([weight(rows, None) for weight in self.weights], dim=1)
+            y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K] in the dtype of its products, made anew."""
+        return torch.cat([weight.dense(self.dtype) for weight in self.weights])
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.dtype}"
+
+
+class PackedWeight(nn.Module):
+    """Codes of 4 bits or fewer two a byte, others one a byte."""
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    arrivals: Tensor
+    order: Tensor | None
+
+    def __init__(self, codes: Codes):
+        super().__init__()
+        packed, order = packed_of(codes)
+        self.kind, self.group, self.K = packed.kind, packed.group, packed.K
+        for name in ("words", "scales", "zeros"):
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("order", order)
+        self.register_buffer("arrivals", arrivals_of(packed), persistent=False)
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.words, self.scales, self.zeros, self.kind, self.group, self.K)
+
+    def forward(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """[M, N] of rows [M, K]."""
+        packed = self.packed
+        if self.order is not None:
+            rows = rows[:, self.order]
+        if multiplies(rows, packed):
+            return low_bit_matmul(rows, packed, self.arrivals, bias)
+        return F.linear(rows, dequantise(packed, rows.dtype), bias)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[N, K], its columns as they were."""
+        weight = dequantise(self.packed, dtype)
+        if self.order is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.order, weight)
+
+
+class Float8Weight(nn.Module):
+    """e4m3 with one scale a row, for activations that are rounded as they come."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, codes: Codes):
+        super().__init__()
+        (self.N, self.K), G = codes.codes.shape, codes.scales.shape[1]
+        if codes.codes.dtype != E4M3 or G != 1 or codes.zeros is not None:
+            raise ValueError(
+                f"{codes.rule}: activations are rounded to e4m3 where weights are, with one scale "
+                "a row"
+            )
+        pad = (0, -self.K % ALIGNED, 0, -self.N % ALIGNED)
+        padded = F.pad(codes.codes.view(torch.uint8), pad).view(E4M3)
+        self.register_buffer("codes", padded)
+        scales = F.pad(codes.scales.float(), (0, 0, 0, pad[3]))
+        self.register_buffer("scales", scales.t().contiguous())  # [1, N]
+
+    def forward(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """[M, N] of rows [M, K]."""
+        x, scales = float8_rows(rows)
+        if rows.dtype == torch.bfloat16 and rows.is_cuda and _has_float8(rows.device.index):
+            M = len(x)
+            pad = (0, self.codes.shape[1] - self.K, 0, -M % ALIGNED)
+            if any(pad):
+                x = F.pad(x.view(torch.uint8), pad).view(E4M3)
+                scales = F.pad(scales, (0, 0, 0, pad[3]))
+            y = torch._scaled_mm(
+                x, self.codes.t(), scales, self.scales, out_dtype=rows.dtype, use_fast_accum=False
+            )
+            y = y[:M, : self.N]
+            return y if bias is None else y + bias
+        y = F.linear(x.float() * scales, self.dense(torch.float32))
+        return (y if bias is None else y + bias.float()).to(rows.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[N, K]"""
+        weight = self.codes[: self.N, : self.K].float() * self.scales.t()[: self.N]
+        return weight.to(dtype)
+
+
+def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes e4m3 [M, K], scales float32 [M, 1]) of x [M, K]: the largest number of a row becomes
+    the largest of e4m3, 448. The cast alone would make NaN of what rounding pushes beyond it."""
+    values = x.float()
+    scales = (values.abs().amax(1, keepdim=True) / E4M3_MAX).clamp(min=LEAST_SCALE)
+    return (values / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scales
+
+
+def _has_float8(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+# torch.compiler.assume_constant_result would import all of dynamo here, seconds of every start
+vars(_has_float8)["_dynamo_marked_constant"] = True
+
+
+# ---------------------------------------------------------------------------------------------
+# From codes
+
+
+def joined(parts: Iterable[Codes]) -> list[Codes]:
+    """Parts that follow each other and are of one form, as one."""
+    found: list[Codes] = []
+    for part in parts:
+        if found and _alike(found[-1], part):
+            found[-1] = _below(found[-1], part)
+        else:
+            found.append(part)
+    return found
+
+
+def _alike(a: Codes, b: Codes) -> bool:
+    same = (a.bits, a.codes.dtype, a.codes.shape[1]) == (b.bits, b.codes.dtype, b.codes.shape[1])
+    same = same and (a.scales.shape[1], a.scales.dtype) == (b.scales.shape[1], b.scales.dtype)
+    if (a.zeros is None) != (b.zeros is None) or (a.groups is None) != (b.groups is None):
+        return False
+    if a.zeros is not None and b.zeros is not None:
+        same = same and a.zeros.dtype == b.zeros.dtype
+    return same and (a.groups is None or b.groups is None or torch.equal(a.groups, b.groups))
+
+
+def _below(a: Codes, b: Codes) -> Codes:
+    codes = torch.cat([part.codes.view(torch.uint8) for part in (a, b)]).view(a.codes.dtype)
+    zeros = None
+    if a.zeros is not None and b.zeros is not None:
+        zeros = torch.cat((a.zeros, b.zeros))
+    return Codes(a.rule, a.bits, codes, torch.cat((a.scales, b.scales)), zeros, a.groups)
+
+
+def packed_of(codes: Codes) -> tuple[Packed, Tensor | None]:
+    """(the weight as the kernels read it, the order of its columns where their groups do not lie
+    side by side). ValueError for groups of unequal sizes."""
+    q, K = codes.codes, codes.codes.shape[1]
+    group, order = _grouped(codes, K)
+    if order is not None:
+        q = q.view(torch.uint8)[:, order].view(q.dtype)
+    kind, lowest = "e4m3", 0  # lowest: what lies as code 0
+    if q.dtype != E4M3:
+        kind = "int4" if codes.bits <= 4 else "int8"
+        if kind == "int4":
+            lowest = -8 if q.dtype == torch.int8 else 0
+        else:
+            lowest = 128 if q.dtype == torch.uint8 else 0
+        q = (q.to(torch.int16) - lowest).to(torch.uint8 if kind == "int4" else torch.int8)
+    zeros = _zeros(codes, kind, lowest)
+    scales = codes.scales.t().contiguous()
+    return Packed(pack(q, kind), scales, zeros, kind, group, K), order
+
+
+def _grouped(codes: Codes, K: int) -> tuple[int, Tensor | None]:
+    """(columns that share a scale, the order in which the columns of a group lie together)."""
+    if codes.groups is None:
+        return codes.group_size, None
+    given = codes.groups.to(torch.int64)
+    groups, order = given.sort(stable=True)
+    group = int(torch.bincount(groups).max())
+    if not torch.equal(groups, torch.arange(K, device=groups.device) // group):
+        raise ValueError(f"{codes.rule}: groups of columns of unequal sizes")
+    return group, None if torch.equal(groups, given) else order
+
+
+def _zeros(codes: Codes, kind: str, lowest: int) -> Tensor | None:
+    """[G, N] of raw codes, where the zero is not the one that goes without saying."""
+    shift = 128 if kind == "int4" else 0  # of raw codes, see low_bit_matmul.NO_ZERO
+    zeros = codes.zeros
+    if zeros is None:
+        if (kind, lowest) in (("int4", -8), ("int8", 0), ("e4m3", 0)):
+            return None
+        zeros = torch.zeros_like(codes.scales)
+    zeros = zeros.t().float() - lowest + shift
+    least, most = {"int4": (128, 143), "int8": (-128, 127), "e4m3": (-448, 448)}[kind]
+    exact = (zeros == zeros.round()) & (most - zeros <= 256) & (zeros - least <= 256)
+    whole = kind != "e4m3" and bool(exact.all())  # differences are numbers of bfloat16
+    return zeros.to(torch.bfloat16 if whole else torch.float32).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------
+# Into a model
+
+
+def pack_model(
+    model: nn.Module,
+    codes_by_name: PartsByName,
+    dtype: torch.dtype | None = None,
+    activations: str | None = None,
+) -> None:
+    """Put PackedLinear in the place of the linear layers of these names, one after the other: of
+    pairs that a generator makes, one is in memory at a time. dtype: of the products, that of each
+    layer's weight unless given."""
+    pairs = codes_by_name.items() if isinstance(codes_by_name, Mapping) else codes_by_name
+    for name, parts in pairs:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{name}: {type(layer).__name__} cannot be packed, Linear can")
+        packed = PackedLinear(parts, dtype or layer.weight.dtype, layer.bias, activations)
+        shape = packed.out_features, packed.in_features
+        assert shape == layer.weight.shape, (name, shape, tuple(layer.weight.shape))
+        packed._forward_pre_hooks = layer._forward_pre_hooks  # of rules that round activations
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, packed.train(layer.training))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of all weights, packed ones as they lie."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def n_weights(module: nn.Module) -> int:
+    """Numbers that a module multiplies by, packed ones too."""
+    packed = (m for m in module.modules() if isinstance(m, PackedLinear))
+    dense = sum(p.numel() for p in module.parameters())
+    return dense + sum(m.in_features * m.out_features for m in packed)
