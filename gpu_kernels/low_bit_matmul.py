@@ -22,12 +22,13 @@ import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 SPAN = 32  # columns of one code's place within a word, and words of a row's tile
-EACH = {"int4": 4, "int8": 2, "e4m3": 2}  # codes of a word
-# What is subtracted from a raw code where no zeros are given. Raw: int4 is 128 + u of u in 0..15,
-# which are the bits 0x4300 | u as bfloat16; int8 its value, e4m3 its value
-NO_ZERO = {"int4": 136.0, "int8": 0.0, "e4m3": 0.0}
+BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "e4m3": 8}  # of a code of each kind
+# What a code's bits are as bfloat16, its raw value, less the code: of 4 bits u in 0..15 it is
+# 128 + u, the bits 0x4300 | u; signed codes of 4 bits lie 8 higher, bytes without sign 128 lower
+OFFSET = {"int4": 136.0, "uint4": 128.0, "int8": 0.0, "uint8": -128.0, "e4m3": 0.0}
 MOST_ROWS = 64  # of one product; beyond, dequantised weights and cuBLAS are faster
 
 BLOCK_N, WARPS, STAGES = 128, 4, 4
@@ -37,11 +38,11 @@ DENSE_ROWS, DENSE_WARPS = 64, 4  # of `dequantise`
 
 
 class Packed(NamedTuple):
-    """A weight [N, K]: (raw code - zero) * scale.
+    """A weight [N, K]: (code - zero) * scale.
 
-    words: int16 [N, tiles * SPAN] as `pack` lays them; scales [G, N]; zeros [G, N], bfloat16 where
-    they are integers, which products subtract exactly, else float32; None: NO_ZERO. group: columns
-    that share a scale.
+    words: int16 [N, tiles * SPAN] as `pack` lays them; scales [G, N]; zeros [G, N] or None:
+    float32; or bfloat16, with OFFSET added, where raw values less these are numbers of bfloat16.
+    group: columns that share a scale.
     """
 
     words: torch.Tensor
@@ -61,40 +62,46 @@ class Packed(NamedTuple):
 
 
 def pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
-    """int16 words [N, tiles * SPAN] of codes [N, K]: uint8 in 0..15 for int4; int8; float8_e4m3fn.
+    """int16 words [N, tiles * SPAN] of codes [N, K]: int8, uint8, or float8_e4m3fn.
 
-    A tile is EACH * SPAN columns; code i of its word j is the tile's column i * SPAN + j. Columns
-    beyond K are filled up with 0.
+    A tile is a word's codes times SPAN columns; code i of its word j is the tile's column
+    i * SPAN + j. Columns beyond K are filled up with bits 0.
     """
-    (N, K), each = codes.shape, EACH[kind]
-    tile = each * SPAN
+    (N, K), each = codes.shape, 16 // BITS[kind]
     values = codes.view(torch.uint8).to(torch.int16)
-    values = torch.nn.functional.pad(values, (0, -K % tile)).view(N, -1, each, SPAN)
+    if kind == "int4":
+        values = values + 8 & 15
+    elif kind == "uint8":
+        values = values ^ 128
+    values = F.pad(values, (0, -K % (each * SPAN))).view(N, -1, each, SPAN)
     words = values[:, :, 0]
     for i in range(1, each):
-        words = words | values[:, :, i] << (16 // each * i)
+        words = words | values[:, :, i] << (BITS[kind] * i)
     return words.reshape(N, -1)
 
 
-def raw_codes(words: torch.Tensor, kind: str, K: int) -> torch.Tensor:
+def raw_values(words: torch.Tensor, kind: str, K: int) -> torch.Tensor:
     """float32 [N, K] of `pack`'s words."""
-    each = EACH[kind]
-    bits = 16 // each
-    tiles = words.view(len(words), -1, SPAN)
-    parts = torch.stack([tiles >> (bits * i) & (1 << bits) - 1 for i in range(each)], dim=2)
-    values = parts.reshape(len(words), -1)[:, :K]
-    if kind == "int4":
+    bits, tiles = BITS[kind], words.view(len(words), -1, SPAN)
+    parts = [tiles >> shift & (1 << bits) - 1 for shift in range(0, 16, bits)]
+    values = torch.stack(parts, dim=2).reshape(len(words), -1)[:, :K]
+    if bits == 4:
         return 128.0 + values.float()
-    dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
+    dtype = torch.float8_e4m3fn if kind == "e4m3" else torch.int8
     return values.to(torch.uint8).view(dtype).float()
 
 
 def dequantise_plain(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     """`dequantise` in plain operations."""
-    raw = raw_codes(packed.words, packed.kind, packed.K)
-    group = torch.arange(packed.K, device=raw.device) // packed.group
-    zeros = NO_ZERO[packed.kind] if packed.zeros is None else packed.zeros.float().t()[:, group]
-    return ((raw - zeros) * packed.scales.float().t()[:, group]).to(dtype)
+    group = torch.arange(packed.K, device=packed.words.device) // packed.group
+    values = raw_values(packed.words, packed.kind, packed.K) - _offset(packed.kind, packed.zeros)
+    if packed.zeros is not None:
+        values = values - packed.zeros.float().t()[:, group]
+    return (values * packed.scales.float().t()[:, group]).to(dtype)
+
+
+def _offset(kind: str, zeros: torch.Tensor | None) -> float:
+    return 0.0 if zeros is not None and zeros.dtype == torch.bfloat16 else OFFSET[kind]
 
 
 def matmul_plain(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
@@ -109,21 +116,22 @@ def matmul_plain(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> 
 # Of the code that lies SHIFT bits up in each of two words, its raw value, as two bfloat16. Of a
 # byte b, (128 + its lower 7 bits) - (256 if it is negative else 128); of an e4m3, whose exponent is
 # 120 smaller once it is read as a bfloat16's, 2 ** 120 times that
-ASM = {
-    "int4": "{ .reg .b32 t; shr.u32 t, $1, SHIFT;"
-    " lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }",
-    "int8": "{ .reg .b32 t, a, b; shr.u32 t, $1, SHIFT;"
-    " lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea;"
-    " lop3.b32 b, t, 0x00800080, 0x43004300, 0xea; sub.bf16x2 $0, a, b; }",
-    "e4m3": "{ .reg .b32 t, a, b; shr.u32 t, $1, SHIFT;"
-    " shl.b32 a, t, 4; and.b32 a, a, 0x07f007f0; shl.b32 b, t, 8;"
-    " lop3.b32 a, b, 0x80008000, a, 0xea; mov.b32 b, 0x7b807b80; mul.bf16x2 $0, a, b; }",
-}
+NIBBLE = "{ .reg .b32 t; shr.u32 t, $1, SHIFT; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }"
+BYTE = (
+    "{ .reg .b32 t, a, b; shr.u32 t, $1, SHIFT; lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea;"
+    " lop3.b32 b, t, 0x00800080, 0x43004300, 0xea; sub.bf16x2 $0, a, b; }"
+)
+FLOAT8 = (
+    "{ .reg .b32 t, a, b; shr.u32 t, $1, SHIFT; shl.b32 a, t, 4; and.b32 a, a, 0x07f007f0;"
+    " shl.b32 b, t, 8; lop3.b32 a, b, 0x80008000, a, 0xea; mov.b32 b, 0x7b807b80;"
+    " mul.bf16x2 $0, a, b; }"
+)
+ASSEMBLY = {"int4": NIBBLE, "uint4": NIBBLE, "int8": BYTE, "uint8": BYTE, "e4m3": FLOAT8}
 
 
 @functools.cache
 def _raw():
-    """A Triton function: the raw codes, bfloat16, that lie SHIFT bits up in int16 words."""
+    """A Triton function: raw values, bfloat16, of the codes that lie SHIFT bits up in words."""
     import triton
     import triton.language as tl
 
@@ -133,9 +141,9 @@ def _raw():
             codes = tl.inline_asm_elementwise(
                 CODE, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
             )
-        elif KIND == "int4":
+        elif KIND == "int4" or KIND == "uint4":
             codes = 128.0 + ((words >> SHIFT) & 15).to(tl.float32)
-        elif KIND == "int8":
+        elif KIND == "int8" or KIND == "uint8":
             codes = ((((words >> SHIFT) & 255) ^ 128) - 128).to(tl.float32)
         else:
             byte = ((words >> SHIFT) & 255).to(tl.uint8)
@@ -153,16 +161,15 @@ def _matmul_kernel():
     @triton.jit
     def matmul(
         x, words, scales, zeros, bias, y, parts, arrivals, M, N, K, G, tiles_each,
-        RAW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr,
-        ZEROS: tl.constexpr, NO_ZERO: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr,
-        CODES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        RAW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, SPAN: tl.constexpr,
+        GROUP: tl.constexpr, ZEROS: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
+        SPLITS: tl.constexpr, SHARE: tl.constexpr, CODES: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
         """BLOCK_N rows of weights, one part of K. GROUP 0: one scale a row. ZEROS: none, whole
-        ("bf16") or broken ("fp32") ones. The next tile's scales are on their way while this one is
-        multiplied."""
+        ("bf16") or broken ("fp32") ones. SHARE: spans of a tile that share a scale. The next
+        tile's scales are on their way while this one is multiplied."""
         TILE: tl.constexpr = EACH * SPAN
-        # spans that share a scale within a tile
-        SHARE: tl.constexpr = EACH if GROUP % TILE == 0 else (GROUP // SPAN if TILE % GROUP == 0 else 1)
         ROUND: tl.constexpr = ZEROS == "fp32"  # weights are rounded to bfloat16 before the product
         AHEAD: tl.constexpr = GROUP > 0 and SHARE == EACH
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -193,11 +200,10 @@ def _matmul_kernel():
                 w = RAW(word, KIND, 16 // EACH * i, tl.constexpr(CODES[i]))
                 g = tl.minimum((tile * TILE + i * SPAN) // (GROUP if GROUP else 1 << 30), G - 1)
                 at = g * N + n
+                if OFFSET != 0.0:
+                    w = w - OFFSET
                 if ZEROS != "":
-                    zero = tl.load(zeros + at, mask=n < N, other=0.0)
-                    w = w - zero[:, None]
-                elif NO_ZERO != 0.0:
-                    w = w - NO_ZERO
+                    w = w - tl.load(zeros + at, mask=n < N, other=0.0)[:, None]
                 if ROUND:
                     s = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
                     w = w.to(tl.float32) * s[:, None]
@@ -245,8 +251,9 @@ def _dequantise_kernel():
     @triton.jit
     def dequantise(
         words, scales, zeros, out, N, K, G, group,
-        RAW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, SPAN: tl.constexpr, ZEROS: tl.constexpr,
-        NO_ZERO: tl.constexpr, WHOLE: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr,
+        RAW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, SPAN: tl.constexpr,
+        ZEROS: tl.constexpr, OFFSET: tl.constexpr, WHOLE: tl.constexpr, CODES: tl.constexpr,
+        ROWS: tl.constexpr,
     ):  # fmt: skip
         """ROWS rows of a tile. WHOLE: no span lies in two groups."""
         TILE: tl.constexpr = EACH * SPAN
@@ -268,29 +275,38 @@ def _dequantise_kernel():
                 at = (k // group)[None, :] * N + n[:, None]
                 there = inside
             w = RAW(word, KIND, 16 // EACH * i, tl.constexpr(CODES[i])).to(tl.float32)
+            w = w - OFFSET
             if ZEROS:
                 w = w - tl.load(zeros + at, mask=there, other=0.0).to(tl.float32)
-            else:
-                w = w - NO_ZERO
             w = w * tl.load(scales + at, mask=there, other=0.0).to(tl.float32)
             tl.store(out + row * K + k[None, :], w.to(out.dtype.element_ty), mask=inside)
 
     return dequantise
 
 
-def _codes(kind: str, device: torch.device) -> tuple[str, ...]:
-    each = EACH[kind]
-    code = ASM[kind] if device.type == "cuda" and torch.version.cuda else ""
-    return tuple(code.replace("SHIFT", str(16 // each * i)) for i in range(each))
+def _assembly(kind: str, device: torch.device) -> tuple[str, ...]:
+    code = ASSEMBLY[kind] if device.type == "cuda" and torch.version.cuda else ""
+    return tuple(code.replace("SHIFT", str(shift)) for shift in range(0, 16, BITS[kind]))
 
 
 # ---------------------------------------------------------------------------------------------
 # What is called
 
 
+def _tiles(K: int, kind: str) -> int:
+    return -(-K // (16 // BITS[kind] * SPAN))
+
+
+def _share(group: int, kind: str) -> int:
+    """How many spans of each tile lie in one group; 1 where it differs."""
+    each = 16 // BITS[kind]
+    spans = min(group // SPAN, each)
+    return spans if spans and group % (spans * SPAN) == 0 and each % spans == 0 else 1
+
+
 def parts_of(N: int, K: int, kind: str) -> tuple[int, int]:
     """(programs that share K, tiles of each) for a weight [N, K]."""
-    tiles = -(-K // (EACH[kind] * SPAN))
+    tiles = _tiles(K, kind)
     wanted = max(1, PROGRAMS // -(-N // BLOCK_N))
     each = max(LEAST_TILES, -(-tiles // wanted))
     return -(-tiles // each), each
@@ -324,13 +340,13 @@ def _multiply(
         return y
     splits, tiles_each = parts_of(N, K, kind)
     parts = x.new_empty((splits, M, N) if splits > 1 else 1, dtype=torch.float32)
-    whole = zeros is not None and zeros.dtype == torch.bfloat16
     _matmul_kernel()[(-(-N // BLOCK_N), splits)](
         x, words, scales, x if zeros is None else zeros, x if bias is None else bias,
         y, parts, arrivals, M, N, K, G, tiles_each,
-        RAW=_raw(), KIND=kind, EACH=EACH[kind], SPAN=SPAN, GROUP=0 if G == 1 else group,
-        ZEROS="" if zeros is None else "bf16" if whole else "fp32", NO_ZERO=NO_ZERO[kind],
-        BIAS=bias is not None, SPLITS=splits, CODES=_codes(kind, x.device),
+        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, GROUP=0 if G == 1 else group,
+        ZEROS="" if zeros is None else "bf16" if zeros.dtype == torch.bfloat16 else "fp32",
+        OFFSET=_offset(kind, zeros), BIAS=bias is not None, SPLITS=splits,
+        SHARE=_share(group, kind), CODES=_assembly(kind, x.device),
         BLOCK_M=max(16, 1 << (M - 1).bit_length()), BLOCK_N=BLOCK_N,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -370,10 +386,11 @@ def _unpack(
 ) -> torch.Tensor:
     N, G = len(words), len(scales)
     out = torch.empty(N, K, dtype=dtype, device=words.device)
-    _dequantise_kernel()[(-(-K // (EACH[kind] * SPAN)), -(-N // DENSE_ROWS))](
+    _dequantise_kernel()[(_tiles(K, kind), -(-N // DENSE_ROWS))](
         words, scales, words if zeros is None else zeros, out, N, K, G, group,
-        RAW=_raw(), KIND=kind, EACH=EACH[kind], SPAN=SPAN, ZEROS=zeros is not None, NO_ZERO=NO_ZERO[kind],
-        WHOLE=G == 1 or group % SPAN == 0, CODES=_codes(kind, words.device), ROWS=DENSE_ROWS,
+        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ZEROS=zeros is not None,
+        OFFSET=_offset(kind, zeros),
+        WHOLE=G == 1 or group % SPAN == 0, CODES=_assembly(kind, words.device), ROWS=DENSE_ROWS,
         num_warps=DENSE_WARPS,
     )  # fmt: skip
     return out

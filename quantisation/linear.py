@@ -21,12 +21,14 @@ Shapes: M rows, N outputs, K inputs, G groups
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_kernels.low_bit_matmul import (
+    OFFSET,
     Packed,
     arrivals_of,
     dequantise,
@@ -70,7 +72,7 @@ class PackedLinear(nn.Module):
         rows = x.to(self.dtype).reshape(-1, self.in_features)
         bias = None if self.bias is None else self.bias.to(self.dtype)
         if len(self.weights) == 1:
-            y = self.weights[0](rows, bias)
+            (y,) = (weight(rows, bias) for weight in self.weights)
         else:
             y = torch.cat([weight(rows, None) for weight in self.weights], dim=1)
             y = y if bias is None else y + bias
@@ -79,7 +81,8 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[N, K] in the dtype of its products, made anew."""
-        return torch.cat([weight.dense(self.dtype) for weight in self.weights])
+        weights = cast("Iterable[PackedWeight | Float8Weight]", self.weights)
+        return torch.cat([weight.dense(self.dtype) for weight in weights])
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.dtype}"
@@ -223,17 +226,12 @@ def packed_of(codes: Codes) -> tuple[Packed, Tensor | None]:
     group, order = _grouped(codes, K)
     if order is not None:
         q = q.view(torch.uint8)[:, order].view(q.dtype)
-    kind, lowest = "e4m3", 0  # lowest: what lies as code 0
+    kind = "e4m3"
     if q.dtype != E4M3:
-        kind = "int4" if codes.bits <= 4 else "int8"
-        if kind == "int4":
-            lowest = -8 if q.dtype == torch.int8 else 0
-        else:
-            lowest = 128 if q.dtype == torch.uint8 else 0
-        q = (q.to(torch.int16) - lowest).to(torch.uint8 if kind == "int4" else torch.int8)
-    zeros = _zeros(codes, kind, lowest)
-    scales = codes.scales.t().contiguous()
-    return Packed(pack(q, kind), scales, zeros, kind, group, K), order
+        kind = "int" if q.dtype == torch.int8 else "uint"
+        kind += "4" if codes.bits <= 4 else "8"
+    zeros = None if codes.zeros is None else _zeros(codes.zeros.t().float(), kind)
+    return Packed(pack(q, kind), codes.scales.t().contiguous(), zeros, kind, group, K), order
 
 
 def _grouped(codes: Codes, K: int) -> tuple[int, Tensor | None]:
@@ -248,19 +246,15 @@ def _grouped(codes: Codes, K: int) -> tuple[int, Tensor | None]:
     return group, None if torch.equal(groups, given) else order
 
 
-def _zeros(codes: Codes, kind: str, lowest: int) -> Tensor | None:
-    """[G, N] of raw codes, where the zero is not the one that goes without saying."""
-    shift = 128 if kind == "int4" else 0  # of raw codes, see low_bit_matmul.NO_ZERO
-    zeros = codes.zeros
-    if zeros is None:
-        if (kind, lowest) in (("int4", -8), ("int8", 0), ("e4m3", 0)):
-            return None
-        zeros = torch.zeros_like(codes.scales)
-    zeros = zeros.t().float() - lowest + shift
-    least, most = {"int4": (128, 143), "int8": (-128, 127), "e4m3": (-448, 448)}[kind]
-    exact = (zeros == zeros.round()) & (most - zeros <= 256) & (zeros - least <= 256)
-    whole = kind != "e4m3" and bool(exact.all())  # differences are numbers of bfloat16
-    return zeros.to(torch.bfloat16 if whole else torch.float32).contiguous()
+def _zeros(zeros: Tensor, kind: str) -> Tensor:
+    """zeros [G, N] as Packed has them."""
+    least, most = {"4": (128, 143), "8": (-128, 127)}.get(kind[-1], (0, 0))
+    if kind != "e4m3":
+        shifted = zeros + OFFSET[kind]
+        whole = (shifted == shifted.round()) & (shifted == zeros.round() + OFFSET[kind])
+        if (whole & (most - shifted <= 256) & (shifted - least <= 256)).all():
+            return shifted.to(torch.bfloat16).contiguous()
+    return zeros.contiguous()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,8 +285,9 @@ def pack_model(
 
 def weight_bytes(model: nn.Module) -> int:
     """Of all weights, packed ones as they lie."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    packed = (m for m in model.modules() if isinstance(m, PackedWeight | Float8Weight))
+    tensors = (*model.parameters(), *(buffer for m in packed for buffer in m.buffers()))
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def n_weights(module: nn.Module) -> int:
