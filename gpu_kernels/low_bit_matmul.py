@@ -158,7 +158,7 @@ def _matmul_kernel():
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M", "G", "tiles_each"])  # one kernel for many numbers of rows
     def matmul(
         x, words, scales, zeros, bias, y, parts, arrivals, M, N, K, G, tiles_each,
         RAW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, SPAN: tl.constexpr,
