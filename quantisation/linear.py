@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpu_kernels.float8_matmul import E4M3, aligned, float8_matmul, padded
 from gpu_kernels.low_bit_matmul import (
     OFFSET,
     Packed,
@@ -37,11 +38,6 @@ from gpu_kernels.low_bit_matmul import (
     pack,
 )
 from quantisation.codes import Codes
-
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = torch.finfo(E4M3).max  # 448
-LEAST_SCALE = 1e-12  # of a row of zeros
-ALIGNED = 16  # rows and columns of the tensor cores' products of 8-bit floats
 
 PartsByName = Mapping[str, Sequence[Codes]] | Iterable[tuple[str, Sequence[Codes]]]
 
@@ -141,49 +137,20 @@ class Float8Weight(nn.Module):
                 f"{codes.rule}: activations are rounded to e4m3 where weights are, with one scale "
                 "a row"
             )
-        pad = (0, -self.K % ALIGNED, 0, -self.N % ALIGNED)
-        padded = F.pad(codes.codes.view(torch.uint8), pad).view(E4M3)
-        self.register_buffer("codes", padded)
-        scales = F.pad(codes.scales.float(), (0, 0, 0, pad[3]))
+        rows, columns = aligned(self.N), aligned(self.K)
+        self.register_buffer("codes", padded(codes.codes, rows, columns))
+        scales = F.pad(codes.scales.float(), (0, 0, 0, rows - self.N))
         self.register_buffer("scales", scales.t().contiguous())  # [1, N]
 
     def forward(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """[M, N] of rows [M, K]."""
-        x, scales = float8_rows(rows)
-        if rows.dtype == torch.bfloat16 and rows.is_cuda and _has_float8(rows.device.index):
-            M = len(x)
-            pad = (0, self.codes.shape[1] - self.K, 0, -M % ALIGNED)
-            if any(pad):
-                x = F.pad(x.view(torch.uint8), pad).view(E4M3)
-                scales = F.pad(scales, (0, 0, 0, pad[3]))
-            y = torch._scaled_mm(
-                x, self.codes.t(), scales, self.scales, out_dtype=rows.dtype, use_fast_accum=False
-            )
-            y = y[:M, : self.N]
-            return y if bias is None else y + bias
-        y = F.linear(x.float() * scales, self.dense(torch.float32))
-        return (y if bias is None else y + bias.float()).to(rows.dtype)
+        y = float8_matmul(rows, self.codes, self.scales)[:, : self.N]
+        return y if bias is None else y + bias
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[N, K]"""
         weight = self.codes[: self.N, : self.K].float() * self.scales.t()[: self.N]
         return weight.to(dtype)
-
-
-def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes e4m3 [M, K], scales float32 [M, 1]) of x [M, K]: the largest number of a row becomes
-    the largest of e4m3, 448. The cast alone would make NaN of what rounding pushes beyond it."""
-    values = x.float()
-    scales = (values.abs().amax(1, keepdim=True) / E4M3_MAX).clamp(min=LEAST_SCALE)
-    return (values / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scales
-
-
-def _has_float8(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-# torch.compiler.assume_constant_result would import all of dynamo here, seconds of every start
-vars(_has_float8)["_dynamo_marked_constant"] = True
 
 
 # ---------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ FLOORS = [
     "families/convert",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
-    "gpu_kernels/low_bit_matmul sandbox/kinds "
+    "gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
     "formats modeling/rotary modeling/mlp modeling/norms backends/client backends/completions "
     "backends/probing",

@@ -16,9 +16,10 @@ from low_bit import codes_by_name, codes_of
 from backends import Sampling, engine
 from backends.scoring import nll_function
 from gpu_kernels import low_bit_matmul as low_bit
+from gpu_kernels.float8_matmul import float8_rows
 from model import GPTModel
 from modeling.mlp import Linear
-from quantisation.linear import PackedLinear, float8_rows, pack_model, packed_of
+from quantisation.linear import PackedLinear, pack_model, packed_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 float8 = pytest.mark.skipif(
@@ -191,6 +192,20 @@ def test_compiled_whole(name, M):
 
 # ---------------------------------------------------------------------------------------------
 # 8-bit floats on both sides
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("K", [33, 4096, 28672])
+@torch.no_grad()
+def test_rows_are_rounded_to_the_same_bits_as_on_the_cpu(K, dtype):
+    x = (drawn(9, K) * torch.logspace(-30, 30, 9, device="cuda")[:, None]).to(dtype)
+    x[3] = 0
+    for found, wanted in zip(float8_rows(x), float8_rows(x.cpu()), strict=True):
+        assert torch.equal(found.view(torch.uint8).cpu(), wanted.view(torch.uint8))
+    x[1, 0], x[2, 5] = float("nan"), float("inf")
+    codes, scales = float8_rows(x)
+    values = codes.float() * scales
+    assert values[1, 0].isnan() and values[2, 5].isnan() and values[4:].isfinite().all()
 
 
 @float8
