@@ -1,5 +1,10 @@
-"""Where codes lie in words, how a product is cut, and, where Triton is installed, its kernels in
-Triton's interpreter. tests/quantisation/test_linear.py holds the plain twins against Codes."""
+"""Where codes lie in words, how a product is cut, and the kernels in Triton's interpreter:
+
+TRITON_INTERPRET=1 python -m pytest -q tests/gpu_kernels/test_low_bit_matmul.py
+
+tests/quantisation/test_linear.py holds the plain twins against Codes."""
+
+import os
 
 import pytest
 import torch
@@ -59,20 +64,9 @@ def test_spans_that_share_a_scale_never_lie_in_two_groups(group):
                 assert len({span * SPAN // group for span in spans}) == 1, (kind, tile)
 
 
-@pytest.fixture
-def interpreter(monkeypatch):
-    pytest.importorskip("triton")
-    kernels = low_bit._raw, low_bit._matmul_kernel, low_bit._dequantise_kernel
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name, value in (("PROGRAMS", 4), ("LEAST_TILES", 2), ("BLOCK_N", 64)):
-        monkeypatch.setattr(low_bit, name, value)
-    for kernel in kernels:
-        kernel.cache_clear()
-    yield
-    for kernel in kernels:
-        kernel.cache_clear()
-
-
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton and TRITON_INTERPRET=1"
+)
 @pytest.mark.parametrize("zeros", [None, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "kind, N, K, group, M",
@@ -86,7 +80,9 @@ def interpreter(monkeypatch):
         ("e4m3", 50, 160, 160, 2),
     ],
 )
-def test_kernels_interpreted(interpreter, kind, N, K, group, M, zeros):
+def test_kernels_interpreted(monkeypatch, kind, N, K, group, M, zeros):
+    for name, value in (("PROGRAMS", 4), ("LEAST_TILES", 2), ("BLOCK_N", 64)):
+        monkeypatch.setattr(low_bit, name, value)
     g, G = torch.Generator().manual_seed(0), -(-K // group)
     scales = (torch.rand(G, N, generator=g) + 0.5).half()
     if zeros is not None:
