@@ -284,8 +284,16 @@ def _dequantise_kernel():
     return dequantise
 
 
+@functools.cache
+def _has_pairs(device: torch.device) -> bool:
+    """Whether two bfloat16 are subtracted at once: Hopper and later."""
+    if device.type != "cuda" or not torch.version.cuda:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _assembly(kind: str, device: torch.device) -> tuple[str, ...]:
-    code = ASSEMBLY[kind] if device.type == "cuda" and torch.version.cuda else ""
+    code = ASSEMBLY[kind] if _has_pairs(device) else ""
     return tuple(code.replace("SHIFT", str(shift)) for shift in range(0, 16, BITS[kind]))
 
 
