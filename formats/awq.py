@@ -1,12 +1,12 @@
-"""AWQ: what AutoAWQ writes, and others in its form, a Hugging Face directory with packed matrices.
+"""AWQ: what AutoAWQ writes, and others in its form: a Hugging Face directory of packed matrices.
 
     gemm    .qweight [K, N / 8], 8 rows of ours a word in the order 0 2 4 6 1 3 5 7
             .qzeros [G, N / 8] likewise   .scales [G, N]
-    gemv    .qweight [N, K / 8], 8 columns a word   .qzeros [N, …], .scales [N, …], with room at the
-            end of a row
+    gemv    .qweight [N, K / 8], 8 columns a word
+            .qzeros [N, …]   .scales [N, …], with room at the end of a row
 
-A weight is (code - zero) * scale; in float16 bit for bit that of the kernels. What AWQ has scaled up
-is scaled down in the layer before, in the weights of the file: nothing is to be undone.
+A weight is (code - zero) * scale; in float16 bit for bit that of the kernels. What AWQ scaled up is
+scaled down in the layer before, in the weights of the file: nothing is to be undone.
 """
 
 import math
@@ -52,8 +52,8 @@ def _dense(
     return quantised.dense(table, "qweight qzeros scales", lambda m: one(m, size), settings)
 
 
-def _rule(size: int | None, K: int) -> str:
-    return f"awq-w{BITS}-{'row' if size is None or size >= K else f'g{size}'}-asym"
+def _rule(size: int | None) -> str:
+    return f"awq-w{BITS}-{f'g{size}' if size else 'row'}-asym"
 
 
 def _gemm(module: Module, size: int | None) -> Matrix:
@@ -61,7 +61,7 @@ def _gemm(module: Module, size: int | None) -> Matrix:
     G, N = scales.shape
     qweight = module.tensor("qweight", INTEGERS[:1], (None, math.ceil(N / WORD)))
     qzeros = module.tensor("qzeros", INTEGERS[:1], (G, math.ceil(N / WORD)))
-    K, rule = qweight.shape[0], _rule(size, qweight.shape[0])
+    K, rule = qweight.shape[0], _rule(size)
     if math.ceil(K / (size or K)) != G or N % WORD:
         raise module.error(
             "scales", f"{[G, N]} is not that of {K:,} columns in groups of {size or K}"
@@ -88,7 +88,7 @@ def _gemv(module: Module, size: int | None) -> Matrix:
         module.tensor("scales", FLOATS, (N, None)),
         module.tensor("qzeros", INTEGERS[:1], (N, None)),
     )
-    G, rule = math.ceil(K / (size or K)), _rule(size, K)
+    G, rule = math.ceil(K / (size or K)), _rule(size)
     if scales.shape[1] < G or qzeros.shape[1] * WORD < G:
         raise module.error(
             "scales", f"{list(scales.shape)} has less than {G:,} groups of {size or K}"

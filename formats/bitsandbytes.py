@@ -97,9 +97,10 @@ def _four_bits(module: Module) -> Matrix:
         raise module.error(state, f"has {stored.shape[0]:,} bytes")
     said = parse_object(values(stored).numpy().tobytes(), f"{stored.pieces[0].file}: {state}")
     shape, size = said.get("shape"), said.get("blocksize")
-    if not (_sizes(shape, 2) and _sizes([size], 1)):
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, (*shape, size)))):
         raise module.error(state, f"says shape {shape!r:.60} and blocksize {size!r:.60}")
-    N, K = shape
+    N, K = (int(n) for n in shape)
+    assert isinstance(size, int)
     weight = _bytes(module, N * K)
     table = module.tensor("weight.quant_map", FLOAT, (16,))
     absmax, parts = _absmax(module, state, said, math.ceil(N * K / size))
@@ -116,9 +117,8 @@ def _four_bits(module: Module) -> Matrix:
     return Matrix(rule, 4, (N, K), (weight, table, *parts), None, dense, step=2)
 
 
-def _sizes(found: Any, count: int) -> bool:
-    plain = isinstance(found, list) and len(found) == count
-    return plain and all(type(n) is int and 0 < n < 2**31 for n in found)
+def _is_size(found: Any) -> bool:
+    return type(found) is int and 0 < found < 2**31
 
 
 def _bytes(module: Module, numbers: int) -> Stored:
@@ -138,7 +138,7 @@ def _absmax(module: Module, state: str, said: dict[str, Any], blocks: int) -> tu
         plain = module.tensor("weight.absmax", FLOAT, (blocks,))
         return lambda first, last: values(plain, first, last), (plain,)
     size, offset = said.get("nested_blocksize"), said.get("nested_offset")
-    if not (_sizes([size], 1) and isinstance(offset, float) and math.isfinite(offset)):
+    if not (_is_size(size) and isinstance(offset, float) and math.isfinite(offset)):
         raise module.error(
             state, f"says nested_blocksize {size!r:.60}, nested_offset {offset!r:.60}"
         )

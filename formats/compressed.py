@@ -15,6 +15,8 @@ names, which are a stranger's programs: two that both fit and differ are refused
 """
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +30,14 @@ from quantisation.codes import Codes
 
 FORMAT = "formats/compressed.py"
 METHOD = "compressed-tensors"
-FORMS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-FORMS += ("mixed-precision", "dense")
+FORMS: tuple[str, ...] = ("pack-quantized", "int-quantized", "float-quantized")
+FORMS += ("naive-quantized", "mixed-precision", "dense")
 KEYS = ("weight_packed", "weight_scale")
 LEAVES = f"{'|'.join(KEYS)} weight weight_shape weight_zero_point weight_g_idx input_scale "
 LEAVES += "input_zero_point output_scale output_zero_point weight_global_scale input_global_scale"
 EIGHT = {"int": torch.int8, "float": torch.float8_e4m3fn}
-INT8 = (torch.int8,)
+SCALE = "weight_scale"
+Rows = Callable[[int, int], torch.Tensor]  # of the first row to the last
 
 
 class Scheme(NamedTuple):
@@ -114,9 +117,8 @@ def _scheme(settings: Settings, name: str, said: dict[str, Any]) -> Scheme:
     if strategy == "group" and size:
         block["group"] = (1, size)
     if strategy == "block":
-        sides = tile.split("x") if isinstance(tile, str) else tile
-        plain = isinstance(sides, list) and all(str(n).isdecimal() and int(n) for n in sides)
-        if plain and len(sides) == 2:
+        sides = [str(n) for n in (tile.split("x") if isinstance(tile, str) else tile or ())]
+        if len(sides) == 2 and all(re.fullmatch("[1-9][0-9]{0,8}", n) for n in sides):
             block["block"] = (int(sides[0]), int(sides[1]))
     if strategy not in block:
         raise ValueError(f"{settings.file}: {name} is of strategy {strategy} without its size")
@@ -148,30 +150,19 @@ def _matrix(module: Module, schemes: list[Scheme]) -> Matrix:
     )
 
 
-def _chosen(module: Module, leaf: str, fits: list[Scheme], what: str) -> Scheme:
-    if len(fits) != 1:
-        many = f"fits {len(fits)} groups of the config" if fits else "fits no group of the config"
-        raise module.error(leaf, f"{many}: {what}")
+def _chosen(module: Module, leaf: str, fits: list[Scheme], shape: tuple[int, int]) -> Scheme:
+    """The one scheme that fits, or one of those that mean the same for this shape: a row of one
+    group. Zeros of a symmetric matrix, which older files have, are 0."""
+    asymmetric = "weight_zero_point" in module.tensors
+    fits = [s for s in fits if s.symmetric != asymmetric] or [s for s in fits if s.symmetric]
+    bits = leaf == "weight_packed"  # a number of fewer bits is one of 8 where it lies alone
+    meant = {(bits and s.bits, s.table(*shape), s.by_activations) for s in fits}
+    if len(meant) != 1:
+        many = f"fits {len(meant)} groups of the config that differ" if fits else "fits no group"
+        stored = module.tensors[leaf]
+        held = f"{stored.dtype} {list(stored.shape)}, scales {list(module.tensors[SCALE].shape)}"
+        raise module.error(leaf, f"{many}: {held}, for a weight {list(shape)}")
     return fits[0]
-
-
-def _plain(module: Module, schemes: list[Scheme]) -> Matrix:
-    weight = module.tensor("weight", EIGHT.values(), (None, None))
-    scale = module.tensor("weight_scale", FLOATS)
-    (N, K), asymmetric = weight.shape, "weight_zero_point" in module.tensors
-    fits = [
-        s
-        for s in schemes
-        if EIGHT[s.type] == weight.dtype
-        and _scale_fits(s, scale, N, K)
-        and (s.symmetric != asymmetric or s.symmetric)
-    ]
-    one = _chosen(module, "weight_scale", fits, f"{list(scale.shape)} for {[N, K]}")
-    block = (one.block[0] or N, one.block[1] or K)
-    zeros = None
-    if not one.symmetric:
-        zeros = module.tensor("weight_zero_point", (*INT8, *INTEGERS), scale.shape)
-    return quantised.scaled(module, one.rule, weight, scale, block, zeros)
 
 
 def _scale_fits(scheme: Scheme, scale: Stored, N: int, K: int) -> bool:
@@ -181,11 +172,24 @@ def _scale_fits(scheme: Scheme, scale: Stored, N: int, K: int) -> bool:
     return whole and scale.shape in ([*shapes, ()] if table == (1, 1) else shapes)
 
 
+def _plain(module: Module, schemes: list[Scheme]) -> Matrix:
+    weight = module.tensor("weight", EIGHT.values(), (None, None))
+    scale = module.tensor(SCALE, FLOATS)
+    N, K = weight.shape
+    fits = [s for s in schemes if EIGHT[s.type] == weight.dtype and _scale_fits(s, scale, N, K)]
+    one = _chosen(module, "weight", fits, (N, K))
+    zeros = None
+    if "weight_zero_point" in module.tensors:
+        zeros = module.tensor("weight_zero_point", (*EIGHT.values(), *INTEGERS), scale.shape)
+    block = (one.block[0] or N, one.block[1] or K)
+    return quantised.scaled(module, one.rule, weight, scale, block, zeros)
+
+
 def _packed(module: Module, schemes: list[Scheme]) -> Matrix:
     packed = module.tensor("weight_packed", INTEGERS[:1], (None, None))
-    scale = module.tensor("weight_scale", FLOATS)
+    scale = module.tensor(SCALE, FLOATS)
     N, K = (int(n) for n in values(module.tensor("weight_shape", INTEGERS, (2,))))
-    asymmetric, W = "weight_zero_point" in module.tensors, packed.shape[1]
+    W = packed.shape[1]
     if packed.shape[0] != N or not 0 < K <= 32 * W:
         raise module.error("weight_packed", f"{list(packed.shape)} is no packed weight {[N, K]}")
     fits = [
@@ -194,28 +198,20 @@ def _packed(module: Module, schemes: list[Scheme]) -> Matrix:
         if s.type == "int"
         and W in (math.ceil(K * s.bits / 32), math.ceil(K / (32 // s.bits)))
         and _scale_fits(s, scale, N, K)
-        and s.symmetric != asymmetric
     ]
-    what = f"{list(packed.shape)} with scales {list(scale.shape)} for {[N, K]}"
-    one = _chosen(module, "weight_packed", fits, what)
-    bits, middle, (_, G) = one.bits, 1 << (one.bits - 1), one.table(N, K)
-    scales = quantised.reshaped(scale, one.table(N, K))
-    per_row = one.table(N, K)[0] == N
-    zeros = _zeros(module, N, G, bits) if asymmetric else None
-    groups = _groups(module, K, G) if one.by_activations else None
-    spread = W != math.ceil(K * bits / 32)
+    one = _chosen(module, "weight_packed", fits, (N, K))
+    bits, middle, (rows, G) = one.bits, 1 << (one.bits - 1), one.table(N, K)
+    scales, spread = quantised.reshaped(scale, (rows, G)), W != math.ceil(K * bits / 32)
+    zeros, parts = _zeros(module, N, G, bits)
+    groups, index = _groups(module, K, G) if one.by_activations else (None, ())
 
     def band(first: int, last: int) -> Codes:
         codes = _unpack(values(packed, first, last), bits, spread)[:, :K].to(torch.int16) - middle
-        found = values(scales, first, last) if per_row else values(scales).expand(last - first, 1)
-        shift = zeros(first, last) if zeros else None
+        found = values(scales, first, last) if rows == N else values(scales).expand(last - first, 1)
+        shift = zeros and zeros(first, last)
         return Codes(one.rule, bits, codes.to(torch.int8), found, shift, groups)
 
-    parts = (packed, scales, *(module.tensors[n] for n in ("weight_g_idx",) if groups is not None))
-    if asymmetric:
-        parts += (module.tensor("weight_zero_point", (*INT8, *INTEGERS)),)
-    parts = tuple(t._replace(dtype=quantised.DTYPES.get(str(t.dtype), t.dtype)) for t in parts)
-    return Matrix(one.rule, bits, (N, K), parts, band, step=32)
+    return Matrix(one.rule, bits, (N, K), (packed, scales, *parts, *index), band, step=32)
 
 
 def _unpack(words: torch.Tensor, bits: int, spread: bool) -> torch.Tensor:
@@ -227,32 +223,34 @@ def _unpack(words: torch.Tensor, bits: int, spread: bool) -> torch.Tensor:
     return found.flatten(1).to(torch.uint8)
 
 
-def _zeros(module: Module, N: int, G: int, bits: int) -> Any:
-    """(first row, last) -> zeros [rows, G], which are packed along the rows, or lie in int8."""
-    stored = module.tensor("weight_zero_point", (*INT8, *INTEGERS[:1]), (None, G))
-    W, dense, whole = stored.shape[0], math.ceil(N * bits / 32), math.ceil(N / (32 // bits))
-    if stored.dtype == torch.int8 and W == N:
-        return lambda first, last: values(stored, first, last)
-    if stored.dtype == torch.int8 or W not in (dense, whole):
-        raise module.error(
-            "weight_zero_point", f"{[W, G]} is not that of {N:,} rows of {bits} bits"
-        )
-    middle = 1 << (bits - 1)
+def _zeros(module: Module, N: int, G: int, bits: int) -> tuple[Rows | None, tuple[Stored, ...]]:
+    """(rows of zeros, [rows, G], the tensors that say them), which are packed along the rows, or
+    lie in int8 in older files."""
+    leaf, middle = "weight_zero_point", 1 << (bits - 1)
+    if leaf not in module.tensors:
+        return None, ()
+    stored = module.tensor(leaf, (torch.int8, *INTEGERS[:1]), (None, G))
+    W, dense, spread = stored.shape[0], math.ceil(N * bits / 32), math.ceil(N / (32 // bits))
+    if W not in ((N,) if stored.dtype == torch.int8 else (dense, spread)):
+        raise module.error(leaf, f"{[W, G]} is not that of {N:,} rows of {bits} bits")
 
-    def band(first: int, last: int) -> torch.Tensor:
+    def rows(first: int, last: int) -> torch.Tensor:
+        if stored.dtype == torch.int8:
+            return values(stored, first, last)
         found = _unpack(values(stored).t(), bits, W != dense).t()[first:last]
         return (found.to(torch.int16) - middle).to(torch.int8)
 
-    return band
+    return rows, (stored,)
 
 
-def _groups(module: Module, K: int, G: int) -> torch.Tensor | None:
-    """The group of each column; none where they are said to lie in order."""
+def _groups(module: Module, K: int, G: int) -> tuple[torch.Tensor | None, tuple[Stored, ...]]:
+    """(the group of each column, what says it); none where they are said to lie in order."""
     if "weight_g_idx" not in module.tensors:
-        return None
-    groups = values(module.tensor("weight_g_idx", INTEGERS, (K,))).long()
+        return None, ()
+    stored = module.tensor("weight_g_idx", INTEGERS, (K,))
+    groups = values(stored).long()
     if (groups == -1).all():
-        return None
+        return None, (stored,)
     if int(groups.min()) < 0 or int(groups.max()) >= G:
         raise module.error("weight_g_idx", f"names groups beyond its {G:,}")
-    return quantised.in_order(groups, G)
+    return quantised.in_order(groups, G), (stored,)

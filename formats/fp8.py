@@ -1,4 +1,4 @@
-"""FP8: a Hugging Face directory whose matrices are float8_e4m3fn, as DeepSeek-V3 and others have it.
+"""FP8: a Hugging Face directory whose matrices are float8_e4m3fn, as DeepSeek-V3's and others'.
 
     .weight [N, K]   .weight_scale_inv [N / 128, K / 128], a scale for each tile
                      .weight_scale [], [1] or [N, 1], one for the whole or for each row

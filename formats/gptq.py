@@ -66,10 +66,11 @@ def _matrix(module: Module, settings: Settings) -> Matrix:
         raise module.error(
             "qweight", f"{list(qweight.shape)} holds no {K:,} numbers of {bits} bits"
         )
-    size = settings.group_size("group_size") or K
+    said = settings.group_size("group_size")
+    size = said or K
     if index is None and math.ceil(K / size) != G:
         raise module.error("scales", f"has {G:,} groups for {K:,} columns in groups of {size:,}")
-    rule = f"gptq-w{bits}-{f'g{size}' if size < K else 'row'}-{'sym' if symmetric else 'asym'}"
+    rule = f"gptq-w{bits}-{f'g{said}' if said else 'row'}-{'sym' if symmetric else 'asym'}"
     form = settings.one_of("checkpoint_format format", FORMS, "gptq")
 
     def band(first: int, last: int) -> Codes:

@@ -33,7 +33,8 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id")
 
 def weight_file(directory: Path) -> Path | None:
     """The file of weights, or the index of its shards, whatever is the matter with it."""
-    there = (directory / name for name in WEIGHT_FILES)
+    there = [directory / name for name in WEIGHT_FILES]
+    there += sorted(directory.glob("gptq_model-*bit-*.safetensors"))  # AutoGPTQ's
     return next((file for file in there if os.path.lexists(file)), None)
 
 

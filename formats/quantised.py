@@ -5,14 +5,15 @@
     tensors["model.layers.0.mlp.up_proj.weight"]    # a Stored [N, K], unpacked as it is read
     codes_of(stored)                                # what a layer keeps that stays packed
 
-A format (gptq.py, awq.py, …) says where the codes of a matrix lie; what they have in common is here.
+A format (gptq.py, awq.py, …) says where the codes of a matrix lie; what all have in common is here.
 The numbers are those of Codes, in float32 and rounded once, to the dtype of the model. Activations
 are never quantised, whatever a file asks for: `facts` say so.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +135,7 @@ class Module(NamedTuple):
         return ValueError(f"{file}: {shown(f'{self.name}.{leaf}')} {why}")
 
     def tensor(
-        self, leaf: str, dtypes: Iterable[torch.dtype], shape: tuple[int | None, ...] | None = None
+        self, leaf: str, dtypes: Collection[object], shape: tuple[int | None, ...] | None = None
     ) -> Stored:
         """One of them, which must be of one of these types and this shape; None: of any size."""
         stored = self.tensors.get(leaf)
@@ -294,16 +295,20 @@ def dense(
 
 
 def facts_of(matrices: Iterable[Matrix], settings: Settings) -> dict[str, Any]:
-    """What a record says of them: rules, the most usual first, and what they cost."""
+    """What a record says of them."""
     matrices = list(matrices)
-    rules = [matrix.rule for matrix in matrices]
+    rules = Counter(matrix.rule for matrix in matrices)
     numbers = sum(math.prod(matrix.shape) for matrix in matrices)
-    size = sum(matrix.bytes for matrix in matrices)
+    costs = cost(rules, sum(matrix.bytes for matrix in matrices), numbers)
+    return costs | {"method": settings.method, "activations": "not quantised"}
+
+
+def cost(rules: Counter[str], weight_bytes: int, numbers: int) -> dict[str, Any]:
+    """Of all quantised matrices together: the rules, the most usual first; the bytes that they take
+    with their scales, and the bits of one of so many numbers."""
     return {
-        "rule": "+".join(sorted(set(rules), key=lambda rule: -rules.count(rule))),
-        "method": settings.method,
-        "matrices": len(matrices),
-        "weight_bytes": size,
-        "bits_per_weight": round(8 * size / max(1, numbers), 4),
-        "activations": "not quantised",
+        "rule": "+".join(rule for rule, _ in rules.most_common()),
+        "matrices": rules.total(),
+        "weight_bytes": weight_bytes,
+        "bits_per_weight": round(8 * weight_bytes / max(1, numbers), 4),
     }
