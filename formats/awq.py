@@ -49,7 +49,7 @@ def _dense(
     version = settings.one_of("version checkpoint_format format", ("gemm", "gemv"), "gemm")
     size = settings.group_size("group_size", "q_group_size")
     one = _gemm if version == "gemm" else _gemv
-    return quantised.dense(table, "qweight qzeros scales", lambda m: one(m, size), settings)
+    return quantised.dense(table, "qweight|qzeros scales", lambda m: one(m, size), settings)
 
 
 def _rule(size: int | None) -> str:

@@ -29,7 +29,7 @@ from quantisation.codes import Codes
 FORMAT = "formats/bitsandbytes.py"
 PER_CODE = 7.874015718698502e-3  # 1 / 127, as its dequantiser has it
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
-LEAVES = r"SCB|weight\.absmax weight weight_format weight\.quant_map weight\.nested_absmax "
+LEAVES = r"SCB|weight\.absmax|weight\.quant_map weight weight_format weight\.nested_absmax "
 LEAVES += r"weight\.nested_quant_map weight\.quant_state\.bitsandbytes__(?:nf4|fp4)"
 MAX_STATE = 4096  # bytes of JSON
 BYTE, FLOAT = (torch.uint8,), (torch.float32,)

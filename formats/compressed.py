@@ -140,14 +140,10 @@ def _activations(said: dict[str, Any]) -> str:
 
 
 def _matrix(module: Module, schemes: list[Scheme]) -> Matrix:
-    if (four := {"weight_global_scale", "input_global_scale"} & module.tensors.keys()) or (
-        "weight_scale" not in module.tensors
-    ):
-        leaf = next(iter(four), "weight_packed")
-        raise module.error(leaf, "is of no format that is read (nvfp4 and mxfp4 are not)")
-    return (
-        _packed(module, schemes) if "weight_packed" in module.tensors else _plain(module, schemes)
-    )
+    for leaf in ("weight_global_scale", "input_global_scale"):
+        if leaf in module.tensors:
+            raise module.error(leaf, "is of nvfp4, which is not read: name the original")
+    return (_packed if "weight_packed" in module.tensors else _plain)(module, schemes)
 
 
 def _chosen(module: Module, leaf: str, fits: list[Scheme], shape: tuple[int, int]) -> Scheme:

@@ -28,7 +28,10 @@ NAMES: tuple[tuple[str, str, str], ...] = (
 )
 # Who made numbers of fewer bits and scales of weights, by what is beside or in place of these. Most
 # are read where a directory's config.json says how it was done
-UNSAID = ", of which no quantization_config beside it says anything: with one it is read"
+UNSAID = (
+    ", and not all is there that reads them: a config.json whose quantization_config says how, "
+)
+UNSAID += "and codes and scales of every matrix"
 QUANTISED = {
     r"\.weight_scale_inv$": "FP8 with a scale for each block" + UNSAID,
     r"\.weight\.(absmax|quant_)|\.SCB$": "bitsandbytes" + UNSAID,

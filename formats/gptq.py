@@ -47,7 +47,7 @@ def _dense(
 ) -> tuple[dict[str, Stored], dict[str, Any]]:
     settings.one_of("checkpoint_format format", FORMS, "gptq")
     settings.refuse("rotation", "adapter", "is_marlin_format")
-    leaves = "qweight qzeros scales g_idx"
+    leaves = "qweight|qzeros scales g_idx"
     return quantised.dense(table, leaves, lambda module: _matrix(module, settings), settings)
 
 
@@ -68,6 +68,13 @@ def _matrix(module: Module, settings: Settings) -> Matrix:
         )
     said = settings.group_size("group_size")
     size = said or K
+    if (
+        index is None
+        and said
+        and settings.value("desc_act")
+        and not settings.value("static_groups")
+    ):
+        raise module.error("g_idx", "is not there, and desc_act says that columns are not in order")
     if index is None and math.ceil(K / size) != G:
         raise module.error("scales", f"has {G:,} groups for {K:,} columns in groups of {size:,}")
     rule = f"gptq-w{bits}-{f'g{said}' if said else 'row'}-{'sym' if symmetric else 'asym'}"

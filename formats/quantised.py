@@ -148,9 +148,8 @@ class Module(NamedTuple):
         if dtype not in dtypes or not fits or not whole:
             kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             sides = f" {[n if n is not None else '…' for n in shape]}" if shape else ""
-            raise self.error(
-                leaf, f"is {stored.dtype} {list(stored.shape)}, and not {kinds}{sides}"
-            )
+            found = f"{str(dtype).removeprefix('torch.')} {list(stored.shape)}"
+            raise self.error(leaf, f"is {found}, and not {kinds}{sides}")
         return stored._replace(dtype=dtype)
 
 
@@ -271,8 +270,8 @@ def dense(
     settings: Settings,
 ) -> tuple[dict[str, Stored], dict[str, Any]]:
     """(a table with one tensor for each quantised matrix, facts). leaves: the rest of the names of
-    those that say it; a module that has the first of them, or one of several first ones parted by
-    "|", is quantised."""
+    those that say it, patterns; a module that has the first, which can be several parted by "|", is
+    quantised."""
     keys, *others = leaves.split()
     pattern = re.compile(rf"(.+?)\.({'|'.join([keys, *others])})")
     found = {name: m for name in table if (m := pattern.fullmatch(name))}
