@@ -37,8 +37,10 @@ FLOORS = [
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/symbols costs/flops costs/memory costs/time "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
-    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
+    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming "
+    "formats/quantised model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
+    "formats/gptq formats/awq formats/compressed formats/fp8 formats/bitsandbytes "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
