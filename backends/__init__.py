@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import cli
+from quantisation.names import Quantisation
 
 if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
     from backends.continuations import Continuations, RowScores
@@ -36,6 +37,8 @@ class Facts:
     context: positions it can hold, None if nobody says. dtype: by name. tokenizer: an object of
     tokenizer.py, None where shards are scored that need none. shares_prefixes: whether a prefix is
     run once for all rows that go on from it. lacks: {verb: why it cannot be had and the remedy}.
+    quantisation: how the weights are rounded after they are loaded; a plan that many models share
+    is made without it, and then says so (evaluation.py).
     """
 
     name: str
@@ -46,6 +49,7 @@ class Facts:
     tokenizer: Any = None
     shares_prefixes: bool = True
     lacks: tuple[tuple[str, str], ...] = ()
+    quantisation: Quantisation | None = None
 
     @property
     def kind(self) -> tuple[Any, ...]:

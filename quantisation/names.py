@@ -27,6 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import cli
+
 CASTS = {"fp32": 32, "bf16": 16, "fp16": 16}
 GGUF = {"gguf-q4_0": 4, "gguf-q8_0": 8}
 GGUF_BLOCK = 32
@@ -133,7 +135,38 @@ class Quantisation:
         return (self.rule, *more)
 
 
+@dataclass(frozen=True)
+class QuantiseOptions:
+    """How weights are rounded once they are loaded: flags of every evaluation of checkpoints, and
+    keys of a sweep's entries."""
+
+    quantise: tuple[str, ...] = cli.option(
+        (),
+        "rules by which weights are rounded: bf16, rtn-w8, rtn-w4-g128, … (README: Quantised weights); "
+        "several are compared",
+        nargs="+",
+        metavar="RULE",
+    )
+    quantise_embeddings: bool = cli.option(False, "the embedding and the head too")
+    quantise_skip: tuple[str, ...] = cli.option(
+        (), "matrices that stay: 'blocks.0.*', say", nargs="+", metavar="PATTERN"
+    )
+
+    def __post_init__(self):
+        if not self.quantise and (self.quantise_embeddings or self.quantise_skip):
+            raise ValueError("--quantise-embeddings and --quantise-skip go with --quantise RULE")
+        names = [each.rule for each in self.wanted if each]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"--quantise: {twice} is asked for twice")
+
+    @property
+    def wanted(self) -> list[Quantisation | None]:
+        """One for each rule; without any, None alone: the weights as they are."""
+        more = self.quantise_embeddings, self.quantise_skip
+        return [Quantisation(rule, *more) for rule in self.quantise] or [None]
+
+
 def rule_of(record: Mapping[str, Any]) -> str | None:
     """The rule that a record's model was rounded by; None for none."""
-    found = record["protocol"].get("quantisation")
+    found = (record.get("protocol") or {}).get("quantisation")
     return found.get("rule") if isinstance(found, dict) else None
