@@ -25,10 +25,10 @@ import stats
 from cli import printable
 from durable import check_writable
 from evaluation import EndpointOptions, Evaluation, ModelOptions, Plans, Result
-from identity import run_directory
 from quantisation.comparison import print_differences, print_rules
 from quantisation.names import Quantisation, QuantiseOptions
-from runs import called
+from recording.identity import run_directory
+from recording.runs import called
 
 if TYPE_CHECKING:  # these load torch
     import torch

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mlp import Stack
 from model import GPTModel
-from norms import Norm
+from modeling.mlp import Stack
+from modeling.norms import Norm
 from quantisation.codes import Codes
 from quantisation.names import NORM_BYTES, REST_BYTES, Quantisation, Rule, parse
 from quantisation.rules import CASTS, quantise, round_tokens, rounded

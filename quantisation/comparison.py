@@ -13,7 +13,7 @@ import numpy as np
 
 import resampling
 import stats
-from runs import called
+from recording.runs import called
 
 Pair = tuple[Any, Any]  # the first result of a checkpoint, and another
 

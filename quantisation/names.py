@@ -34,7 +34,9 @@ GGUF = {"gguf-q4_0": 4, "gguf-q8_0": 8}
 GGUF_BLOCK = 32
 SCALES = {"sym": ("absmax", "range"), "asym": ("minmax", "range")}  # the default first
 GRID = r"tensor|channel|row|[gb][1-9]\d*"
-RTN = re.compile(rf"rtn-w([2-8])(a8)?(?:-({GRID}))?(?:-(sym|asym))?(?:-(absmax|minmax|range))?(-a8)?")
+RTN = re.compile(
+    rf"rtn-w([2-8])(a8)?(?:-({GRID}))?(?:-(sym|asym))?(?:-(absmax|minmax|range))?(-a8)?"
+)
 FP8 = re.compile(rf"fp8(?:-e4m3)?(?:-({GRID}))?")
 REST_BYTES = 2  # of a number that a rule leaves alone: all else is held in 16 bits, norms in 32
 NORM_BYTES = 4
