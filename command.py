@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # these load torch
 
     from checkpoint import Checkpoint
     from distributed import Dist
+    from quantisation.apply import Weights
     from transformers_model import Model
 
 
@@ -69,8 +70,8 @@ def add_flags(p: cli.Parser, evaluation: Evaluation) -> None:
 
 
 def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
-    """Every checkpoint named, one after the other, and after each the adapters over it, each of them
-    once for every rule of quantisation; or the model that is served."""
+    """Every checkpoint named, one after the other, and after each the adapters over it, all of them
+    under each rule of quantisation; or the model that is served."""
     if args.endpoint:
         return run_served(evaluation, args)
     check_unused(evaluation, args, cli.option_names(EndpointOptions), "only with --endpoint")
@@ -201,18 +202,17 @@ class Loader:
         self.holds: Checkpoint | None = None  # whose weights these are, but for what `undo` undoes
         self.merged: Checkpoint | None = None  # what `undo` takes out, or `holds` itself
         self.undo: Callable[[], None] = lambda: None
-        self.put_back: Callable[[], None] = lambda: None  # the weights before they were rounded
+        self.weights: Weights | None = None
 
     def load(self, ckpt: Checkpoint, quantisation: Quantisation | None = None) -> Model:
         """The model of a handle; it lasts until the next is asked for."""
-        self.put_back()
-        self.put_back = lambda: None
-        model = self._whole(ckpt)
-        if quantisation is not None:
-            from quantisation.apply import quantise_model
+        from quantisation.apply import Weights
 
-            self.put_back = quantise_model(model, quantisation, self.keep)
-        return model
+        if self.weights is not None:
+            self.weights.under(None)  # before an adapter is taken out of them
+            self.weights = None
+        self.weights = Weights(self._whole(ckpt), self.keep)
+        return self.weights.under(quantisation)
 
     def _whole(self, ckpt: Checkpoint) -> Model:
         """The model with the weights that the files say."""
@@ -269,12 +269,12 @@ def measure_checkpoint(
     background: ThreadPoolExecutor,
     n_models: int,
 ) -> list[Result]:
-    """A Result for each of the plans of one evaluation. asked: of which model, rounded how. Beside the loading, prompts are made and,
-    on one rank, the checkpoint is hashed: both take seconds."""
+    """A Result for each of the plans of one evaluation. asked: of which model, rounded how. Beside
+    the loading, prompts are made and, on one rank, the checkpoint is hashed: both take seconds."""
     from backends.local import facts_of
 
-    (ckpt, quantisation), rooms = asked, ("backends/local.py",)
-    rooms += ("quantisation/apply.py",) if quantisation else ()
+    ckpt, quantisation = asked
+    rooms = ["backends/local.py", *(["quantisation/apply.py"] if quantisation else [])]
     evaluation, options = plans[0].evaluation, plans[0].options
     start = time.perf_counter()
     info = background.submit(ckpt.describe).result if dist.is_main else None

@@ -20,9 +20,11 @@ import cli
 from quantisation.names import Quantisation
 
 if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
+    import numpy as np
+
     from backends.continuations import Continuations, RowScores
     from backends.scoring import Consumer, WindowTotals
-    from dataset import RandomWindows, TokenStream, Windows
+    from dataset import TokenStream
     from distributed import Dist
 
 
@@ -132,6 +134,20 @@ class Sample:
     finish_reason: str
 
 
+class AnyWindows(Protocol):
+    """Windows over a token stream: dataset.py has ours, tasks/windows.py those of others."""
+
+    seq_len: int
+
+    def __len__(self) -> int: ...
+
+    def target_span(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def batch(
+        self, stream: TokenStream, ids: Sequence[int] | np.ndarray
+    ) -> dict[str, np.ndarray]: ...
+
+
 class Backend(Protocol):
     """A model on all ranks of `dist`; every rank calls a verb alike and gets the same from it, but
     for `generate`, which gives a rank its own share."""
@@ -142,7 +158,7 @@ class Backend(Protocol):
     def score_windows(
         self,
         stream: TokenStream,
-        windows: Windows | RandomWindows,
+        windows: AnyWindows,
         batch_size: int = 8,
         *,
         per_token: bool = False,

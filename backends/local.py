@@ -25,7 +25,8 @@ from transformers_model import Model
 
 if TYPE_CHECKING:
     import checkpoint
-    from dataset import RandomWindows, TokenStream, Windows
+    from backends import AnyWindows
+    from dataset import TokenStream
 
 T = TypeVar("T")
 
@@ -103,7 +104,7 @@ class Local:
     def score_windows(
         self,
         stream: "TokenStream",
-        windows: "Windows | RandomWindows",
+        windows: "AnyWindows",
         batch_size: int = 8,
         *,
         per_token: bool = False,

@@ -11,10 +11,10 @@ everything. Weights are rounded as they were loaded, in float32, and lie in the 
 afterwards (`_hold`), or packed where a module of linear.py takes their place.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,29 +46,56 @@ def quantise_model(
     model: "Model", wanted: Quantisation | str, keep: bool = False
 ) -> Callable[[], None]:
     """Round the weights of a model in evaluation, and note in `model.quantisation` how, and what
-    they take. keep: what is returned, when called, puts them back. ValueError for a pattern of
-    `skip` that no matrix has, and for weights or a model that the rule cannot be applied to."""
+    they take. keep: what is returned, when called, puts them back, and so does a ValueError: for a
+    pattern of `skip` that no matrix has, for weights or a model that the rule is not for."""
     wanted = Quantisation(wanted) if isinstance(wanted, str) else wanted
-    rule, before = parse(wanted.rule), []
-    assert getattr(model, "quantisation", None) is None, "a model is rounded once"
+    rule, chosen = parse(wanted.rule), []
+    assert model.quantisation is None, "a model is rounded once"
     _check_dtype(model, rule)
-    if rule.kind == "cast":
-        undo = [_cast(p, name, rule, keep) for name, p in _casted(model)]
-        chosen = []
-    else:
-        chosen = list(_chosen(model, wanted))
-        undo = [_round(matrix, wanted, rule, keep) for matrix in chosen]
-    if rule.activations:
-        undo += _round_activations(model, chosen)
-    before = [put_back for put_back in undo if put_back]
-    model.quantisation = wanted.protocol | _sizes(model, rule, chosen)
+    undo: list[Callable[[], object]] = []
 
     def restore() -> None:
-        for put_back in before:
+        for put_back in undo:
             put_back()
         model.quantisation = None
 
+    try:
+        if rule.kind == "cast":
+            for name, p in _casted(model):
+                undo += _kept(p.data, keep)
+                p.data.copy_(_named(name, rounded, p.data, rule))
+        else:
+            chosen = list(_chosen(model, wanted))
+            for matrix in chosen:
+                undo += _kept(matrix.weight, keep)
+                _hold(matrix, _codes_of(matrix, rule))
+        if rule.activations:
+            undo += _round_activations(model, chosen)
+    except ValueError:
+        restore()
+        raise
+    model.quantisation = wanted.protocol | _sizes(model, rule, chosen)
     return restore
+
+
+class Weights:
+    """A model that is rounded by one rule after another, or by none. keep: there will be another
+    one after the first."""
+
+    def __init__(self, model: "Model", keep: bool):
+        self.model, self.keep = model, keep
+        self._now: Quantisation | None = None
+        self._restore: Callable[[], None] = lambda: None
+
+    def under(self, wanted: Quantisation | None) -> "Model":
+        """The model, its weights as they were loaded and then rounded so."""
+        if wanted != self._now:
+            self._restore()
+            self._now, self._restore = None, lambda: None
+            if wanted is not None:
+                self._restore = quantise_model(self.model, wanted, self.keep)
+                self._now = wanted
+        return self.model
 
 
 # ---------------------------------------------------------------------------------------------
@@ -79,13 +106,13 @@ def matrices(model: "Model", embeddings: bool = False) -> Iterator[Matrix]:
     """The matrices that a rule is for, once each; with `embeddings` those of the ends too."""
     if isinstance(model, GPTModel):
         yield from _native(model)
-        ends: list[tuple[str, nn.Module]] = [("token_embedding", model.token_embedding)]
+        ends: list[tuple[str, Any]] = [("token_embedding", model.token_embedding)]
         ends += [] if model.config.tie_embeddings else [("lm_head", model.lm_head)]
     else:
         yield from _of_transformers(model.causal_lm)
         ends = _ends_of(model.causal_lm)
     for name, module in ends if embeddings else ():
-        weight = module.weight.data
+        weight: Tensor = module.weight.data
         yield Matrix(name, module, weight, ((name, len(weight)),))
 
 
@@ -109,7 +136,7 @@ def _native(model: GPTModel) -> Iterator[Matrix]:
         yield Matrix(name, module, weight, tuple((name + end, rows) for end, rows in parts))
 
 
-def _ends_of(causal_lm: nn.Module) -> list[tuple[str, nn.Module]]:
+def _ends_of(causal_lm: Any) -> list[tuple[str, Any]]:
     """Token embedding and head of a model of transformers', the head only where it is not tied."""
     ends = [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
     if ends[0].weight is ends[1].weight:
@@ -117,10 +144,16 @@ def _ends_of(causal_lm: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in causal_lm.named_modules() if module in ends]
 
 
-def _of_transformers(causal_lm: nn.Module) -> Iterator[Matrix]:
+def _of_transformers(causal_lm: Any) -> Iterator[Matrix]:
     """Linear layers and GPT-2's Conv1D, which keeps them as [in, out]; fused parts, of which only
     their model knows, are rounded as one."""
     ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    stacked = [name for name, p in causal_lm.named_parameters() if p.dim() > 2 and "expert" in name]
+    if stacked:
+        raise ValueError(
+            f"--quantise: {stacked[0]} holds several matrices, of which this model alone knows how "
+            "they lie; only its casts are known"
+        )
     for name, module in causal_lm.named_modules():
         turned = type(module).__name__ == "Conv1D"
         if (isinstance(module, nn.Linear) or turned) and module not in ends:
@@ -167,44 +200,28 @@ def _casted(model: "Model") -> Iterator[tuple[str, nn.Parameter]]:
         yield from model.causal_lm.named_parameters()
 
 
-Undo = Callable[[], object] | None
+def _kept(weight: Tensor, keep: bool) -> list[Callable[[], object]]:
+    """What puts a weight back as it is now, from the host; nothing unless it is to be kept."""
+    values = weight.to("cpu", copy=True) if keep else None
+    return [lambda: weight.copy_(values)] if values is not None else []
 
 
-def _kept(weight: Tensor, keep: bool) -> Undo:
-    """What puts a weight back as it is now, from the host."""
-    if not keep:
-        return None
-    values = weight.to("cpu", copy=True)
-    return lambda: weight.copy_(values)
-
-
-def _cast(p: nn.Parameter, name: str, rule: Rule, keep: bool) -> Undo:
-    undo = _kept(p.data, keep)
-    p.data.copy_(_named(name, lambda: rounded(p.data, rule)))
-    return undo
-
-
-def _round(matrix: Matrix, wanted: Quantisation, rule: Rule, keep: bool) -> Undo:
-    undo = _kept(matrix.weight, keep)
+def _codes_of(matrix: Matrix, rule: Rule) -> Codes:
     rows = matrix.weight.split([n for _, n in matrix.parts])
-    parts = [
-        _named(name, lambda part=part: quantise(part, rule))
-        for (name, _), part in zip(matrix.parts, rows, strict=True)
-    ]
-    _hold(matrix, joined(parts))
-    return undo
+    named = zip(matrix.parts, rows, strict=True)
+    return joined([_named(name, quantise, part, rule) for (name, _), part in named])
 
 
-def _named(name: str, make: Callable) -> "Codes | Tensor":
+def _named(name: str, function: Callable[[Tensor, Rule], Any], weight: Tensor, rule: Rule) -> Any:
+    """function(weight, rule), whose ValueError says of which matrix."""
     try:
-        return make()
+        return function(weight, rule)
     except ValueError as error:
         raise ValueError(f"{name}: {error} (--quantise-skip leaves it out)") from None
 
 
-def joined(parts: Iterable[Codes]) -> Codes:
+def joined(parts: list[Codes]) -> Codes:
     """The codes of matrices that lie one below the other, as one."""
-    parts = list(parts)
     first = parts[0]
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return Codes(
@@ -222,7 +239,7 @@ def _hold(matrix: Matrix, codes: Codes) -> None:
     matrix.weight.copy_(codes.dequantise(matrix.weight.dtype))
 
 
-def _round_activations(model: "Model", chosen: list[Matrix]) -> list[Undo]:
+def _round_activations(model: "Model", chosen: list[Matrix]) -> list[Callable[[], object]]:
     """Before each of the matrices. ValueError for models that multiply by a weight without asking
     its module."""
     config = model.config if isinstance(model, GPTModel) else None

@@ -8,8 +8,8 @@
     fp8[-e4m3][-GRID]                                       8-bit floats, scale absmax/448
     gguf-q4_0 gguf-q8_0                                     as those types of GGUF hold them
 
-GRID, which weights share a scale: tensor, channel (an output's row; also `row`), g128 (so many
-columns of a row, the last ones fewer), b128 (squares of so many rows and columns). Default: channel.
+GRID, which weights share a scale: channel (the row of an output, also called row; the default),
+tensor, g128 (so many columns of a row, the last ones fewer), b128 (so many rows and columns).
 SCALE, of b bits:
     sym   absmax   absmax / (2^(b-1) - 1), absmax no less than 1e-5: llmc, AutoAWQ. The default
           range    absmax / ((2^b - 1) / 2), one code more: compressed-tensors and, in groups that
@@ -34,14 +34,13 @@ GGUF = {"gguf-q4_0": 4, "gguf-q8_0": 8}
 GGUF_BLOCK = 32
 SCALES = {"sym": ("absmax", "range"), "asym": ("minmax", "range")}  # the default first
 GRID = r"tensor|channel|row|[gb][1-9]\d*"
-RTN = re.compile(
-    rf"rtn-w([2-8])(a8)?(?:-({GRID}))?(?:-(sym|asym))?(?:-(absmax|minmax|range))?(-a8)?"
-)
+SIGNS = r"(?:-(sym|asym))?(?:-(absmax|minmax|range))?"
+RTN = re.compile(rf"rtn-w([2-8])(a8)?(?:-({GRID}))?{SIGNS}(-a8)?")
 FP8 = re.compile(rf"fp8(?:-e4m3)?(?:-({GRID}))?")
 REST_BYTES = 2  # of a number that a rule leaves alone: all else is held in 16 bits, norms in 32
 NORM_BYTES = 4
 KNOWN = "bf16, fp16, fp32, rtn-w8, rtn-w4-g128, rtn-w4-g128-asym, rtn-w8a8, fp8, fp8-b128, "
-KNOWN += "gguf-q4_0, gguf-q8_0"
+KNOWN += "gguf-q4_0, gguf-q8_0, … (quantisation/names.py)"
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def parse(name: str) -> Rule:
         return Rule("fp8", 8, *_grid(found[1]), scale="range")
     found = RTN.fullmatch(name)
     if not found:
-        raise ValueError(f"there is no rule {name!r}; rules are {KNOWN}, and what README says")
+        raise ValueError(f"there is no rule {name!r:.60}; there are {KNOWN}")
     bits, signs = int(found[1]), found[4] or "sym"
     scale = found[5] or SCALES[signs][0]
     if scale not in SCALES[signs]:
@@ -144,8 +143,8 @@ class QuantiseOptions:
 
     quantise: tuple[str, ...] = cli.option(
         (),
-        "rules by which weights are rounded: bf16, rtn-w8, rtn-w4-g128, … (README: Quantised weights); "
-        "several are compared",
+        "rules by which weights are rounded, as bf16, rtn-w8, rtn-w4-g128 (quantisation/names.py "
+        "has the grammar); several are compared",
         nargs="+",
         metavar="RULE",
     )

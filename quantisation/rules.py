@@ -75,7 +75,7 @@ def _filled(x: Tensor, span: int, dim: int) -> Tensor:
 
 
 def _shared(values: Tensor, rule: Rule, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """An extreme [N, G] of each row's groups, made that of all rows with which it shares a scale."""
+    """An extreme [N, G] of each row's groups, made that of all rows that share its scale."""
     N = len(values)
     if rule.grid not in ("tensor", "block"):
         return values
