@@ -25,7 +25,6 @@ import stats
 from cli import printable
 from durable import check_writable
 from evaluation import EndpointOptions, Evaluation, ModelOptions, Plans, Result
-from quantisation.comparison import print_differences, print_rules
 from quantisation.names import Quantisation, QuantiseOptions
 from recording.identity import run_directory
 from recording.runs import called
@@ -108,9 +107,12 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
                 )
                 save_and_show(evaluation, made, models.results_dir, keep, dist)
                 done += map(dict, made)  # without what lies beside them
-                pairs += zip(first or made, made)
+                if of_path > 1 or rule is not None:  # which keeps their arrays
+                    pairs += zip(first or made, made)
                 first = first or made
         if n_models > 1 and dist.is_main:
+            from quantisation.comparison import print_differences, print_rules
+
             if rules[0] is not None:
                 print_rules(pairs)
             else:
@@ -206,12 +208,15 @@ class Loader:
 
     def load(self, ckpt: Checkpoint, quantisation: Quantisation | None = None) -> Model:
         """The model of a handle; it lasts until the next is asked for."""
-        from quantisation.apply import Weights
-
         if self.weights is not None:
             self.weights.under(None)  # before an adapter is taken out of them
             self.weights = None
-        self.weights = Weights(self._whole(ckpt), self.keep)
+        model = self._whole(ckpt)
+        if quantisation is None:
+            return model
+        from quantisation.apply import Weights
+
+        self.weights = Weights(model, self.keep)
         return self.weights.under(quantisation)
 
     def _whole(self, ckpt: Checkpoint) -> Model:
