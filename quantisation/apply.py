@@ -11,6 +11,7 @@ everything. Weights are rounded as they were loaded, in float32, and lie in the 
 afterwards (`_hold`), or packed where a module of linear.py takes their place.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -250,7 +251,15 @@ def _round_activations(model: "Model", chosen: list[Matrix]) -> list[Callable[[]
     def before(module, args):
         return (round_tokens(args[0]), *args[1:])
 
-    return [matrix.module.register_forward_pre_hook(before).remove for matrix in chosen]
+    hooks = [matrix.module.register_forward_pre_hook(before) for matrix in chosen]
+    _forget_compiled()
+    return [*(hook.remove for hook in hooks), _forget_compiled]
+
+
+def _forget_compiled() -> None:
+    """torch.compile takes it that a module's hooks never change, and would run as before."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 # ---------------------------------------------------------------------------------------------

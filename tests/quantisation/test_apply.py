@@ -145,6 +145,21 @@ def test_activations_are_rounded_before_each_matrix():
             quantise_model(tiny_model("llama", **changes), "rtn-w8a8")
 
 
+def test_compiled_blocks_see_activations_rounded_and_not_any_more():
+    """torch.compile does not look whether hooks came or went: one rule after another must."""
+    model, ids = tiny_model("gpt").for_inference(torch.float32), torch.arange(32)[None]
+    weights = Weights(model, keep=True)
+    for rule in ("rtn-w8", "rtn-w8a8", "rtn-w8"):
+        weights.under(Quantisation(rule))
+        with torch.no_grad():
+            eager = model.hidden(ids)
+            for block in model.blocks:
+                block.compile(backend="eager")
+            assert torch.equal(model.hidden(ids), eager), rule
+        for block in model.blocks:
+            block._compiled_call_impl = None
+
+
 def test_models_of_transformers(tmp_path):
     """By their own modules' names, without their positions."""
     opt = checkpoint.open(saved_base(tmp_path, "opt")).load("float32")
