@@ -222,15 +222,25 @@ def _rounded_to(model: Model) -> torch.dtype | None:
 
 def _head_of(model: Model) -> Model:
     """What `logits` needs of a model; the rest gives its memory back."""
-    owner: torch.nn.Module = model if model.is_native else model.causal_lm
-    head = model.lm_head if model.is_native else model.causal_lm.get_output_embeddings()
-    children = dict(owner.named_children())
-    if head in children.values():
-        for name, child in children.items():
-            if child is not head:
-                delattr(owner, name)
-        owner.get_output_embeddings = lambda: head  # transformers' own looks at the others too
+    if model.is_native:
+        _leave_alone(model, model.lm_head)
+        return model
+    causal_lm = model.causal_lm
+    head = causal_lm.get_output_embeddings()
+    if _leave_alone(causal_lm, head):
+        # transformers' own looks at the other modules first
+        causal_lm.get_output_embeddings = lambda: head  # type: ignore[method-assign]
     return model
+
+
+def _leave_alone(owner: torch.nn.Module, head: torch.nn.Module) -> bool:
+    """Whether the head lies in a module where all else could be dropped, which it is then."""
+    children = dict(owner.named_children())
+    found = any(child is head for child in children.values())
+    for name, child in children.items():
+        if found and child is not head:
+            delattr(owner, name)
+    return found
 
 
 @contextlib.contextmanager
