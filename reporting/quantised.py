@@ -9,6 +9,8 @@ loaded, or in its checkpoint, if they lie so in its files; one that says nothing
 dtype of its protocol. Bytes are those of all weights: of what a file has not quantised, in 16 bits.
 """
 
+import functools
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 from cli import printable
 from config import GPTConfig
 from costs.flops import count_parameters
+from durable import dumps
 from recording.identity import config_hash
 from reporting.compare import (
     Examples,
@@ -39,7 +42,13 @@ from reporting.groups import (
 )
 
 # of a protocol: what two rules may differ in, and are compared all the same
-APART = ("quantisation", "tokenizer", "tokenizer_fingerprint", "compiled", "batch_size")
+APART: tuple[str, ...] = (
+    "quantisation",
+    "tokenizer",
+    "tokenizer_fingerprint",
+    "compiled",
+    "batch_size",
+)
 APART += ("batch_tokens", "dtype")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REST_BYTES = 2
@@ -69,15 +78,15 @@ class Family:
 
 def weights_of(record: Record) -> Weights | None:
     """None where a record does not say enough."""
-    of_rule, of_file = record["protocol"].get("quantisation"), None
+    of_rule = record["protocol"].get("quantisation")
     of_file = record["checkpoint"].get("quantisation")
-    n_all = _parameters(record)
     if isinstance(of_rule, dict):
         held = [real(of_rule.get(name)) for name in ("weight_bytes", "bits_per_weight")]
         if None in held:
             return None
         full = bool(held[1] and held[1] >= 16)
         return Weights(printable(of_rule.get("rule")), held[0] or 0, held[1] or 0, full)
+    n_all = _parameters(dumps(record["checkpoint"].get("config"), sort_keys=True))
     if n_all is None:
         return None
     if isinstance(of_file, dict):
@@ -93,22 +102,25 @@ def weights_of(record: Record) -> Weights | None:
     return Weights(dtype, size * n_all, 8 * size, True)
 
 
-def _parameters(record: Record) -> int | None:
-    config = record["checkpoint"].get("config")
-    if not isinstance(config, dict):
+@functools.cache
+def _parameters(config: str) -> int | None:
+    """Of a config as JSON; None of one that is not ours."""
+    known, given = {f.name for f in fields(GPTConfig)}, json.loads(config)
+    if not isinstance(given, dict):
         return None
-    known = {f.name for f in fields(GPTConfig)}
     try:
-        given = {name: value for name, value in config.items() if name in known}
-        return count_parameters(GPTConfig(**given))["total"]
-    except (ValueError, TypeError, AssertionError):
+        kept = {name: value for name, value in given.items() if name in known}
+        return count_parameters(GPTConfig(**kept))["total"]
+    except (ValueError, TypeError, AssertionError):  # as a later or an older version wrote it
         return None
 
 
 def families_of(records: Iterable[Record]) -> list[Family]:
     """Those that hold a quantised record and another. Files that others quantised are compared with
     every model of their shape, for they do not say which they were made of."""
-    shapes: dict[str, list[tuple[Record, Weights]]] = {}
+    records, shapes = list(records), {}
+    if not any(_is_quantised(record) for record in records):
+        return []
     for record in records:
         weights = weights_of(record)
         if weights is not None:
@@ -128,6 +140,10 @@ def families_of(records: Iterable[Record]) -> list[Family]:
     return sorted(found, key=lambda family: _title(family))
 
 
+def _is_quantised(record: Record) -> bool:
+    return "quantisation" in record["protocol"] or "quantisation" in record["checkpoint"]
+
+
 def _work_of(record: Record) -> str:
     """What two records of a family have in common: the work, and the model's shape."""
     protocol = {k: v for k, v in record["protocol"].items() if k not in APART}
@@ -139,9 +155,7 @@ def _work_of(record: Record) -> str:
 
 
 def _title(family: Family) -> str:
-    words = {word for record in family.records for word in record["words"]}
     common = [w for w in family.base["words"] if all(w in r["words"] for r in family.records)]
-    assert words or not common
     run, name = family.base["run"], family.base["checkpoint"].get("name")
     title = title_of([family.base | {"words": common}])
     return f"Quality over bytes: {printable(run)}/{printable(name)} · {title}"

@@ -55,7 +55,8 @@ FLOORS = [
     "tasks/drawing tasks/harness",
     "evaluation training/batches training/log training/options",
     "command",
-    "reporting/groups reporting/compare reporting/tables reporting/page reporting/charts",
+    "reporting/groups reporting/compare reporting/quantised reporting/tables reporting/page "
+    "reporting/charts",
     "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "
     "serving/metrics serving/lightllm serving/routes",
     "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report serve",

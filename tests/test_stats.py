@@ -99,7 +99,7 @@ def test_flips_are_counted_one_by_one(seed):
     after = np.where(rng.random(300) < 0.2, rng.integers(-1, 4, 300), before)
     wanted = dict.fromkeys(("rw", "wr", "rr", "ww", "changed", "other"), 0)
     for g, a, b in zip(gold, before, after):
-        wanted["wr"[a == g] + "wr"[b == g]] += 1
+        wanted["wr"[int(a == g)] + "wr"[int(b == g)]] += 1
         wanted["changed"] += a != b
         wanted["other"] += a != b and a != g and b != g
     found = stats.flips(before == gold, (after == gold).astype(float), (before, after))
