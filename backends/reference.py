@@ -156,13 +156,12 @@ class Reference:
 
     def _key(self, backend, stream, windows, batch_size) -> str:
         """Of all that the states depend on."""
-        of_windows = {k: v for k, v in vars(windows).items() if k != "starts"}
-        starts = getattr(windows, "starts", np.zeros(0)).tolist()
+        of_windows = {name: np.asarray(v).tolist() for name, v in vars(windows).items()}
         return config_hash(
             {
                 "reference": [self.protocol, self.ckpt.config and self.ckpt.config.to_dict()],
                 "tokens": [stream.fingerprint, stream.bos_id if of_windows.get("bos") else None],
-                "windows": [type(windows).__name__, of_windows, starts],
+                "windows": [type(windows).__name__, of_windows],
                 "batches": [batch_size, self._compiled(backend, windows)],
                 "device": _device_name(backend.dist),
                 "code": running_code(__file__, self.ckpt.rooms, ROOT),

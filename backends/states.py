@@ -16,7 +16,7 @@ goes on from them, on any number of ranks.
 
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,7 +136,8 @@ class States:
         whole = self._length(row_bytes)
         if os.fstat(self._fd).st_size == whole:
             return
-        disk, needed = os.statvfs(self.folder), self.windows.n_targets * row_bytes
+        first, last = self.windows.target_span(np.arange(len(self.windows)))
+        needed, disk = int((last - first + 1).sum()) * row_bytes, os.statvfs(self.folder)
         free = disk.f_bavail * disk.f_frsize
         if free < needed:
             raise ValueError(
@@ -174,12 +175,14 @@ class Part:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _whole_ids(self, ids) -> np.ndarray:
+    def _of_all(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(ids, dtype=np.int64)
         return np.where(ids < 0, -1, self.ids[ids])
 
-    def target_span(self, ids) -> tuple[np.ndarray, np.ndarray]:
-        return self.windows.target_span(self._whole_ids(ids))
+    def target_span(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As dataset.Windows.target_span."""
+        return self.windows.target_span(self._of_all(ids))
 
-    def batch(self, stream: "TokenStream", ids) -> dict[str, np.ndarray]:
-        return self.windows.batch(stream, self._whole_ids(ids))
+    def batch(self, stream: "TokenStream", ids: Sequence[int] | np.ndarray) -> dict:
+        """As dataset.Windows.batch."""
+        return self.windows.batch(stream, self._of_all(ids))
