@@ -19,7 +19,7 @@ text with windows of 1024 and --stride 1024, and 16.44 with --stride 512.
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -30,7 +30,6 @@ import evaluation
 import results
 import stats
 from backends import Backend, Facts
-from backends.local import Local
 from backends.reference import Reference, open_reference
 from backends.scoring import WindowTotals
 from cli import printable
@@ -39,6 +38,9 @@ from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from formats.shards import RAW
 from recording.runs import called
 from tasks import divergence
+
+if TYPE_CHECKING:
+    from backends.local import Local
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -207,8 +209,8 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     if reference is None:
         totals = backend.score_windows(*asked)
     else:
-        assert isinstance(backend, Local), "--reference is refused with --endpoint"
-        totals, tokens = reference.compare(backend, *asked, folder.root)
+        local = cast("Local", backend)  # --reference is refused with --endpoint
+        totals, tokens = reference.compare(local, *asked, folder.root)
         against = divergence.summarise(tokens)
     nll, count = totals.by_window()
     first_target, _ = windows.target_span(np.arange(len(windows)))

@@ -15,6 +15,7 @@ While the reference runs, both models are in memory; afterwards the reference's 
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +24,6 @@ import torch
 
 import checkpoint
 from backends import Facts
-from backends.local import Local, facts_of
 from backends.scoring import WindowTotals
 from backends.states import States
 from checkpoint import Checkpoint
@@ -36,6 +36,7 @@ from tokenizer import Tokenizer
 from transformers_model import Model
 
 if TYPE_CHECKING:
+    from backends.local import Local
     from dataset import RandomWindows, TokenStream, Windows
 
 FOLDER = ".references"  # of a results directory: no place of records
@@ -122,7 +123,7 @@ class Reference:
 
     def compare(
         self,
-        backend: Local,
+        backend: "Local",
         stream: "TokenStream",
         windows: "Windows | RandomWindows",
         batch_size: int,
@@ -172,15 +173,17 @@ class Reference:
         """As the model that is compared, or rounding alone would set them apart."""
         return backend.should_compile(len(windows) * windows.seq_len)
 
-    def _run(self, states: States, backend: Local, stream, batch_size: int) -> Model:
+    def _run(self, states: States, backend: "Local", stream, batch_size: int) -> Model:
         """The head, once all states are there."""
         dist, part = backend.dist, states.missing(batch_size)
         if part is not None:
             print0(f"{printable(self.ckpt.path)}: the reference's states of {len(part):,} windows")
             model = self._load(dist.device)
             compile = "on" if self._compiled(backend, states.windows) else "off"
-            facts = facts_of(self.ckpt, backend.facts.tokenizer, self.dtype, dist.device.type)
-            local, dtype = Local(model, facts=facts, dist=dist, compile=compile), _rounded_to(model)
+            facts = replace(backend.facts, name=self.ckpt.name, dtype=self.dtype)
+            # of the same kind, which is not imported: the code of the one that runs counts anyway
+            local = type(backend)(model, facts=facts, dist=dist, compile=compile)
+            dtype = _rounded_to(model)
 
             def keep(hidden, targets, ids):
                 states.keep(hidden.to(dtype or hidden.dtype), targets, ids)
