@@ -7,6 +7,7 @@
 Takes checkpoints of rosetrainer, nanoGPT, Hugging Face and roseval. Prints loss (nats per token),
 perplexity and bits per byte with a standard error, and writes one JSON record per checkpoint with
 the whole protocol, and the loss of every window beside it. The same bits on any number of ranks.
+With --reference also how far each token's distribution lies from another model's.
 
     from eval import evaluate_perplexity
     result = evaluate_perplexity(model, tokenizer, val_data=["data/val.txt"])
@@ -16,24 +17,31 @@ Reference: Hugging Face documents a perplexity of 19.44 for GPT-2 Large on WikiT
 text with windows of 1024 and --stride 1024, and 16.44 with --stride 512.
 """
 
+import argparse
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+import checkpoint
 import cli
 import command
 import evaluation
 import results
 import stats
 from backends import AnyWindows, Backend, Facts
+from backends.reference import Reference, open_reference
 from backends.scoring import WindowTotals
 from cli import printable
 from dataset import RandomWindows, TokenStream, Windows, open_stream
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from formats.shards import RAW
 from recording.runs import called
+from tasks import divergence
 from tasks.windows import LENGTHS, Chunks
+
+if TYPE_CHECKING:
+    from backends.local import Local
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -75,6 +83,15 @@ class Options:
     )
     seed: int = cli.option(42, "of --windows random (42); exact ones draw nothing", type=int)
     batch_size: int = cli.option(8, "windows of a batch at most (8)", type=cli.positive_int)
+    reference: str | None = cli.option(
+        None,
+        "a checkpoint with which each is compared token by token: divergence, likeliest token. "
+        "first: the first one named",
+        metavar="PATH",
+    )
+    reference_dtype: str | None = cli.option(
+        None, "of the reference; default: as --dtype", choices=sorted(cli.DTYPES)
+    )
     compile: str = evaluation.compile_option()
 
     def __post_init__(self):
@@ -91,6 +108,8 @@ class Options:
             raise ValueError(f"--windows {self.windows} tokenises text itself: --data-mode text")
         if self.windows != "exact" and (self.stride or self.bos != "off"):
             raise ValueError(f"--windows {self.windows} has no --stride and no --bos")
+        if self.reference_dtype and not self.reference:
+            raise ValueError("--reference-dtype goes with --reference PATH")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -106,6 +125,7 @@ class Scored:
     stream: TokenStream
     windows: AnyWindows
     batch_size: int
+    reference: Reference | None = None
 
 
 def plan(options: Options, facts: Facts) -> Plan:
@@ -153,8 +173,12 @@ def plan(options: Options, facts: Facts) -> Plan:
         "hash": stream.fingerprint,
         "tokens": len(stream),
     }
-    work = Scored(stream, windows, batch_size)
-    return Plan(protocol, data, work, words_of(protocol))
+    words, reference = words_of(protocol), None
+    if options.reference:
+        reference = plan_reference(options, facts, stream, seq_len)
+        protocol["reference"] = reference.protocol
+        words += (f"against {reference.ckpt.name} in {reference.dtype}",)
+    return Plan(protocol, data, Scored(stream, windows, batch_size, reference), words)
 
 
 KINDS = {"random": "sampled windows"} | {kind: f"{kind}'s windows" for kind in LENGTHS}
@@ -168,6 +192,17 @@ def words_of(protocol: dict) -> tuple[str, ...]:
         *([KINDS[protocol["windows"]]] if protocol["windows"] in KINDS else []),
         protocol["dtype"],
     )
+
+
+def plan_reference(options: Options, facts: Facts, stream: TokenStream, seq_len: int) -> Reference:
+    """The reference of these options, from its headers. ValueError where it is none for a model
+    of these facts."""
+    dtype = cli.DTYPES.get(options.reference_dtype or facts.dtype, facts.dtype)
+    reference = open_reference(options.reference or "", dtype, facts)
+    own = reference.ckpt.tokenizer
+    tokenizer = evaluation.open_tokenizer(own) if own else None
+    reference.check(stream, seq_len, facts.tokenizer, tokenizer)
+    return reference
 
 
 def pick_window(seq_len: int | None, context: int | None) -> int:
@@ -184,8 +219,14 @@ def pick_window(seq_len: int | None, context: int | None) -> int:
 
 def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     """Score every window. Arrays hold nats and tokens by window, and by (window, file, special)."""
-    stream, windows = plan.work.stream, plan.work.windows
-    totals = backend.score_windows(stream, windows, plan.work.batch_size)
+    stream, windows, reference = plan.work.stream, plan.work.windows, plan.work.reference
+    asked, against = (stream, windows, plan.work.batch_size), divergence.Summary()
+    if reference is None:
+        totals = backend.score_windows(*asked)
+    else:
+        local = cast("Local", backend)  # --reference is refused with --endpoint
+        totals, tokens = reference.compare(local, *asked, folder.root)
+        against = divergence.summarise(tokens)
     nll, count = totals.by_window()
     first_target, _ = windows.target_span(np.arange(len(windows)))
     arrays = {"nll": nll, "count": count.astype(np.int64), "start": first_target}
@@ -196,12 +237,13 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
         arrays |= of_text
         statistics[name] = {"score": name, "arrays": list(of_text)}
     return Outcome(
-        metrics=metrics_of(totals, windows),
-        breakdown={"file": by_file(totals, stream)},
-        arrays=arrays,
+        metrics=metrics_of(totals, windows) | against.metrics,
+        breakdown={"file": by_file(totals, stream)} | against.breakdown,
+        arrays=arrays | against.arrays,
+        protocol={"reference": reference.about} if reference else {},
         examples={
             "unit": "windows",
-            "scores": {"loss": "nll"},
+            "scores": {"loss": "nll"} | against.scores,
             "statistics": statistics,
             "weight": "count",
             "labels": {"start": "from token {:,}"},
@@ -265,6 +307,10 @@ def print_record(record: Result) -> None:
     print(f"stderr: {metrics['loss']['stderr']:.6f} (of avg_loss)")
     if "bits_per_byte" in metrics:
         print(f"bits_per_byte: {metrics['bits_per_byte']['value']:.6f}")
+    if "kl" in metrics:
+        about = record["protocol"]["reference"]
+        print(f"against {printable(about['name'])} in {about['dtype']}, token by token:")
+        print("\n".join(divergence.lines_of(record["breakdown"])))
     print(f"tokens: {data['tokens_scored']:,} scored of {data['tokens']:,}")
     print(f"tokens_per_second: {cost['tokens_per_second']:,.0f}")
     if cost.get("mfu") is not None:
@@ -283,15 +329,18 @@ def print_record(record: Result) -> None:
 def print_table(records: list[dict]) -> None:
     names = called(records)
     width = max(map(len, names))
-    print(f"\n{'checkpoint':<{width}}  {'step':>8}  {'loss':>9}  {'ppl':>11}  {'bits/byte':>9}")
+    against = any("kl" in record["metrics"] for record in records)
+    header = f"{'checkpoint':<{width}}  {'step':>8}  {'loss':>9}  {'ppl':>11}  {'bits/byte':>9}"
+    print(f"\n{header}" + f"  {'KL':>9}  {'same top':>8}" * against)
     for name, record in zip(names, records, strict=True):
         metrics, info = record["metrics"], record["checkpoint"]
         step = "" if info["step"] is None else info["step"]
         bits = metrics.get("bits_per_byte", {}).get("value")
-        print(
-            f"{name:<{width}}  {step:>8}  {metrics['loss']['value']:>9.5f}  "
-            f"{metrics['perplexity']['value']:>11.4f}  {'' if bits is None else f'{bits:>9.5f}'}"
-        )
+        row = f"{name:<{width}}  {step:>8}  {metrics['loss']['value']:>9.5f}  "
+        row += f"{metrics['perplexity']['value']:>11.4f}  {'' if bits is None else f'{bits:>9.5f}'}"
+        if "kl" in metrics:
+            row += f"  {metrics['kl']['value']:>9.6f}  {metrics['same_top']['value']:>8.2%}"
+        print(row)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -299,9 +348,11 @@ def print_table(records: list[dict]) -> None:
 
 
 def check(options: Options) -> None:
-    """The files are there and readable, whatever the tokenizer."""
+    """The files are there and readable, whatever the tokenizer, and the reference is one."""
     tokenizer, width = evaluation.open_tokenizer("byte"), options.token_dtype
     open_stream(options.data_mode, options.files, tokenizer, max_tokens=1, token_dtype=width)
+    if options.reference:
+        checkpoint.open(options.reference)
 
 
 PERPLEXITY = Evaluation(
@@ -325,7 +376,13 @@ def evaluate_perplexity(model: Any, tokenizer: Any, **options) -> Result:
 
 
 def main(argv=None):
-    command.main(PERPLEXITY, argv, __doc__)
+    command.main(PERPLEXITY, argv, __doc__, first_as_reference)
+
+
+def first_as_reference(args: argparse.Namespace) -> None:
+    """`--reference first`, as the path of the first checkpoint named."""
+    if args.reference == "first" and args.checkpoint_path:
+        args.reference = str(checkpoint.expand_paths(args.checkpoint_path)[0])
 
 
 if __name__ == "__main__":

@@ -252,10 +252,14 @@ class GPTModel(nn.Module):
                 ropes[kind] = angles(positions, getattr(self, f"rope_{source}"), factor)
         return ropes
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, exact: bool = False) -> Tensor:
         """[..., V] of hidden [..., C], in the head's dtype (autocast's in training); float32 where
-        a soft cap or a bias comes after the product."""
-        logits = F.linear(*self._for_the_head(hidden))[..., : self.config.vocab_size]
+        a soft cap or a bias comes after the product. exact: in float32 always, the product of what
+        the head multiplies not rounded to its dtype."""
+        hidden, weight = self._for_the_head(hidden)
+        if exact:
+            hidden, weight = hidden.float(), weight.float()
+        logits = F.linear(hidden, weight)[..., : self.config.vocab_size]
         if self.lm_head.bias is not None:
             logits = logits.float() + self.lm_head.bias.float()
         cap = self.config.logit_softcap

@@ -20,10 +20,11 @@ from pathlib import Path
 import cli
 from durable import write_atomic
 from recording.runs import walk
-from reporting.charts import draw
+from reporting.charts import draw, draw_families
 from reporting.compare import compare, compare_text, pairs_of
 from reporting.groups import groups_of, metric_names, read
 from reporting.page import page, page_data
+from reporting.quantised import families_of, table_of_family
 from reporting.tables import csv_text, markdown, table_of, terminal
 from results import utc_now
 
@@ -59,7 +60,10 @@ def write_report(
             write_atomic(Path(out_dir, name), text)
         if html:
             write_atomic(Path(out_dir, "report.html"), page(data))
-        pictures = draw(groups_of(found["ok"]), out_dir) if charts else []
+        pictures = []
+        if charts:
+            pictures = draw(groups_of(found["ok"]), out_dir)
+            pictures += draw_families(families_of(found["ok"]), out_dir)
     except OSError as error:  # a full disk, a directory of somebody else's
         raise ValueError(f"{error}; --out FOLDER writes the report elsewhere") from None
     parts = [terminal(table, sys.stdout.isatty()) for table in tables]
@@ -76,6 +80,7 @@ def drawn(
 ) -> tuple[list[dict], dict, dict[str, str]]:
     """(tables, the page's data, {file: text}) of what `groups.read` found."""
     tables = [table_of(group, sort, rows) for group in groups_of(found["ok"])]
+    tables += map(table_of_family, families_of(found["ok"]))
     files = {
         "report.csv": csv_text(found["ok"] + found["failed"]),
         "report.md": markdown(tables, found),
@@ -138,7 +143,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--out", help="folder of report.html, .csv and .md; default: RESULTS_DIR")
     p.add_argument("--no-html", action="store_true")
     p.add_argument(
-        "--charts", action="store_true", help="also reliability diagrams as .png (matplotlib)"
+        "--charts",
+        action="store_true",
+        help="also pictures as .png: reliability, bytes (matplotlib)",
     )
     p.add_argument("--sort", metavar="METRIC", help='a metric, best first, or "step"')
     p.add_argument("--rows", type=int, default=20, help="checkpoints a table shows (20; 0: all)")

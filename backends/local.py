@@ -110,14 +110,15 @@ class Local:
         *,
         per_token: bool = False,
         consumer: scoring.Consumer | None = None,
+        keep_states: scoring.StatesConsumer | None = None,
     ) -> scoring.WindowTotals:
-        """Nats of every window of a dataset.TokenStream; per_token, consumer: as in scoring.py.
-        Where a batch does not fit, all begins anew with half of it, and the consumer sees logits
-        again from the start: it must write by place, not add up. ValueError where the model gives
-        NaN or infinite losses."""
+        """Nats of every window of a dataset.TokenStream; per_token, consumer, keep_states: as in
+        scoring.py. Where a batch does not fit, all begins anew with half of it, and the consumers
+        see everything again from the start: they must write by place, not add up. ValueError where
+        the model gives NaN or infinite losses."""
         batch_size, device = min(batch_size, len(windows)), self.dist.device
-        compiled = self._should_compile(len(windows) * windows.seq_len)
-        nll_fn = scoring.nll_function(self.model, compiled, consumer)
+        compiled = self.should_compile(len(windows) * windows.seq_len)
+        nll_fn = scoring.nll_function(self.model, compiled, consumer, keep_states)
         token_bytes, special = scoring.bytes_of_tokens(self.facts)
         seconds = {}
 
@@ -279,7 +280,7 @@ class Local:
 
     # -- Inside -------------------------------------------------------------------------------
 
-    def _should_compile(self, n_tokens: int) -> bool:
+    def should_compile(self, n_tokens: int) -> bool:
         """Whether torch.compile pays for itself over n_tokens of scoring and the jobs to come."""
         c = self.config
         if self.compile != "auto" or c is None:

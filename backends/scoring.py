@@ -20,7 +20,7 @@ import torch
 
 from costs.symbols import CHUNK_TOKENS
 from gpu_kernels.cross_entropy import IGNORE
-from model import inductor_options
+from model import HEAD_ROWS, inductor_options
 from transformers_model import Model
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # What sees logits: called with logits [N, V], their targets [N], and the targets' places [N]
 Consumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+# What keeps final hidden states: called with those of a batch [B, T, C], targets and window_ids
+StatesConsumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 # (input_ids [B, T], targets [B, T], window_ids [B] or None) -> nats [B, T]
 NllFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -53,13 +55,20 @@ def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torc
 # The loss of each token, compiled or eager
 
 
-def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None) -> NllFunction:
+def nll_function(
+    model: Model,
+    compiled: bool,
+    consumer: Consumer | None = None,
+    keep_states: StatesConsumer | None = None,
+) -> NllFunction:
     """f(input_ids [B, T], targets [B, T], window_ids [B]) -> nats [B, T] float32.
 
     Compiled block by block: all layers share one compilation of seconds, and the whole model's,
     of up to half a minute, is no faster (H200: 124M 1% faster, XL 1%, 7B 2% slower).
-    consumer: called with the logits [N, V] of each scored position, the targets [N] and their
-    places [N], window * T + column, in chunks of at most CHUNK_TOKENS.
+    consumer: called with the logits [N, V] of each scored position, exact (model.logits), the
+    targets [N] and their places [N], window * T + column, in chunks of at most HEAD_ROWS.
+    keep_states: called once a batch with hidden [B, T, C], what `model.logits` takes, and with
+    targets and window_ids as above; -1 is no window.
     """
     for block in model.blocks if model.is_native else ():
         block._compiled_call_impl = None  # of an evaluation that compiled this model before
@@ -67,7 +76,10 @@ def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None)
             block.compile(dynamic=False, options=inductor_options())
 
     def nll(input_ids, targets, window_ids=None):
-        hidden = model.hidden(input_ids).flatten(0, 1)
+        hidden = model.hidden(input_ids)
+        if keep_states is not None and window_ids is not None:
+            keep_states(hidden, targets, window_ids)
+        hidden = hidden.flatten(0, 1)
         if consumer is not None and window_ids is not None:
             _hand_on_logits(model, hidden, targets, window_ids, consumer)
         return token_nll(model, hidden, targets.flatten()).view_as(targets)
@@ -80,8 +92,8 @@ def _hand_on_logits(model, hidden, targets, window_ids, consumer) -> None:
     places = window_ids[:, None] * T + torch.arange(T, device=targets.device)
     scored = (targets != IGNORE).flatten()
     rows = hidden[scored], targets.flatten()[scored], places.flatten()[scored]
-    for h, t, place in zip(*(x.split(CHUNK_TOKENS) for x in rows)):
-        consumer(model.logits(h), t, place)
+    for h, t, place in zip(*(x.split(HEAD_ROWS) for x in rows)):
+        consumer(model.logits(h, exact=True), t, place)
 
 
 # ---------------------------------------------------------------------------------------------

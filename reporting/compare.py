@@ -19,7 +19,9 @@ from cli import printable
 from recording.runs import told_apart
 from reporting.groups import Record, lower_is_better, number, title_of, triple
 from results import load_arrays, load_record, load_records, load_samples
-from stats import bootstrap_ci, examples_to_resolve, mcnemar_exact, paired_difference, ratio
+from stats import bootstrap_ci, examples_to_resolve, flips, paired_difference, ratio
+
+ANSWERS = "predicted"  # the array of what was answered, where right and wrong is not all
 
 # ---------------------------------------------------------------------------------------------
 # Examples
@@ -221,7 +223,7 @@ def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
         out |= {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
     out["needed"] = examples_to_resolve(out["difference"], out["sd"])
     if mean:
-        out |= _of_means(x.scores[name], y.scores[name], x.weight, lower, out)
+        out |= _of_means(x, y, name, lower, out)
     else:
         out |= {"test": "bootstrap", "resamples": resampling.RESAMPLES}
         out["bootstrap"] = out["low"], out["high"]
@@ -233,10 +235,9 @@ def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
     return out
 
 
-def _of_means(
-    before: np.ndarray, after: np.ndarray, weight: np.ndarray | None, lower: bool, out: dict
-) -> dict:
+def _of_means(x: Examples, y: Examples, name: str, lower: bool, out: dict) -> dict:
     """The bootstrap of a mean's difference and, for scores of 0 and 1, McNemar's test."""
+    before, after, weight = x.scores[name], y.scores[name], x.weight
     resamples = 10_000 if out["n"] <= 50_000 else 1_000
     found: dict[str, Any] = {"test": "t", "resamples": resamples}
     change = after - before
@@ -244,11 +245,24 @@ def _of_means(
         found["bootstrap"] = bootstrap_ci(change, n=resamples, seed=out["seed"])
     else:
         found["bootstrap"] = bootstrap_ci((change, weight), ratio, resamples, out["seed"])
-    if weight is None and np.isin([before, after], (0, 1)).all():
-        right = 0 if lower else 1
-        found["both"] = int(((before == right) & (after == right)).sum())
-        found["p"], found["test"] = mcnemar_exact(out["better"], out["worse"]), "McNemar"
+    if weight is None and are_verdicts(before, after):
+        found |= {"test": "McNemar", "flips": verdicts_changed(x, y, name, lower)}
+        found["p"] = found["flips"]["p"]
     return found
+
+
+def are_verdicts(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether all that examples scored is 0 or 1: right or wrong."""
+    return bool(np.isin([before, after], (0, 1)).all())
+
+
+def verdicts_changed(x: Examples, y: Examples, name: str, lower: bool) -> dict[str, Any]:
+    """stats.flips of a metric of verdicts, with the answers where both kept them."""
+    before, after = x.scores[name], y.scores[name]
+    answers = [examples.arrays.get(ANSWERS) for examples in (x, y)]
+    known = all(a is not None and a.shape == before.shape for a in answers)
+    verdicts = (1 - before, 1 - after) if lower else (before, after)
+    return flips(*verdicts, tuple(answers) if known else None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -318,10 +332,8 @@ def compare_text(a: Record, b: Record, out: dict) -> str:
         same = out["n"] - out["better"] - out["worse"]
         counts = f"B better on {out['better']:,}, worse on {out['worse']:,}, same on {same:,}"
         lines.append(f"  {unit:<16} {counts}")
-        if "both" in out:
-            neither = same - out["both"]
-            lines.append(f"                   both right {out['both']:,}, both wrong {neither:,}")
-            lines.append(f"  McNemar, exact   p = {out['p']:.4g}")
+        if "flips" in out:
+            lines += _flip_lines(out["flips"])
     for name, d in out["others"].items():
         lines.append(
             f"  {printable(name):<16} {d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
@@ -338,6 +350,18 @@ def compare_text(a: Record, b: Record, out: dict) -> str:
             numbers = f"{row['a']:>8.3f} {row['b']:>8.3f} {row['change']:>+8.3f}"
             lines.append(f"  {row['example']:>12} {numbers}  {row['what']}".rstrip())
     return "\n".join(lines)
+
+
+def _flip_lines(found: dict) -> list[str]:
+    both = f"both right {found['both_right']:,}, both wrong {found['both_wrong']:,}"
+    flipped = (
+        f"{found['right_to_wrong']:,} right to wrong, {found['wrong_to_right']:,} wrong to right"
+    )
+    lines = [f"                   {both}", f"  flips            {flipped}"]
+    if "answers_changed" in found:
+        others = f"of them {found['wrong_to_wrong']:,} from one wrong one to another"
+        lines.append(f"  answers          {found['answers_changed']:,} changed, {others}")
+    return [*lines, f"  McNemar, exact   p = {found['p']:.4g}"]
 
 
 def _head(a: Record, b: Record, name: str) -> list[str]:

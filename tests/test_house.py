@@ -51,15 +51,17 @@ FLOORS = [
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
-    "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction "
-    "tasks/code_prompts tasks/windows "
+    "tasks/divergence tasks/windows",
+    "backends/states backends/local backends/endpoint backends/reference tasks/chat "
+    "tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
     "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
     "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "
     "tasks/further tasks/choice_tables tasks/programs tasks/word_problems tasks/translation "
     "tasks/drawing tasks/harness",
     "evaluation training/batches training/log training/options",
     "command",
-    "reporting/groups reporting/compare reporting/tables reporting/page reporting/charts",
+    "reporting/groups reporting/compare reporting/quantised reporting/tables reporting/page "
+    "reporting/charts",
     "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "
     "serving/metrics serving/lightllm serving/routes",
     "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report serve",
@@ -71,7 +73,8 @@ NO_TORCH = "cli stats durable config results backends evaluation command tokeniz
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
 NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
-NO_TORCH += " quantisation/names bleu_eval certainty resampling tasks/translation backends/probing"
+NO_TORCH += " quantisation/names bleu_eval certainty resampling tasks/translation"
+NO_TORCH += " backends/probing tasks/divergence"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
