@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 # What sees logits: called with logits [N, V], their targets [N], and the targets' places [N]
 Consumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-# (input_ids [B, T], targets [B, T], window_ids [B] or None) -> nats [B, T]
-NllFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# (input_ids [B, T], targets [B, T], window_ids [B] or None; where no token is to see another
+# document than its own: starts [B, T], see GPTModel.within_documents) -> nats [B, T]
+NllFunction = Callable[..., torch.Tensor]
 
 
 def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -54,7 +55,7 @@ def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torc
 
 
 def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None) -> NllFunction:
-    """f(input_ids [B, T], targets [B, T], window_ids [B]) -> nats [B, T] float32.
+    """An NllFunction of the model, nats in float32.
 
     Compiled block by block: all layers share one compilation of seconds, and the whole model's,
     of up to half a minute, is no faster (H200: 124M 1% faster, XL 1%, 7B 2% slower).
@@ -66,8 +67,9 @@ def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None)
         if compiled:
             block.compile(dynamic=False, options=inductor_options())
 
-    def nll(input_ids, targets, window_ids=None):
-        hidden = model.hidden(input_ids).flatten(0, 1)
+    def nll(input_ids, targets, window_ids=None, starts=None):
+        terms = {} if starts is None else model.within_documents(starts)
+        hidden = model.hidden(input_ids, **terms).flatten(0, 1)
         if consumer is not None and window_ids is not None:
             _hand_on_logits(model, hidden, targets, window_ids, consumer)
         return token_nll(model, hidden, targets.flatten()).view_as(targets)
@@ -234,13 +236,13 @@ def score_windows(
         ids[ids >= len(windows)] = -1
         batch = windows.batch(stream, ids)
         slots, offsets = layout.of_batch(ids, batch["first_target"], batch["targets"].shape[1])
-        return batch["input_ids"], batch["targets"], slots, offsets, ids
+        return batch["input_ids"], batch["targets"], slots, offsets, ids, batch.get("starts")
 
     def run():
-        for input_ids, targets, slots, offsets, ids in prefetch(
+        for input_ids, targets, slots, offsets, ids, starts in prefetch(
             make, dist.shard(n_batches), dist.device
         ):
-            nll = nll_fn(input_ids, targets, ids)
+            nll = nll_fn(input_ids, targets, ids, *([] if starts is None else [starts]))
             sums = batch_sums(nll, targets, offsets, slots.shape[1], special, token_bytes)
             totals[slots.flatten()] = sums.flatten(0, 2)
             if per_token:
