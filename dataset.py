@@ -214,6 +214,13 @@ class Windows:
         start = ids * self.stride - self.bos
         return start + 1 + low, start + high
 
+    def in_order(self, values: np.ndarray) -> np.ndarray:
+        """[n_targets], in the order of the stream: of values [n_windows, T] those that count."""
+        first, last = self.target_span(np.arange(len(self)))
+        window = np.repeat(np.arange(len(self)), last - first + 1)
+        position = np.arange(first[0], last[-1] + 1)
+        return values[window, position - 1 - (window * self.stride - self.bos)]
+
     def batch(self, stream: TokenStream, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The windows `ids` [B] as numpy arrays; id -1 is a dummy row in which nothing is scored.
 
