@@ -34,7 +34,7 @@ from dataset import RandomWindows, TokenStream, Windows, open_stream
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from formats.documents import document_starts, mark_of
 from formats.shards import RAW
-from runs import called
+from recording.runs import called
 
 # ---------------------------------------------------------------------------------------------
 # Options
