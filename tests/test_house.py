@@ -53,7 +53,9 @@ FLOORS = [
     "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "
     "tasks/further tasks/choice_tables tasks/programs tasks/word_problems tasks/translation "
     "tasks/drawing tasks/harness",
-    "evaluation training/batches training/log training/options",
+    "evaluation training/packing training/best_fit training/mixing training/neighbours "
+    "training/packing_index training/batches training/log training/options training/plans "
+    "training/sources",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page reporting/charts",
     "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "
