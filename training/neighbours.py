@@ -8,6 +8,7 @@ References: Shi et al. 2023, In-Context Pretraining (arXiv 2310.10638), for the 
 2024 (arXiv 2402.13991) for what related documents in one window do.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def by_cluster(vectors: Any, seed: int) -> np.ndarray:
 
     n_documents, dice = vectors.shape[0], np.random.RandomState(seed)
     n_clusters = min(max(2, n_documents // CLUSTER_SIZE), n_documents)
-    with threadpool_limits(1):  # several threads add up in any order
+    with threadpool_limits(1), warnings.catch_warnings():  # several threads add up in any order
+        warnings.simplefilter("ignore")  # that there are fewer different documents than clusters
         labels = KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit_predict(vectors)
     rank = dice.permutation(n_clusters)[labels]
     return np.lexsort((dice.permutation(n_documents), rank))

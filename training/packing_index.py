@@ -57,7 +57,9 @@ def read(path: Path, about: dict[str, Any]) -> tuple[Plan, Counts]:
     )
     if theirs != about:
         keys = [key for key in theirs | about if theirs.get(key) != about.get(key)]
-        what = "; ".join(f"{key}: {theirs.get(key)} there, {about.get(key)} here" for key in keys)
+        what = "; ".join(
+            f"{key}: {theirs.get(key)!s:.16} there, {about.get(key)!s:.16} here" for key in keys
+        )
         raise ValueError(f"{path}: a plan of packing for something else ({what}); {REMEDY}")
     ends = np.cumsum(head["lengths"])[:-1]
     arrays = np.split(np.frombuffer(data, dtype="<i8").astype(np.int64), ends)

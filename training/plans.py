@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from cli import printable
 from dataset import TokenStream
-from distributed import Dist
+from distributed import Dist, print0
 from formats.documents import Mark, document_starts, mark_of
 from formats.tokens import FULL_HASH_TOKENS
 from tokenizer import Tokenizer
@@ -70,6 +71,7 @@ class Packer:
             about = settings | {"data": stream.fingerprint, "tokens": len(stream)}
             if not path.exists():
                 packing_index.write(path, *self.make_plan(stream, mark), about)
+            print0(f"packing index: {printable(path)}")
             found = path, about
         return packing_index.read(*self.dist.broadcast(found))
 
@@ -77,7 +79,7 @@ class Packer:
         """What decides a plan beside the data, in plain values."""
         given = self.options
         settings: dict[str, Any] = {"packing": given.packing, "seq_len": self.seq_len}
-        settings |= {"documents": mark.words}
+        settings |= {"documents": mark.words, "max_tokens": given.max_tokens}
         if given.packing != "in-context":  # which draws nothing
             settings["seed"] = self.seed
         if given.packing_vectors:
@@ -119,7 +121,9 @@ def hash_of(path: str) -> str:
 
 
 def default_index(stream: TokenStream, settings: dict[str, Any]) -> Path:
-    """Beside the stream's first file, hidden, so that no glob takes it for data."""
-    first = Path(stream.file_names[0])
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    """Beside the stream's first file, hidden, so that no glob takes it for data; another one for
+    other settings or files."""
+    first, *others = map(Path, stream.file_names)
+    known = json.dumps([settings, [path.name for path in others]], sort_keys=True)
+    digest = hashlib.sha256(known.encode()).hexdigest()[:8]
     return first.with_name(f".{first.name}.{settings['packing']}-{digest}.packing")
