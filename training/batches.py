@@ -73,7 +73,7 @@ class Chopped:
             mark, n = self.joint
             begins = starts_in_rows(rows, mark)
             near = (begins > 0) & (np.arange(rows.shape[1]) - begins < n)
-            targets[near[:, 1:]] = IGNORE
+            targets = np.where(near[:, 1:], IGNORE, targets)  # they may share memory with inputs
         return inputs, targets, None if self.mark is None else starts_in_rows(inputs, self.mark)
 
 
