@@ -71,7 +71,8 @@ def _document_blocks(first_key: Tensor) -> Any:
     first = torch.arange(0, T, BLOCK, device=device)  # column of each block
     last = (first + BLOCK - 1).clamp(max=T - 1)
     below = first < first[:, None]  # [queries, keys] in blocks: all keys come before
-    whole = below & (first_key[:, last, None] <= first)
+    inside = first[:, None] + BLOCK <= T  # the kernel looks at each query of a block that is not
+    whole = below & inside & (first_key[:, last, None] <= first)
     partly = (below | (first == first[:, None])) & (first_key[:, first, None] <= last) & ~whole
 
     def listed(blocks):
