@@ -61,7 +61,7 @@ def main(argv=None):
         print(
             f"{name}: concat {row['concat']:,.0f} tokens/s, document {row['document']:,.0f}: "
             f"{row['ratio']:.3f}; {row['documents_per_window']:.2f} documents a window; "
-            f"first steps {row['first_step']['concat']:.0f} s and {row['first_step']['document']:.0f} s",
+            f"first steps {', '.join(f'{t:.0f} s' for t in row['first_step'].values())}",
             flush=True,
         )
 
