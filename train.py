@@ -6,12 +6,12 @@
     torchrun --nproc-per-node=8 train.py --config gpt2 … --batch-size 32 --compile on
 
 --packing says which documents share a window, --mix how much of which source comes. rosetrainer's
-flags keep their names; --train-config FILE.yaml sets any of them, and flags on the
-command line win. `--checkpoint-path` is the directory that checkpoint-{step}/ and log.jsonl go to;
-`--resume` goes on from the last complete one there. Resuming is exact: a step's data, dropout and
-learning rate are functions of the step number alone, and weights and optimizer state are saved
-whole, so k steps, kill -9, and the rest give the bits of an uninterrupted run (seen on CPU; CUDA's
-backward kernels are not deterministic).
+flags keep their names; --train-config FILE.yaml sets any of them, and flags on the command line
+win. `--checkpoint-path` is the directory that checkpoint-{step}/ and log.jsonl go to; `--resume`
+goes on from the last complete one there. Resuming is exact: a step's data, dropout and learning
+rate are functions of the step number alone, and weights and optimizer state are saved whole, so k
+steps, kill -9, and the rest give the bits of an uninterrupted run (seen on CPU; CUDA's backward
+kernels are not deterministic).
 
 Reference: nanoGPT trains GPT-2 124M to a validation loss of about 2.85 on OpenWebText.
 """

@@ -218,12 +218,15 @@ def _flex_attention(q, k, v, blocks, softcap, scale):
     """Attention by blocks, of the BlockMask `blocks`."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    if "flex" not in _COMPILED:
-        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
+    flex = flex_attention
+    if not torch.compiler.is_compiling():  # what compiles the model compiles this with it
+        if "flex" not in _COMPILED:
+            _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
+        flex = _COMPILED["flex"]
     capped = None
     if softcap is not None:
         capped = lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)  # noqa: E731
-    return _COMPILED["flex"](
+    return flex(
         q, k, v, score_mod=capped, block_mask=blocks, scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip

@@ -125,3 +125,28 @@ def test_activation_checkpointing_keeps_documents_apart():
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+
+
+def test_other_documents_are_not_compiled_anew(monkeypatch):
+    """The form that CUDA takes, its graphs run by plain operations: one for all batches."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    blocks = [
+        DocumentMask(starts_of(rows, 256), 50) for rows in (ROWS, [[0, 9], [0]] * 2, [[0]] * 4)
+    ]
+    monkeypatch.undo()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=count, fullgraph=True, dynamic=False)
+    def compiled(q, mask):
+        return attention._flex_attention(q, q, q, mask.blocks, None, None)
+
+    q = torch.randn(4, 2, 256, 8, generator=torch.Generator().manual_seed(0))
+    for mask in blocks:
+        with torch.no_grad():
+            wanted = attend(q, q, q, causal=True, mask=mask.dense())
+            torch.testing.assert_close(compiled(q, mask), wanted, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1
