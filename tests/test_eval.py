@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from builders import (
     PATIENCE,
+    PlainModel,
     command,
     descendants,
     error_of,
@@ -168,6 +169,11 @@ def test_documents_say_what_they_cannot(run_dir):
         evaluate_perplexity(
             tiny_model(), None, data_mode="fineweb_npy", val_npy=(shard,), documents=True
         )
+    with pytest.raises(ValueError, match="--documents: this architecture runs through transform"):
+        evaluate_perplexity(
+            PlainModel(), build_tokenizer("byte"), data_mode="fineweb_npy", val_npy=(shard,),
+            documents=True,
+        )  # fmt: skip
 
 
 def test_per_file_figures_and_bits_per_byte(run_dir):

@@ -10,7 +10,10 @@ from modeling import attention
 from modeling.attention import DocumentMask, attend
 
 T = 40
+LATENT = {"head_dim": None, "n_kv_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 7}
+LATENT |= {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 MODELS = {
+    "latent": ("llama", LATENT),
     "gpt": ("gpt", {}),
     "llama": ("llama", {"qk_norm": True}),
     "windowed": ("windowed", {"sliding_window": 6}),
