@@ -26,6 +26,11 @@ from gpu_kernels.experts import through_experts
 class Linear(nn.Linear):
     """nn.Linear that takes its input in any dtype: the weight's dtype decides."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its product, outside autocast."""
+        return self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):  # which casts x itself, without a detour
             x = x.to(self.weight.dtype)
@@ -43,12 +48,12 @@ class MLP(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of its products, outside autocast."""
-        return self.fc1.weight.dtype
+        return self.fc1.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         c, fc1 = self.config, self.fc1
         fused = c.activation == "gelu_new" and c.mlp_bias and not c.gated_mlp
-        if fused and x.is_cuda and _is_half(fc1.weight):
+        if fused and x.is_cuda and isinstance(fc1, Linear) and _is_half(fc1.weight):
             # cuBLAS applies bias and tanh GELU before it writes the product: one pass less
             rows = x.to(fc1.weight.dtype).flatten(0, -2)
             h = torch._addmm_activation(fc1.bias, rows, fc1.weight.t(), use_gelu=True)
