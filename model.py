@@ -11,7 +11,8 @@ Numerics: the residual stream, the norms and the softmax are float32. Linear lay
 run in their weights' dtype (`for_inference` casts the weights once) or, in training, autocast's.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import VOCAB_MULTIPLE, GPTConfig
 from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
-from modeling.attention import Attention, Cache, LatentAttention
+from modeling.attention import Attention, Cache, DocumentMask, LatentAttention, Mask
 from modeling.mlp import MLP, Linear, Mixture
 from modeling.norms import Norm, stream_norm
 from modeling.rotary import angles, is_long, rope_tables
@@ -61,7 +62,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        mask: list[Tensor] | None = None,
+        mask: Mask = None,
         cache: Cache | None = None,
     ) -> Tensor:
         c, h = self.config, self._normed(self.ln1, x)
@@ -207,13 +208,14 @@ class GPTModel(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        mask: list[Tensor] | None = None,
+        mask: Sequence[Mask] | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, C], float32, of input_ids [B, T] int64.
 
         positions: [T] or [B, T], 0..T-1 unless given (or what the cache says). cache: keys and
         values already computed (backends/kvcache.py): an object with `positions(T)` and `attend`.
-        mask: per-layer attention masks, only for left-padded input (`forward` makes them).
+        mask: attention's, by layer: of left padding (`forward` makes them) or of documents
+        (`within_documents` does).
         """
         T = input_ids.shape[1]
         if positions is None and cache is not None:
@@ -229,11 +231,21 @@ class GPTModel(nn.Module):
         x = self.dropout(self.ln_embedding(x))
         for layer, block in enumerate(self.blocks):
             rope = ropes.get(self.config.layer_rope(layer))
+            own = None if mask is None else mask[layer]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, rope, own, cache, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache)
+                x = block(x, rope, own, cache)
         return self.ln_f(x)
+
+    def within_documents(self, starts: Tensor) -> dict[str, Any]:
+        """Options of `hidden` under which a token sees its own document alone, in which positions
+        count from 0. starts [B, T] int64: the column in which each token's document begins. Whether
+        LongRoPE's long frequencies turn goes by T, as without."""
+        windows = [self.config.layer_window(layer) for layer in range(self.config.n_layers)]
+        masks = {window: DocumentMask(starts, window) for window in set(windows)}
+        positions = torch.arange(starts.shape[1], device=starts.device) - starts
+        return {"positions": positions, "mask": [masks[window] for window in windows]}
 
     def router_loads(self) -> Tensor:
         """[L, 2, E]: `Mixture.load` of each mixture of experts in the last pass of training."""
@@ -299,8 +311,7 @@ class GPTModel(nn.Module):
         Labels are shifted inside, as in rosetrainer: position t is scored on labels[t + 1]. -100
         and padding are left out; the loss is the mean over what remains, None without labels.
         """
-        # rosetrainer's signature, for code written for it: nothing of ours passes an attention
-        # mask, and the `mask` that the modules hand down is there for its left padding alone
+        # rosetrainer's signature, for code written for it: nothing of ours passes this mask
         mask = None if attention_mask is None else self._padding_masks(attention_mask.bool())
         logits = self.logits(self.hidden(input_ids, mask=mask))
         if labels is None:

@@ -5,12 +5,13 @@
         --seq-len 256 --num-steps 500 --eval-steps 100 --checkpoint-path checkpoints/nano
     torchrun --nproc-per-node=8 train.py --config gpt2 … --batch-size 32 --compile on
 
-rosetrainer's flags keep their names; --train-config FILE.yaml sets any of them, and flags on the
-command line win. `--checkpoint-path` is the directory that checkpoint-{step}/ and log.jsonl go to;
-`--resume` goes on from the last complete one there. Resuming is exact: a step's data, dropout and
-learning rate are functions of the step number alone, and weights and optimizer state are saved
-whole, so k steps, kill -9, and the rest give the bits of an uninterrupted run (seen on CPU; CUDA's
-backward kernels are not deterministic).
+--packing says which documents share a window, --mix how much of which source comes. rosetrainer's
+flags keep their names; --train-config FILE.yaml sets any of them, and flags on the command line
+win. `--checkpoint-path` is the directory that checkpoint-{step}/ and log.jsonl go to; `--resume`
+goes on from the last complete one there. Resuming is exact: a step's data, dropout and learning
+rate are functions of the step number alone, and weights and optimizer state are saved whole, so k
+steps, kill -9, and the rest give the bits of an uninterrupted run (seen on CPU; CUDA's backward
+kernels are not deterministic).
 
 Reference: nanoGPT trains GPT-2 124M to a validation loss of about 2.85 on OpenWebText.
 """
@@ -34,22 +35,23 @@ from backends import scoring
 from config import GPTConfig, load_config
 from costs import gpus
 from costs.flops import estimate_flops
-from dataset import TokenStream, Windows, build_tokenizer, open_stream
+from dataset import TokenStream, Windows, build_tokenizer
 from distributed import Dist, print0
 from durable import check_writable
+from gpu_kernels.cross_entropy import IGNORE
 from model import GPTModel
 from modeling.mlp import balance_loss
 from tokenizer import Tokenizer
 from training.batches import TrainBatches
-from training.log import Log, mean_over_ranks, start_wandb
+from training.log import Log, mean_loss, start_wandb
 from training.options import (
-    DataOptions,
     ModelOptions,
     OptimizationOptions,
     Options,
     RunOptions,
     parse,
 )
+from training.sources import Data, make_batches, open_data
 
 
 def main(argv=None):
@@ -59,13 +61,12 @@ def main(argv=None):
     with distributed.setup(options.device.device, options.device.timeout) as dist:
         dtype = choose_dtype(options.precision, dist.device)
         tokenizer = choose_tokenizer(options)
-        stream, val_stream = open_data(options.data, tokenizer)
+        data = open_data(options.data, tokenizer, options.optimization.seq_len)
         model = build_model(options, tokenizer).to(dist.device)
-        for data in filter(None, (stream, val_stream)):
-            data.check_vocab(model.vocab_size)
+        data.check_vocab(model.vocab_size)
         state = TrainingState(model, *make_optimizer(model, options.optimization), tokenizer)
         resume(state, options.run)
-        train(options, state, stream, val_stream, dtype, dist)
+        train(options, state, data, dtype, dist)
 
 
 def choose_dtype(precision: cli.PrecisionOptions, device: torch.device) -> str:
@@ -108,20 +109,6 @@ def choose_tokenizer(options: Options) -> Tokenizer:
                 "has, or shall get (--tokenizer-name)"
             )
     return build_tokenizer(name or "gpt2")
-
-
-def open_data(data: DataOptions, tokenizer: Tokenizer) -> tuple[TokenStream, TokenStream | None]:
-    """(training stream, validation stream or None)."""
-    kind = "data" if data.data_mode == "text" else "npy"
-    files, val_files = getattr(data, f"train_{kind}"), getattr(data, f"val_{kind}")
-    if not files:
-        raise ValueError(f"--data-mode {data.data_mode} needs --train-{kind} FILE …")
-    width = data.token_dtype
-    train = open_stream(data.data_mode, files, tokenizer, data.max_tokens, token_dtype=width)
-    if val_files:
-        limit = data.val_max_tokens
-        return train, open_stream(data.data_mode, val_files, tokenizer, limit, token_dtype=width)
-    return train.split(data.val_ratio) if data.val_ratio else (train, None)
 
 
 def config_given(given: ModelOptions) -> GPTConfig | None:
@@ -209,44 +196,40 @@ def resume(state: TrainingState, run: RunOptions) -> None:
 def train(
     options: Options,
     state: TrainingState,
-    stream: TokenStream,
-    val_stream: TokenStream | None,
+    data: Data,
     dtype: str,
     dist: Dist,
 ) -> None:
     """The steps that are left, with validation, checkpoints and the log."""
     optimization, run, model = options.optimization, options.run, state.model
     accum, last = optimization.grad_accum_steps, optimization.num_steps
-    per_step = optimization.batch_size * accum * dist.world_size
-    seed = run.seed if options.data.data_seed is None else options.data.data_seed
-    batches = TrainBatches(len(stream), optimization.seq_len, per_step, seed, accum)
+    batches, counts = make_batches(options, data, state.tokenizer, dist)
     steps = range(state.step, last)
-    micro_batches = load_micro_batches(batches, stream, steps, dist)
+    micro_batches = load_micro_batches(batches, steps, dist)
     loss_fn = wrap(model, run.compile, dist)
     amp = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     log = open_log(options, model.config, batches, steps, dist)
+    log.packing(steps.start, options.data.packing, counts)
     model.train()
     for step in steps:
         # dropout of a step depends on (seed, step, rank) alone, so a resumed run draws the same
         torch.manual_seed((run.seed * 1_000_003 + step) * 65_537 + dist.rank)
-        loss, router_loss = backward(
-            loss_fn, micro_batches, accum, amp, dist, model.config.router_loss
-        )
+        loss, router_loss, scored = backward(loss_fn, model, micro_batches, accum, amp, dist)
         norm = clip(model, optimization.grad_clip_norm)
         state.optimizer.step()
         state.scheduler.step()
         state.optimizer.zero_grad(set_to_none=True)
         dist.bump()
         state.step = done = step + 1
-        log.step(done, loss, norm, float(state.scheduler.get_last_lr()[0]), router_loss)
+        log.step(done, loss, norm, float(state.scheduler.get_last_lr()[0]), router_loss, scored)
 
         val_loss = None
-        if val_stream is not None and (done == last or done % optimization.eval_steps == 0):
-            val_loss = validate(model, val_stream, optimization, amp, dist)
+        if data.validation and (done == last or done % optimization.eval_steps == 0):
+            val_loss = validate(model, *data.validation, optimization, amp, dist)
             log.validation(done, val_loss)
             log.restart_clock(done)
         if done == last or done % (run.save_steps or optimization.eval_steps) == 0:
-            known_loss = mean_over_ranks(loss, dist) if val_loss is None else val_loss
+            known_loss = mean_loss(loss, scored, dist) if val_loss is None else val_loss
             save(state, batches, known_loss, run, dist)
             log.restart_clock(done)
 
@@ -264,10 +247,11 @@ class Loss(nn.Module):
         )
 
     def forward(
-        self, input_ids: torch.Tensor, targets: torch.Tensor
+        self, input_ids: torch.Tensor, targets: torch.Tensor, **within: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """input_ids, targets [B, T]; nats a token, and the load-balancing loss or None: scalars."""
-        hidden = self.model.hidden(input_ids).flatten(0, 1)
+        """input_ids, targets [B, T]; within: of model.within_documents. Nats a position, those that
+        are no targets counted as 0, and the load-balancing loss or None: scalars."""
+        hidden = self.model.hidden(input_ids, **within).flatten(0, 1)
         loss = self.model.nll(hidden, targets.flatten()).mean()
         if self.of_all_ranks is None:
             return loss, None
@@ -304,42 +288,49 @@ def wrap(model: GPTModel, compile: str, dist: Dist) -> nn.Module:
 
 
 def load_micro_batches(
-    batches: TrainBatches, stream: TokenStream, steps: range, dist: Dist
-) -> Iterator[Sequence[torch.Tensor]]:
-    """(input_ids, targets), each [B, T], of this rank's passes in order, on its device."""
+    batches: TrainBatches, steps: range, dist: Dist
+) -> Iterator[Sequence[torch.Tensor | Any]]:
+    """(input_ids, targets, starts or None) of this rank's passes in order, on its device: see
+    training.batches.Batch."""
     accum = batches.grad_accum_steps
 
     def make(i):
         step, micro_step = divmod(i, accum)
-        return batches.batch(stream, step, dist.rank, dist.world_size, micro_step)
+        return batches.batch(step, dist.rank, dist.world_size, micro_step)
 
     return scoring.prefetch(make, range(steps.start * accum, steps.stop * accum), dist.device)
 
 
 def backward(
     loss_fn: nn.Module,
-    micro_batches: Iterator[Sequence[torch.Tensor]],
+    model: GPTModel,
+    micro_batches: Iterator[Sequence[torch.Tensor | Any]],
     accum: int,
     amp: torch.autocast,
     dist: Dist,
-    weight: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """This rank's mean losses over `accum` micro-batches, as Loss has them; and the gradients of
-    the first + weight times the second, meaned over ranks."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """This rank's mean losses over `accum` micro-batches, as Loss has them, and the share of
+    positions that are targets; and the gradients of the first + router_loss times the second,
+    meaned over ranks: a target weighs the same in any window and on any number of ranks."""
     total, router_total = torch.zeros(2, device=dist.device)
+    scored, positions = torch.zeros((), dtype=torch.int64, device=dist.device), 0
+    weight = model.config.router_loss
     for micro_step in range(accum):
-        input_ids, targets = next(micro_batches)
+        input_ids, targets, starts = next(micro_batches)
+        within = {} if starts is None else model.within_documents(starts)
         without_ranks: AbstractContextManager[None] = nullcontext()
         if isinstance(loss_fn, DistributedDataParallel) and micro_step < accum - 1:
             without_ranks = loss_fn.no_sync()  # they meet in the last pass
         with without_ranks:
             with amp:
-                loss, router_loss = loss_fn(input_ids, targets)
+                loss, router_loss = loss_fn(input_ids, targets, **within)
             objective = loss if router_loss is None else loss + weight * router_loss
             (objective / accum).backward()
         total += loss.detach() / accum
+        scored += (targets != IGNORE).sum()
+        positions += targets.numel()
         router_total += 0 if router_loss is None else router_loss.detach() / accum
-    return total, router_total if weight else None
+    return total, router_total if weight else None, scored.double() / positions
 
 
 def clip(model: GPTModel, max_norm: float) -> torch.Tensor:
@@ -351,6 +342,7 @@ def clip(model: GPTModel, max_norm: float) -> torch.Tensor:
 def validate(
     model: GPTModel,
     stream: TokenStream,
+    windows: Windows,
     options: OptimizationOptions,
     amp: torch.autocast,
     dist: Dist,
@@ -359,11 +351,10 @@ def validate(
     model.eval()
     nll = scoring.nll_function(model, compiled=False)
 
-    def nll_fn(input_ids, targets, window_ids):
+    def nll_fn(input_ids, targets, *more):
         with amp:
-            return nll(input_ids, targets)
+            return nll(input_ids, targets, *more)
 
-    windows = Windows(len(stream), options.seq_len)
     nothing = torch.zeros(model.vocab_size, dtype=torch.int64)
     totals = scoring.score_windows(
         nll_fn, stream, windows, options.batch_size, dist, nothing, nothing.bool()
@@ -381,12 +372,12 @@ def save(
             state.model,
             state.optimizer,
             state.scheduler,
-            int(batches.epoch(state.step)),
+            int(batches.epochs(state.step)[0]),
             state.step,
             loss,
             run.checkpoint_path,
             tokenizer=state.tokenizer,
-            extra={"tokens": state.step * batches.batch_size * batches.seq_len},
+            extra={"tokens": batches.tokens(state.step)},
             keep=run.keep,
         )
         print0(f"step {state.step}: saved {cli.printable(path)}")

@@ -117,6 +117,11 @@ class Local:
         see everything again from the start: they must write by place, not add up. ValueError where
         the model gives NaN or infinite losses."""
         batch_size, device = min(batch_size, len(windows)), self.dist.device
+        if windows.mark is not None and self.config is None:
+            raise ValueError(
+                "--documents: this architecture runs through transformers, where attention cannot "
+                "be told where documents end; score it without"
+            )
         compiled = self.should_compile(len(windows) * windows.seq_len)
         nll_fn = scoring.nll_function(self.model, compiled, consumer, keep_states)
         token_bytes, special = scoring.bytes_of_tokens(self.facts)
@@ -125,7 +130,7 @@ class Local:
         def score(b):
             start = time.perf_counter()
             zeros = torch.zeros(b, windows.seq_len, dtype=torch.int64, device=device)
-            scoring.agree_on_memory(lambda: self._warm_up(nll_fn, zeros), self.dist)
+            scoring.agree_on_memory(lambda: self._warm_up(nll_fn, zeros, windows.mark), self.dist)
             seconds["warm_up_seconds"] = time.perf_counter() - start
             start = time.perf_counter()
             with cli.progress(-(-len(windows) // b), "windows", "batch") as bar:
@@ -292,10 +297,10 @@ class Local:
         eos = getattr(self.facts.tokenizer, "eos_token_id", None)
         return () if eos is None else (eos,)
 
-    def _warm_up(self, nll_fn, zeros) -> None:
+    def _warm_up(self, nll_fn, zeros, mark) -> None:
         """One batch of zeros: compiles, picks kernels, and shows whether memory suffices."""
         with torch.no_grad():
-            nll_fn(zeros, zeros, None)
+            nll_fn(zeros, zeros, None, *([] if mark is None else [zeros]))
         if zeros.is_cuda:
             torch.cuda.synchronize(zeros.device)
 

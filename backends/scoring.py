@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 Consumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 # What keeps final hidden states: called with those of a batch [B, T, C], targets and window_ids
 StatesConsumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-# (input_ids [B, T], targets [B, T], window_ids [B] or None) -> nats [B, T]
-NllFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# (input_ids [B, T], targets [B, T], window_ids [B] or None; where no token is to see another
+# document than its own: starts [B, T], see GPTModel.within_documents) -> nats [B, T]
+NllFunction = Callable[..., torch.Tensor]
 
 
 def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -61,7 +62,7 @@ def nll_function(
     consumer: Consumer | None = None,
     keep_states: StatesConsumer | None = None,
 ) -> NllFunction:
-    """f(input_ids [B, T], targets [B, T], window_ids [B]) -> nats [B, T] float32.
+    """An NllFunction of the model, nats in float32.
 
     Compiled block by block: all layers share one compilation of seconds, and the whole model's,
     of up to half a minute, is no faster (H200: 124M 1% faster, XL 1%, 7B 2% slower).
@@ -75,8 +76,9 @@ def nll_function(
         if compiled:
             block.compile(dynamic=False, options=inductor_options())
 
-    def nll(input_ids, targets, window_ids=None):
-        hidden = model.hidden(input_ids)
+    def nll(input_ids, targets, window_ids=None, starts=None):
+        terms = {} if starts is None else model.within_documents(starts)
+        hidden = model.hidden(input_ids, **terms)
         if keep_states is not None and window_ids is not None:
             keep_states(hidden, targets, window_ids)
         hidden = hidden.flatten(0, 1)
@@ -252,13 +254,13 @@ def score_windows(
         ids[ids >= len(windows)] = -1
         batch = windows.batch(stream, ids)
         slots, offsets = layout.of_batch(ids, batch["first_target"], batch["targets"].shape[1])
-        return batch["input_ids"], batch["targets"], slots, offsets, ids
+        return batch["input_ids"], batch["targets"], slots, offsets, ids, batch.get("starts")
 
     def run():
-        for input_ids, targets, slots, offsets, ids in prefetch(
+        for input_ids, targets, slots, offsets, ids, starts in prefetch(
             make, dist.shard(n_batches), dist.device
         ):
-            nll = nll_fn(input_ids, targets, ids)
+            nll = nll_fn(input_ids, targets, ids, *([] if starts is None else [starts]))
             sums = batch_sums(nll, targets, offsets, slots.shape[1], special, token_bytes)
             totals[slots.flatten()] = sums.flatten(0, 2)
             if per_token:

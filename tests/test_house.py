@@ -38,8 +38,8 @@ FLOORS = [
     "sandbox/judge costs/formulas costs/quantised costs/symbols costs/flops costs/memory "
     "costs/time "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
-    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming "
-    "formats/quantised model",
+    "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
+    "formats/archives formats/naming formats/quantised model",
     "dataset transformers_model quantisation/apply formats/layouts formats/fingerprints "
     "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
     "formats/bitsandbytes "
@@ -58,7 +58,9 @@ FLOORS = [
     "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "
     "tasks/further tasks/choice_tables tasks/programs tasks/word_problems tasks/translation "
     "tasks/drawing tasks/harness",
-    "evaluation training/batches training/log training/options",
+    "evaluation training/packing training/best_fit training/mixing training/neighbours "
+    "training/packing_index training/batches training/log training/options training/plans "
+    "training/sources",
     "command",
     "reporting/groups reporting/compare reporting/quantised reporting/tables reporting/page "
     "reporting/charts",
@@ -83,9 +85,7 @@ TAKEN = {*sys.stdlib_module_names, *OTHERS.split()}
 OUR_SHADOWS = {"train"}  # no package of that name is known
 
 # What may be larger than usual, and why.
-LONG_FILES: dict[str, str] = {
-    "dataset": "streams, their windows, and rosetrainer's datasets for code written against them",
-}
+LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
     "gpu_kernels/decode_attention._kernel": "one Triton kernel: it cannot be cut",
     "gpu_kernels/low_bit_matmul._matmul_kernel": "one Triton kernel: it cannot be cut",

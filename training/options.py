@@ -13,6 +13,10 @@ import results
 from cli import option, positive_int
 from config import load_yaml
 from formats.shards import RAW
+from training.mixing import read_mix
+
+WAYS = ("concat", "document", "noise", "best-fit", "cluster", "in-context")
+KEPT = ("best-fit", "cluster", "in-context")  # their plans lie on disk
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,73 @@ class DataOptions:
     val_max_tokens: int | None = option(None, type=positive_int)
     val_ratio: float = option(0.0, "without validation files: hold out", type=float)
     data_seed: int | None = option(None, "order of the windows; default: --seed", type=int)
+    mix: tuple[str, ...] | None = option(
+        None,
+        "several sources of training data, each a file or glob and its share of the windows",
+        nargs="+",
+        metavar="FILE:WEIGHT",
+    )
+    packing: str | None = option(
+        None,
+        "which documents share a window. concat (the default): the next T tokens. document: the "
+        "same, but tokens see their own document alone. noise: the same, documents set apart. "
+        "best-fit: documents whole where they fit. cluster, in-context: alike ones side by side",
+        choices=WAYS,
+    )
+    document_mask: bool = option(
+        False, "tokens see their own document alone, in concat and best-fit"
+    )
+    packing_noise: str = option(
+        "mask:8",
+        "how --packing noise sets documents apart: mask:N, the first N tokens of one that begins "
+        "in a window are no targets; separator:N, N end-of-text tokens more (mask:8)",
+        metavar="KIND:N",
+    )
+    packing_vectors: str | None = option(
+        None, "of the documents, for --packing in-context; default: TF-IDF", metavar="FILE.npy"
+    )
+    packing_index: str | None = option(
+        None, "where the plan of packing is kept; default: beside the data", metavar="FILE"
+    )
+
+    @property
+    def within_documents(self) -> bool:
+        return self.document_mask or self.packing == "document"
+
+    @property
+    def noise(self) -> tuple[str, int]:
+        """(kind, N) of --packing-noise. ValueError for what is none."""
+        kind, _, number = self.packing_noise.partition(":")
+        if kind not in ("mask", "separator") or not number.isdecimal() or int(number) < 1:
+            raise ValueError(
+                f"--packing-noise {self.packing_noise}: give mask:N or separator:N, N at least 1"
+            )
+        return kind, int(number)
 
     def __post_init__(self):
+        self._check_files()
+        self._check_packing()
+
+    def _check_packing(self):
+        way = self.packing or "concat"
+        if self.document_mask and way not in ("concat", "document", "best-fit"):
+            raise ValueError(f"--document-mask would undo what --packing {way} is for")
+        if self.packing_noise != "mask:8" and way != "noise":
+            raise ValueError("--packing-noise needs --packing noise")
+        if self.packing_vectors and way != "in-context":
+            raise ValueError("--packing-vectors needs --packing in-context")
+        if self.packing_index and (way not in KEPT or self.mix):
+            raise ValueError(f"--packing-index needs one source and --packing {'|'.join(KEPT)}")
+        if self.packing_vectors and self.mix:
+            raise ValueError("--packing-vectors is of one source: it does not go with --mix")
+        self.noise  # noqa: B018  it checks itself
+
+    def _check_files(self):
+        if self.mix:
+            for name in ("train_data", "train_npy", "max_tokens", "val_ratio", "use_toy_data"):
+                if getattr(self, name):
+                    raise ValueError(f"{cli.flag_of(name)} does not go with --mix")
+            read_mix(self.mix)
         kind, other = ("data", "npy") if self.data_mode == "text" else ("npy", "data")
         for name in (f"train_{other}", f"val_{other}"):
             if getattr(self, name):
