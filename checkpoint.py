@@ -266,6 +266,7 @@ class Checkpoint:
 # By path
 
 save_checkpoint, write_weights = native.save_checkpoint, native.write_weights
+save_state = native.save_state
 
 
 def load_model(

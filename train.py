@@ -15,10 +15,8 @@ backward kernels are not deterministic).
 Reference: nanoGPT trains GPT-2 124M to a validation loss of about 2.85 on OpenWebText.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +33,23 @@ from config import GPTConfig, load_config
 from costs import gpus
 from costs.flops import estimate_flops
 from dataset import TokenStream, Windows, build_tokenizer, open_stream
-from distributed import Dist, print0
+from distributed import Dist
 from durable import check_writable
 from mlp import balance_loss
 from model import GPTModel
 from tokenizer import Tokenizer
 from training.batches import TrainBatches
 from training.log import Log, mean_over_ranks, start_wandb
+from training.lora import Adapters, adapted
 from training.options import (
     DataOptions,
     ModelOptions,
     OptimizationOptions,
     Options,
-    RunOptions,
     parse,
 )
+from training.schedule import schedule
+from training.state import TrainingState, resume, save
 
 
 def main(argv=None):
@@ -60,10 +60,12 @@ def main(argv=None):
         dtype = choose_dtype(options.precision, dist.device)
         tokenizer = choose_tokenizer(options)
         stream, val_stream = open_data(options.data, tokenizer)
-        model = build_model(options, tokenizer).to(dist.device)
+        model, adapters = build_model(options, tokenizer, dtype, dist.device)
         for data in filter(None, (stream, val_stream)):
             data.check_vocab(model.vocab_size)
-        state = TrainingState(model, *make_optimizer(model, options.optimization), tokenizer)
+        trained = adapters.parameters() if adapters else list(model.parameters())
+        optimizer, scheduler = make_optimizer(trained, options.optimization)
+        state = TrainingState(model, optimizer, scheduler, tokenizer, adapters)
         resume(state, options.run)
         train(options, state, stream, val_stream, dtype, dist)
 
@@ -79,17 +81,6 @@ def choose_dtype(precision: cli.PrecisionOptions, device: torch.device) -> str:
 
 # ---------------------------------------------------------------------------------------------
 # Data, model, optimizer
-
-
-@dataclass
-class TrainingState:
-    """What a checkpoint holds. step: how many have been taken."""
-
-    model: GPTModel
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    tokenizer: Tokenizer
-    step: int = 0
 
 
 def choose_tokenizer(options: Options) -> Tokenizer:
@@ -134,9 +125,11 @@ def config_given(given: ModelOptions) -> GPTConfig | None:
     return config
 
 
-def build_model(options: Options, tokenizer: Tokenizer) -> GPTModel:
-    """Fresh weights on CPU, the same on every rank: drawn from the seed. ValueError for a model
-    that is too short for --seq-len."""
+def build_model(
+    options: Options, tokenizer: Tokenizer, dtype: str, device: torch.device
+) -> tuple[GPTModel, Adapters | None]:
+    """Fresh weights, the same on every rank: drawn on the CPU from the seed; or frozen ones and
+    adapters that are. ValueError for a model that is too short for --seq-len."""
     given, seq_len = options.model, options.optimization.seq_len
     config = config_given(given)
     if config is None:
@@ -153,53 +146,29 @@ def build_model(options: Options, tokenizer: Tokenizer) -> GPTModel:
             f"{config.max_position_embeddings} of the model"
         )
     torch.manual_seed(options.run.seed)
-    model = GPTModel(config)
-    if given.init_from:
-        checkpoint.load_weights(given.init_from, model)
+    adapters = None
+    if options.lora.lora_rank is not None:
+        assert given.init_from, "options.py asks for it"
+        model, adapters = adapted(given.init_from, config, options.lora, dtype, device)
+    else:
+        model = GPTModel(config)
+        if given.init_from:
+            checkpoint.load_weights(given.init_from, model)
     model.activation_checkpointing = given.use_activation_checkpoint
-    return model
+    return model.to(device), adapters
 
 
 def make_optimizer(
-    model: GPTModel, options: OptimizationOptions
+    parameters: list[nn.Parameter], options: OptimizationOptions
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Fused AdamW that decays matrices and embeddings, not biases and norms, under a LambdaLR."""
-    parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (options.beta1, options.beta2)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
-
-    def factor(step: int) -> float:
-        """Of step 0, 1, …: linear warm-up, then the schedule down to min_lr_ratio."""
-        warmup, least = options.warmup_steps, options.min_lr_ratio
-        if step < warmup:
-            return (step + 1) / warmup
-        if options.lr_scheduler == "constant":
-            return 1.0
-        done = min((step - warmup) / max(1, options.num_steps - warmup), 1.0)
-        cosine = options.lr_scheduler == "cosine"
-        shape = 0.5 * (1 + math.cos(math.pi * done)) if cosine else 1 - done
-        return least + (1 - least) * shape
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def resume(state: TrainingState, run: RunOptions) -> None:
-    """Load the last complete checkpoint, if any. Refuses to write over an earlier run without
-    --resume."""
-    directory = Path(run.checkpoint_path)
-    found = checkpoint.list_checkpoints(directory) if directory.is_dir() else []
-    if found and not run.resume:
-        raise ValueError(f"{directory} has checkpoints: --resume goes on from {found[-1].name}")
-    if not found:
-        return
-    _, state.step, _ = checkpoint.load_checkpoint(
-        found[-1].path, state.model, state.optimizer, state.scheduler
-    )
-    print0(f"resuming from {cli.printable(found[-1].path)}, step {state.step}")
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(options))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -370,27 +339,6 @@ def validate(
     )
     model.train()
     return totals.loss
-
-
-def save(
-    state: TrainingState, batches: TrainBatches, loss: float, run: RunOptions, dist: Dist
-) -> None:
-    """checkpoint-{step}, by rank 0, for which the others wait."""
-    if dist.is_main:
-        path = checkpoint.save_checkpoint(
-            state.model,
-            state.optimizer,
-            state.scheduler,
-            int(batches.epoch(state.step)),
-            state.step,
-            loss,
-            run.checkpoint_path,
-            tokenizer=state.tokenizer,
-            extra={"tokens": state.step * batches.batch_size * batches.seq_len},
-            keep=run.keep,
-        )
-        print0(f"step {state.step}: saved {cli.printable(path)}")
-    dist.barrier()
 
 
 def open_log(
