@@ -22,10 +22,10 @@ import torch
 
 from config import GPTConfig
 from durable import dumps
+from families.convert import config_to_hf
 from formats import Opened, adapter_config, merging, naming, native, shown, tensorfiles, trained
 from formats.merging import Adapter
 from formats.stored import FLOATS, Stored
-from hf_convert import config_to_hf
 from model import GPTModel
 
 if TYPE_CHECKING:

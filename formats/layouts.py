@@ -29,8 +29,8 @@ from config import GPTConfig
 from formats import foreign, shown, tensorfiles
 from formats.naming import LAYOUTS, Layout, head_name, theirs_of, whose
 from formats.stored import FLOATS, Staging, Stored, check_sums, read
-from mlp import Linear
 from model import GPTModel
+from modeling.mlp import Linear
 
 READERS = min(8, os.cpu_count() or 1)  # of one checkpoint's files, side by side
 

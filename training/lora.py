@@ -32,8 +32,8 @@ from config import GPTConfig
 from formats import adapters, layouts, naming, shown, training_state
 from formats.adapter_config import is_named
 from formats.stored import read_whole
-from mlp import Linear
 from model import GPTModel
+from modeling.mlp import Linear
 from training.options import LoraOptions
 
 HEAD = "lm_head"  # in transformers 5, of all families
