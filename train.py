@@ -15,6 +15,7 @@ backward kernels are not deterministic).
 Reference: nanoGPT trains GPT-2 124M to a validation loss of about 2.85 on OpenWebText.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -37,9 +38,10 @@ from distributed import Dist
 from durable import check_writable
 from model import GPTModel
 from modeling.mlp import balance_loss
+from recording.trackers import trackers
 from tokenizer import Tokenizer
 from training.batches import TrainBatches
-from training.log import Log, mean_over_ranks, start_wandb
+from training.log import Log, mean_over_ranks
 from training.lora import Adapters, adapted
 from training.options import (
     DataOptions,
@@ -344,27 +346,38 @@ def validate(
 def open_log(
     options: Options, config: GPTConfig, batches: TrainBatches, steps: range, dist: Dist
 ) -> Log:
-    run, tracker = options.run, None
-    if run.use_wandb and dist.is_main:
-        known = options.flags() | {"model": config.to_dict()}
-        tracker = start_wandb(run.wandb_project, run.wandb_run_name, known)
+    run, directory, sent_to = options.run, Path(options.run.checkpoint_path).resolve(), {}
+    if dist.is_main:
+        project = run.wandb_project if run.use_wandb else None
+        about = options.flags() | {"model": config.to_dict()}
+        key = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
+        sent_to = {
+            where: start(run.wandb_run_name or directory.name, about, key)
+            for where, start in trackers(run.tensorboard, project, "--use-wandb").items()
+        }
     return Log(
-        Path(run.checkpoint_path) / "log.jsonl",
+        directory / "log.jsonl",
         steps,
         run.log_steps,
         batches.batch_size * batches.seq_len,
         dist,
-        mfu_of(config, batches, dist),
-        tracker,
+        mfu_of(options, config, batches, dist),
+        sent_to,
     )
 
 
-def mfu_of(config: GPTConfig, batches: TrainBatches, dist: Dist) -> Callable[[float], float | None]:
+def mfu_of(
+    options: Options, config: GPTConfig, batches: TrainBatches, dist: Dist
+) -> Callable[[float], float | None]:
     """f(seconds of a step) -> model FLOPs utilisation; None where the GPU is not known."""
     gpu = None
     if dist.device.type == "cuda":
         gpu = gpus.find_gpu(torch.cuda.get_device_name(dist.device))
-    flops = estimate_flops(config, batches.batch_size, batches.seq_len)["training_causal"]
+    rank = options.lora.lora_rank or 0
+    of_step = estimate_flops(config, batches.batch_size, batches.seq_len, lora_rank=rank)
+    flops = of_step["training_causal"]
+    if rank:  # nothing for the gradients of what is frozen
+        flops += of_step["training_lora"] - of_step["training"]
 
     def mfu(seconds: float) -> float | None:
         return None if gpu is None else gpus.mfu(flops, seconds, dist.world_size, gpu)

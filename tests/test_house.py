@@ -19,7 +19,8 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
     "packed",
-    "inputs launcher streams stats durable recording/sources families/llama families/dense "
+    "inputs launcher streams stats durable recording/sources recording/trackers families/llama "
+    "families/dense "
     "tokenizing/byte_bpe plain_yaml "
     "tasks/answers tasks/corpus_scores certainty",
     "resampling cli recording/identity families/mixtures tokenizing/chat_templates "
@@ -52,7 +53,8 @@ FLOORS = [
     "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "
     "tasks/further tasks/choice_tables tasks/programs tasks/word_problems tasks/translation "
     "tasks/drawing tasks/harness",
-    "evaluation training/batches training/log training/options",
+    "evaluation training/batches training/log training/options training/schedule training/lora "
+    "training/state",
     "command",
     "reporting/groups reporting/compare reporting/tables reporting/page reporting/charts",
     "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,8 @@ class LowRank(Linear):
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
         dropped = F.dropout(x, self.drop) if self.drop and self.training else None
         A, B = self.A.flatten(0, 1).to(dtype), self.B.to(dtype)
-        terms = (self.weight.to(dtype), bias, A, B, self.spans, self.scale)
-        return _WithLowRank.apply(x, dropped, *terms)
+        how = self.spans, self.scale
+        return _WithLowRank.apply(x, dropped, self.weight.to(dtype), bias, A, B, how)
 
     def part(self, i: int) -> tuple[Tensor, Tensor]:
         """A and B of a part: views."""
@@ -81,8 +81,8 @@ class _WithLowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, dropped, weight, bias, A, B, spans, scale):
-        y = F.linear(x, weight, bias)
+    def forward(ctx, x, dropped, weight, bias, A, B, how):
+        (spans, scale), y = how, F.linear(x, weight, bias)
         seen = (x if dropped is None else dropped).flatten(0, -2)
         h, rows = seen @ A.t(), y.view(-1, y.shape[-1])  # [N, P r], [N, out]
         for (start, stop), part, own in _parts(h, B, spans):
@@ -110,7 +110,7 @@ class _WithLowRank(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if ctx.dropped and ctx.needs_input_grad[1]:
             grad_dropped = (grad_h @ A).view(ctx.shape)
-        return grad_x, grad_dropped, None, None, grad_h.t() @ seen, grad_B, None, None
+        return grad_x, grad_dropped, None, None, grad_h.t() @ seen, grad_B, None
 
 
 def _rows(B: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
@@ -238,7 +238,7 @@ def adapt(model: GPTModel, layout: str, options: LoraOptions) -> Adapters:
         spans = [range(int(rows.min()), int(rows.max()) + 1) for _, rows in parts]
         assert all(len(span) == len(rows) for span, (_, rows) in zip(spans, parts)), name
         outer, _, leaf = name.rpartition(".")
-        base = model.get_submodule(name)
+        base = cast(Linear, model.get_submodule(name))
         layer = LowRank(base, spans, rank, scale, options.lora_dropout)
         setattr(model.get_submodule(outer), leaf, layer)
         places |= {t: Place(layer, i, rows - rows.min()) for i, (t, rows) in enumerate(parts)}

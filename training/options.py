@@ -147,9 +147,10 @@ class RunOptions:
     save_steps: int | None = option(None, "default: as --eval-steps", type=positive_int)
     keep: int | None = option(None, "keep the last K and the best; default all", type=positive_int)
     log_steps: int = option(10, type=positive_int)
-    use_wandb: bool = option(False)
+    use_wandb: bool = option(False, "WANDB_MODE=offline without a network")
     wandb_project: str = option("roseval", "of --use-wandb")
-    wandb_run_name: str | None = option(None, "of --use-wandb")
+    wandb_run_name: str | None = option(None, "default: as the directory of checkpoints")
+    tensorboard: str | None = option(None, "also log there", metavar="DIR")
     seed: int = option(42, "of weights, dropout and the order of the data (42)", type=int)
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
 
