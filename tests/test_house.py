@@ -24,8 +24,7 @@ FLOORS = [
     "tokenizing/byte_bpe plain_yaml "
     "tasks/answers tasks/corpus_scores certainty",
     "resampling cli recording/identity families/mixtures tokenizing/chat_templates "
-    "formats/pickles formats/gguf_file "
-    "formats/vocabularies",
+    "tokenizing/pieces formats/pickles formats/gguf_file formats/vocabularies",
     "families/convert",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
@@ -40,7 +39,7 @@ FLOORS = [
     "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
-    "formats/adapter_config formats/merging formats/adapters formats/conversion "
+    "formats/adapter_config formats/merging formats/adapters formats/conversion formats/extension "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
     "formats/lightning formats/llama2c formats/llmc formats/megatron_args formats/megatron "
     "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "

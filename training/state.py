@@ -13,6 +13,7 @@ import torch
 import checkpoint
 import cli
 from distributed import Dist, print0
+from formats import native
 from model import GPTModel
 from tokenizer import Tokenizer
 from training.batches import TrainBatches
@@ -72,6 +73,6 @@ def save(
             "scheduler": state.scheduler.state_dict(),
             "extra": {"tokens": tokens} | base,
         }
-        path = checkpoint.save_state(values, run.checkpoint_path, state.write, run.keep)
+        path = native.save_state(values, run.checkpoint_path, state.write, run.keep)
         print0(f"step {state.step}: saved {cli.printable(path)}")
     dist.barrier()
