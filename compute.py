@@ -342,6 +342,7 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--recompute", default="none", choices=("none", "selective", "full"))
     add("--implementation", default="roseval", choices=tuple(ACTIVATIONS))
     add("--lora-rank", type=rank, default=0)
+    add("--train-embeddings", action="store_true", help="with the head, beside LoRA's adapters")
     add("--dp", type=cli.positive_int, default=1, help="data-parallel GPUs")
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
     add("--fsdp", action="store_true", help="the same as --zero 3")
@@ -371,6 +372,7 @@ def read_setup(args: Namespace) -> Setup:
         recompute=args.recompute,
         implementation=args.implementation,
         lora_rank=args.lora_rank,
+        train_embeddings=args.train_embeddings,
         dp=args.dp,
         zero=3 if args.fsdp else args.zero,
         tp=args.tp,

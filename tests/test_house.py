@@ -55,8 +55,8 @@ FLOORS = [
     "evaluation training/batches training/log training/options training/schedule training/lora "
     "training/state",
     "command",
-    "reporting/groups reporting/by_bytes reporting/compare reporting/tables reporting/page "
-    "reporting/charts",
+    "reporting/groups reporting/by_bytes reporting/compare reporting/tables reporting/exchange "
+    "reporting/page reporting/charts",
     "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "
     "serving/metrics serving/lightllm serving/routes",
     "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report serve",
