@@ -258,9 +258,12 @@ def of_all_ranks(loads: torch.Tensor) -> torch.Tensor:
 
 def wrap(model: GPTModel, compile: str, dist: Dist) -> nn.Module:
     """Loss(model), compiled if wanted, under DDP where there are several ranks."""
-    loss_fn = Loss(model)
+    loss_fn, frozen = Loss(model), not next(model.blocks.parameters()).requires_grad
     if compile == "on" or (compile == "auto" and dist.device.type == "cuda"):
-        loss_fn.compile(dynamic=False)
+        if frozen:  # large models, for which one compilation serves all blocks
+            scoring.compile_blocks(model, True)
+        else:
+            loss_fn.compile(dynamic=False)
     if dist.world_size == 1:
         return loss_fn
     on_cuda = dist.device.type == "cuda"
@@ -328,7 +331,8 @@ def validate(
 ) -> float:
     """Exact loss over the validation stream, the number that eval.py gives."""
     model.eval()
-    nll = scoring.nll_function(model, compiled=False)
+    by_block = any(block._compiled_call_impl for block in model.blocks)
+    nll = scoring.nll_function(model, compiled=by_block)
 
     def nll_fn(input_ids, targets, window_ids):
         with amp:

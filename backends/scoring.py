@@ -20,7 +20,7 @@ import torch
 
 from costs.symbols import CHUNK_TOKENS
 from gpu_kernels.cross_entropy import IGNORE
-from model import inductor_options
+from model import GPTModel, inductor_options
 from transformers_model import Model
 
 if TYPE_CHECKING:
@@ -53,6 +53,14 @@ def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torc
 # The loss of each token, compiled or eager
 
 
+def compile_blocks(model: GPTModel, compiled: bool) -> None:
+    """Compile each block, or leave it as it was written: what was compiled before is forgotten."""
+    for block in model.blocks:
+        block._compiled_call_impl = None
+        if compiled:
+            block.compile(dynamic=False, options=inductor_options())
+
+
 def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None) -> NllFunction:
     """f(input_ids [B, T], targets [B, T], window_ids [B]) -> nats [B, T] float32.
 
@@ -61,10 +69,8 @@ def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None)
     consumer: called with the logits [N, V] of each scored position, the targets [N] and their
     places [N], window * T + column, in chunks of at most CHUNK_TOKENS.
     """
-    for block in model.blocks if model.is_native else ():
-        block._compiled_call_impl = None  # of an evaluation that compiled this model before
-        if compiled:
-            block.compile(dynamic=False, options=inductor_options())
+    if model.is_native:
+        compile_blocks(model, compiled)
 
     def nll(input_ids, targets, window_ids=None):
         hidden = model.hidden(input_ids).flatten(0, 1)

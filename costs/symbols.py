@@ -187,7 +187,7 @@ class Setup:
             "chunk": CHUNK_TOKENS,
             "lora": int(self.lora_rank > 0),
             "whole": int(self.train_embeddings),
-            "replaced": int(ours),  # PEFT keeps the frozen embeddings beside those that it trains
+            "ours": int(ours),  # PEFT keeps the frozen embeddings beside those that it trains
             "headed": int(not self.lora_rank or self.train_embeddings),  # the head has a gradient
             "r": self.lora_rank,
             "n": self.dp,

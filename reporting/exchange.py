@@ -47,9 +47,7 @@ def since(groups: list[Group], base: str, domain: str | None = None) -> dict[str
     notes = ["changes [95%], paired by example, from the two standard errors where marked ~"]
     if others:
         gained = names[gaining or 0]
-        notes.append(
-            f"lost per gain: lost there for a unit gained in {gained}; below 0: gained too"
-        )
+        notes.append(f"lost per gain: for a unit gained in {gained}; below 0: gained there too")
     title = f"since {printable(base)}"
     return {"title": title, "header": header, "rows": cells, "best": set(), "notes": notes}
 

@@ -12,6 +12,7 @@ from builders import token_shard, torchrun
 
 import checkpoint
 import train
+from costs.memory import estimate_memory
 from dataset import open_stream
 from training import lora
 from training.batches import TrainBatches
@@ -165,6 +166,26 @@ def test_bfloat16_is_pefts_autocast(bases):
     exact, _ = ours(bases["llama"], options)
     assert loss.item() == pytest.approx(exact(IDS, labels=IDS)[1].item(), rel=2e-2)
     assert all(p.grad.isfinite().all() for p in adapters.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_compute_counts_is_what_is_held(kind, whole, bases):
+    """Bytes of what trains and of what is frozen, to the last one."""
+    config = checkpoint.open(bases[kind]).config
+    options = LoraOptions(lora_rank=3, train_embeddings=whole)
+    model, adapters = lora.adapted(str(bases[kind]), config, options, "bfloat16", CPU)
+    run = {"lora_rank": 3, "train_embeddings": whole}
+    states = estimate_memory(config, 2, 8, "bf16", **run)["states"]
+    trained = adapters.parameters()
+    if kind == "gpt2":  # its fused q, k, v are one module, with one pair
+        n = sum(p.numel() for p in trained) + config.n_layers * 3 * 2 * config.d_model
+        assert states["adapters"] == 4 * n
+        return
+    assert states["adapters"] == sum(p.nbytes for p in trained)
+    assert states["optimizer"] == 2 * states["adapters"] == 2 * states["gradients"]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert states["weights"] == sum(p.nbytes for p in frozen)
 
 
 @pytest.mark.parametrize(
