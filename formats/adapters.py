@@ -83,6 +83,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """The adapter's config and the table of its tensors. config: the base's, not looked at."""
     if not os.path.lexists(path / CONFIG):
         raise ValueError(f"{path} lacks {CONFIG}, which says what its weights are")
+    manifest = native.check_manifest(path)  # of those that train.py makes
     said = adapter_config.read(path / CONFIG)
     file = next((path / name for name in WEIGHTS if os.path.lexists(path / name)), None)
     if file is None:
@@ -103,7 +104,6 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         facts=dict.fromkeys(("epoch", "loss", "tokens")),
         adapter=Adapter(said, file, _by_module(table, file)),
     )
-    manifest = native.check_manifest(path)  # of those that train.py makes
     return native.stated(opened, manifest) if manifest else opened
 
 

@@ -69,8 +69,9 @@ def glance(path: Path) -> tuple[str, int | None]:
 
 def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """A Hugging Face directory whose manifest says more."""
+    manifest = check_manifest(path) or {}  # first: it knows what a truncated file is
     opened = huggingface.open(path, config)
-    return stated(replace(opened, kind="roseval", format=FORMAT), check_manifest(path) or {})
+    return stated(replace(opened, kind="roseval", format=FORMAT), manifest)
 
 
 def stated(opened: Opened, manifest: dict[str, Any]) -> Opened:

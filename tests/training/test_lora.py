@@ -14,6 +14,7 @@ import checkpoint
 import train
 from costs.memory import estimate_memory
 from dataset import open_stream
+from formats import native
 from training import lora
 from training.batches import TrainBatches
 from training.options import LoraOptions, parse
@@ -258,6 +259,8 @@ def test_steps_are_pefts_with_adamw(flags_of, bases, tmp_path):
         optimizer.zero_grad()
     opened = checkpoint.open(tmp_path / "run/checkpoint-5")
     assert opened.kind == "adapter" and (opened.step, opened.facts["tokens"]) == (5, 5 * 4 * 32)
+    [info] = checkpoint.list_checkpoints(tmp_path / "run")
+    assert (info.kind, info.step) == ("adapter", 5) and checkpoint.is_finished(info.path)
     save(theirs, tmp_path / "theirs")
     files = [
         tmp_path / name / "adapter_model.safetensors" for name in ("run/checkpoint-5", "theirs")
@@ -270,6 +273,27 @@ def test_steps_are_pefts_with_adamw(flags_of, bases, tmp_path):
         torch.testing.assert_close(
             logits(opened.load("float32")), logits(theirs.eval()), rtol=1e-4, atol=1e-4
         )
+
+
+def test_a_truncated_adapter_of_ours_is_noticed(bases, tmp_path):
+    _, adapters = ours(bases["llama"], LoraOptions(lora_rank=2))
+    optimizer = torch.optim.AdamW(adapters.parameters())
+    state = {"epoch": 0, "step": 3, "loss": 2.0, "extra": {"base": adapters.base_fingerprint}}
+    state |= {"optimizer": optimizer.state_dict(), "scheduler": None}
+    path = native.save_state(state, tmp_path, adapters.write, keep=None)
+    assert adapters.resume(path, optimizer, None) == 3
+    weights = path / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-1], whole + b"x", b""):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match="its manifest says"):
+            checkpoint.open(path)
+        assert not checkpoint.is_complete(path)
+    weights.write_bytes(whole)
+    assert checkpoint.open(path).step == 3
+    weights.rename(path / "adapter_model.bin")  # a file of which it knows nothing
+    with pytest.raises(ValueError, match="its manifest says"):
+        checkpoint.open(path)
 
 
 def test_resuming_is_exact_and_two_ranks_learn_what_one_does(flags_of, bases, tmp_path):
