@@ -98,7 +98,12 @@ class Router(nn.Module):
         return weights * c.router_scale, chosen, logits
 
     def _logits(self, x: Tensor) -> Tensor:
-        """A rounded logit could choose another expert: float32, whatever the products are in."""
+        """A rounded logit could choose another expert: float32, whatever the products are in. Those
+        of numbers of 16 bits are exact, and tensor cores add them up in float32."""
+        halves = x.dtype == self.weight.dtype != torch.float32
+        if x.is_cuda and halves and not torch.is_grad_enabled():
+            logits = torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+            return logits if self.bias is None else logits + self.bias.float()
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias)
