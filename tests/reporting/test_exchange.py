@@ -45,7 +45,7 @@ def test_changes_in_the_order_of_steps_and_the_exchange(folder):
     assert float(first[-1]) == pytest.approx(-0.1 / 0.5, abs=1e-4)
     assert float(second[-1]) == pytest.approx(0.2 / 0.9, abs=1e-4)
     assert float(second[-2]) == pytest.approx((max(lost) - min(lost)) / 0.9, abs=1e-4)
-    assert "below 0: gained too" in terminal(table)
+    assert "below 0: gained there too" in terminal(table)
 
 
 def test_in_the_report(folder, capsys):
