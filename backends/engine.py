@@ -36,6 +36,7 @@ from backends.pairs import share_prefixes
 from backends.rows import CachedRows, Capacity, PlainRows, Request, Sequence
 from backends.sampling import COLUMNS, features_of, stream_key
 from distributed import Dist
+from quantisation.linear import weight_bytes
 from tokenizer import Tokenizer
 from transformers_model import Model
 
@@ -307,8 +308,7 @@ def default_batch_size(
     c = model.config
     token = c.n_layers * c.cache_dim * model.dtype.itemsize
     total = torch.cuda.get_device_properties(model.device).total_memory
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    room = 0.85 * total - weights - 4e9  # logits, activations of a prefill
+    room = 0.85 * total - weight_bytes(model) - 4e9  # logits, activations of a prefill
     rows = int((room - token * kept) // (token * (longest_prompt + max_new_tokens)))
     return max(1, min(256, rows // 8 * 8 or rows))
 

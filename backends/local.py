@@ -19,6 +19,7 @@ from backends import BATCH_TOKENS, Facts, Sample, Sampling, continuations, engin
 from costs import gpus
 from costs.flops import estimate_flops
 from distributed import Dist, print0
+from quantisation.linear import n_weights
 from tokenizer import Tokenizer
 from transformers_model import Model
 
@@ -315,8 +316,7 @@ def batch_overhead(model: Model, device: torch.device) -> int:
     """
     if device.type == "cpu" or not model.is_native:
         return 128
-    weights = sum(p.numel() for p in model.blocks[0].parameters())
-    return int(min(max(2e10 / weights, 512), 8192))
+    return int(min(max(2e10 / n_weights(model.blocks[0]), 512), 8192))
 
 
 def halve_until_it_fits(score: Callable[[int], T], batch_size: int) -> tuple[T, int]:

@@ -26,6 +26,11 @@ from gpu_kernels.experts import through_experts
 class Linear(nn.Linear):
     """nn.Linear that takes its input in any dtype: the weight's dtype decides."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its product, outside autocast."""
+        return self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):  # which casts x itself, without a detour
             x = x.to(self.weight.dtype)
@@ -43,7 +48,7 @@ class MLP(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of its products, outside autocast."""
-        return self.fc1.weight.dtype
+        return self.fc1.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         c, fc1 = self.config, self.fc1

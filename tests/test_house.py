@@ -27,11 +27,12 @@ FLOORS = [
     "tokenizing/pieces formats/pickles formats/gguf_file formats/vocabularies",
     "families/convert",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
+    "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
+    "gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
     "formats modeling/rotary modeling/mlp modeling/norms backends/client backends/completions "
     "backends/probing",
-    "modeling/attention quantisation/codes",
+    "modeling/attention quantisation/codes quantisation/linear",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/symbols costs/flops costs/memory costs/time "
@@ -82,6 +83,7 @@ LONG_FILES: dict[str, str] = {
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "gpu_kernels/decode_attention._kernel": "one Triton kernel: it cannot be cut",
+    "gpu_kernels/low_bit_matmul._matmul_kernel": "one Triton kernel: it cannot be cut",
 }
 MANY_PARAMETERS: dict[str, str] = {
     "modeling/attention.attend": "the terms of attention itself",
