@@ -1,6 +1,7 @@
 """Tables, a web page and paired comparisons from a directory of results.
 
     python report.py results                  # tables here; report.html, .csv and .md in results/
+    python report.py results --since BASE     # gained and lost since the checkpoint they began from
     python report.py results --watch 30       # again whenever a record is added
     python report.py --compare A B            # is B better than A? two records, or two
                                               # checkpoints' folders of records
@@ -22,6 +23,7 @@ from durable import write_atomic
 from recording.runs import walk
 from reporting.charts import draw, draw_families
 from reporting.compare import compare, compare_text, pairs_of
+from reporting.exchange import since
 from reporting.groups import groups_of, metric_names, read
 from reporting.page import page, page_data
 from reporting.quantised import families_of, table_of_family
@@ -41,10 +43,12 @@ def write_report(
     rows: int = 0,
     refresh: float | None = None,
     charts: bool = False,
+    began: tuple[str, str | None] | None = None,
 ) -> str:
     """Write report.csv, .md and, with `html`, .html; return the tables as text for the terminal.
     sort: a metric or "step"; rows: checkpoints of a table, 0 for all; refresh: seconds after which
-    an open page reloads itself; charts: pictures of calibration, too."""
+    an open page reloads itself; charts: pictures of calibration, too; began: the checkpoint that
+    others began from, and the data that they are trained for, as `exchange.since` takes them."""
     found = read(results_dir)
     known = metric_names(found["ok"])
     if sort and known and sort not in ("step", *known):
@@ -55,6 +59,9 @@ def write_report(
     except Exception:  # an edge: one record of a directory
         leave_out_the_odd(found)
         tables, data, files = drawn(found, title, sort, rows, refresh)
+    if began:
+        tables.append(since(groups_of(found["ok"]), *began))
+        files["report.md"] = markdown(tables, found)
     try:
         for name, text in files.items():
             write_atomic(Path(out_dir, name), text)
@@ -147,6 +154,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="also pictures as .png: reliability, bytes (matplotlib)",
     )
+    p.add_argument("--since", metavar="BASE", help="gained and lost since this checkpoint")
+    p.add_argument("--domain", metavar="WORD", help="of --since: what others pay for its gain")
     p.add_argument("--sort", metavar="METRIC", help='a metric, best first, or "step"')
     p.add_argument("--rows", type=int, default=20, help="checkpoints a table shows (20; 0: all)")
     p.add_argument(
@@ -162,6 +171,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("examples", "seed", "rows"):
         if getattr(args, name) < 0:
             p.error(f"--{name} cannot be negative")
+    if args.domain and not args.since:
+        p.error("--domain goes with --since")
     cli.check_seconds(p, args, "watch")
     return args
 
@@ -175,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     out_dir = args.out or args.results_dir
     options = {"html": not args.no_html, "sort": args.sort, "rows": args.rows}
-    options["charts"] = args.charts
+    options |= {"charts": args.charts, "began": (args.since, args.domain) if args.since else None}
     seen = None
     while True:
         now = signature(args.results_dir)

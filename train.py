@@ -16,10 +16,9 @@ kernels are not deterministic).
 Reference: nanoGPT trains GPT-2 124M to a validation loss of about 2.85 on OpenWebText.
 """
 
-import math
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +35,25 @@ from config import GPTConfig, load_config
 from costs import gpus
 from costs.flops import estimate_flops
 from dataset import TokenStream, Windows, build_tokenizer
-from distributed import Dist, print0
+from distributed import Dist
 from durable import check_writable
 from gpu_kernels.cross_entropy import IGNORE
 from model import GPTModel
 from modeling.mlp import balance_loss
+from recording.trackers import trackers
 from tokenizer import Tokenizer
 from training.batches import TrainBatches
-from training.log import Log, mean_loss, start_wandb
+from training.log import Log, mean_loss
+from training.lora import Adapters, adapted
 from training.options import (
     ModelOptions,
     OptimizationOptions,
     Options,
-    RunOptions,
     parse,
 )
+from training.schedule import schedule
 from training.sources import Data, make_batches, open_data
+from training.state import TrainingState, resume, save
 
 
 def main(argv=None):
@@ -62,9 +64,11 @@ def main(argv=None):
         dtype = choose_dtype(options.precision, dist.device)
         tokenizer = choose_tokenizer(options)
         data = open_data(options.data, tokenizer, options.optimization.seq_len)
-        model = build_model(options, tokenizer).to(dist.device)
+        model, adapters = build_model(options, tokenizer, dtype, dist.device)
         data.check_vocab(model.vocab_size)
-        state = TrainingState(model, *make_optimizer(model, options.optimization), tokenizer)
+        trained = adapters.parameters() if adapters else list(model.parameters())
+        optimizer, scheduler = make_optimizer(trained, options.optimization)
+        state = TrainingState(model, optimizer, scheduler, tokenizer, adapters)
         resume(state, options.run)
         train(options, state, data, dtype, dist)
 
@@ -80,17 +84,6 @@ def choose_dtype(precision: cli.PrecisionOptions, device: torch.device) -> str:
 
 # ---------------------------------------------------------------------------------------------
 # Data, model, optimizer
-
-
-@dataclass
-class TrainingState:
-    """What a checkpoint holds. step: how many have been taken."""
-
-    model: GPTModel
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    tokenizer: Tokenizer
-    step: int = 0
 
 
 def choose_tokenizer(options: Options) -> Tokenizer:
@@ -121,9 +114,11 @@ def config_given(given: ModelOptions) -> GPTConfig | None:
     return config
 
 
-def build_model(options: Options, tokenizer: Tokenizer) -> GPTModel:
-    """Fresh weights on CPU, the same on every rank: drawn from the seed. ValueError for a model
-    that is too short for --seq-len."""
+def build_model(
+    options: Options, tokenizer: Tokenizer, dtype: str, device: torch.device
+) -> tuple[GPTModel, Adapters | None]:
+    """Fresh weights, the same on every rank: drawn on the CPU from the seed; or frozen ones and
+    adapters that are. ValueError for a model that is too short for --seq-len."""
     given, seq_len = options.model, options.optimization.seq_len
     config = config_given(given)
     if config is None:
@@ -140,53 +135,29 @@ def build_model(options: Options, tokenizer: Tokenizer) -> GPTModel:
             f"{config.max_position_embeddings} of the model"
         )
     torch.manual_seed(options.run.seed)
-    model = GPTModel(config)
-    if given.init_from:
-        checkpoint.load_weights(given.init_from, model)
+    adapters = None
+    if options.lora.lora_rank is not None:
+        assert given.init_from, "options.py asks for it"
+        model, adapters = adapted(given.init_from, config, options.lora, dtype, device)
+    else:
+        model = GPTModel(config)
+        if given.init_from:
+            checkpoint.load_weights(given.init_from, model)
     model.activation_checkpointing = given.use_activation_checkpoint
-    return model
+    return model.to(device), adapters
 
 
 def make_optimizer(
-    model: GPTModel, options: OptimizationOptions
+    parameters: list[nn.Parameter], options: OptimizationOptions
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Fused AdamW that decays matrices and embeddings, not biases and norms, under a LambdaLR."""
-    parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (options.beta1, options.beta2)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
-
-    def factor(step: int) -> float:
-        """Of step 0, 1, …: linear warm-up, then the schedule down to min_lr_ratio."""
-        warmup, least = options.warmup_steps, options.min_lr_ratio
-        if step < warmup:
-            return (step + 1) / warmup
-        if options.lr_scheduler == "constant":
-            return 1.0
-        done = min((step - warmup) / max(1, options.num_steps - warmup), 1.0)
-        cosine = options.lr_scheduler == "cosine"
-        shape = 0.5 * (1 + math.cos(math.pi * done)) if cosine else 1 - done
-        return least + (1 - least) * shape
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def resume(state: TrainingState, run: RunOptions) -> None:
-    """Load the last complete checkpoint, if any. Refuses to write over an earlier run without
-    --resume."""
-    directory = Path(run.checkpoint_path)
-    found = checkpoint.list_checkpoints(directory) if directory.is_dir() else []
-    if found and not run.resume:
-        raise ValueError(f"{directory} has checkpoints: --resume goes on from {found[-1].name}")
-    if not found:
-        return
-    _, state.step, _ = checkpoint.load_checkpoint(
-        found[-1].path, state.model, state.optimizer, state.scheduler
-    )
-    print0(f"resuming from {cli.printable(found[-1].path)}, step {state.step}")
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(options))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,9 +242,12 @@ def of_all_ranks(loads: torch.Tensor) -> torch.Tensor:
 
 def wrap(model: GPTModel, compile: str, dist: Dist) -> nn.Module:
     """Loss(model), compiled if wanted, under DDP where there are several ranks."""
-    loss_fn = Loss(model)
+    loss_fn, frozen = Loss(model), not next(model.blocks.parameters()).requires_grad
     if compile == "on" or (compile == "auto" and dist.device.type == "cuda"):
-        loss_fn.compile(dynamic=False)
+        if frozen:  # large models, for which one compilation serves all blocks
+            scoring.compile_blocks(model, True)
+        else:
+            loss_fn.compile(dynamic=False)
     if dist.world_size == 1:
         return loss_fn
     on_cuda = dist.device.type == "cuda"
@@ -349,7 +323,8 @@ def validate(
 ) -> float:
     """Exact loss over the validation stream, the number that eval.py gives."""
     model.eval()
-    nll = scoring.nll_function(model, compiled=False)
+    by_block = any(block._compiled_call_impl for block in model.blocks)
+    nll = scoring.nll_function(model, compiled=by_block)
 
     def nll_fn(input_ids, targets, *more):
         with amp:
@@ -363,51 +338,41 @@ def validate(
     return totals.loss
 
 
-def save(
-    state: TrainingState, batches: TrainBatches, loss: float, run: RunOptions, dist: Dist
-) -> None:
-    """checkpoint-{step}, by rank 0, for which the others wait."""
-    if dist.is_main:
-        path = checkpoint.save_checkpoint(
-            state.model,
-            state.optimizer,
-            state.scheduler,
-            int(batches.epochs(state.step)[0]),
-            state.step,
-            loss,
-            run.checkpoint_path,
-            tokenizer=state.tokenizer,
-            extra={"tokens": batches.tokens(state.step)},
-            keep=run.keep,
-        )
-        print0(f"step {state.step}: saved {cli.printable(path)}")
-    dist.barrier()
-
-
 def open_log(
     options: Options, config: GPTConfig, batches: TrainBatches, steps: range, dist: Dist
 ) -> Log:
-    run, tracker = options.run, None
-    if run.use_wandb and dist.is_main:
-        known = options.flags() | {"model": config.to_dict()}
-        tracker = start_wandb(run.wandb_project, run.wandb_run_name, known)
+    run, directory, sent_to = options.run, Path(options.run.checkpoint_path).resolve(), {}
+    if dist.is_main:
+        project = run.wandb_project if run.use_wandb else None
+        about = options.flags() | {"model": config.to_dict()}
+        key = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
+        sent_to = {
+            where: start(run.wandb_run_name or directory.name, about, key)
+            for where, start in trackers(run.tensorboard, project, "--use-wandb").items()
+        }
     return Log(
-        Path(run.checkpoint_path) / "log.jsonl",
+        directory / "log.jsonl",
         steps,
         run.log_steps,
         batches.batch_size * batches.seq_len,
         dist,
-        mfu_of(config, batches, dist),
-        tracker,
+        mfu_of(options, config, batches, dist),
+        sent_to,
     )
 
 
-def mfu_of(config: GPTConfig, batches: TrainBatches, dist: Dist) -> Callable[[float], float | None]:
+def mfu_of(
+    options: Options, config: GPTConfig, batches: TrainBatches, dist: Dist
+) -> Callable[[float], float | None]:
     """f(seconds of a step) -> model FLOPs utilisation; None where the GPU is not known."""
     gpu = None
     if dist.device.type == "cuda":
         gpu = gpus.find_gpu(torch.cuda.get_device_name(dist.device))
-    flops = estimate_flops(config, batches.batch_size, batches.seq_len)["training_causal"]
+    rank = options.lora.lora_rank or 0
+    of_step = estimate_flops(config, batches.batch_size, batches.seq_len, lora_rank=rank)
+    flops = of_step["training_causal"]
+    if rank:  # nothing for the gradients of what is frozen
+        flops += of_step["training_lora"] - of_step["training"]
 
     def mfu(seconds: float) -> float | None:
         return None if gpu is None else gpus.mfu(flops, seconds, dist.world_size, gpu)

@@ -141,7 +141,9 @@ class AnyWindows(Protocol):
     """
 
     seq_len: int
-    mark: Mark | None
+
+    @property
+    def mark(self) -> Mark | None: ...
 
     def __len__(self) -> int: ...
 

@@ -20,7 +20,7 @@ import torch
 
 from costs.symbols import CHUNK_TOKENS
 from gpu_kernels.cross_entropy import IGNORE
-from model import HEAD_ROWS, inductor_options
+from model import HEAD_ROWS, GPTModel, inductor_options
 from transformers_model import Model
 
 if TYPE_CHECKING:
@@ -56,6 +56,14 @@ def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torc
 # The loss of each token, compiled or eager
 
 
+def compile_blocks(model: GPTModel, compiled: bool) -> None:
+    """Compile each block, or leave it as it was written: what was compiled before is forgotten."""
+    for block in model.blocks:
+        block._compiled_call_impl = None
+        if compiled:
+            block.compile(dynamic=False, options=inductor_options())
+
+
 def nll_function(
     model: Model,
     compiled: bool,
@@ -71,10 +79,8 @@ def nll_function(
     keep_states: called once a batch with hidden [B, T, C], what `model.logits` takes, and with
     targets and window_ids as above; -1 is no window.
     """
-    for block in model.blocks if model.is_native else ():
-        block._compiled_call_impl = None  # of an evaluation that compiled this model before
-        if compiled:
-            block.compile(dynamic=False, options=inductor_options())
+    if model.is_native:
+        compile_blocks(model, compiled)
 
     def nll(input_ids, targets, window_ids=None, starts=None):
         terms = {} if starts is None else model.within_documents(starts)

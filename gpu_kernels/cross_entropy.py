@@ -120,9 +120,11 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_nll, _):
     """What comes from above is one factor a row: it multiplies the narrow side of each product."""
     hidden, weight, grad_logits = ctx.saved_tensors
-    factor = grad_nll[:, None]
+    factor, grad_weight = grad_nll[:, None], None
     grad_hidden = ((grad_logits @ weight) * factor).to(hidden.dtype)
-    return grad_hidden, grad_logits.t() @ (hidden * factor).to(hidden.dtype), None, None
+    if ctx.needs_input_grad[1]:  # not of a frozen head: a third of its products
+        grad_weight = grad_logits.t() @ (hidden * factor).to(hidden.dtype)
+    return grad_hidden, grad_weight, None, None
 
 
 _score_head.register_autograd(_differentiate, setup_context=_save)

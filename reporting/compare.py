@@ -17,6 +17,7 @@ import numpy as np
 import resampling
 from cli import printable
 from recording.runs import told_apart
+from reporting import by_bytes
 from reporting.groups import Record, lower_is_better, number, title_of, triple
 from results import load_arrays, load_record, load_records, load_samples
 from stats import bootstrap_ci, examples_to_resolve, flips, paired_difference, ratio
@@ -96,6 +97,14 @@ def examples_of(record: Record) -> Examples:
     if not scores and not statistics:
         raise ValueError(f"{path}: its scores are made in ways unknown here: update roseval")
     return Examples(about["unit"], scores, weight, tie_break, arrays, statistics)
+
+
+def _over_bytes(a: Record, b: Record) -> tuple[Examples, Examples]:
+    """Pieces of one text as examples, under two tokenizers."""
+    *bits, n_bytes = by_bytes.segments(a, b)
+    unit, name = "pieces of the text", "bits_per_byte"
+    x, y = (Examples(unit, {name: values}, n_bytes, {}, {}, {}) for values in bits)
+    return x, y
 
 
 def check_pair(a: Record, b: Record, x: Examples, y: Examples) -> None:
@@ -178,6 +187,9 @@ def pairs_of(a: str | Path, b: str | Path) -> list[tuple[Record, Record]]:
     elif a.is_dir() and b.is_dir():
         sides = [_by_work(a), _by_work(b)]
         pairs = [(sides[0][key], sides[1][key]) for key in sides[0] if key in sides[1]]
+        pairs += [
+            (x, y) for x in sides[0].values() for y in sides[1].values() if by_bytes.match(x, y)
+        ]
         if not pairs:
             raise ValueError(f"{a} and {b} share no evaluation with the same flags and data")
     else:
@@ -209,8 +221,11 @@ def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
     get right; for what is no mean the bootstrap's p. better, worse: None where single examples have
     no score. others: {metric: `difference`'s fields}. examples: how many changed ones to list.
     ValueError when the records do not pair."""
-    x, y = examples_of(a), examples_of(b)
-    check_pair(a, b, x, y)
+    if by_bytes.differ(a, b):
+        x, y = _over_bytes(a, b)
+    else:
+        x, y = examples_of(a), examples_of(b)
+        check_pair(a, b, x, y)
     names = shared_metrics(a, b, x, y)
     if not names:
         raise ValueError(f"{a['evaluation']}: A and B keep scores of no metric in common")
@@ -372,6 +387,8 @@ def _head(a: Record, b: Record, name: str) -> list[str]:
         where = printable(f"{record['run']}/{record['checkpoint'].get('name')}: {name}")
         spread = "" if stderr is None else f" ±{number(stderr)}"
         lines.append(f"  {side}  {where} {number(value)}{spread}")
+    if by_bytes.differ(a, b):
+        lines.append(f"  {by_bytes.WHY}")
     before, after = a["protocol"], b["protocol"]
     differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     if differ:

@@ -19,12 +19,12 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
     "packed",
-    "inputs launcher streams stats durable recording/sources families/llama families/dense "
+    "inputs launcher streams stats durable recording/sources recording/trackers families/llama "
+    "families/dense "
     "tokenizing/byte_bpe plain_yaml "
     "tasks/answers tasks/corpus_scores certainty",
     "resampling cli recording/identity families/mixtures tokenizing/chat_templates "
-    "formats/pickles formats/gguf_file "
-    "formats/vocabularies",
+    "tokenizing/pieces formats/pickles formats/gguf_file formats/vocabularies",
     "families/convert quantisation/names",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
@@ -44,7 +44,7 @@ FLOORS = [
     "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
     "formats/bitsandbytes "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
-    "formats/adapter_config formats/merging formats/adapters formats/conversion "
+    "formats/adapter_config formats/merging formats/adapters formats/conversion formats/extension "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
     "formats/lightning formats/llama2c formats/llmc formats/megatron_args formats/megatron "
     "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
@@ -60,10 +60,10 @@ FLOORS = [
     "tasks/drawing tasks/harness",
     "evaluation training/packing training/best_fit training/mixing training/neighbours "
     "training/packing_index training/batches training/log training/options training/plans "
-    "training/sources",
+    "training/sources training/schedule training/lora training/state",
     "command",
-    "reporting/groups reporting/compare reporting/quantised reporting/tables reporting/page "
-    "reporting/charts",
+    "reporting/groups reporting/by_bytes reporting/compare reporting/quantised reporting/tables "
+    "reporting/exchange reporting/page reporting/charts",
     "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "
     "serving/metrics serving/lightllm serving/routes",
     "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report serve",

@@ -1,4 +1,4 @@
-"""What a training run says: lines on the terminal, log.jsonl, and Weights & Biases if asked.
+"""What a training run says: lines on the terminal, log.jsonl, and trackers if asked.
 
     log = Log("run/log.jsonl", range(first_step, 1000), every=10, tokens_per_step=65536, dist=dist)
     log.step(done, loss, norm, lr)          # after each step; written every 10 and at the last
@@ -15,14 +15,15 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+import cli
 import durable
 from distributed import Dist, print0
+from recording import trackers
 from training.packing import Counts
 
 
@@ -30,7 +31,7 @@ class Log:
     """Of a run, or of what a resumed run has left to do; all ranks call it alike.
 
     steps: those that will be taken. mfu: f(seconds of a step) -> model FLOPs utilisation or None.
-    tracker: a wandb run, on rank 0.
+    sent_to: on rank 0, where its numbers go besides.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class Log:
         tokens_per_step: int,
         dist: Dist,
         mfu: Callable[[float], float | None] = lambda seconds: None,
-        tracker: Any = None,
+        sent_to: Mapping[str, trackers.Log] | None = None,
     ):
         self.path, self.every, self.last_step = Path(path), every, steps.stop
-        self.tokens_per_step, self.mfu, self.tracker = tokens_per_step, mfu, tracker
+        self.tokens_per_step, self.mfu, self.sent_to = tokens_per_step, mfu, sent_to or {}
         self.dist = dist
         if dist.is_main:
             self._cut_after(steps.start)
@@ -125,8 +126,12 @@ class Log:
         if self.dist.is_main:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
-            if self.tracker:
-                self.tracker.log(entry, step=entry["step"])
+            for where, log in self.sent_to.items():
+                numbers = {f"train/{name}": v for name, v in entry.items() if name != "step"}
+                try:
+                    log(numbers, entry["step"])
+                except Exception as error:  # an edge: other people's programs and networks
+                    print0(cli.printable(f"{where}: not sent: {cli.reason_of(error)}"))
 
 
 def mean_loss(loss: torch.Tensor, scored: torch.Tensor | None, dist: Dist) -> float:
@@ -137,12 +142,3 @@ def mean_loss(loss: torch.Tensor, scored: torch.Tensor | None, dist: Dist) -> fl
 
 def mean_over_ranks(loss: torch.Tensor, dist: Dist) -> float:
     return float(dist.sum(loss.double()[None])[0]) / dist.world_size
-
-
-def start_wandb(project: str, name: str | None, config: dict) -> Any:
-    """A wandb run. ValueError where the package is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--use-wandb needs the package: pip install wandb") from None
-    return wandb.init(project=project, name=name, config=config, resume="allow")
