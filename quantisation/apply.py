@@ -7,23 +7,26 @@
 Rounded are the matrices of the blocks, experts among them, each part of a fused one by itself: a
 query's rows and a key's have extremes of their own, as where they lie apart. Left alone are
 embeddings and head unless asked for, norms, biases, and what chooses between experts. A cast is of
-everything. Weights are rounded as they were loaded, in float32, and lie in the model's dtype
-afterwards (`_hold`), or packed where a module of linear.py takes their place.
+everything. Weights are rounded as they were loaded, in float32. Of linear layers the codes alone
+stay in memory, packed (linear.py); experts, embeddings, heads and layers of transformers' own kinds
+become the numbers that their codes stand for. Weights that are to be put back wait on the host: on
+a GPU one layer is dense at a time, from one rule to the next too.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from model import GPTModel
-from modeling.mlp import Stack
+from modeling.mlp import Linear, Stack
 from modeling.norms import Norm
-from quantisation.codes import Codes
+from quantisation.linear import n_weights, pack_model, put, weight_bytes
 from quantisation.names import NORM_BYTES, REST_BYTES, Quantisation, Rule, parse
 from quantisation.rules import CASTS, quantise, round_tokens, rounded
 
@@ -33,49 +36,58 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight that a rule is for: its module, where it lies there as [N, K], and the names of its
-    parts with their rows, in order."""
+    """A weight that a rule is for: its module, where it lies there as [N, K], the names of its
+    parts with their rows, in order, and whether it is an embedding or a head."""
 
     name: str
     module: nn.Module
     weight: Tensor
     parts: tuple[tuple[str, int], ...]
+    is_end: bool = False
 
 
 @torch.no_grad()
 def quantise_model(
-    model: "Model", wanted: Quantisation | str, keep: bool = False
-) -> Callable[[], None]:
+    model: "Model",
+    wanted: Quantisation | str,
+    keep: bool = False,
+    device: torch.device | None = None,
+) -> Callable[..., None]:
     """Round the weights of a model in evaluation, and note in `model.quantisation` how, and what
     they take. keep: what is returned, when called, puts them back, and so does a ValueError: for a
-    pattern of `skip` that no matrix has, for weights or a model that the rule is not for."""
+    pattern of `skip` that no matrix has, for weights or a model that the rule is not for. device:
+    where the model runs, its own unless given: weights may lie on the host."""
     wanted = Quantisation(wanted) if isinstance(wanted, str) else wanted
-    rule, chosen = parse(wanted.rule), []
+    rule, device, sizes = parse(wanted.rule), device or model.device, Sizes()
     assert model.quantisation is None, "a model is rounded once"
-    _check_dtype(model, rule)
     undo: list[Callable[[], object]] = []
 
-    def restore() -> None:
+    def restore(home: bool = True) -> None:
+        """home: onto the device of the model; else what is packed next stays on the host."""
         for put_back in undo:
             put_back()
+        if sizes.packed or rule.activations:
+            _forget_compiled()
+        if home:
+            _bring_home(model, device)
         model.quantisation = None
 
     try:
+        _check(model, rule)
         if rule.kind == "cast":
             for name, p in _casted(model):
                 undo += _kept(p.data, keep)
                 p.data.copy_(_named(name, rounded, p.data, rule))
-        else:
-            chosen = list(_chosen(model, wanted))
-            for matrix in chosen:
-                undo += _kept(matrix.weight, keep)
-                _hold(matrix, _codes_of(matrix, rule))
-        if rule.activations:
-            undo += _round_activations(model, chosen)
+        for matrix in _chosen(model, wanted) if rule.kind != "cast" else ():
+            undo += _hold(model, matrix, rule, keep, device)
+            sizes.add(matrix, rule)
+        _bring_home(model, device)
     except ValueError:
         restore()
         raise
-    model.quantisation = wanted.protocol | _sizes(model, rule, chosen)
+    if sizes.packed or rule.activations:
+        _forget_compiled()
+    model.quantisation = wanted.protocol | sizes.of(model, rule)
     return restore
 
 
@@ -84,17 +96,18 @@ class Weights:
     one after the first."""
 
     def __init__(self, model: "Model", keep: bool):
-        self.model, self.keep = model, keep
+        self.model, self.keep, self.device = model, keep, model.device
         self._now: Quantisation | None = None
-        self._restore: Callable[[], None] = lambda: None
+        self._restore: Callable[..., None] = lambda home=True: None
 
     def under(self, wanted: Quantisation | None) -> "Model":
         """The model, its weights as they were loaded and then rounded so."""
         if wanted != self._now:
-            self._restore()
-            self._now, self._restore = None, lambda: None
+            packs = wanted is not None and parse(wanted.rule).kind != "cast"
+            self._restore(home=not packs)
+            self._now, self._restore = None, lambda home=True: None
             if wanted is not None:
-                self._restore = quantise_model(self.model, wanted, self.keep)
+                self._restore = quantise_model(self.model, wanted, self.keep, self.device)
                 self._now = wanted
         return self.model
 
@@ -114,7 +127,7 @@ def matrices(model: "Model", embeddings: bool = False) -> Iterator[Matrix]:
         ends = _ends_of(model.causal_lm)
     for name, module in ends if embeddings else ():
         weight: Tensor = module.weight.data
-        yield Matrix(name, module, weight, ((name, len(weight)),))
+        yield Matrix(name, module, weight, ((name, len(weight)),), is_end=True)
 
 
 def _native(model: GPTModel) -> Iterator[Matrix]:
@@ -175,21 +188,27 @@ def _chosen(model: "Model", wanted: Quantisation) -> Iterator[Matrix]:
                 f"{', '.join(names[:3])} … {names[-1]}"
             )
     skipped = {name for name in names if any(fnmatch(name, p) for p in wanted.skip)}
-    yield from (matrix for matrix in found if matrix.name not in skipped)
+    found = [matrix for matrix in reversed(found) if matrix.name not in skipped]
+    while found:
+        yield found.pop()  # and let go of it: it may be the last to hold a dense weight
 
 
 # ---------------------------------------------------------------------------------------------
 # Rounding
 
 
-def _check_dtype(model: "Model", rule: Rule) -> None:
-    """A cast's numbers must be numbers of the dtype in which the model runs."""
-    if rule.kind != "cast" or model.dtype in (CASTS[rule.cast], torch.float32):
-        return
-    dtype = str(model.dtype).removeprefix("torch.")
-    raise ValueError(
-        f"--quantise {rule.name}: weights that run in {dtype} cannot hold it: --dtype float32"
-    )
+def _check(model: "Model", rule: Rule) -> None:
+    """A cast's numbers must be numbers of the dtype in which the model runs. Activations cannot be
+    rounded where a weight is multiplied by without asking its module."""
+    if rule.kind == "cast" and model.dtype not in (CASTS[rule.cast], torch.float32):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"--quantise {rule.name}: weights that run in {dtype} cannot hold it: --dtype float32"
+        )
+    config = model.config if isinstance(model, GPTModel) else None
+    if rule.activations and config and (config.n_experts or config.kv_lora_rank is not None):
+        what = "mixtures of experts" if config.n_experts else "latent attention"
+        raise ValueError(f"a8: the activations of {what} cannot be rounded; a rule without a8 can")
 
 
 def _casted(model: "Model") -> Iterator[tuple[str, nn.Parameter]]:
@@ -207,12 +226,6 @@ def _kept(weight: Tensor, keep: bool) -> list[Callable[[], object]]:
     return [lambda: weight.copy_(values)] if values is not None else []
 
 
-def _codes_of(matrix: Matrix, rule: Rule) -> Codes:
-    rows = matrix.weight.split([n for _, n in matrix.parts])
-    named = zip(matrix.parts, rows, strict=True)
-    return joined([_named(name, quantise, part, rule) for (name, _), part in named])
-
-
 def _named(name: str, function: Callable[[Tensor, Rule], Any], weight: Tensor, rule: Rule) -> Any:
     """function(weight, rule), whose ValueError says of which matrix."""
     try:
@@ -221,43 +234,57 @@ def _named(name: str, function: Callable[[Tensor, Rule], Any], weight: Tensor, r
         raise ValueError(f"{name}: {error} (--quantise-skip leaves it out)") from None
 
 
-def joined(parts: list[Codes]) -> Codes:
-    """The codes of matrices that lie one below the other, as one."""
-    first = parts[0]
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    return Codes(
-        first.rule,
-        first.bits,
-        torch.cat([part.codes.view(torch.uint8) for part in parts]).view(first.codes.dtype),
-        torch.cat([part.scales for part in parts]),
-        torch.cat(zeros) if zeros else None,
-        first.groups,
-    )
+def _hold(
+    model: "Model", matrix: Matrix, rule: Rule, keep: bool, device: torch.device
+) -> list[Callable[[], object]]:
+    """Codes take the place of a matrix, or the numbers that they stand for; what puts it back."""
+    rows = matrix.weight.split([n for _, n in matrix.parts])
+    named = zip(matrix.parts, rows, strict=True)
+    codes = [_named(name, quantise, part.to(device), rule) for (name, _), part in named]
+    layer, rounds = matrix.module, bool(rule.activations) and not matrix.is_end
+    if _is_packed(matrix):
+        owner = model if isinstance(model, GPTModel) else model.causal_lm
+        pack_model(owner, {matrix.name: codes}, activations="e4m3" if _is_float8(rule) else None)
+        undo: list[Callable[[], object]] = []
+        if keep:
+            layer.weight.data = layer.weight.data.to("cpu")
+            undo.append(partial(put, owner, matrix.name, layer))
+        layer = owner.get_submodule(matrix.name)
+    elif rounds and _is_float8(rule):
+        kind = type(layer).__name__
+        raise ValueError(f"{matrix.name}: {rule.name} is for linear layers, not for a {kind}")
+    else:
+        undo = _kept(matrix.weight, keep)
+        matrix.weight.copy_(torch.cat([part.dequantise(matrix.weight.dtype) for part in codes]))
+    if rounds and not _is_float8(rule):
+        undo.append(layer.register_forward_pre_hook(_round_activations).remove)
+    return undo
 
 
-def _hold(matrix: Matrix, codes: Codes) -> None:
-    """The weight becomes what its codes stand for."""
-    matrix.weight.copy_(codes.dequantise(matrix.weight.dtype))
+def _is_packed(matrix: Matrix) -> bool:
+    """Of a kind of which nothing is known but that it multiplies, the weight has to be there."""
+    return type(matrix.module) in (nn.Linear, Linear) and not matrix.is_end
 
 
-def _round_activations(model: "Model", chosen: list[Matrix]) -> list[Callable[[], object]]:
-    """Before each of the matrices. ValueError for models that multiply by a weight without asking
-    its module."""
-    config = model.config if isinstance(model, GPTModel) else None
-    if config and (config.n_experts or config.kv_lora_rank is not None):
-        what = "mixtures of experts" if config.n_experts else "latent attention"
-        raise ValueError(f"a8: the activations of {what} cannot be rounded; a rule without a8 can")
+def _is_float8(rule: Rule) -> bool:
+    """Whether 8-bit floats meet activations that are rounded alike."""
+    return rule.kind == "fp8" and bool(rule.activations)
 
-    def before(module, args):
-        return (round_tokens(args[0]), *args[1:])
 
-    hooks = [matrix.module.register_forward_pre_hook(before) for matrix in chosen]
-    _forget_compiled()
-    return [*(hook.remove for hook in hooks), _forget_compiled]
+def _round_activations(module: nn.Module, args: tuple) -> tuple:
+    return (round_tokens(args[0]), *args[1:])
+
+
+def _bring_home(model: "Model", device: torch.device) -> None:
+    """What lies on the host for the next rule, onto the device."""
+    for p in model.parameters():
+        if p.device != device:
+            p.data = p.data.to(device)
 
 
 def _forget_compiled() -> None:
-    """torch.compile takes it that a module's hooks never change, and would run as before."""
+    """torch.compile takes it that a module's hooks never change, and would run as before; and what
+    was compiled would hold on to layers that are gone."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
@@ -266,17 +293,30 @@ def _forget_compiled() -> None:
 # Sizes
 
 
-def _sizes(model: "Model", rule: Rule, chosen: list[Matrix]) -> dict:
-    """Bytes of all weights as the rule would store them, and bits a weight: the rest in 16 bits,
-    norms in 32."""
-    every = {id(p): p.numel() for p in model.parameters()}
-    n_all = sum(every.values())
-    norms = {id(p) for m in model.modules() if isinstance(m, Norm) for p in m.parameters()}
-    n_norms = sum(n for which, n in every.items() if which in norms)
-    n_rounded = sum(matrix.weight.numel() for matrix in chosen)
-    rest = rule.bits // 8 if rule.kind == "cast" else REST_BYTES
-    size = sum(
-        rule.size(rows, matrix.weight.shape[1]) for matrix in chosen for _, rows in matrix.parts
-    )
-    size += NORM_BYTES * n_norms + rest * (n_all - n_norms - n_rounded)
-    return {"weight_bytes": size, "bits_per_weight": 8 * size / n_all}
+class Sizes:
+    """Counts the matrices that a rule has taken."""
+
+    def __init__(self) -> None:
+        self.numbers = self.bytes = self.packed = self.dense = 0
+
+    def add(self, matrix: Matrix, rule: Rule) -> None:
+        self.numbers += matrix.weight.numel()
+        self.bytes += sum(rule.size(rows, matrix.weight.shape[1]) for _, rows in matrix.parts)
+        if _is_packed(matrix):
+            self.packed += 1
+        else:
+            self.dense += 1
+
+    def of(self, model: "Model", rule: Rule) -> dict[str, Any]:
+        """Bytes of all weights as the rule would store them, the rest in 16 bits, norms in 32, and
+        bits a weight; bytes as they lie in memory, measured; and how many of the rule's matrices
+        are packed there, or dequantised."""
+        n_all, norms = n_weights(model), (m for m in model.modules() if isinstance(m, Norm))
+        n_norms = sum(p.numel() for p in {p for m in norms for p in m.parameters()})
+        rest = rule.bits // 8 if rule.kind == "cast" else REST_BYTES
+        size = self.bytes + NORM_BYTES * n_norms + rest * (n_all - n_norms - self.numbers)
+        held = {"weight_bytes": size, "bits_per_weight": 8 * size / n_all}
+        held["memory_bytes"] = weight_bytes(model)
+        if rule.kind != "cast":
+            held |= {"packed": self.packed, "dequantised": self.dense}
+        return held

@@ -246,8 +246,13 @@ def pack_model(
         shape = packed.out_features, packed.in_features
         assert shape == layer.weight.shape, (name, shape, tuple(layer.weight.shape))
         packed._forward_pre_hooks = layer._forward_pre_hooks  # of rules that round activations
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, packed.train(layer.training))
+        put(model, name, packed.train(layer.training))
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """In the place of the module of that name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -5,7 +5,7 @@
 
     bf16 fp16 fp32                                          casts, of every matrix
     rtn-w{2…8}[a8][-GRID][-sym|asym][-SCALE]                round to nearest
-    fp8[-e4m3][-GRID]                                       8-bit floats, scale absmax/448
+    fp8[-e4m3][-GRID][-a8]                                  8-bit floats, scale absmax/448
     gguf-q4_0 gguf-q8_0                                     as those types of GGUF hold them
 
 GRID, which weights share a scale: channel (the row of an output, also called row; the default),
@@ -19,7 +19,9 @@ SCALE, of b bits:
           range    the same, the range made to hold 0: GPTQ (compressed-tensors rounds the sum of
                    quotient and zero instead, which differs at ties alone)
 a8: each token that comes into a matrix is rounded to 8 bits as it runs, sym absmax over its
-channels. Everything is computed in float32 and scales stay float32, but GGUF's, which are float16.
+channels; of fp8 to e4m3, absmax/448, and both sides are multiplied as 8-bit floats where a GPU can;
+its weights have a scale for each row, or one. Everything is computed in float32 and scales stay
+float32, but GGUF's, which are float16.
 """
 
 import re
@@ -36,11 +38,11 @@ SCALES = {"sym": ("absmax", "range"), "asym": ("minmax", "range")}  # the defaul
 GRID = r"tensor|channel|row|[gb][1-9]\d*"
 SIGNS = r"(?:-(sym|asym))?(?:-(absmax|minmax|range))?"
 RTN = re.compile(rf"rtn-w([2-8])(a8)?(?:-({GRID}))?{SIGNS}(-a8)?")
-FP8 = re.compile(rf"fp8(?:-e4m3)?(?:-({GRID}))?")
+FP8 = re.compile(rf"fp8(?:-e4m3)?(?:-({GRID}))?(-a8)?")
 REST_BYTES = 2  # of a number that a rule leaves alone: all else is held in 16 bits, norms in 32
 NORM_BYTES = 4
-KNOWN = "bf16, fp16, fp32, rtn-w8, rtn-w4-g128, rtn-w4-g128-asym, rtn-w8a8, fp8, fp8-b128, "
-KNOWN += "gguf-q4_0, gguf-q8_0, … (quantisation/names.py)"
+KNOWN = "bf16, fp16, fp32, rtn-w8, rtn-w4-g128, rtn-w4-g128-asym, rtn-w8a8, fp8, fp8-a8, "
+KNOWN += "fp8-b128, gguf-q4_0, gguf-q8_0, … (quantisation/names.py)"
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class Rule:
             return self.cast
         if self.kind == "gguf":
             return next(name for name, bits in GGUF.items() if bits == self.bits)
-        if self.kind == "fp8":
-            return f"fp8-e4m3-{grid}"
         end = f"-a{self.activations}" if self.activations else ""
+        if self.kind == "fp8":
+            return f"fp8-e4m3-{grid}{end}"
         return f"rtn-w{self.bits}-{grid}-{self.signs}-{self.scale}{end}"
 
     def n_scales(self, rows: int, columns: int) -> int:
@@ -91,7 +93,10 @@ def parse(name: str) -> Rule:
     if (gguf := name if name in GGUF else f"gguf-{name}") in GGUF:
         return Rule("gguf", GGUF[gguf], "group", GGUF_BLOCK, scale="extreme")
     if found := FP8.fullmatch(name):
-        return Rule("fp8", 8, *_grid(found[1]), scale="range")
+        rule = Rule("fp8", 8, *_grid(found[1]), scale="range", activations=8 if found[2] else None)
+        if rule.activations and rule.span:
+            raise ValueError(f"{name!r}: a8 goes with a scale for each row, or one")
+        return rule
     found = RTN.fullmatch(name)
     if not found:
         raise ValueError(f"there is no rule {name!r:.60}; there are {KNOWN}")

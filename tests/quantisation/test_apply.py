@@ -1,9 +1,12 @@
 """A model's weights rounded where they lie: which, by which parts, and put back."""
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
+import transformers
 from adapter_files import saved_base
 from builders import tiny_model
 
@@ -12,21 +15,37 @@ from backends.local import Local
 from costs.memory import estimate_memory
 from formats import layouts
 from quantisation.apply import Weights, matrices, quantise_model
+from quantisation.linear import PackedLinear, weight_bytes
 from quantisation.names import Quantisation
 from quantisation.rules import quantise, rounded
+from transformers_model import TransformersModel
 
 RULES = ("rtn-w4-tensor", "rtn-w4-b20-range", "rtn-w4-g24-asym", "fp8-b128", "gguf-q8_0")
 MIXTURE = dict(n_experts=4, n_experts_per_token=2, d_ff_expert=24, d_ff_shared=40)
 LATENT = dict(kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8)
 LATENT |= dict(v_head_dim=8, n_kv_heads=4, head_dim=16)
 
+SHAPES = {
+    "gpt": ("gpt", {}),
+    "llama": ("llama", {}),
+    "odd": ("llama", dict(d_ff=200, n_layers=3)),
+    "mixture": ("llama", MIXTURE),
+    "latent": ("llama", LATENT),
+    "gelu": ("gpt", dict(bias=True, activation="gelu_new")),
+}
+
 
 def values(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    """All weights, those of packed layers as they multiply."""
+    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear)]
+    return found | {f"{name}.weight": layer.weight for name, layer in packed}
 
 
 def changed(before, model):
-    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    now = values(model)
+    assert now.keys() == before.keys()
+    return {name for name, weight in now.items() if not torch.equal(weight, before[name])}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -121,28 +140,116 @@ def test_weights_come_back_bit_for_bit():
     assert changed(broken, model) == set() and model.quantisation is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_packed_layers_have_the_bits_of_dequantised_ones(dtype):
+    """On a CPU, whatever the rule: the model whose Linear layers hold what the codes stand for."""
+    ids = torch.arange(20).view(2, 10)
+    for shape in ("odd", "mixture", "latent", "gelu"):
+        kind, changes = SHAPES[shape]
+        of_blocks = "gguf-q8_0" if shape == "gelu" else "rtn-w8"  # rows of 32 and 128
+        for rule in (*RULES[:-1], of_blocks, "rtn-w3-g16-asym-range"):
+            packed, dense = (tiny_model(kind, **changes).for_inference(dtype) for _ in range(2))
+            quantise_model(packed, rule)
+            assert any(isinstance(m, PackedLinear) for m in packed.modules())
+            for matrix in matrices(dense):
+                rows = matrix.weight.split([n for _, n in matrix.parts])
+                matrix.weight.copy_(torch.cat([rounded(part, rule) for part in rows]))
+            found, right = (model.logits(model.hidden(ids)) for model in (packed, dense))
+            assert torch.equal(found, right), (shape, rule)
+
+
+def test_a_single_rule_keeps_nothing_dense():
+    """One layer after the other lets go of its weight; several rules get the same ones back."""
+    model = tiny_model("llama").for_inference(torch.float32)
+    layers = [m.weight for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
+    weights = Weights(model, keep=True)
+    for rule in ("rtn-w4", "fp8", "bf16", "rtn-w8a8"):
+        weights.under(Quantisation(rule))
+    weights.under(None)
+    now = [m.weight for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
+    assert all(a is b for a, b in zip(layers, now, strict=True))
+    alive = [weakref.ref(weight) for weight in layers]
+    del layers, now, weights
+    quantise_model(model, "rtn-w4")
+    gc.collect()
+    assert len(alive) == 8 and not any(ref() is not None for ref in alive)
+
+
+@torch.no_grad()
+def test_floats_of_8_bits_meet_activations_rounded_alike():
+    """fp8-a8: both sides e4m3, by the definition of each; the weight-only rule leaves x alone."""
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    made = {}
+    for rule in ("fp8", "fp8-a8", "fp8-tensor-a8"):
+        model = tiny_model("llama").for_inference(torch.float32)
+        layer = model.blocks[0].mlp.fc1
+        halves = layer.weight.double().chunk(2)
+        quantise_model(model, rule)
+        made[rule] = model.blocks[0].mlp.fc1(x).double()
+        most = [half.abs().amax(1, keepdim=True) for half in halves]
+        scales = [(rows.max() if "tensor" in rule else rows) / 448 for rows in most]
+        dense = torch.cat([e4m3(half / s) * s for half, s in zip(halves, scales)])
+        own = x.double().abs().amax(1, keepdim=True) / 448
+        tokens = e4m3(x.double() / own) * own if "a8" in rule else x.double()
+        wanted = tokens @ dense.t()
+        assert (made[rule] - wanted).abs().max() < 1e-4 * wanted.abs().max(), rule
+        assert model.quantisation["rule"] == Quantisation(rule).rule
+    assert (made["fp8"] - made["fp8-a8"]).abs().max() > 1e-3 * made["fp8"].abs().max()
+    for rule in ("fp8-b128-a8", "fp8-g32-a8"):
+        with pytest.raises(ValueError, match="a8 goes with a scale for each row, or one"):
+            Quantisation(rule)
+
+
+def e4m3(x):
+    return x.float().to(torch.float8_e4m3fn).double()
+
+
+def test_conv1d_is_dequantised_and_has_no_float8_product():
+    """transformers' own kinds of layers hold their weight."""
+    gpt2 = tiny_conv1d()
+    with pytest.raises(ValueError, match=r"c_attn: fp8-e4m3-channel-a8 is for linear layers"):
+        quantise_model(gpt2, "fp8-a8", keep=True)
+    before = {matrix.name: matrix.weight.clone() for matrix in matrices(gpt2)}
+    restore = quantise_model(gpt2, "rtn-w8", keep=True)
+    assert gpt2.quantisation["packed"] == 0
+    assert gpt2.quantisation["dequantised"] == len(before) == 4
+    for matrix in matrices(gpt2):
+        assert torch.equal(matrix.weight, rounded(before[matrix.name], "rtn-w8"))
+    restore()
+    for matrix in matrices(gpt2):
+        assert torch.equal(matrix.weight, before[matrix.name])
+
+
+def tiny_conv1d():
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    return TransformersModel(transformers.GPT2LMHeadModel(config).eval(), None)
+
+
 def test_activations_are_rounded_before_each_matrix():
     """The loss is that of a model whose products see rounded tokens; the head's are not."""
     model = tiny_model("gpt").for_inference(torch.float32)
     ids = torch.arange(64).view(2, 32)
     seen = {}
+    quantise_model(model, Quantisation("rtn-w8a8", embeddings=True))
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, PackedLinear | torch.nn.Embedding):
             module.register_forward_hook(
                 lambda m, args, out, name=name: seen.update({name: (args[0], out)})
             )
-    quantise_model(model, "rtn-w8a8")
     with torch.no_grad():
         model.logits(model.hidden(ids))
-    assert len(seen) == 8  # four of each block
+    assert torch.equal(seen.pop("token_embedding")[0], ids)  # which are no activations
+    assert seen.pop("position_embedding") and len(seen) == 8  # four of each block
     for name, (x, out) in seen.items():
         steps = x / x.abs().amax(-1, keepdim=True) * 127
         assert (steps - steps.round()).abs().max() < 1e-3, name
         module = model.get_submodule(name)
         assert torch.equal(out, torch.nn.functional.linear(x, module.weight, module.bias)), name
     for changes in (MIXTURE, LATENT):
-        with pytest.raises(ValueError, match="a8: the activations of"):
-            quantise_model(tiny_model("llama", **changes), "rtn-w8a8")
+        for rule in ("rtn-w8a8", "fp8-a8"):
+            with pytest.raises(ValueError, match="a8: the activations of"):
+                quantise_model(tiny_model("llama", **changes), rule)
 
 
 def test_compiled_blocks_see_activations_rounded_and_not_any_more():
@@ -171,18 +278,11 @@ def test_models_of_transformers(tmp_path):
     }
     before = {m.name: m.weight.clone() for m in matrices(opt)}
     quantise_model(opt, "rtn-w4-g16")
-    for matrix in matrices(opt):
-        assert torch.equal(matrix.weight, rounded(before[matrix.name], "rtn-w4-g16"))
+    for name, weight in before.items():
+        layer = opt.causal_lm.get_submodule(name)
+        assert isinstance(layer, PackedLinear)
+        assert torch.equal(layer.weight, rounded(weight, "rtn-w4-g16"))
     assert opt.quantisation["bits_per_weight"] < 16
-
-
-SHAPES = {
-    "gpt": ("gpt", {}),
-    "llama": ("llama", {}),
-    "odd": ("llama", dict(d_ff=200, n_layers=3)),
-    "mixture": ("llama", MIXTURE),
-    "latent": ("llama", LATENT),
-}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -197,18 +297,38 @@ def test_sizes_are_those_that_compute_py_tells(shape):
             for part in matrix.weight.split([rows for _, rows in matrix.parts])
             if rule not in ("bf16", "fp32")
         ]
-        restore = quantise_model(model, rule)
+        n = sum(p.numel() for p in model.parameters())
+        norms = sum(p.numel() for name, p in model.named_parameters() if is_norm(name))
+        quantise_model(model, rule)
         held = model.quantisation
         told = estimate_memory(model.config, 1, 8, "bf16", training=False, quantise=rule)
         assert held["weight_bytes"] == told["states"]["weights"], rule
-        n = sum(p.numel() for p in model.parameters())
         assert held["bits_per_weight"] == pytest.approx(8 * held["weight_bytes"] / n)
         if parts and "tensor" not in rule and "b20" not in rule:
             size = sum(c.codes.numel() * c.bits // 8 + c.scales.numel() * 4 for c in parts)
             rounded_numbers = sum(c.codes.numel() for c in parts)
-            norms = sum(p.numel() for name, p in model.named_parameters() if is_norm(name))
             assert held["weight_bytes"] == size + 4 * norms + 2 * (n - norms - rounded_numbers)
-        restore()
+
+
+def test_sizes_measured_are_those_computed():
+    """To the byte where rows fill the packed words and a row or group has one scale and no zero,
+    but for a counter of 4 bytes for every 128 rows; else memory holds somewhat more."""
+    wide = dict(d_model=128, d_ff=256, n_heads=4, n_kv_heads=2)
+    for rule in ("rtn-w8", "rtn-w4-g128", "rtn-w4", "fp8", "fp8-g128"):
+        model = tiny_model("llama", **wide).for_inference(torch.bfloat16)
+        counters = sum(-(-len(matrix.weight) // 128) for matrix in matrices(model))
+        quantise_model(model, rule)
+        held = model.quantisation
+        assert held["memory_bytes"] == held["weight_bytes"] + 4 * counters, rule
+        assert (held["packed"], held["dequantised"]) == (8, 0)
+    for rule, changes in (("rtn-w3", {}), ("rtn-w4-tensor-asym", {}), ("rtn-w4", MIXTURE)):
+        model = tiny_model("llama", **wide | changes).for_inference(torch.bfloat16)
+        dense = weight_bytes(model)
+        quantise_model(model, rule)
+        held = model.quantisation
+        assert held["weight_bytes"] < held["memory_bytes"] < dense, rule
+        assert held["memory_bytes"] == weight_bytes(model)
+    assert held["packed"] == 2 * 4 and held["dequantised"] == 2 * 2  # experts' stacks
 
 
 def is_norm(name):
