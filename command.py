@@ -124,7 +124,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
                 print_rules(pairs)
             else:
                 evaluation.table(done)
-                print_differences([pair for pair in pairs if pair[0] is not pair[1]])
+            print_differences([pair for pair in pairs if pair[0] is not pair[1]])
 
 
 # flags that say nothing of a served model

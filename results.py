@@ -92,7 +92,9 @@ breakdown       {dimension: {group: {name: metric as above, or a number}, or a n
                 risk, threshold}, the errors among the most confident answers
 protocol        how it was obtained: window, stride, bos, template, template_hash, shots, dtype,
                 seed, batch_size, compiled, truncated, limit, sandbox tier, quantisation {rule,
-                embeddings, skip, weight_bytes, bits_per_weight} where weights were rounded, ...
+                embeddings, skip, weight_bytes, bits_per_weight, memory_bytes, packed?,
+                dequantised?} where weights were rounded: bytes as the rule stores them and as
+                they lay in memory, and how many of its matrices lay there in which way, ...
 data            {files, hash, tokens, bytes}
 cost            {seconds, tokens_per_second, mfu, peak_memory_bytes, gpu, world_size}
 environment     {time, python, packages, code}: UTC, versions, commit; nothing about the host

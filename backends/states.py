@@ -170,7 +170,7 @@ class Part:
 
     def __init__(self, windows: "Windows | RandomWindows", ids: Iterable[int]):
         self.windows, self.ids = windows, np.asarray(ids, dtype=np.int64)
-        self.seq_len = windows.seq_len
+        self.seq_len, self.mark = windows.seq_len, windows.mark
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -2,6 +2,7 @@
 
 differences(base, other)        # {metric: {difference, low, high, ...}}, 95% intervals
 print_rules(pairs)              # a row for each rule, against the first of its checkpoint
+print_differences(pairs)        # a line for each, of every metric
 
 A result is a record with its arrays (evaluation.Result).
 """
@@ -47,8 +48,22 @@ def print_differences(pairs: Iterable[Pair]) -> None:
         print(f"{called([other])[0]}: {', '.join(told) or 'not comparable'}")
 
 
+def flips(base: Any, other: Any) -> dict | None:
+    """stats.flips of the first metric, where its examples are right or wrong."""
+    about, first = other["examples"] or {}, next(iter(other["metrics"]), None)
+    column = (about.get("scores") or {}).get(first)
+    before, after = base.arrays.get(column), other.arrays.get(column)
+    if about.get("weight") or before is None or after is None or before.shape != after.shape:
+        return None
+    if not np.isin([before, after], (0, 1)).all():
+        return None
+    wrong_is_1 = other["metrics"][first].get("better") == "lower"
+    return stats.flips(before != wrong_is_1, after != wrong_is_1)
+
+
 def print_rules(pairs: Iterable[Pair]) -> None:
-    """A table for each evaluation asked, of all checkpoints and rules."""
+    """A table for each evaluation asked, of all checkpoints and rules: all metrics, how far the
+    first lies from the first rule's, and how many answers became wrong or right."""
     tables: dict[str, list[Pair]] = {}
     for base, other in pairs:
         tables.setdefault(base["config_hash"], []).append((base, other))
@@ -61,17 +76,18 @@ def _print_table(pairs: list[Pair]) -> None:
     rule = first["protocol"]["quantisation"]["rule"]
     words = [word for word in first["words"] if word != rule]
     print(f"\n{first['evaluation']} ({', '.join(words)}), difference to {rule} [95%], by example")
-    rows = [["", "weights", "bits", "tokens/s"]]
-    names = list(first["metrics"])
-    rows[0] += [cell for name in names for cell in (name, "difference")]
+    names, head = list(first["metrics"]), ["", "weights", "bits", "tokens/s"]
+    rows = [[*head, names[0], "difference", "flips - +", "p", *names[1:]]]
     for name, (base, other) in zip(called(records), pairs, strict=True):
-        held, found = other["protocol"]["quantisation"], differences(base, other)
-        rate = other["cost"].get("tokens_per_second")
+        held, rate = other["protocol"]["quantisation"], other["cost"].get("tokens_per_second")
         row = [name, f"{held['weight_bytes'] / 1e6:,.1f} MB", f"{held['bits_per_weight']:.2f}"]
         row.append("" if rate is None else f"{rate:,.0f}")
-        for metric in names:
-            row.append(_value(other["metrics"].get(metric)))
-            row.append(_shown(found[metric]) if metric in found and base is not other else "")
+        found = differences(base, other).get(names[0]) if base is not other else None
+        turned = flips(base, other) if base is not other else None
+        values = [_value(other["metrics"].get(metric)) for metric in names]
+        row += [values[0], _shown(found) if found else ""]
+        row += [f"{turned['right_to_wrong']} {turned['wrong_to_right']}"] if turned else [""]
+        row += [f"{turned['p']:.2g}" if turned else "", *values[1:]]
         rows.append(row)
     kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     widths = [max(len(row[i]) for row in rows) for i in kept]
@@ -83,7 +99,10 @@ def _print_table(pairs: list[Pair]) -> None:
 def _value(metric: dict | None) -> str:
     if metric is None or metric["value"] is None:
         return ""
-    return f"{metric['value']:.2%}" if metric.get("unit") == "share" else f"{metric['value']:.5f}"
+    value = metric["value"]
+    if metric.get("unit") == "share":
+        return f"{value:.2%}"
+    return f"{value:.5f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
 
 
 def _shown(out: dict) -> str:

@@ -17,7 +17,9 @@ import serve
 import stats
 import sweep
 from distributed import Dist
+from evaluation import Result
 from formats import layouts
+from quantisation import comparison
 from quantisation.apply import quantise_model
 from quantisation.names import rule_of
 
@@ -72,7 +74,7 @@ def test_several_rules_over_one_load(place, capsys, monkeypatch):
 def check_table(out, records):
     """One table: a line for each rule with its size, its metrics and their paired intervals."""
     table = out.split("difference to fp32 [95%], by example\n")[1].splitlines()
-    assert len(table) == 1 + len(records)
+    table, below = table[: 1 + len(records)], table[1 + len(records) :]
     assert table[0].split()[:3] == ["weights", "bits", "tokens/s"]
     arrays = {name: results.load_arrays(record) for name, record in records.items()}
     for line, name in zip(table[1:], NAMES, strict=True):
@@ -83,13 +85,58 @@ def check_table(out, records):
         held = record["protocol"]["quantisation"]
         assert f" {held['weight_bytes'] / 1e6:,.1f} MB " in line
         found = re.findall(r"([+-]\d+\.\d+) \[", line)
-        assert len(found) == (0 if name == "fp32" else 3)  # loss, perplexity, bits per byte
+        assert len(found) == (0 if name == "fp32" else 1)
         if found:
             base, mine = arrays["fp32"], arrays[name]
-            out = stats.paired_difference(base["nll"], mine["nll"], mine["count"])
-            assert found[0] == f"{out['difference']:+.5f}"
+            difference = stats.paired_difference(base["nll"], mine["nll"], mine["count"])
+            assert found[0] == f"{difference['difference']:+.5f}"
+            (line,) = (x for x in below if x.startswith(f"checkpoint-10 {name}: loss {found[0]} ["))
             perplexity = [float(np.exp(a["nll"].sum() / a["count"].sum())) for a in (base, mine)]
-            assert float(found[1]) == pytest.approx(perplexity[1] - perplexity[0], abs=1e-5)
+            told = float(re.search(r"perplexity ([+-]\S+)", line)[1])
+            assert told == pytest.approx(perplexity[1] - perplexity[0], abs=1e-5)
+
+
+def test_flips_are_of_answers(capsys):
+    """Right to wrong and back by hand, and no such thing of losses or of weighted scores."""
+    about = {"unit": "questions", "scores": {"acc": "right"}}
+    metric = {"value": 0.5, "better": "higher", "unit": "share"}
+
+    def result(rule, right, better="higher", **more):
+        held = {"rule": rule, "weight_bytes": 4, "bits_per_weight": 8.0}
+        record = {"evaluation": "e", "run": "r", "words": [rule], "config_hash": "x", "cost": {}}
+        record |= {"checkpoint": {"name": "c", "path": "c"}, "protocol": {"quantisation": held}}
+        record |= {"examples": about | more, "metrics": {"acc": metric | {"better": better}}}
+        return Result(record, {"right": np.array(right)}, None, None)
+
+    base = result("fp32", [1, 1, 1, 1, 0, 0])
+    other = result("rtn-w8", [0, 0, 0, 1, 1, 0])
+    comparison.print_rules([(base, base), (base, other)])
+    header, first, second = capsys.readouterr().out.splitlines()[-3:]
+    assert header.split("difference")[1].split() == ["flips", "-", "+", "p"]
+    assert second.split("] ")[1].split() == ["3", "1", "0.62"] and first.endswith("50.00%")
+    assert comparison.flips(base, other)["wrong_to_right"] == 1
+    fewer = [result(r, x, "lower") for r, x in (("fp32", [0, 0, 1]), ("rtn-w8", [1, 0, 1]))]
+    assert comparison.flips(*fewer)["right_to_wrong"] == 1
+    assert comparison.flips(base, result("rtn-w8", [0.5, 0, 0, 1, 1, 0])) is None
+    assert comparison.flips(base, result("rtn-w8", [0, 0, 0, 1, 1, 0], weight="n")) is None
+
+
+def test_against_a_reference(place, capsys):
+    """The table has the divergence of each rule from the weights as they were loaded."""
+    path = place / "run/checkpoint-10"
+    words = ["--checkpoint-path", path, "--reference", "first", "--quantise", *RULES]
+    eval.main(argv_of(place, "against", *words, "--max-tokens", "500"))
+    lines = capsys.readouterr().out.split(", by example\n")[1].splitlines()
+    columns = ["loss", "difference", "perplexity", "kl", "kl_median", "kl_99", "same_top"]
+    assert [c for c in lines[0].split() if c in columns] == columns
+    records = by_rule(place / "against")
+    assert records["fp32"]["metrics"]["kl"]["value"] == 0
+    for line, name in zip(lines[1:4], NAMES):
+        metrics = records[name]["metrics"]
+        assert f" {metrics['same_top']['value']:.2%} " in line
+        if name != "fp32":
+            kl = metrics["kl"]["value"]
+            assert kl > 0 and (f" {kl:.5f} " in line or f" {kl:.2e} " in line)
 
 
 def test_two_ranks_have_the_bits_of_one(place):

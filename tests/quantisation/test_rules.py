@@ -21,6 +21,7 @@ SPELLINGS = {
     "rtn-w4a8-g64-asym-range": "rtn-w4-g64-asym-range-a8",
     "fp8": "fp8-e4m3-channel",
     "fp8-b128": "fp8-e4m3-b128",
+    "fp8-a8": "fp8-e4m3-channel-a8",
     "q8_0": "gguf-q8_0",
     "bf16": "bf16",
 }
