@@ -66,7 +66,7 @@ def quantise_model(
         """home: onto the device of the model; else what is packed next stays on the host."""
         for put_back in undo:
             put_back()
-        if sizes.packed or rule.activations:
+        if rule.activations:
             _forget_compiled()
         if home:
             _bring_home(model, device)
@@ -85,7 +85,7 @@ def quantise_model(
     except ValueError:
         restore()
         raise
-    if sizes.packed or rule.activations:
+    if rule.activations:
         _forget_compiled()
     model.quantisation = wanted.protocol | sizes.of(model, rule)
     return restore
@@ -283,8 +283,7 @@ def _bring_home(model: "Model", device: torch.device) -> None:
 
 
 def _forget_compiled() -> None:
-    """torch.compile takes it that a module's hooks never change, and would run as before; and what
-    was compiled would hold on to layers that are gone."""
+    """torch.compile takes it that a module's hooks never change, and would run as before."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

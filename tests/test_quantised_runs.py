@@ -139,6 +139,7 @@ def test_against_a_reference(place, capsys):
             assert kl > 0 and (f" {kl:.5f} " in line or f" {kl:.2e} " in line)
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_bits_of_one(place):
     words = ["--checkpoint-path", place / "run", "--quantise", "rtn-w4-g16-asym", "rtn-w8a8"]
     eval.main(argv_of(place, "one", *words))

@@ -253,11 +253,12 @@ def test_activations_are_rounded_before_each_matrix():
 
 
 def test_compiled_blocks_see_activations_rounded_and_not_any_more():
-    """torch.compile does not look whether hooks came or went: one rule after another must."""
-    model, ids = tiny_model("gpt").for_inference(torch.float32), torch.arange(32)[None]
+    """torch.compile does not look whether hooks came or went: one rule after another must. That
+    layers came or went it sees."""
+    model, ids = tiny_model("gpt", n_layers=1).for_inference(torch.float32), torch.arange(32)[None]
     weights = Weights(model, keep=True)
-    for rule in ("rtn-w8", "rtn-w8a8", "rtn-w8"):
-        weights.under(Quantisation(rule))
+    for rule in ("rtn-w8", "rtn-w8a8", "rtn-w4-g16", None):
+        weights.under(rule and Quantisation(rule))
         with torch.no_grad():
             eager = model.hidden(ids)
             for block in model.blocks:
