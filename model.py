@@ -11,7 +11,7 @@ Numerics: the residual stream, the norms and the softmax are float32. Linear lay
 run in their weights' dtype (`for_inference` casts the weights once) or, in training, autocast's.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,8 @@ class GPTModel(nn.Module):
     # transformers' models, behind the same interface, say False
     is_native: Literal[True] = True
     supports_cache: Literal[True] = True
+    # whether the embeddings, and the head, are here: not where ranks hold a model between them
+    is_first, is_last = True, True
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -119,7 +121,7 @@ class GPTModel(nn.Module):
         self.materialize_buffers(self.lm_head.weight.device)
 
     @classmethod
-    def on_meta(cls, config: GPTConfig) -> "GPTModel":
+    def on_meta(cls, config: GPTConfig) -> Self:
         """The model without weights: shapes alone, until `allocate` makes room for them."""
         with torch.device("meta"), _WithoutInit():
             return cls(config)
@@ -141,6 +143,11 @@ class GPTModel(nn.Module):
         self.rope_factors = {kind: factor for kind, (_, factor) in tables.items()}
         for kind, (frequencies, _) in tables.items():
             self.register_buffer(f"rope_{kind}", frequencies.to(device), persistent=False)
+
+    @property
+    def layers(self) -> range:
+        """Those whose blocks are here."""
+        return range(self.config.n_layers)
 
     @property
     def vocab_size(self) -> int:
@@ -180,7 +187,7 @@ class GPTModel(nn.Module):
             module, _, leaf = name.rpartition(".")
             place = torch.empty(p.shape, dtype=dtypes[name], device=device)
             setattr(self.get_submodule(module), leaf, nn.Parameter(place, requires_grad=False))
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and self.is_last:
             self.lm_head.weight = self.token_embedding.weight
         self.materialize_buffers(device)
 
@@ -194,8 +201,9 @@ class GPTModel(nn.Module):
         dtypes = self.inference_dtypes(dtype)
         for name, p in self.named_parameters():
             p.data = p.data.to(dtypes[name])
-        head, V = self.lm_head.weight, self.config.vocab_size
-        if V % VOCAB_MULTIPLE and head.is_cuda:
+        V = self.config.vocab_size
+        if self.is_last and V % VOCAB_MULTIPLE and self.lm_head.weight.is_cuda:
+            head = self.lm_head.weight
             self._padded_head = head.new_zeros(_padded(V), head.shape[1])
             self._padded_head[:V] = head
             head.data = self._padded_head[:V]
@@ -214,25 +222,39 @@ class GPTModel(nn.Module):
         values already computed (backends/kvcache.py): an object with `positions(T)` and `attend`.
         mask: per-layer attention masks, only for left-padded input (`forward` makes them).
         """
+        positions = self.positions(input_ids, positions, cache)
+        x = self.embed(input_ids, positions)
+        return self.ln_f(self.through_blocks(x, positions, cache, mask))
+
+    @staticmethod
+    def positions(input_ids: Tensor, given: Tensor | None, cache: Cache | None) -> Tensor:
+        """Of input_ids [B, T]: those given, else what the cache says, else 0..T-1."""
+        if given is not None:
+            return given
         T = input_ids.shape[1]
-        if positions is None and cache is not None:
-            positions = cache.positions(T)
-        elif positions is None:
-            positions = torch.arange(T, device=input_ids.device)
+        return torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """The residual stream [B, T, C], float32, that the blocks begin with."""
         x = self.token_embedding(input_ids).float()
         if self.config.embedding_scale != 1.0:
             x = x * self.embedding_scales[self.token_embedding.weight.dtype]
         if self.config.position == "learned":
             x = x + self.position_embedding(positions).float()
-        ropes = self._ropes(positions, T if cache is None else cache.longest)
-        x = self.dropout(self.ln_embedding(x))
-        for layer, block in enumerate(self.blocks):
-            rope = ropes.get(self.config.layer_rope(layer))
+        return self.dropout(self.ln_embedding(x))
+
+    def through_blocks(
+        self, x: Tensor, positions: Tensor, cache: Cache | None, mask: list[Tensor] | None = None
+    ) -> Tensor:
+        """The residual stream x [B, T, C] after the blocks that are here."""
+        ropes = self._ropes(positions, x.shape[1] if cache is None else cache.longest)
+        for layer in self.layers:
+            rope, block = ropes.get(self.config.layer_rope(layer)), self.blocks[layer]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
-        return self.ln_f(x)
+        return x
 
     def router_loads(self) -> Tensor:
         """[L, 2, E]: `Mixture.load` of each mixture of experts in the last pass of training."""
