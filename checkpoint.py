@@ -188,10 +188,14 @@ class Checkpoint:
         }
 
     def load(
-        self, dtype: str | torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+        self,
+        dtype: str | torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        part: Callable[[GPTConfig], GPTModel] | None = None,
     ) -> GPTModel | TransformersModel:
         """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. A GPTModel
-        wherever GPTModel can express the config, else transformers' behind the same interface."""
+        wherever GPTModel can express the config, else transformers' behind the same interface.
+        part: makes, of the config, a GPTModel on meta with the layers that alone are wanted."""
         dtype = layouts.as_dtype(dtype)
         if not self.native:
             self._check_unchanged()
@@ -202,6 +206,7 @@ class Checkpoint:
         assert self.config is not None, "a native one has a config, or says why not"
         model = GPTModel.on_meta(self.config)
         self._check_fits(model)
+        model = part(self.config) if part else model
         model.allocate(dtype, device)
         self._fill(model)
         self.merge_into(model)

@@ -31,8 +31,6 @@ from recording.identity import run_directory
 from recording.runs import called
 
 if TYPE_CHECKING:  # these load torch
-    import torch
-
     from checkpoint import Checkpoint
     from distributed import Dist
     from transformers_model import Model
@@ -95,7 +93,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
         ThreadPoolExecutor(2) as background,
     ):
         n_models = len(paths) * (1 + len(adapters))
-        loader = Loader(frame.set_precision(precision, dist), dist.device, keep=n_models > 2)
+        loader = Loader(frame.set_precision(precision, dist), keep=n_models > 2)
         plans, done, pairs = [Plans(evaluation, variant) for variant in variants], [], []
         for path in paths:
             first: list[Result] = []
@@ -114,7 +112,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
 
 # flags that say nothing of a served model
 OF_CHECKPOINTS = ["checkpoint_path", "config", "base", "adapter", "dtype", "bf16", "no_amp"]
-OF_CHECKPOINTS += ["device", "compile", "batch_size", "batch_tokens", "no_prefix_cache"]
+OF_CHECKPOINTS += ["device", "compile", "batch_size", "batch_tokens", "no_prefix_cache", "shard"]
 
 
 def check_unused(
@@ -189,21 +187,24 @@ class Loader:
     into it there, and taken out again for the next: no weights are read twice. keep: there will be
     a next one."""
 
-    def __init__(self, dtype: str, device: torch.device, keep: bool):
-        self.dtype, self.device, self.keep = dtype, device, keep
+    def __init__(self, dtype: str, keep: bool):
+        self.dtype, self.keep = dtype, keep
         self.model: Model | None = None
         self.holds: Checkpoint | None = None  # whose weights these are, but for what `undo` undoes
         self.undo: Callable[[], None] = lambda: None
 
-    def load(self, ckpt: Checkpoint) -> Model:
-        """The model of a handle; it lasts until the next is asked for."""
+    def load(self, ckpt: Checkpoint, dist: Dist) -> Model:
+        """The model of a handle, or this rank's part of it; it lasts until the next is asked
+        for."""
+        from backends import parallel
+
         shares = ckpt.base is not None and ckpt.config == ckpt.base.config
         wanted = ckpt.base if shares and ckpt.base else ckpt
         if self.model is not None and self.holds is wanted:
             self.undo()
         else:
             self.model = self.holds = None  # before memory is taken for another
-            self.model, self.holds = wanted.load(self.dtype, self.device), wanted
+            self.model, self.holds = parallel.load(wanted, self.dtype, dist), wanted
         self.undo = ckpt.merge_into(self.model, self.keep) if shares else lambda: None
         return self.model
 
@@ -250,9 +251,11 @@ def measure_checkpoint(
     """A Result for each of the plans of one evaluation. Beside the loading, prompts are made and,
     on one rank, the checkpoint is hashed: both take seconds."""
     from backends.local import facts_of
+    from backends.parallel import in_groups
 
     evaluation, options = plans[0].evaluation, plans[0].options
     start = time.perf_counter()
+    dist = in_groups(dist, models.shard, ckpt.config, loader.dtype)
     info = background.submit(ckpt.describe).result if dist.is_main else None
     needed = evaluation.needs_tokenizer(options)
     tokenizer = frame.pick_tokenizer(models.tokenizer_name, ckpt, needed)
@@ -265,7 +268,7 @@ def measure_checkpoint(
         return made
 
     planned = background.submit(make_plans)
-    model = loader.load(ckpt)
+    model = loader.load(ckpt, dist)
     made = planned.result()
     load_seconds = time.perf_counter() - start
     backend = frame.local_backend(options, model, facts, dist, n_models)

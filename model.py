@@ -150,6 +150,12 @@ class GPTModel(nn.Module):
         return range(self.config.n_layers)
 
     @property
+    def largest_share(self) -> tuple[int, float]:
+        """Layers, and bytes of weights, of the rank that has most of them."""
+        held = sum(p.numel() * p.element_size() for p in self.parameters())
+        return self.config.n_layers, held
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 

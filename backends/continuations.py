@@ -10,7 +10,7 @@ scored positions meet the head. A batch gives the same bits wherever it runs.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -169,16 +169,20 @@ def deal_batches(rows: Continuations, batches: list[Batch], world_size: int) -> 
 
 
 def make_prefix_cache(
-    model: GPTModel, prefix: TokenIds, device: torch.device, longest_row: int | None = None
+    model: GPTModel,
+    prefix: TokenIds,
+    device: torch.device,
+    longest_row: int | None = None,
+    attempt: Callable[..., PrefixCache | None] = lambda make, *args: make(*args),
 ) -> PrefixCache | None:
     """A PrefixCache that holds `prefix` (token ids [P]) for any number of rows, of at most
-    `longest_row` tokens if that is known; None if P is 0."""
+    `longest_row` tokens if that is known; None if P is 0. attempt: see Dist.attempt."""
     if len(prefix) == 0:
         return None
     longest = None if longest_row is None else len(prefix) + longest_row
-    cache = PrefixCache(model, len(prefix), longest)
+    cache = attempt(PrefixCache, model, len(prefix), longest)
     ids = torch.as_tensor(np.asarray(prefix, np.int64), device=device)[None]
-    model.hidden(ids, cache=cache.filling())
+    model.hidden(ids, cache=cache and cache.filling())
     return cache
 
 
@@ -247,7 +251,7 @@ def score_continuations(
     choices = torch.zeros(len(rows.ids), K, dtype=torch.float64, device=device)
     scored = torch.zeros(int(offsets[-1]), dtype=torch.float64, device=device)
     likeliest = torch.zeros(len(scored) if greedy else 0, dtype=torch.float64, device=device)
-    mine = deal_batches(rows, batches, dist.world_size)[dist.rank]
+    mine = deal_batches(rows, batches, dist.n_groups)[dist.group]
 
     def score_mine():
         prefix, cache = None, None
@@ -256,19 +260,26 @@ def score_continuations(
             if batches[i].prefix != prefix:
                 prefix = batches[i].prefix
                 longest = int(rows.lengths[rows.prefix == prefix].max())
-                cache = make_prefix_cache(model, rows.prefixes[prefix], device, longest)
-            hidden = model.hidden(ids, cache=cache).flatten(0, 1)
-            if K:
-                parts = hidden[last].split(HEAD_ROWS)
-                values = [choice_logprobs(model, part, choice_ids) for part in parts]
-                choices[row_ids] = torch.cat(values).double()
-            if len(slots):
-                scored[slots] = -token_nll(model, hidden[positions], targets).double()
-            if len(slots) and (greedy or consumer):
-                see_logits(hidden[positions], targets, slots)
+                ids_of = rows.prefixes[prefix]
+                cache = make_prefix_cache(model, ids_of, device, longest, dist.attempt)
+            dist.attempt(score, cache, ids, last, row_ids, positions, targets, slots)
             dist.bump()
             if progress is not None:
-                progress.update(min(len(row_ids) * dist.world_size, progress.total - progress.n))
+                progress.update(min(len(row_ids) * dist.n_groups, progress.total - progress.n))
+
+    def score(cache, ids, last, row_ids, positions, targets, slots):
+        hidden = model.hidden(ids, cache=cache)
+        if hidden is None:  # another rank has it
+            return
+        hidden = hidden.flatten(0, 1)
+        if K:
+            parts = hidden[last].split(HEAD_ROWS)
+            values = [choice_logprobs(model, part, choice_ids) for part in parts]
+            choices[row_ids] = torch.cat(values).double()
+        if len(slots):
+            scored[slots] = -token_nll(model, hidden[positions], targets).double()
+        if len(slots) and (greedy or consumer):
+            see_logits(hidden[positions], targets, slots)
 
     def see_logits(hidden, targets, slots):
         for h, t, at in zip(*(x.split(HEAD_ROWS) for x in (hidden, targets, slots))):

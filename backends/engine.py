@@ -30,8 +30,10 @@ from typing import Any, NamedTuple
 import torch
 
 from backends import Sample, Sampling
+from backends.parallel import Stage
 from backends.rows import CachedRows, Capacity, PlainRows, Request, Sequence
 from backends.sampling import COLUMNS, features_of, stream_key
+from backends.stages import StageRows
 from distributed import Dist
 from tokenizer import Tokenizer
 from transformers_model import Model
@@ -152,7 +154,10 @@ class Engine:
         self.capacity, self.tokenizer, self.features = capacity, tokenizer, features
         self.longest, self.on_launch = model.max_positions, on_launch
         self.rows: CachedRows | PlainRows
-        if model.supports_cache:
+        if isinstance(model, Stage):
+            assert logprobs is None, "log-probabilities of drawn tokens stay on the last rank"
+            self.rows = StageRows(model, capacity, features, compiled)
+        elif model.supports_cache:
             self.rows = CachedRows(model, capacity, features, compiled, logprobs)
         else:
             self.rows = PlainRows(model, capacity, features, logprobs)
@@ -294,9 +299,9 @@ def default_batch_size(model: Model, longest_prompt: int, max_new_tokens: int) -
     if model.device.type != "cuda" or not model.supports_cache:
         return 16
     c = model.config
-    token = c.n_layers * c.cache_dim * model.dtype.itemsize
+    n_layers, weights = model.largest_share
+    token = n_layers * c.cache_dim * model.dtype.itemsize
     total = torch.cuda.get_device_properties(model.device).total_memory
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     room = 0.85 * total - weights - 4e9  # logits, activations of a prefill
     rows = int(room // (token * (longest_prompt + max_new_tokens)))
     return max(1, min(256, rows // 8 * 8 or rows))
@@ -362,17 +367,50 @@ def generate(
     def stream():
         features, bump = features_of(distinct), dist.bump if dist else lambda: None
         options = {"eos_ids": eos_ids, "features": features, "compiled": bool(compile)}
-        engine = Engine(model, Capacity(B, P, S, alive), tokenizer, on_launch=bump, **options)
-        for u in dist.shard(len(units)) if dist else range(len(units)):
-            for p in units[u]:
+
+        def engine():
+            return Engine(model, Capacity(B, P, S, alive), tokenizer, on_launch=bump, **options)
+
+        def submit(to: Engine, unit: Collection[int]) -> None:
+            for p in unit:
                 wanted = [s for s in range(n_samples) if (p, s) not in done]
-                engine.submit(
-                    p, prompts[p], samplings[p], wanted, None if keys is None else keys[p]
-                )
-            while engine.busy:
-                yield from engine.step().finished
+                to.submit(p, prompts[p], samplings[p], wanted, None if keys is None else keys[p])
+
+        yield from draw_by_turns(engine, submit, units, dist)
 
     return Generation(stream(), bool(compile))
+
+
+def draw_by_turns(
+    engine: Callable[[], Engine],
+    submit: Callable[[Engine, Collection[int]], None],
+    units: abc.Sequence[Collection[int]],
+    dist: Dist | None,
+) -> Iterator[Sample]:
+    """This rank's samples, of units that are dealt to ranks.
+
+    Where a group of ranks holds the model, each of them goes through the units of all, in as many
+    engines: while a step of one engine is with other ranks, this rank has work of the next.
+    """
+    if dist is None or dist.pipe is None:
+        alone = engine()
+        for unit in units if dist is None else dist.mine(units):
+            submit(alone, unit)
+            while alone.busy:
+                yield from alone.step().finished
+        return
+    engines = dist.attempt(lambda: [engine() for _ in dist.members])
+    if not all(dist.gather(engines is not None)):
+        raise torch.OutOfMemoryError("on a rank that shares the work")
+    assert engines is not None, "gathered"
+    shares = {rank: deque(units[rank :: dist.world_size]) for rank in dist.members}
+    while any(own.busy for own in engines) or any(shares.values()):
+        for own, (rank, share) in zip(engines, shares.items()):
+            if share and not own.busy:
+                submit(own, share.popleft())
+            finished = own.step().finished if own.busy else []
+            if rank == dist.rank:
+                yield from finished
 
 
 def by_sample(

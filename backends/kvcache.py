@@ -22,7 +22,7 @@ Shapes: B rows, T tokens, N prompts of at most P tokens, S own tokens of a row a
 heads, G key/value heads, D head_dim
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,23 +41,27 @@ def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = No
     return padded
 
 
-def _room(model: GPTModel, rows: int, heads: int, length: int, width: int) -> list[torch.Tensor]:
+Rooms = dict[int, torch.Tensor]  # by layer, of those whose blocks are here
+
+
+def _room(model: GPTModel, rows: int, heads: int, length: int, width: int) -> Rooms:
     """Zeros [rows, heads, length, width] for each layer."""
-    shape, n_layers = (rows, heads, length, width), model.config.n_layers
-    return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(n_layers)]
+    shape = rows, heads, length, width
+    return {
+        layer: torch.zeros(shape, dtype=model.dtype, device=model.device) for layer in model.layers
+    }
 
 
-def _rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], ...]:
+def _rooms(model: GPTModel, rows: int, length: int) -> tuple[Rooms, ...]:
     """For keys, and for values."""
     c = model.config
     widths = (c.head_dim, c.value_dim)
     return tuple(_room(model, rows, c.n_kv_heads, length, width) for width in widths)
 
 
-def _latent_rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], list[None]]:
+def _latent_rooms(model: GPTModel, rows: int, length: int) -> tuple[Rooms, dict[int, None]]:
     """For latents, whose last L numbers are values as well."""
-    c = model.config
-    return _room(model, rows, 1, length, c.cache_dim), [None] * c.n_layers
+    return _room(model, rows, 1, length, model.config.cache_dim), dict.fromkeys(model.layers)
 
 
 class Filling:
@@ -68,8 +72,8 @@ class Filling:
 
     def __init__(
         self,
-        k: list[torch.Tensor],
-        v: Sequence[torch.Tensor | None],
+        k: Rooms,
+        v: Mapping[int, torch.Tensor | None],
         slots: torch.Tensor,
         longest: int,
     ):

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 # What sees logits: called with logits [N, V], their targets [N], and the targets' places [N]
 Consumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-# (input_ids [B, T], targets [B, T], window_ids [B] or None) -> nats [B, T]
-NllFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# (input_ids [B, T], targets [B, T], window_ids [B] or None) -> nats [B, T], or None where another
+# rank has them (backends/parallel.py)
+NllFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None]
 
 
 def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -61,13 +62,16 @@ def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None)
     consumer: called with the logits [N, V] of each scored position, the targets [N] and their
     places [N], window * T + column, in chunks of at most CHUNK_TOKENS.
     """
-    for block in model.blocks if model.is_native else ():
+    for block in [model.blocks[i] for i in model.layers] if model.is_native else []:
         block._compiled_call_impl = None  # of an evaluation that compiled this model before
         if compiled:
             block.compile(dynamic=False, options=inductor_options())
 
     def nll(input_ids, targets, window_ids=None):
-        hidden = model.hidden(input_ids).flatten(0, 1)
+        hidden = model.hidden(input_ids)
+        if hidden is None:
+            return None
+        hidden = hidden.flatten(0, 1)
         if consumer is not None and window_ids is not None:
             _hand_on_logits(model, hidden, targets, window_ids, consumer)
         return token_nll(model, hidden, targets.flatten()).view_as(targets)
@@ -236,18 +240,21 @@ def score_windows(
         slots, offsets = layout.of_batch(ids, batch["first_target"], batch["targets"].shape[1])
         return batch["input_ids"], batch["targets"], slots, offsets, ids
 
+    def score(input_ids, targets, slots, offsets, ids):
+        nll = nll_fn(input_ids, targets, ids)
+        if nll is None:
+            return
+        sums = batch_sums(nll, targets, offsets, slots.shape[1], special, token_bytes)
+        totals[slots.flatten()] = sums.flatten(0, 2)
+        if per_token:
+            tokens[ids] = nll.double()
+
     def run():
-        for input_ids, targets, slots, offsets, ids in prefetch(
-            make, dist.shard(n_batches), dist.device
-        ):
-            nll = nll_fn(input_ids, targets, ids)
-            sums = batch_sums(nll, targets, offsets, slots.shape[1], special, token_bytes)
-            totals[slots.flatten()] = sums.flatten(0, 2)
-            if per_token:
-                tokens[ids] = nll.double()
+        for batch in prefetch(make, dist.shard(n_batches), dist.device):
+            dist.attempt(score, *batch)
             dist.bump()
             if progress is not None:
-                progress.update(min(dist.world_size, n_batches - progress.n))
+                progress.update(min(dist.n_groups, n_batches - progress.n))
 
     agree_on_memory(run, dist)
     sums = dist.sum(totals[:-1].contiguous())
@@ -275,8 +282,10 @@ def agree_on_memory(run: Callable[[], object], dist: "Dist") -> None:
     """run(), then one word from every rank: BatchTooLarge on all if any ran out of memory."""
     try:
         run()
-        enough = True
+        enough = dist.pipe is None or dist.pipe.settle()
     except torch.OutOfMemoryError:
+        if dist.pipe is not None:  # others of its group wait for what it will not send
+            raise
         enough = False
     if not all(dist.gather(enough)):
         if dist.device.type == "cuda":

@@ -34,9 +34,10 @@ FLOORS = [
     "modeling/attention quantisation/codes",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/formulas costs/symbols costs/flops costs/memory costs/time "
+    "sandbox/judge costs/formulas costs/symbols costs/shards costs/flops costs/memory costs/time "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
+    "backends/pipe backends/parallel",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion "
@@ -45,7 +46,8 @@ FLOORS = [
     "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
-    "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
+    "backends/scoring backends/continuations backends/pairs backends/rows "
+    "backends/stages backends/engine",
     "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction "
     "tasks/code_prompts "
     "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
