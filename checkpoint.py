@@ -193,9 +193,8 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         part: Callable[[GPTConfig], GPTModel] | None = None,
     ) -> GPTModel | TransformersModel:
-        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. A GPTModel
-        wherever GPTModel can express the config, else transformers' behind the same interface.
-        part: makes, of the config, a GPTModel on meta with the layers that alone are wanted."""
+        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. A GPTModel,
+        or of its config what `part` makes on meta; else transformers' behind the same interface."""
         dtype = layouts.as_dtype(dtype)
         if not self.native:
             self._check_unchanged()
