@@ -290,7 +290,7 @@ class Local:
     def _warm_up(self, nll_fn, zeros) -> None:
         """One batch of zeros: compiles, picks kernels, and shows whether memory suffices."""
         with torch.no_grad():
-            nll_fn(zeros, zeros, None)
+            self.dist.attempt(nll_fn, zeros, zeros, None)
         if zeros.is_cuda:
             torch.cuda.synchronize(zeros.device)
 
