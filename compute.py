@@ -388,6 +388,8 @@ def main(argv=None) -> None:
     memory = estimate_memory(c, batch_size, seq_len, **settings)
     if args.plot:
         training = settings | {"training": True}
+        from costs.plot import plot_timeline
+
         plot_timeline(estimate_memory(c, batch_size, seq_len, **training), args.plot)
     if args.json:
         report = {"config": c.to_dict(), "setup": settings, "gpu": asdict(gpu)}

@@ -204,9 +204,6 @@ class Local:
         comes once every rank has drawn its share. ValueError where the model gives NaN."""
         tokenizer, dist, n_tokens = self.facts.tokenizer, self.dist, 0
         self._refuse_nan(prompts)
-        longest = max(map(len, prompts), default=1)
-        most = min(_most_new_tokens(sampling), self.facts.context or 2**31)
-        batch_size = batch_size or engine.default_batch_size(self.model, longest, most)
         self._reset_peak()
         start = time.perf_counter()
         seconds, drawn = 0.0, set(done)
@@ -227,6 +224,7 @@ class Local:
                     dist=dist,
                 ),
             )
+            batch_size = job.batch_size
             try:
                 for sample in job:
                     drawn.add((sample.prompt_index, sample.sample_index))
@@ -316,13 +314,6 @@ class Local:
 
     def _note(self, cost: dict, flops: float | None, **ran) -> None:
         self._cost, self._flops, self._ran = cost, flops, ran
-
-
-def _most_new_tokens(sampling) -> int:
-    """Of one Sampling, or of the several that one prompt's samples have."""
-    if isinstance(sampling, Sampling):
-        return sampling.max_new_tokens
-    return max(map(_most_new_tokens, sampling))
 
 
 def batch_overhead(model: Model, device: torch.device) -> int:

@@ -9,12 +9,19 @@ runs out of memory says so there. While a step is with other ranks, this one beg
 batches of rows (engine.generate), and waits for a step's tokens when it needs them.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from backends.parallel import Buffers, Stage
 from backends.rows import CachedRows, Capacity
+from distributed import Dist
+
+if TYPE_CHECKING:
+    from backends import Sample
+    from backends.engine import Engine
 
 FAILED = -1  # for a token: no memory
 
@@ -83,3 +90,35 @@ class StageRows(CachedRows):
             self.await_tokens()
             raise torch.OutOfMemoryError("on a rank of this group")
         return seen
+
+
+def draw_by_turns(
+    engine: Callable[[], "Engine"],
+    submit: Callable[["Engine", Collection[int]], None],
+    units: Sequence[Collection[int]],
+    dist: Dist | None,
+) -> "Iterator[Sample]":
+    """This rank's samples, of units (places of prompts) that are dealt to ranks. submit: takes one.
+
+    Where a group of ranks holds the model, each of them goes through the units of all, in as many
+    engines: while a step of one engine is with other ranks, this rank has work of the next.
+    """
+    if dist is None or dist.pipe is None:
+        alone = engine()
+        for unit in units if dist is None else dist.mine(units):
+            submit(alone, unit)
+            while alone.busy:
+                yield from alone.step().finished
+        return
+    engines = dist.attempt(lambda: [engine() for _ in dist.members])
+    if not all(dist.gather(engines is not None)):
+        raise torch.OutOfMemoryError("on a rank that shares the work")
+    assert engines is not None, "gathered"
+    shares = {rank: deque(units[rank :: dist.world_size]) for rank in dist.members}
+    while any(own.busy for own in engines) or any(shares.values()):
+        for own, (rank, share) in zip(engines, shares.items()):
+            if share and not own.busy:
+                submit(own, share.popleft())
+            finished = own.step().finished if own.busy else []
+            if rank == dist.rank:
+                yield from finished

@@ -23,7 +23,7 @@ def plot_timeline(memory: dict, path: str) -> None:
     axes.set_xticks(shown, labels)
     axes.margins(x=0)
     axes.set_ylabel("GiB allocated")
-    axes.set_title(f"peak {memory["peak_bytes"] / 2**30:.4g} GiB at: {memory['peak_at']}")
+    axes.set_title(f"peak {memory['peak_bytes'] / 2**30:.4g} GiB at: {memory['peak_at']}")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -4,12 +4,9 @@ bits of a model on one, whatever fails meanwhile. Real ranks over gloo, many mod
 import numpy as np
 import pytest
 import torch
-from builders import error_of, run_ranks, save_model, saved_checkpoint
+from builders import run_ranks, save_model
 from small_models import KINDS, tiny
 
-from backends.parallel import load
-from costs.shards import cut
-from distributed import Dist
 from model import GPTModel
 
 QUICK = ("gpt2", "gemma2", "deepseek_v3")  # tied and padded; windows and caps; latents and experts
@@ -112,12 +109,16 @@ def test_memory_that_runs_out_on_one_rank_of_a_group(tmp_path):
     out = run_ranks(2, tmp_path, body)
     lines = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("found")]
     by_rank = [[line[1:] for line in lines if line[0] == rank] for rank in "01"]
-    assert by_rank[0] == by_rank[1] == [  # batches of windows; of two kinds of rows; of samples
-        ["0", "through_blocks", "2", "15", "15", "2", "2"],
-        ["1", "through_blocks", "2", "15", "15", "2", "2"],
-        ["1", "nll", "2", "60", "60", "4", "4"],
-        ["0", "prefix", "4", "30", "60", "4", "4"],
-    ]
+    assert (
+        by_rank[0]
+        == by_rank[1]
+        == [  # batches of windows; of two kinds of rows; of samples
+            ["0", "through_blocks", "2", "15", "15", "2", "2"],
+            ["1", "through_blocks", "2", "15", "15", "2", "2"],
+            ["1", "nll", "2", "60", "60", "4", "4"],
+            ["0", "prefix", "4", "30", "60", "4", "4"],
+        ]
+    )
 
 
 FAILS = """
