@@ -30,6 +30,7 @@ from costs.flops import count_parameters, estimate_flops
 from costs.formulas import ACTIVATIONS, OPTIMIZERS
 from costs.gpus import GPU, GPUS, find_gpu, mfu
 from costs.memory import estimate_memory, fewest_gpus, fits_table, largest_fits, usable_memory
+from costs.pipeline import sharded_time
 from costs.symbols import CUDA_CONTEXT, DTYPE_NAMES, DTYPES, Setup, tables
 from costs.time import TRAINING_MFU, Ceilings, pass_seconds, roofline, training_time, turning_batch
 from families.llama import number
@@ -59,6 +60,7 @@ __all__ = [
 SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 MOST_PARAMETERS = 1e30  # and tokens, and prices: what is beyond is a slip of the keyboard
 MOST_TOKENS = 2**63  # of a step
+SHARDED_BATCHES = 64  # that stream through a sharded model, where its speed is told
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,6 +187,22 @@ def print_time(
         ("GPU-hours", f"{t['gpu_days'] * 24:,.0f}", cost),
     ]
     section(f"Training on {n_gpus} x {gpu.name} at an assumed MFU of {assumed_mfu:.0%}", rows)
+
+
+def print_shards(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup) -> None:
+    """The share of each GPU, and how fast they are together."""
+    t = sharded_time(c, gpu, batch_size, seq_len, SHARDED_BATCHES, setup)
+    rows: list[tuple[str, ...]] = []
+    for k, layers in enumerate(t["layers"]):
+        ends = ["with the embeddings"] * (k == 0) + ["with the head"] * (k == setup.shard - 1)
+        weights = amount(t["weight_bytes"][k], "byte")
+        rows.append((f"GPU {k}: {layers} layers", weights, ", ".join(ends)))
+    rate = f"{t['scoring_tokens_per_second']:,.0f} tokens/s"
+    note = f"{SHARDED_BATCHES} batches of {batch_size} x {seq_len}; {t['fill']:.1%} fills the pipe"
+    rows.append(("scoring", rate, note))
+    rate = f"{t['decode_tokens_per_second']:,.0f} tokens/s"
+    rows.append(("decode", rate, f"{setup.shard} x {batch_size} rows under way"))
+    section(f"Sharded over {setup.shard} x {gpu.name}, layer by layer (roofline)", rows)
 
 
 def print_fits(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup) -> None:
@@ -321,6 +339,8 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
     add("--fsdp", action="store_true", help="the same as --zero 3")
     add("--tp", type=cli.positive_int, default=1, help="tensor-parallel GPUs")
+    add("--shard", type=cli.positive_int, default=1, help="GPUs that hold the model between them, "
+        "layer by layer, in inference")  # fmt: skip
     add("--gpu", default="h100", help=f"{', '.join(GPUS)}, or a YAML file")
     add("--mfu", type=share, default=TRAINING_MFU, help="assumed for training time (0.40)")
     add("--tokens", type=positive, help="training budget; default: 20 a parameter (Hoffmann 2022)")
@@ -349,6 +369,7 @@ def read_setup(args: Namespace) -> Setup:
         dp=args.dp,
         zero=3 if args.fsdp else args.zero,
         tp=args.tp,
+        shard=args.shard,
     )
 
 
@@ -356,6 +377,8 @@ def time_report(
     c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup, args: Namespace
 ) -> dict:
     """The part "time" of --json."""
+    if setup.shard > 1:
+        return {"sharded": sharded_time(c, gpu, batch_size, seq_len, SHARDED_BATCHES, setup)}
     n_gpus, tokens = setup.dp * setup.tp, training_tokens(c, args)
     return {
         "inference": roofline(c, gpu, batch_size, seq_len, dtype=setup.dtype),
@@ -396,6 +419,8 @@ def main(argv=None) -> None:
         report |= {"parameters": count_parameters(c), "flops": flops, "memory": memory}
         report["time"] = time_report(c, gpu, batch_size, seq_len, setup, args)
         return print(json.dumps(report, indent=2))
+    if setup.shard > 1 and (args.explain or args.fits):
+        raise ValueError("--explain and --fits are of one GPU: they do not go with --shard")
     if args.explain:
         return explain(c, batch_size, seq_len, setup)
     heads = f"{c.n_heads} heads ({c.n_kv_heads} of keys and values) of {c.head_dim}"
@@ -408,7 +433,10 @@ def main(argv=None) -> None:
         return print_fits(c, gpu, batch_size, seq_len, setup)
     print_model(c, flops, batch_size, seq_len)
     if not args.training:
-        print_memory(f"Memory of inference, {setup.dtype}", memory, gpu)
+        whose = f" of the fullest of {setup.shard} GPUs" if setup.shard > 1 else ""
+        print_memory(f"Memory of inference{whose}, {setup.dtype}", memory, gpu)
+    if setup.shard > 1:
+        return print_shards(c, gpu, batch_size, seq_len, setup)
     if args.training or setup.lora_rank or setup.dtype not in ("int8", "int4"):
         print_training(c, gpu, batch_size, seq_len, setup, args.training)
     print_time(c, gpu, seq_len, setup, args.mfu, training_tokens(c, args), args.price)

@@ -257,7 +257,7 @@ PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes m
     ("elementwise", "0", "s*(32*h + 4*rope*(a + k)*d + 3*c*f_met) if compiled else"
      " s*(48*h + 48*rope*(a + k)*d + 28*qk_norm*(a + k)*d + 4*c*k*d + c*f_met*(2 + 3*gated))",
      "(4 if compiled else 7 + 18*rope + 6*qk_norm + gated)"),
-    ("head", "2*B*h*V", "w*h*V + c*B*V", "8 + 9*(rope > 0)"),  # once, with embeddings, angles
+    ("head", "last*2*B*h*V", "last*(w*h*V + c*B*V)", "8 + 9*(rope > 0)"),  # once, with embeddings
 )
 # fmt: on
 

@@ -158,8 +158,8 @@ class Setup:
         for name in ("dp", "tp", "shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.shard > 1 and self.training:
-            raise ValueError(f"shard {self.shard} is of inference: training shards by dp and zero")
+        if self.shard > 1 and (self.training or self.dp > 1 or self.tp > 1):
+            raise ValueError(f"shard {self.shard} is of inference, and goes with no dp, zero or tp")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be 0 or more, not {self.lora_rank}")
         if self.training and self.dtype in ("int8", "int4") and not self.lora_rank:

@@ -35,6 +35,7 @@ FLOORS = [
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/symbols costs/shards costs/flops costs/memory costs/time "
+    "costs/pipeline costs/plot "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
     "backends/pipe backends/parallel",
@@ -66,6 +67,7 @@ FLOORS = [
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
+NO_TORCH += " costs/shards costs/pipeline"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
 NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
 NO_TORCH += " bleu_eval certainty resampling tasks/translation backends/probing"
