@@ -15,7 +15,7 @@ QUICK = ("gpt2", "gemma2", "deepseek_v3")  # tied and padded; windows and caps; 
 def saved(folder, kind):
     """A checkpoint of five layers, whose weights tell tokens apart."""
     torch.manual_seed(1)
-    model = GPTModel(tiny(kind, n_layers=5)).eval()
+    model = GPTModel(tiny(kind, n_layers=5, vocab_size=160)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2) if p.dim() > 1 else torch.nn.init.normal_(p, std=0.5)
     return save_model(model, folder / kind, 1, tokenizer=None)
