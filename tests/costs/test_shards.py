@@ -1,4 +1,4 @@
-"""costs/shards.py and pipeline.py: cuts by brute force, shares beside the parameters of real models."""
+"""costs/shards.py and pipeline.py: cuts by brute force, shares beside real models' parameters."""
 
 import itertools
 
