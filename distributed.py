@@ -221,6 +221,8 @@ def _pick_device(name: str | None, local_rank: int) -> torch.device:
 
 def _join(rank: int, world_size: int, device: torch.device) -> torch_dist.Store:
     """Initialise the process group and return a store connection for the watch thread."""
+    # what ranks of a group send each other goes through groups of two, in turn as it should
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
     store, _, _ = next(torch_dist.rendezvous("env://", rank, world_size, timeout=CONNECT_TIMEOUT))
     store.set_timeout(timedelta(minutes=30))
     torch_dist.init_process_group(

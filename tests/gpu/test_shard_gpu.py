@@ -1,5 +1,5 @@
-"""--shard 2 on two GPUs over NCCL: the bits of one GPU in eval, MMLU and generation of a model of 1B
-parameters, each rank's memory, and NVLink or not, no warning.
+"""--shard 2 on two GPUs over NCCL: the bits of one GPU in eval, MMLU and generation, of a model of
+1B parameters, and the memory of each.
 
 python -m pytest tests/gpu/test_shard_gpu.py        # two GPUs
 """
@@ -27,11 +27,12 @@ CONFIG = CONFIGS["llama"].replace(**SHAPE, tie_embeddings=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("shard")
     torch.manual_seed(0)
-    model = GPTModel.on_meta(CONFIG)
-    model.allocate(torch.bfloat16, "cuda")
-    for p in model.parameters():
-        p.data.normal_(std=0.02) if p.dim() > 1 else p.data.fill_(1.0)
-    save_model(model.cpu(), root / "run", 1)
+    for name, config in (("run", CONFIG), ("bytes", CONFIG.replace(vocab_size=257, n_layers=5))):
+        model = GPTModel.on_meta(config)
+        model.allocate(torch.bfloat16, "cuda")
+        for p in model.parameters():
+            p.data.normal_(std=0.02) if p.dim() > 1 else p.data.fill_(1.0)
+        save_model(model.cpu(), root / name, 1)
     del model
     torch.cuda.empty_cache()
     token_shard(root / "x.npy", n=200_000)
@@ -42,7 +43,9 @@ def root(tmp_path_factory):
 
 def run(root, gpus, size, results, script, *words):
     """(the record, all that its arrays and metrics hold) of a command."""
-    words = [script, *words, "--checkpoint-path", root / "run", "--tokenizer-name", "byte"]
+    drawn = script == "humaneval_eval.py" or "generate" in words  # of bytes, or it ends at once
+    model = root / ("bytes" if drawn else "run")
+    words = [script, *words, "--checkpoint-path", model, "--tokenizer-name", "byte"]
     out = torchrun(gpus, *words, "--shard", size, "--results-dir", results, cold=True)
     assert "unbatched P2P" not in out.stderr
     (path,) = results.glob("*/*/*-*.json")
@@ -66,7 +69,7 @@ def commands(root):
         "eval": [*eval_words, "--compile", "off"],
         "eval compiled": [*eval_words, "--compile", "on"],
         "mmlu": mmlu,
-        "letters generated": [*mmlu, "--scoring", "generate"],
+        "letters": [*mmlu, "--scoring", "generate"],
         "humaneval": [*draw, "--compile", "off"],
         "humaneval compiled": [*draw, "--compile", "on"],
     }
@@ -74,7 +77,7 @@ def commands(root):
 
 @pytest.mark.parametrize(
     "name",
-    ["eval", "eval compiled", "mmlu", "letters generated", "humaneval", "humaneval compiled"],
+    ["eval", "eval compiled", "mmlu", "letters", "humaneval", "humaneval compiled"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_gpus_that_hold_one_model_have_the_bits_of_one(root, tmp_path, name, dtype):
@@ -95,9 +98,7 @@ def test_memory_is_the_share_that_compute_says(root, tmp_path):
     peak = record["cost"]["peak_memory_bytes"]
     run_of = dict(training=False, dtype="bf16", shard=2)
     expected = estimate_memory(CONFIG, 4, 1024, **run_of)["scoring_bytes"]
-    print(
-        f"peak {peak / 2**30:.2f} GiB, estimated {expected / 2**30:.2f}, whole {whole / 2**30:.2f}"
-    )
+    print("peak, estimated, whole, GiB:", *(n / 2**30 for n in (peak, expected, whole)))
     assert fullest < peak < expected * 1.1 and fullest < 0.7 * whole
 
 
