@@ -175,7 +175,7 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """What a result record says of the checkpoint it was measured on: results.py's
         `checkpoint`."""
-        base = self.base
+        base, quantisation = self.base, self.facts.get("quantisation")
         return {
             "path": str(self.path),
             "name": self.name,
@@ -185,6 +185,7 @@ class Checkpoint:
             "config": self.config and self.config.to_dict(),
             "module": "GPTModel" if self.native else "transformers",
             **({"base": {"path": str(base.path), "fingerprint": base.fingerprint}} if base else {}),
+            **({"quantisation": quantisation} if quantisation else {}),
         }
 
     def load(
@@ -193,8 +194,8 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         part: Callable[[GPTConfig], GPTModel] | None = None,
     ) -> GPTModel | TransformersModel:
-        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. A GPTModel,
-        or of its config what `part` makes on meta; else transformers' behind the same interface."""
+        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. A GPTModel, or
+        what `part` makes of its config on meta; else transformers' behind the same interface."""
         dtype = layouts.as_dtype(dtype)
         if not self.native:
             self._check_unchanged()
@@ -205,8 +206,7 @@ class Checkpoint:
         assert self.config is not None, "a native one has a config, or says why not"
         model = GPTModel.on_meta(self.config)
         self._check_fits(model)
-        model = part(self.config) if part else model
-        model.allocate(dtype, device)
+        (model := part(self.config) if part else model).allocate(dtype, device)
         self._fill(model)
         self.merge_into(model)
         return model.for_inference(dtype)

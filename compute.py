@@ -3,6 +3,7 @@
     python compute.py --config 7b                          # a summary, on one H100
     python compute.py --config 7b --training --precision pure --gpu h200
     python compute.py --config 7b --fits --gpu a100        # what fits: batch, length, sharding
+    python compute.py --config 7b --quantise rtn-w4-g128   # weights of few bits
     python compute.py --config 7b --explain                # every formula with the numbers put in
     python compute.py --config checkpoints/checkpoint-1000 --json
     python compute.py --params 7e9                         # rules of thumb only
@@ -60,7 +61,6 @@ __all__ = [
 SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 MOST_PARAMETERS = 1e30  # and tokens, and prices: what is beyond is a slip of the keyboard
 MOST_TOKENS = 2**63  # of a step
-SHARDED_BATCHES = 64  # that stream through a sharded model, where its speed is told
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def print_time(
         f"  {'batch':>7}{'first token':>14}{'a step':>12}{'tokens/s':>12}{'requests/s':>12}  limit"
     )
     for batch in (1, 8, 64):
-        r = roofline(c, gpu, batch, seq_len, dtype=setup.dtype)
+        r = roofline(c, gpu, batch, seq_len, **weights_of(setup))
         first, step = duration(r["prefill_seconds"]), duration(r["decode_seconds"])
         rates = f"{r['decode_tokens_per_second']:>12,.0f}{r['requests_per_second']:>12.3g}"
         print(f"  {batch:>7}{first:>14}{step:>12}{rates}  {r['decode_bound']}")
@@ -191,18 +191,20 @@ def print_time(
 
 def print_shards(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup) -> None:
     """The share of each GPU, and how fast they are together."""
-    t = sharded_time(c, gpu, batch_size, seq_len, SHARDED_BATCHES, setup)
-    rows: list[tuple[str, ...]] = []
-    for k, layers in enumerate(t["layers"]):
-        ends = ["with the embeddings"] * (k == 0) + ["with the head"] * (k == setup.shard - 1)
-        weights = amount(t["weight_bytes"][k], "byte")
-        rows.append((f"GPU {k}: {layers} layers", weights, ", ".join(ends)))
-    rate = f"{t['scoring_tokens_per_second']:,.0f} tokens/s"
-    note = f"{SHARDED_BATCHES} batches of {batch_size} x {seq_len}; {t['fill']:.1%} fills the pipe"
-    rows.append(("scoring", rate, note))
-    rate = f"{t['decode_tokens_per_second']:,.0f} tokens/s"
-    rows.append(("decode", rate, f"{setup.shard} x {batch_size} rows under way"))
+    t, rows = sharded_time(c, gpu, batch_size, seq_len, setup), []
+    for k, (layers, size) in enumerate(zip(t["layers"], t["weight_bytes"])):
+        ends = ", the embeddings" * (k == 0) + ", the head" * (k == setup.shard - 1)
+        rows.append((f"GPU {k}", amount(size, "byte"), f"{layers} layers{ends}"))
+    note = f"{t['batches']} batches of {batch_size} x {seq_len}; {t['fill']:.1%} fills the pipe"
+    rows.append(("scoring", f"{t['scoring_tokens_per_second']:,.0f} tokens/s", note))
+    note = f"{setup.shard} x {batch_size} rows under way"
+    rows.append(("decode", f"{t['decode_tokens_per_second']:,.0f} tokens/s", note))
     section(f"Sharded over {setup.shard} x {gpu.name}, layer by layer (roofline)", rows)
+
+
+def weights_of(setup: Setup) -> dict:
+    """What of it a pass without training depends on."""
+    return {"dtype": setup.dtype, "quantise": setup.quantise}
 
 
 def print_fits(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup) -> None:
@@ -214,10 +216,8 @@ def print_fits(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Set
         sizes = f"{gib[0]:>9.1f}{gib[1]:>11.1f}{gib[2]:>11.1f}{gib[3]:>9.1f}"
         print(f"  {row['run']:<28}{sizes}  {'fits' if row['fits'] else '-'}")
     rows = []
-    for training in (True, False):
+    for training in (True, False)[not setup.trains :]:
         run = replace(setup, training=training)
-        if training and run.dtype in ("int8", "int4") and not run.lora_rank:
-            continue
         name = "training" if training else "inference"
         best = largest_fits(c, gpu, batch_size, seq_len, run)
         rows.append((f"{name}: largest batch", f"{best['batch_size']:,}", f"at {seq_len} tokens"))
@@ -335,42 +335,12 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--recompute", default="none", choices=("none", "selective", "full"))
     add("--implementation", default="roseval", choices=tuple(ACTIVATIONS))
     add("--lora-rank", type=rank, default=0)
+    add("--quantise", metavar="RULE", help="as the evaluations round weights: rtn-w4-g128, say")
     add("--dp", type=cli.positive_int, default=1, help="data-parallel GPUs")
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
     add("--fsdp", action="store_true", help="the same as --zero 3")
     add("--tp", type=cli.positive_int, default=1, help="tensor-parallel GPUs")
-    add("--shard", type=cli.positive_int, default=1, help="GPUs that hold the model between them, "
-        "layer by layer, in inference")  # fmt: skip
-    add("--gpu", default="h100", help=f"{', '.join(GPUS)}, or a YAML file")
-    add("--mfu", type=share, default=TRAINING_MFU, help="assumed for training time (0.40)")
-    add("--tokens", type=positive, help="training budget; default: 20 a parameter (Hoffmann 2022)")
-    add("--price", type=positive, help="of a GPU-hour")
-    add("--fits", action="store_true", help="what fits the GPU: batch, length, sharding")
-    add("--explain", action="store_true", help="every formula with the numbers put in")
-    add("--plot", metavar="FILE", help="draw the training step's memory over time (matplotlib)")
-    add("--json", action="store_true")
-    add("--debug", action="store_true", help="show the traceback of input errors")
-    return p
-
-
-def read_setup(args: Namespace) -> Setup:
-    """The flags that say how a model is run; ValueError where they contradict each other."""
-    if args.fsdp and args.zero not in (0, 3):
-        raise ValueError(f"--fsdp is ZeRO stage 3 and contradicts --zero {args.zero}")
-    return Setup(
-        dtype=args.dtype,
-        training=args.training,
-        optimizer=args.optimizer,
-        fused=not args.foreach,
-        precision=args.precision,
-        recompute=args.recompute,
-        implementation=args.implementation,
-        lora_rank=args.lora_rank,
-        dp=args.dp,
-        zero=3 if args.fsdp else args.zero,
-        tp=args.tp,
-        shard=args.shard,
-    )
+    add("--shard", type=cli.positive_int, default=1, help="GPUs that hold a model between them")
 
 
 def time_report(
@@ -378,10 +348,10 @@ def time_report(
 ) -> dict:
     """The part "time" of --json."""
     if setup.shard > 1:
-        return {"sharded": sharded_time(c, gpu, batch_size, seq_len, SHARDED_BATCHES, setup)}
+        return {"sharded": sharded_time(c, gpu, batch_size, seq_len, setup)}
     n_gpus, tokens = setup.dp * setup.tp, training_tokens(c, args)
     return {
-        "inference": roofline(c, gpu, batch_size, seq_len, dtype=setup.dtype),
+        "inference": roofline(c, gpu, batch_size, seq_len, **weights_of(setup)),
         "training": training_time(c, gpu, seq_len, tokens, n_gpus, args.mfu, setup.lora_rank),
     }
 
@@ -434,10 +404,11 @@ def main(argv=None) -> None:
     print_model(c, flops, batch_size, seq_len)
     if not args.training:
         whose = f" of the fullest of {setup.shard} GPUs" if setup.shard > 1 else ""
-        print_memory(f"Memory of inference{whose}, {setup.dtype}", memory, gpu)
+        held = setup.quantise or setup.dtype
+        print_memory(f"Memory of inference{whose}, {held}", memory, gpu)
     if setup.shard > 1:
         return print_shards(c, gpu, batch_size, seq_len, setup)
-    if args.training or setup.lora_rank or setup.dtype not in ("int8", "int4"):
+    if setup.trains:
         print_training(c, gpu, batch_size, seq_len, setup, args.training)
     print_time(c, gpu, seq_len, setup, args.mfu, training_tokens(c, args), args.price)
 

@@ -26,13 +26,14 @@ import command
 import evaluation
 import results
 import stats
-from backends import Backend, Facts
+from backends import AnyWindows, Backend, Facts
 from backends.scoring import WindowTotals
 from cli import printable
 from dataset import RandomWindows, TokenStream, Windows, open_stream
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from formats.shards import RAW
 from recording.runs import called
+from tasks.windows import LENGTHS, Chunks
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -56,7 +57,9 @@ class Options:
     )
     max_tokens: int | None = cli.option(None, "use the first tokens only", type=cli.positive_int)
     seq_len: int | None = cli.option(
-        None, "window; default: 1024 or the context", type=cli.positive_int
+        None,
+        "window; default: 1024 or the context; 2048 of --windows gptq, 512 of llama.cpp",
+        type=cli.positive_int,
     )
     stride: int | None = cli.option(
         None,
@@ -66,8 +69,9 @@ class Options:
     bos: str = evaluation.bos_option("off")
     windows: str = cli.option(
         "exact",
-        "random: rosetrainer's sampled, overlapping windows, to compare with old numbers",
-        choices=("exact", "random"),
+        "gptq, llama.cpp: those of published tables (tasks/windows.py); random: rosetrainer's "
+        "sampled, overlapping ones, to compare with old numbers",
+        choices=("exact", *LENGTHS, "random"),
     )
     seed: int = cli.option(42, "of --windows random (42); exact ones draw nothing", type=int)
     batch_size: int = cli.option(8, "windows of a batch at most (8)", type=cli.positive_int)
@@ -83,8 +87,10 @@ class Options:
             raise ValueError(f"{mode} needs {cli.flag_of(wanted)} FILE …")
         if text and self.token_dtype:
             raise ValueError(f"--token-dtype does not go with {mode}")
-        if self.windows == "random" and (self.stride or self.bos != "off"):
-            raise ValueError("--windows random has no --stride and no --bos")
+        if self.windows in LENGTHS and not text:
+            raise ValueError(f"--windows {self.windows} tokenises text itself: --data-mode text")
+        if self.windows != "exact" and (self.stride or self.bos != "off"):
+            raise ValueError(f"--windows {self.windows} has no --stride and no --bos")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -98,28 +104,34 @@ class Options:
 @dataclass(frozen=True)
 class Scored:
     stream: TokenStream
-    windows: Windows | RandomWindows
+    windows: AnyWindows
     batch_size: int
 
 
 def plan(options: Options, facts: Facts) -> Plan:
     """The data as a model sees it, and what decides its numbers."""
-    tokenizer, seq_len = facts.tokenizer, pick_window(options.seq_len, facts.context)
+    tokenizer, published = facts.tokenizer, options.windows in LENGTHS
+    seq_len = pick_window(options.seq_len or LENGTHS.get(options.windows), facts.context)
     stream = open_stream(
         options.data_mode,
         options.files,
         tokenizer,
         options.max_tokens,
+        add_eos=not published,
         token_dtype=options.token_dtype,
     )
     stream.check_vocab(facts.vocab_size)
     random, bos = options.windows == "random", False
-    windows: Windows | RandomWindows
+    adds_bos = tokenizer is not None and tokenizer.adds_bos
+    windows: AnyWindows
     if random:
         windows = RandomWindows(len(stream), seq_len, options.seed)
+    elif published:
+        bos = adds_bos
+        windows = Chunks(options.windows, len(stream), seq_len, bos)
     else:
         # without a BOS of its own, a tokenizer's end of text goes before the first token
-        auto = options.bos == "auto" and tokenizer is not None and tokenizer.adds_bos
+        auto = options.bos == "auto" and adds_bos
         bos = options.bos == "on" or auto
         windows = Windows(len(stream), seq_len, options.stride, bos)
     batch_size = min(options.batch_size, len(windows))
@@ -129,7 +141,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "tokenizer_fingerprint": tokenizer and tokenizer.fingerprint,
         "windows": options.windows,
         "window": seq_len,
-        "stride": options.stride or seq_len,
+        "stride": options.stride or seq_len,  # of published ones too: side by side
         "bos": bos,
         "max_tokens": options.max_tokens,
         "seed": options.seed if random else None,
@@ -145,12 +157,15 @@ def plan(options: Options, facts: Facts) -> Plan:
     return Plan(protocol, data, work, words_of(protocol))
 
 
+KINDS = {"random": "sampled windows"} | {kind: f"{kind}'s windows" for kind in LENGTHS}
+
+
 def words_of(protocol: dict) -> tuple[str, ...]:
     return (
         f"window {protocol['window']}",
         f"stride {protocol['stride']}",
         *(["BOS"] if protocol["bos"] else []),
-        *(["sampled windows"] if protocol["windows"] == "random" else []),
+        *([KINDS[protocol["windows"]]] if protocol["windows"] in KINDS else []),
         protocol["dtype"],
     )
 
@@ -175,6 +190,11 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     first_target, _ = windows.target_span(np.arange(len(windows)))
     arrays = {"nll": nll, "count": count.astype(np.int64), "start": first_target}
     arrays |= {f"entry_{name}": array for name, array in totals.arrays().items()}
+    statistics = {"perplexity": {"score": "perplexity", "arrays": ["nll", "count"]}}
+    if totals.bits_per_byte is not None:
+        of_text, name = totals.of_text(), "bits_per_byte"
+        arrays |= of_text
+        statistics[name] = {"score": name, "arrays": list(of_text)}
     return Outcome(
         metrics=metrics_of(totals, windows),
         breakdown={"file": by_file(totals, stream)},
@@ -182,6 +202,7 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
         examples={
             "unit": "windows",
             "scores": {"loss": "nll"},
+            "statistics": statistics,
             "weight": "count",
             "labels": {"start": "from token {:,}"},
         },
@@ -193,10 +214,10 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
     )
 
 
-def metrics_of(totals: WindowTotals, windows: Windows | RandomWindows) -> dict:
+def metrics_of(totals: WindowTotals, windows: AnyWindows) -> dict:
     nll, count = totals.by_window()
     n = len(windows)
-    if isinstance(windows, RandomWindows):  # rosetrainer's figure: the mean over windows
+    if not isinstance(windows, Windows):  # rosetrainer's and GPTQ's figure: the mean over windows
         loss, stderr = float((nll / count).mean()), float((nll / count).std(ddof=1) / n**0.5)
     else:
         loss, stderr = totals.loss, stats.ratio_stderr(nll, count)
@@ -238,7 +259,7 @@ def show(records: list[Result]) -> None:
 def print_record(record: Result) -> None:
     metrics, cost, data = record["metrics"], record["cost"], record["data"]
     info = record["checkpoint"]
-    print(f"\n{printable(info['name'])}  ({printable(info['path'])})")
+    print(f"\n{called([record])[0]}  ({printable(info['path'])})")
     print(f"avg_loss: {metrics['loss']['value']:.6f}")
     print(f"ppl: {metrics['perplexity']['value']:.4f}")
     print(f"stderr: {metrics['loss']['stderr']:.6f} (of avg_loss)")

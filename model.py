@@ -25,6 +25,7 @@ from modeling.attention import Attention, Cache, LatentAttention
 from modeling.mlp import MLP, Linear, Mixture
 from modeling.norms import Norm, stream_norm
 from modeling.rotary import angles, is_long, rope_tables
+from quantisation.linear import weight_bytes
 
 HEAD_ROWS = 1024  # of logits that a soft cap holds in float32 at once
 
@@ -97,6 +98,7 @@ class GPTModel(nn.Module):
     supports_cache: Literal[True] = True
     # whether the embeddings, and the head, are here: not where ranks hold a model between them
     is_first, is_last = True, True
+    quantisation: dict | None = None  # how the weights were rounded: quantisation/apply.py
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -152,8 +154,7 @@ class GPTModel(nn.Module):
     @property
     def largest_share(self) -> tuple[int, float]:
         """Layers, and bytes of weights, of the rank that has most of them."""
-        held = sum(p.numel() * p.element_size() for p in self.parameters())
-        return self.config.n_layers, held
+        return self.config.n_layers, weight_bytes(self)
 
     @property
     def vocab_size(self) -> int:

@@ -63,9 +63,11 @@ evaluation      "perplexity" | "mmlu" | "humaneval" | ...: any name
 run             the training run that the checkpoint belongs to
 status          "ok" | "failed"; failed: `reason` says why and metrics is empty
 reason          null | one line
-checkpoint      {path, name, step, tokens, fingerprint, config, module, base?}; step and tokens may
-                be null; module is what ran it: "GPTModel" or "transformers"; base is {path,
-                fingerprint} of the model that an adapter was merged into
+checkpoint      {path, name, step, tokens, fingerprint, config, module, base?, quantisation?}; step
+                and tokens may be null; module is what ran it: "GPTModel" or "transformers"; base is
+                {path, fingerprint} of the model that an adapter was merged into; quantisation of
+                matrices that are quantised in the file, {rule, matrices, weight_bytes,
+                bits_per_weight, method?, activations?}
 metrics         {name: {value, stderr?, low?, high?, n?, better, unit?}}. The order matters: the
                 first metric ranks the checkpoints. low and high: its 95% interval, where that is
                 not value +- 1.96 stderr; n counts the examples behind the value; better is "lower"
@@ -89,7 +91,8 @@ breakdown       {dimension: {group: {name: metric as above, or a number}, or a n
                 {low, high, n, confidence, accuracy}, the bins of a calibration, or of {coverage,
                 risk, threshold}, the errors among the most confident answers
 protocol        how it was obtained: window, stride, bos, template, template_hash, shots, dtype,
-                seed, batch_size, compiled, truncated, limit, sandbox tier, ...
+                seed, batch_size, compiled, truncated, limit, sandbox tier, quantisation {rule,
+                embeddings, skip, weight_bytes, bits_per_weight} where weights were rounded, ...
 data            {files, hash, tokens, bytes}
 cost            {seconds, tokens_per_second, mfu, peak_memory_bytes, gpu, world_size, shard}; shard:
                 ranks that held one model between them, where several did

@@ -38,6 +38,7 @@ class TransformersModel(nn.Module):
 
     is_native: Literal[False] = False
     supports_cache: Literal[False] = False
+    quantisation: dict | None = None  # how the weights were rounded: quantisation/apply.py
 
     def __init__(self, causal_lm: "PreTrainedModel", config: GPTConfig | None):
         super().__init__()

@@ -30,7 +30,8 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from dataset import RandomWindows, TokenStream, Windows
+    from backends import AnyWindows
+    from dataset import TokenStream
 
 Job = TypeVar("Job")
 REFUSED = "refused"
@@ -107,7 +108,7 @@ class Endpoint:
     def score_windows(
         self,
         stream: "TokenStream",
-        windows: "Windows | RandomWindows",
+        windows: "AnyWindows",
         batch_size: int = 8,
         *,
         per_token: bool = False,

@@ -20,12 +20,14 @@ from costs import gpus
 from costs.flops import count_parameters, estimate_flops
 from costs.shards import part
 from distributed import Dist, print0
+from quantisation.names import Quantisation
 from tokenizer import Tokenizer
 from transformers_model import Model
 
 if TYPE_CHECKING:
     import checkpoint
-    from dataset import RandomWindows, TokenStream, Windows
+    from backends import AnyWindows
+    from dataset import TokenStream
 
 T = TypeVar("T")
 
@@ -38,9 +40,13 @@ OUT_OF_MEMORY = "out of memory with a batch of one: shorter sequences or a small
 
 
 def facts_of(
-    ckpt: "checkpoint.Checkpoint", tokenizer: Tokenizer | None, dtype: str, device: str
+    ckpt: "checkpoint.Checkpoint",
+    tokenizer: Tokenizer | None,
+    dtype: str,
+    device: str,
+    quantisation: Quantisation | None = None,
 ) -> Facts:
-    """What a checkpoint's handle tells of the model that it will load."""
+    """What a checkpoint's handle tells of the model that it will load, and how it is rounded."""
     return Facts(
         name=ckpt.name,
         vocab_size=ckpt.vocab_size,
@@ -49,12 +55,13 @@ def facts_of(
         device=device,
         tokenizer=tokenizer,
         shares_prefixes=ckpt.native,
+        quantisation=quantisation,
     )
 
 
 def facts_in_memory(model: Model, tokenizer: Tokenizer | None) -> Facts:
     """The same of a model that is there: GPTModel, or transformers' behind its interface."""
-    parameter = next(model.parameters())
+    parameter, held = next(model.parameters()), getattr(model, "quantisation", None)
     return Facts(
         name="in-memory",
         vocab_size=model.vocab_size,
@@ -63,6 +70,7 @@ def facts_in_memory(model: Model, tokenizer: Tokenizer | None) -> Facts:
         device=parameter.device.type,
         tokenizer=tokenizer,
         shares_prefixes=model.supports_cache,
+        quantisation=held and Quantisation(held["rule"], held["embeddings"], tuple(held["skip"])),
     )
 
 
@@ -97,7 +105,7 @@ class Local:
     def score_windows(
         self,
         stream: "TokenStream",
-        windows: "Windows | RandomWindows",
+        windows: "AnyWindows",
         batch_size: int = 8,
         *,
         per_token: bool = False,
@@ -268,8 +276,9 @@ class Local:
         return self._cost | cost
 
     def ran(self) -> dict:
-        """How the last verb ran, for a record's protocol."""
-        return dict(self._ran)
+        """How the last verb ran, for a record's protocol, and on which weights."""
+        held = getattr(self.model, "quantisation", None)
+        return self._ran | ({"quantisation": held} if held else {})
 
     # -- Inside -------------------------------------------------------------------------------
 

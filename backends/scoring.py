@@ -26,8 +26,8 @@ from transformers_model import Model
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from backends import Facts
-    from dataset import RandomWindows, TokenStream, Windows
+    from backends import AnyWindows, Facts
+    from dataset import TokenStream
     from distributed import Dist
 
 # ---------------------------------------------------------------------------------------------
@@ -133,6 +133,12 @@ class WindowTotals:
         n = int(self.window.max()) + 1
         return np.bincount(self.window, self.nll, n), np.bincount(self.window, self.tokens, n)
 
+    def of_text(self) -> dict[str, np.ndarray]:
+        """Nats and bytes of every window without its special tokens, which have no bytes."""
+        n, keep = int(self.window.max()) + 1, ~self.special
+        values = {"text_nll": self.nll, "text_bytes": self.bytes}
+        return {k: np.bincount(self.window[keep], v[keep], n) for k, v in values.items()}
+
     def of_file(self, index: int) -> "WindowTotals":
         keep = self.file == index
         return WindowTotals(**{name: array[keep] for name, array in self.arrays().items()})
@@ -210,7 +216,7 @@ def batch_sums(
 def score_windows(
     nll_fn: NllFunction,
     stream: "TokenStream",
-    windows: "Windows | RandomWindows",
+    windows: "AnyWindows",
     batch_size: int,
     dist: "Dist",
     token_bytes: np.ndarray | torch.Tensor,

@@ -1,6 +1,6 @@
 """Time of GPUs that hold one model between them, layer by layer (`--shard K`).
 
-sharded_time(config, find_gpu("h100"), 2, 4096, 64, Setup(training=False, shard=2))
+sharded_time(config, find_gpu("h100"), 2, 4096, Setup(training=False, shard=2))
 """
 
 from config import GPTConfig
@@ -11,7 +11,7 @@ from costs.time import Ceilings, pass_seconds
 
 
 def sharded_time(
-    c: GPTConfig, gpu: GPU, batch: int, seq_len: int, n_batches: int, setup: Setup
+    c: GPTConfig, gpu: GPU, batch: int, seq_len: int, setup: Setup, n_batches: int = 64
 ) -> dict:
     """What setup.shard GPUs take that hold a model between them, to score n_batches of batch x
     seq_len tokens that stream through, and to draw a token for each of `batch` rows.
@@ -35,6 +35,7 @@ def sharded_time(
         "layers": [share.n_layers for share, _ in each],
         "weight_bytes": [int(weight_bytes(*share)) for share in each],
         "scoring_seconds": scoring,
+        "batches": n_batches,
         "fill": fill,
         "scoring_tokens_per_second": rate,
         "decode_seconds": sum(decode),

@@ -26,6 +26,11 @@ from gpu_kernels.experts import through_experts
 class Linear(nn.Linear):
     """nn.Linear that takes its input in any dtype: the weight's dtype decides."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its product, outside autocast."""
+        return self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):  # which casts x itself, without a detour
             x = x.to(self.weight.dtype)
@@ -43,11 +48,12 @@ class MLP(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of its products, outside autocast."""
-        return self.fc1.weight.dtype
+        return self.fc1.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         c, fc1 = self.config, self.fc1
         fused = c.activation == "gelu_new" and c.mlp_bias and not c.gated_mlp
+        fused = fused and type(fc1) is Linear and not fc1._forward_pre_hooks  # which want to see x
         if fused and x.is_cuda and _is_half(fc1.weight):
             # cuBLAS applies bias and tanh GELU before it writes the product: one pass less
             rows = x.to(fc1.weight.dtype).flatten(0, -2)
@@ -97,7 +103,12 @@ class Router(nn.Module):
         return weights * c.router_scale, chosen, logits
 
     def _logits(self, x: Tensor) -> Tensor:
-        """A rounded logit could choose another expert: float32, whatever the products are in."""
+        """A rounded logit could choose another expert: float32, whatever the products are in. Those
+        of numbers of 16 bits are exact, and tensor cores add them up in float32."""
+        halves = x.dtype == self.weight.dtype != torch.float32
+        if x.is_cuda and halves and not torch.is_grad_enabled():
+            logits = torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+            return logits if self.bias is None else logits + self.bias.float()
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias)

@@ -50,7 +50,7 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
     names = set(cli.option_names(kind.Options))
     assert names <= vars(args).keys()
     shared = (evaluation.ModelOptions, command.AdapterOptions, evaluation.EndpointOptions)
-    shared += (cli.PrecisionOptions, cli.RunOptions)
+    shared += (command.QuantiseOptions, cli.PrecisionOptions, cli.RunOptions)
     offered = {name for options in shared for name in cli.option_names(options)} | names
     extra = {"mmlu_eval": {"log_samples"}, "humaneval_eval": {"samples_file", "ignore_incomplete"}}
     assert vars(args).keys() == offered | extra.get(script, set())  # and nothing does nothing

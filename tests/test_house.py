@@ -25,21 +25,25 @@ FLOORS = [
     "resampling cli recording/identity families/mixtures tokenizing/chat_templates "
     "formats/pickles formats/gguf_file "
     "formats/vocabularies",
-    "families/convert",
+    "families/convert quantisation/names",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
+    "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
+    "gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
-    "formats modeling/rotary modeling/mlp modeling/norms backends/client backends/completions "
-    "backends/probing",
-    "modeling/attention quantisation/codes",
+    "formats quantisation/comparison modeling/rotary modeling/mlp modeling/norms backends/client "
+    "backends/completions backends/probing",
+    "modeling/attention quantisation/codes quantisation/rules quantisation/linear",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/formulas costs/symbols costs/shards costs/flops costs/memory costs/time "
-    "costs/pipeline costs/plot "
+    "sandbox/judge costs/formulas costs/quantised costs/symbols costs/shards costs/flops "
+    "costs/memory costs/time costs/pipeline costs/plot "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
-    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
+    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming "
+    "formats/quantised model",
     "backends/pipe backends/parallel",
-    "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
+    "dataset transformers_model quantisation/apply formats/layouts formats/fingerprints "
+    "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
+    "formats/bitsandbytes "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
@@ -50,7 +54,7 @@ FLOORS = [
     "backends/scoring backends/continuations backends/pairs backends/rows "
     "backends/stages backends/engine",
     "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction "
-    "tasks/code_prompts "
+    "tasks/code_prompts tasks/windows "
     "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
     "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "
     "tasks/further tasks/choice_tables tasks/programs tasks/word_problems tasks/translation "
@@ -70,7 +74,7 @@ NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory
 NO_TORCH += " costs/shards costs/pipeline"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
 NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
-NO_TORCH += " bleu_eval certainty resampling tasks/translation backends/probing"
+NO_TORCH += " quantisation/names bleu_eval certainty resampling tasks/translation backends/probing"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
@@ -84,6 +88,7 @@ LONG_FILES: dict[str, str] = {
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "gpu_kernels/decode_attention._kernel": "one Triton kernel: it cannot be cut",
+    "gpu_kernels/low_bit_matmul._matmul_kernel": "one Triton kernel: it cannot be cut",
 }
 MANY_PARAMETERS: dict[str, str] = {
     "modeling/attention.attend": "the terms of attention itself",

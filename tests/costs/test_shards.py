@@ -101,9 +101,7 @@ def test_fewest_shards():
 def test_time_of_a_pipe():
     """Twice as fast on two, but for the filling of the pipe and an uneven cut."""
     config, gpu = load_config("llama3-70b"), find_gpu("h100")
-    one, two = (
-        sharded_time(config, gpu, 2, 4096, 64, Setup(training=False, shard=n)) for n in (1, 2)
-    )
+    one, two = (sharded_time(config, gpu, 2, 4096, Setup(training=False, shard=n)) for n in (1, 2))
     assert two["fill"] == 1 / 65 and one["fill"] == 0 and two["layers"] == [40, 40]
     assert sum(two["scoring_seconds"]) == pytest.approx(one["scoring_seconds"][0], rel=0.01)
     rates = [t["scoring_tokens_per_second"] for t in (one, two)]
