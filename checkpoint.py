@@ -194,7 +194,7 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         part: Callable[[GPTConfig], GPTModel] | None = None,
     ) -> GPTModel | TransformersModel:
-        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. A GPTModel, or
+        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. GPTModel, or
         what `part` makes of its config on meta; else transformers' behind the same interface."""
         dtype = layouts.as_dtype(dtype)
         if not self.native:

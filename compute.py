@@ -341,6 +341,37 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--fsdp", action="store_true", help="the same as --zero 3")
     add("--tp", type=cli.positive_int, default=1, help="tensor-parallel GPUs")
     add("--shard", type=cli.positive_int, default=1, help="GPUs that hold a model between them")
+    add("--gpu", default="h100", help=f"{', '.join(GPUS)}, or a YAML file")
+    add("--mfu", type=share, default=TRAINING_MFU, help="assumed for training time (0.40)")
+    add("--tokens", type=positive, help="training budget; default: 20 a parameter (Hoffmann 2022)")
+    add("--price", type=positive, help="of a GPU-hour")
+    add("--fits", action="store_true", help="what fits the GPU: batch, length, sharding")
+    add("--explain", action="store_true", help="every formula with the numbers put in")
+    add("--plot", metavar="FILE", help="draw the training step's memory over time (matplotlib)")
+    add("--json", action="store_true")
+    add("--debug", action="store_true", help="show the traceback of input errors")
+    return p
+
+
+def read_setup(args: Namespace) -> Setup:
+    """The flags that say how a model is run; ValueError where they contradict each other."""
+    if args.fsdp and args.zero not in (0, 3):
+        raise ValueError(f"--fsdp is ZeRO stage 3 and contradicts --zero {args.zero}")
+    return Setup(
+        dtype=args.dtype,
+        training=args.training,
+        optimizer=args.optimizer,
+        fused=not args.foreach,
+        precision=args.precision,
+        recompute=args.recompute,
+        implementation=args.implementation,
+        lora_rank=args.lora_rank,
+        quantise=args.quantise,
+        dp=args.dp,
+        zero=3 if args.fsdp else args.zero,
+        tp=args.tp,
+        shard=args.shard,
+    )
 
 
 def time_report(

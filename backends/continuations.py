@@ -279,20 +279,23 @@ def score_continuations(
         if len(slots):
             scored[slots] = -token_nll(model, hidden[positions], targets).double()
         if len(slots) and (greedy or consumer):
-            see_logits(hidden[positions], targets, slots)
-
-    def see_logits(hidden, targets, slots):
-        for h, t, at in zip(*(x.split(HEAD_ROWS) for x in (hidden, targets, slots))):
-            logits = model.logits(h)
-            if greedy:
-                likeliest[at] = (logits.argmax(-1) == t).double()
-            if consumer is not None:
-                consumer(logits, t, at)
+            rows_of = hidden[positions], targets, slots
+            _see_logits(model, rows_of, likeliest if greedy else None, consumer)
 
     with attention_without_plans():
         agree_on_memory(score_mine, dist)
     summed = dist.sum(torch.cat((choices.flatten(), scored, likeliest)))
     return by_row(rows, np.split(summed, np.cumsum([choices.numel(), len(scored)])), greedy)
+
+
+def _see_logits(model, rows, likeliest: torch.Tensor | None, consumer: Consumer | None) -> None:
+    """rows: hidden states [N, C], their targets and places [N]."""
+    for h, t, at in zip(*(x.split(HEAD_ROWS) for x in rows)):
+        logits = model.logits(h)
+        if likeliest is not None:
+            likeliest[at] = (logits.argmax(-1) == t).double()
+        if consumer is not None:
+            consumer(logits, t, at)
 
 
 def by_row(rows: Continuations, parts: Sequence[np.ndarray], greedy: bool) -> RowScores:

@@ -395,23 +395,18 @@ def generate(
     if compile == "auto":
         compile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
 
-    def stream():
-        features, bump = features_of(distinct), dist.bump if dist else lambda: None
-        options = {"eos_ids": eos_ids, "features": features, "compiled": bool(compile)}
+    options = {"eos_ids": eos_ids, "features": features_of(distinct), "compiled": bool(compile)}
+    options |= {"on_launch": dist.bump if dist else lambda: None}
+    engine = functools.partial(Engine, model, Capacity(B, P, S, alive, own), tokenizer, **options)
 
-        def engine():
-            capacity = Capacity(B, P, S, alive, own)
-            return Engine(model, capacity, tokenizer, on_launch=bump, **options)
+    def submit(to: Engine, unit: Collection[int]) -> None:
+        to.rows.forget()  # or prompts of earlier units would shape this one's prefills
+        for p in unit:
+            wanted = [s for s in range(n_samples) if (p, s) not in done]
+            to.submit(p, prompts[p], samplings[p], wanted, keys and keys[p], shared[p])
 
-        def submit(to: Engine, unit: Collection[int]) -> None:
-            to.rows.forget()  # or prompts of earlier units would shape this one's prefills
-            for p in unit:
-                wanted = [s for s in range(n_samples) if (p, s) not in done]
-                to.submit(p, prompts[p], samplings[p], wanted, keys and keys[p], shared[p])
-
-        yield from draw_by_turns(engine, submit, units, dist)
-
-    return Generation(stream(), batch_size, bool(compile))
+    samples = draw_by_turns(engine, submit, units, dist)
+    return Generation(samples, batch_size, bool(compile))
 
 
 def by_sample(
