@@ -395,8 +395,8 @@ def generate(
     if compile == "auto":
         compile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
 
-    options = {"eos_ids": eos_ids, "features": features_of(distinct), "compiled": bool(compile)}
-    options |= {"on_launch": dist.bump if dist else lambda: None}
+    options: dict[str, Any] = {"eos_ids": eos_ids, "compiled": bool(compile)}
+    options |= {"features": features_of(distinct), "on_launch": dist.bump if dist else lambda: None}
     engine = functools.partial(Engine, model, Capacity(B, P, S, alive, own), tokenizer, **options)
 
     def submit(to: Engine, unit: Collection[int]) -> None:
