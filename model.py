@@ -27,7 +27,7 @@ from modeling.mlp import MLP, Linear, Mixture
 from modeling.norms import Norm, stream_norm
 from modeling.rotary import angles, is_long, rope_tables
 
-HEAD_ROWS = 1024  # of logits that a soft cap holds in float32 at once
+HEAD_ROWS = 1024  # of logits that are held in float32 at once
 
 
 def inductor_options() -> dict:
@@ -279,14 +279,16 @@ class GPTModel(nn.Module):
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats [N], float32, of targets [N] after hidden [N, C]; 0 where the target is -100."""
-        if self.lm_head.bias is None and self.config.logit_softcap is None:
-            return head_cross_entropy(*self._for_the_head(hidden), targets, self.config.vocab_size)
+        cap, V = self.config.logit_softcap, self.config.vocab_size
+        if self.lm_head.bias is None and cap is None:
+            return head_cross_entropy(*self._for_the_head(hidden), targets, V)
         if torch.is_grad_enabled():
             return F.cross_entropy(
                 self.logits(hidden), targets, ignore_index=IGNORE, reduction="none"
             )
+        if self.lm_head.bias is None:
+            return cross_entropy(F.linear(*self._for_the_head(hidden)), targets, V, cap)
         rows = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
-        V = self.config.vocab_size
         return torch.cat([cross_entropy(self.logits(h), t, V) for h, t in rows])
 
     def _for_the_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
