@@ -86,7 +86,8 @@ def _run_kernel(logits, targets, vocab_size, gradient: bool, softcap=None) -> to
     if N:
         _kernel()[(N,)](
             logits, targets, nll, logits.stride(0), vocab_size, W, softcap or 1.0,
-            CAP=softcap is not None, GRADIENT=gradient, IGNORE=IGNORE, LOG2_E=LOG2_E, **(TRAINING if gradient else SCORING),
+            CAP=softcap is not None, GRADIENT=gradient, IGNORE=IGNORE, LOG2_E=LOG2_E,
+            **(TRAINING if gradient else SCORING),
         )  # fmt: skip
     return nll
 
