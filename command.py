@@ -48,13 +48,20 @@ class AdapterOptions:
     )
 
 
-def main(evaluation: Evaluation, argv: list[str] | None, description: str | None) -> None:
-    """The command of an evaluation that takes checkpoints and nothing else."""
+def main(
+    evaluation: Evaluation,
+    argv: list[str] | None,
+    description: str | None,
+    settle: Callable[[argparse.Namespace], None] = lambda args: None,
+) -> None:
+    """The command of an evaluation that takes checkpoints and nothing else. settle: what turns
+    flags that speak of others into what they mean."""
     p = cli.parser(description)
     add_flags(p, evaluation)
     args = p.parse_args(argv)
     if not (args.checkpoint_path or args.endpoint):
         p.error("the following arguments are required: --checkpoint-path (or --endpoint)")
+    settle(args)
     run_command(evaluation, args)
 
 
@@ -122,6 +129,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
 OF_CHECKPOINTS = ["checkpoint_path", "config", "base", "adapter", "dtype", "bf16", "no_amp"]
 OF_CHECKPOINTS += cli.option_names(QuantiseOptions)
 OF_CHECKPOINTS += ["device", "compile", "batch_size", "batch_tokens", "no_prefix_cache", "shard"]
+OF_CHECKPOINTS += ["reference", "reference_dtype"]
 
 
 def check_unused(

@@ -336,6 +336,7 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--implementation", default="roseval", choices=tuple(ACTIVATIONS))
     add("--lora-rank", type=rank, default=0)
     add("--quantise", metavar="RULE", help="as the evaluations round weights: rtn-w4-g128, say")
+    add("--train-embeddings", action="store_true", help="with the head, beside LoRA's adapters")
     add("--dp", type=cli.positive_int, default=1, help="data-parallel GPUs")
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
     add("--fsdp", action="store_true", help="the same as --zero 3")
@@ -367,6 +368,7 @@ def read_setup(args: Namespace) -> Setup:
         implementation=args.implementation,
         lora_rank=args.lora_rank,
         quantise=args.quantise,
+        train_embeddings=args.train_embeddings,
         dp=args.dp,
         zero=3 if args.fsdp else args.zero,
         tp=args.tp,

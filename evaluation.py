@@ -228,7 +228,7 @@ def measure(
         return path.with_suffix(""), resume_key(evaluation, plan, about, *rooms)
 
     plan.prepare()
-    folder = Folder(dist, place if results_dir is not None else None)
+    folder = Folder(dist, place if results_dir is not None else None, results_dir)
     try:
         outcome = evaluation.run(backend, plan, folder)
     finally:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
     from backends.scoring import Consumer, WindowTotals
     from dataset import TokenStream
     from distributed import Dist
+    from formats.documents import Mark
 
 
 SERVERS = ("openai", "roseval", "vllm", "sglang", "llama.cpp", "llama-cpp-python")
@@ -135,9 +136,14 @@ class Sample:
 
 
 class AnyWindows(Protocol):
-    """Windows over a token stream: dataset.py has ours, tasks/windows.py those of others."""
+    """Windows over a token stream: dataset.py has ours, tasks/windows.py those of others. mark:
+    what parts documents (formats/documents.py), where no token is to see another one than its own.
+    """
 
     seq_len: int
+
+    @property
+    def mark(self) -> Mark | None: ...
 
     def __len__(self) -> int: ...
 

@@ -117,6 +117,11 @@ class Endpoint:
         """As Local.score_windows; batch_size says nothing here: `concurrency` requests are under
         way at any time."""
         self._check("score_windows", consumer)
+        if windows.mark is not None:
+            raise ValueError(
+                "--documents: a server cannot be told where documents end; score a checkpoint, or "
+                "without"
+            )
 
         def sequence(w):
             row = windows.batch(stream, [w])

@@ -110,21 +110,27 @@ class Local:
         *,
         per_token: bool = False,
         consumer: scoring.Consumer | None = None,
+        keep_states: scoring.StatesConsumer | None = None,
     ) -> scoring.WindowTotals:
-        """Nats of every window of a dataset.TokenStream; per_token, consumer: as in scoring.py.
-        Where a batch does not fit, all begins anew with half of it, and the consumer sees logits
-        again from the start: it must write by place, not add up. ValueError where the model gives
-        NaN or infinite losses."""
+        """Nats of every window of a dataset.TokenStream; per_token, consumer, keep_states: as in
+        scoring.py. Where a batch does not fit, all begins anew with half of it, and the consumers
+        see everything again from the start: they must write by place, not add up. ValueError where
+        the model gives NaN or infinite losses."""
         batch_size, device = min(batch_size, len(windows)), self.dist.device
-        compiled = self._should_compile(len(windows) * windows.seq_len)
-        nll_fn = scoring.nll_function(self.model, compiled, consumer)
+        if windows.mark is not None and self.config is None:
+            raise ValueError(
+                "--documents: this architecture runs through transformers, where attention cannot "
+                "be told where documents end; score it without"
+            )
+        compiled = self.should_compile(len(windows) * windows.seq_len)
+        nll_fn = scoring.nll_function(self.model, compiled, consumer, keep_states)
         token_bytes, special = scoring.bytes_of_tokens(self.facts)
         seconds = {}
 
         def score(b):
             start = time.perf_counter()
             zeros = torch.zeros(b, windows.seq_len, dtype=torch.int64, device=device)
-            scoring.agree_on_memory(lambda: self._warm_up(nll_fn, zeros), self.dist)
+            scoring.agree_on_memory(lambda: self._warm_up(nll_fn, zeros, windows.mark), self.dist)
             seconds["warm_up_seconds"] = time.perf_counter() - start
             start = time.perf_counter()
             with cli.progress(-(-len(windows) // b), "windows", "batch") as bar:
@@ -282,7 +288,7 @@ class Local:
 
     # -- Inside -------------------------------------------------------------------------------
 
-    def _should_compile(self, n_tokens: int) -> bool:
+    def should_compile(self, n_tokens: int) -> bool:
         """Whether torch.compile pays for itself over n_tokens of scoring and the jobs to come."""
         c = self.config
         if self.compile != "auto" or c is None:
@@ -294,10 +300,10 @@ class Local:
         eos = getattr(self.facts.tokenizer, "eos_token_id", None)
         return () if eos is None else (eos,)
 
-    def _warm_up(self, nll_fn, zeros) -> None:
+    def _warm_up(self, nll_fn, zeros, mark) -> None:
         """One batch of zeros: compiles, picks kernels, and shows whether memory suffices."""
         with torch.no_grad():
-            self.dist.attempt(nll_fn, zeros, zeros, None)
+            self.dist.attempt(nll_fn, zeros, zeros, None, *([] if mark is None else [zeros]))
         if zeros.is_cuda:
             torch.cuda.synchronize(zeros.device)
 

@@ -10,7 +10,7 @@ own layers' weights, and nobody has all of them. torch.distributed.pipelining wa
 brings schedules for training, of which scoring needs none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -97,29 +97,33 @@ class Stage(GPTModel):
         input_ids: Tensor,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        mask: list[Tensor] | None = None,
+        mask: Sequence[Any] | None = None,
     ) -> Any:
         """Final hidden states [B, T, C] on the last rank; None on others, and where memory ran out:
         the ranks agree on that later (Pipe.settle)."""
-        assert mask is None, "padding on the left is of `forward`, which a part of a model has not"
         x, shape = None, (*input_ids.shape, self.config.d_model)
         if not self.is_first:
             x = self.wire.receive(*shape)
         done = None
         if not self.pipe.failed:
-            done = self.wire.attempt(self._go_on, x, input_ids, positions, cache)
+            done = self.wire.attempt(self._go_on, x, input_ids, positions, cache, mask)
         if self.is_last:
             return done
         self.wire.send(self.pipe.room(*shape) if done is None else done)
         return None
 
     def _go_on(
-        self, x: Tensor | None, input_ids: Tensor, positions: Tensor | None, cache: Cache | None
+        self,
+        x: Tensor | None,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        cache: Cache | None,
+        mask: Sequence[Any] | None,
     ) -> Tensor:
         positions = self.positions(input_ids, positions, cache)
         if x is None:
             x = self.embed(input_ids, positions)
-        x = self.through_blocks(x, positions, cache)
+        x = self.through_blocks(x, positions, cache, mask)
         return self.ln_f(x)  # of all but the last stage, nothing
 
 

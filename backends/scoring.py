@@ -20,7 +20,7 @@ import torch
 
 from costs.symbols import CHUNK_TOKENS
 from gpu_kernels.cross_entropy import IGNORE
-from model import inductor_options
+from model import HEAD_ROWS, GPTModel, inductor_options
 from transformers_model import Model
 
 if TYPE_CHECKING:
@@ -36,9 +36,12 @@ if TYPE_CHECKING:
 
 # What sees logits: called with logits [N, V], their targets [N], and the targets' places [N]
 Consumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-# (input_ids [B, T], targets [B, T], window_ids [B] or None) -> nats [B, T], or None where another
-# rank has them (backends/parallel.py)
-NllFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None]
+# What keeps final hidden states: called with those of a batch [B, T, C], targets and window_ids
+StatesConsumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+# (input_ids [B, T], targets [B, T], window_ids [B] or None; where no token is to see another
+# document than its own: starts [B, T], see GPTModel.within_documents) -> nats [B, T], or None where
+# another rank has them (backends/parallel.py)
+NllFunction = Callable[..., torch.Tensor | None]
 
 
 def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -54,23 +57,39 @@ def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torc
 # The loss of each token, compiled or eager
 
 
-def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None) -> NllFunction:
-    """f(input_ids [B, T], targets [B, T], window_ids [B]) -> nats [B, T] float32.
-
-    Compiled block by block: all layers share one compilation of seconds, and the whole model's,
-    of up to half a minute, is no faster (H200: 124M 1% faster, XL 1%, 7B 2% slower).
-    consumer: called with the logits [N, V] of each scored position, the targets [N] and their
-    places [N], window * T + column, in chunks of at most CHUNK_TOKENS.
-    """
-    for block in [model.blocks[i] for i in model.layers] if model.is_native else []:
-        block._compiled_call_impl = None  # of an evaluation that compiled this model before
+def compile_blocks(model: GPTModel, compiled: bool) -> None:
+    """Compile each block, or leave it as it was written: what was compiled before is forgotten."""
+    for block in [model.blocks[layer] for layer in model.layers]:
+        block._compiled_call_impl = None
         if compiled:
             block.compile(dynamic=False, options=inductor_options())
 
-    def nll(input_ids, targets, window_ids=None):
-        hidden = model.hidden(input_ids)
+
+def nll_function(
+    model: Model,
+    compiled: bool,
+    consumer: Consumer | None = None,
+    keep_states: StatesConsumer | None = None,
+) -> NllFunction:
+    """An NllFunction of the model, nats in float32.
+
+    Compiled block by block: all layers share one compilation of seconds, and the whole model's,
+    of up to half a minute, is no faster (H200: 124M 1% faster, XL 1%, 7B 2% slower).
+    consumer: called with the logits [N, V] of each scored position, exact (model.logits), the
+    targets [N] and their places [N], window * T + column, in chunks of at most HEAD_ROWS.
+    keep_states: called once a batch with hidden [B, T, C], what `model.logits` takes, and with
+    targets and window_ids as above; -1 is no window.
+    """
+    if model.is_native:
+        compile_blocks(model, compiled)
+
+    def nll(input_ids, targets, window_ids=None, starts=None):
+        terms = {} if starts is None else model.within_documents(starts)
+        hidden = model.hidden(input_ids, **terms)
         if hidden is None:
             return None
+        if keep_states is not None and window_ids is not None:
+            keep_states(hidden, targets, window_ids)
         hidden = hidden.flatten(0, 1)
         if consumer is not None and window_ids is not None:
             _hand_on_logits(model, hidden, targets, window_ids, consumer)
@@ -84,8 +103,8 @@ def _hand_on_logits(model, hidden, targets, window_ids, consumer) -> None:
     places = window_ids[:, None] * T + torch.arange(T, device=targets.device)
     scored = (targets != IGNORE).flatten()
     rows = hidden[scored], targets.flatten()[scored], places.flatten()[scored]
-    for h, t, place in zip(*(x.split(CHUNK_TOKENS) for x in rows)):
-        consumer(model.logits(h), t, place)
+    for h, t, place in zip(*(x.split(HEAD_ROWS) for x in rows)):
+        consumer(model.logits(h, exact=True), t, place)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -244,10 +263,10 @@ def score_windows(
         ids[ids >= len(windows)] = -1
         batch = windows.batch(stream, ids)
         slots, offsets = layout.of_batch(ids, batch["first_target"], batch["targets"].shape[1])
-        return batch["input_ids"], batch["targets"], slots, offsets, ids
+        return batch["input_ids"], batch["targets"], slots, offsets, ids, batch.get("starts")
 
-    def score(input_ids, targets, slots, offsets, ids):
-        nll = nll_fn(input_ids, targets, ids)
+    def score(input_ids, targets, slots, offsets, ids, starts):
+        nll = nll_fn(input_ids, targets, ids, *([] if starts is None else [starts]))
         if nll is None:
             return
         sums = batch_sums(nll, targets, offsets, slots.shape[1], special, token_bytes)

@@ -133,6 +133,7 @@ class Setup:
     implementation: str = "roseval"
     accumulate: bool = False  # gradients of earlier micro-batches live through the forward
     lora_rank: int = 0
+    train_embeddings: bool = False  # with the head, in full, beside adapters
     dp: int = 1
     zero: int = 0  # 3 is FSDP
     tp: int = 1
@@ -169,6 +170,8 @@ class Setup:
                 raise ValueError(f"{self.dtype} and {self.quantise} both say what weights are")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be 0 or more, not {self.lora_rank}")
+        if self.train_embeddings and not self.lora_rank:
+            raise ValueError("train_embeddings goes with a LoRA rank")
         if self.training and not self.trains:
             kind = self.quantise or self.dtype
             raise ValueError(f"{kind} weights do not train: add a LoRA rank")
@@ -210,6 +213,9 @@ class Setup:
             "chunk": CHUNK_TOKENS,
             **{"first": int(self.first), "last": int(self.last), "sent": SENT_AHEAD},
             "lora": int(self.lora_rank > 0),
+            "whole": int(self.train_embeddings),
+            "ours": int(ours),  # PEFT keeps the frozen embeddings beside those that it trains
+            "headed": int(not self.lora_rank or self.train_embeddings),  # the head has a gradient
             "r": self.lora_rank,
             "n": self.dp,
             "zero": self.zero,

@@ -26,6 +26,8 @@ class Chunks:
     """Whole chunks of T tokens, for backends' score_windows as dataset.Windows. bos: whether the
     stream's BOS comes first. ValueError where the data has too few tokens."""
 
+    mark = None  # documents are not told apart
+
     def __init__(self, kind: str, n_tokens: int, seq_len: int, bos: bool):
         assert kind in LENGTHS, f"{kind} is none of {LENGTHS}"
         self.halves = kind == "llama.cpp"

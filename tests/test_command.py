@@ -68,7 +68,7 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
 UNREAD = {"debug", "train_config"}
 OF_A_CHAT = {"chat_template_args", "fewshot_as_turns", "system_prompt"}
 OF_A_MODE = {
-    "eval": {"seed"},
+    "eval": {"seed", "reference_dtype"},
     "mmlu_eval": OF_A_CHAT,
     "humaneval_eval": OF_A_CHAT,
     "sweep": {"retry_failed", "quiet_seconds"},
