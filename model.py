@@ -232,8 +232,7 @@ class GPTModel(nn.Module):
         (`within_documents` does).
         """
         positions = self.positions(input_ids, positions, cache)
-        x = self.embed(input_ids, positions)
-        return self.ln_f(self.through_blocks(x, positions, cache, mask))
+        return self.ln_f(self.through_blocks(input_ids, positions, cache, mask))
 
     @staticmethod
     def positions(input_ids: Tensor, given: Tensor | None, cache: Cache | None) -> Tensor:
@@ -254,12 +253,15 @@ class GPTModel(nn.Module):
 
     def through_blocks(
         self,
-        x: Tensor,
+        input_ids: Tensor,
         positions: Tensor,
         cache: Cache | None,
         mask: Sequence[Mask] | None = None,
+        came: list[Tensor] | None = None,
     ) -> Tensor:
-        """The residual stream x [B, T, C] after the blocks that are here."""
+        """The residual stream [B, T, C] after the blocks that are here. came: what the stream was
+        before them, if that is not the embeddings; it is taken out, so that nothing holds it."""
+        x = came.pop() if came else self.embed(input_ids, positions)
         ropes = self._ropes(positions, x.shape[1] if cache is None else cache.longest)
         for layer in self.layers:
             rope, block = ropes.get(self.config.layer_rope(layer)), self.blocks[layer]

@@ -101,12 +101,11 @@ class Stage(GPTModel):
     ) -> Any:
         """Final hidden states [B, T, C] on the last rank; None on others, and where memory ran out:
         the ranks agree on that later (Pipe.settle)."""
-        x, shape = None, (*input_ids.shape, self.config.d_model)
-        if not self.is_first:
-            x = self.wire.receive(*shape)
+        shape = (*input_ids.shape, self.config.d_model)
+        came = [] if self.is_first else [self.wire.receive(*shape)]
         done = None
         if not self.pipe.failed:
-            done = self.wire.attempt(self._go_on, x, input_ids, positions, cache, mask)
+            done = self.wire.attempt(self._go_on, came, input_ids, positions, cache, mask)
         if self.is_last:
             return done
         self.wire.send(self.pipe.room(*shape) if done is None else done)
@@ -114,16 +113,14 @@ class Stage(GPTModel):
 
     def _go_on(
         self,
-        x: Tensor | None,
+        came: list[Tensor],
         input_ids: Tensor,
         positions: Tensor | None,
         cache: Cache | None,
         mask: Sequence[Any] | None,
     ) -> Tensor:
         positions = self.positions(input_ids, positions, cache)
-        if x is None:
-            x = self.embed(input_ids, positions)
-        x = self.through_blocks(x, positions, cache, mask)
+        x = self.through_blocks(input_ids, positions, cache, mask, came)
         return self.ln_f(x)  # of all but the last stage, nothing
 
 
