@@ -167,16 +167,14 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 that identifies the checkpoint: of its manifest, else of its files; of an adapter,
-        its base's and its own."""
+        """sha256 of its manifest, else of its files; of an adapter, its base's and its own."""
         with _readable(self.path):
             found = fingerprints.fingerprint(self._opened)
             self._check_unchanged()
         return fingerprints.of_both(self.base.fingerprint, found) if self.base else found
 
     def describe(self) -> dict[str, Any]:
-        """What a result record says of the checkpoint it was measured on: results.py's
-        `checkpoint`."""
+        """results.py's `checkpoint`: what a record says of what it was measured on."""
         base, quantisation = self.base, self.facts.get("quantisation")
         return {
             "path": str(self.path),
@@ -201,8 +199,7 @@ class Checkpoint:
         dtype = layouts.as_dtype(dtype)
         if not self.native:
             self._check_unchanged()
-            path = self.base.path if self.base else self.path
-            other = load_transformers(path, dtype, device, self.config)
+            other = load_transformers((self.base or self).path, dtype, device, self.config)
             self.merge_into(other)
             return other
         assert self.config is not None, "a native one has a config, or says why not"
@@ -350,8 +347,7 @@ def is_finished(path: str | Path) -> bool | None:
 
 
 def info_of(path: Path) -> CheckpointInfo:
-    """What a checkpoint is called, its step and kind, as cheaply as its format can say it; an
-    unreadable one has them too."""
+    """What it is called, its step and kind, as cheaply as can be; an unreadable one has them too."""
     name, problem = path.name, ""
     try:
         name, reader = formats.name_of(path), reader_of(path)

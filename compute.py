@@ -32,6 +32,7 @@ from costs.formulas import ACTIVATIONS, OPTIMIZERS
 from costs.gpus import GPU, GPUS, find_gpu, mfu
 from costs.memory import estimate_memory, fewest_gpus, fits_table, largest_fits, usable_memory
 from costs.pipeline import sharded_time
+from costs.plot import plot_timeline
 from costs.symbols import CUDA_CONTEXT, DTYPE_NAMES, DTYPES, Setup, tables
 from costs.time import TRAINING_MFU, Ceilings, pass_seconds, roofline, training_time, turning_batch
 from families.llama import number
@@ -414,8 +415,6 @@ def main(argv=None) -> None:
     memory = estimate_memory(c, batch_size, seq_len, **settings)
     if args.plot:
         training = settings | {"training": True}
-        from costs.plot import plot_timeline
-
         plot_timeline(estimate_memory(c, batch_size, seq_len, **training), args.plot)
     if args.json:
         report = {"config": c.to_dict(), "setup": settings, "gpu": asdict(gpu)}
@@ -437,8 +436,7 @@ def main(argv=None) -> None:
     print_model(c, flops, batch_size, seq_len)
     if not args.training:
         whose = f" of the fullest of {setup.shard} GPUs" if setup.shard > 1 else ""
-        held = setup.quantise or setup.dtype
-        print_memory(f"Memory of inference{whose}, {held}", memory, gpu)
+        print_memory(f"Memory of inference{whose}, {setup.quantise or setup.dtype}", memory, gpu)
     if setup.shard > 1:
         return print_shards(c, gpu, batch_size, seq_len, setup)
     if setup.trains:
