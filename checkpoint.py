@@ -347,7 +347,7 @@ def is_finished(path: str | Path) -> bool | None:
 
 
 def info_of(path: Path) -> CheckpointInfo:
-    """What it is called, its step and kind, as cheaply as can be; an unreadable one has them too."""
+    """What it is called, its step and kind, cheaply told, also of an unreadable one."""
     name, problem = path.name, ""
     try:
         name, reader = formats.name_of(path), reader_of(path)
