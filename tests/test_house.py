@@ -27,7 +27,9 @@ FLOORS = [
     "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
     "sandbox/frames costs/gpus backends",
-    "formats rotary mlp norms backends/client backends/completions backends/probing",
+    "formats rotary mlp norms endpoints/timing endpoints/client endpoints "
+    "endpoints/answers endpoints/prompts endpoints/kinds endpoints/completions endpoints/chats "
+    "endpoints/native endpoints/probing",
     "attention quantisation/codes",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
@@ -42,7 +44,7 @@ FLOORS = [
     "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
-    "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
+    "backends/scoring backends/continuations backends/pairs backends/rows backends/engine backends/wanted",
     "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction "
     "tasks/code_prompts "
     "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
@@ -63,7 +65,7 @@ NO_TORCH = "cli stats durable config results backends evaluation command tokeniz
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
 NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
-NO_TORCH += " bleu_eval certainty resampling tasks/translation backends/probing"
+NO_TORCH += " bleu_eval certainty resampling tasks/translation endpoints/probing"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

@@ -14,7 +14,7 @@ import humaneval_eval
 import mmlu_eval
 import results
 from backends import Sampling
-from backends.client import Client, Gone, Refused, in_flight, message_of, retry_after, root_of
+from endpoints.client import Client, Gone, Refused, in_flight, message_of, retry_after, root_of
 from backends.continuations import Continuations
 from backends.endpoint import connect, seed_of
 from backends.local import Local
@@ -163,7 +163,7 @@ def test_humaneval_goes_on_from_its_journal(model, tmp_path, capsys):
         backend = endpoint(server)
         server.dead_after = 2 * len(server.bodies) + 5  # five samples after the same probe
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("backends.client.PAUSE", 0.001)
+            patch.setattr("endpoints.client.PAUSE", 0.001)
             patch.setattr(Client.__init__, "__defaults__", (1, 600.0, 0.001))
             with pytest.raises(Gone, match=r"5 of 12 samples are there: the same command goes on"):
                 evaluate(humaneval_eval, server, tmp_path, *words, "--concurrency", 1)
