@@ -27,8 +27,8 @@ import stats
 from cli import printable
 from durable import check_writable
 from evaluation import EndpointOptions, Evaluation, ModelOptions, Plans, Result
-from identity import run_directory
-from runs import called
+from recording.identity import run_directory
+from recording.runs import called
 
 if TYPE_CHECKING:  # these load torch
     import torch

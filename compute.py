@@ -32,7 +32,7 @@ from costs.gpus import GPU, GPUS, find_gpu, mfu
 from costs.memory import estimate_memory, fewest_gpus, fits_table, largest_fits, usable_memory
 from costs.symbols import CUDA_CONTEXT, DTYPE_NAMES, DTYPES, Setup, tables
 from costs.time import TRAINING_MFU, Ceilings, pass_seconds, roofline, training_time, turning_batch
-from hf_config import number
+from families.llama import number
 
 __all__ = [
     "GPU",

@@ -6,7 +6,7 @@
     load_config("checkpoints/checkpoint-1000")   # any directory with a Hugging Face config.json
 
 Fields name features (grouped queries, a gated MLP, a sliding window), never model families, so
-that all of these are one `GPTModel`: hf_families.py says which family has which. Nothing here
+that all of these are one `GPTModel`: families/dense.py says which family has which. Nothing here
 imports torch: `compute.py` answers in a fraction of a second.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cli import note
-from hf_config import WORDS, checked_rope_scaling, number, size
-from hf_convert import config_to_hf, fields_from_hf
+from families.convert import config_to_hf, fields_from_hf
+from families.llama import WORDS, checked_rope_scaling, number, size
 from inputs import read_object
 from plain_yaml import load_yaml
 

@@ -32,7 +32,7 @@ from cli import printable
 from dataset import RandomWindows, TokenStream, Windows, open_stream
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from formats.shards import RAW
-from runs import called
+from recording.runs import called
 
 # ---------------------------------------------------------------------------------------------
 # Options

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from attention import Attention, Cache, LatentAttention
 from config import VOCAB_MULTIPLE, GPTConfig
 from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
-from mlp import MLP, Linear, Mixture
-from norms import Norm, stream_norm
-from rotary import angles, is_long, rope_tables
+from modeling.attention import Attention, Cache, LatentAttention
+from modeling.mlp import MLP, Linear, Mixture
+from modeling.norms import Norm, stream_norm
+from modeling.rotary import angles, is_long, rope_tables
 
 HEAD_ROWS = 1024  # of logits that a soft cap holds in float32 at once
 

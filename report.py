@@ -19,13 +19,13 @@ from pathlib import Path
 
 import cli
 from durable import write_atomic
+from recording.runs import walk
 from reporting.charts import draw
 from reporting.compare import compare, compare_text, pairs_of
 from reporting.groups import groups_of, metric_names, read
 from reporting.page import page, page_data
 from reporting.tables import csv_text, markdown, table_of, terminal
 from results import utc_now
-from runs import walk
 
 # ---------------------------------------------------------------------------------------------
 # Files

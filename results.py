@@ -10,8 +10,8 @@
 
 A record's schema is SCHEMA below: it says itself what its numbers are, so that whoever tables,
 compares, draws or exports it need not know the evaluation. What the numbers mean is stats.py's; how
-files survive a crash, durable.py's; which code made them, sources.py's; what tells two records
-apart, and where they lie, identity.py's. Standard library and numpy only.
+files survive a crash, durable.py's; which code made them, recording/sources.py's; what tells two
+records apart, and where they lie, recording/identity.py's. Standard library and numpy only.
 """
 
 import contextlib
@@ -31,10 +31,17 @@ import numpy as np
 
 import cli
 from durable import dumps, encode, write_atomic, write_json
-from identity import config_hash, record_path, resume_key
-from results_v1 import arrays_from_version_1, from_version_1
-from runs import walk
-from sources import ROOT, code_commit, code_files, code_version, running_code, source_files
+from recording.identity import config_hash, record_path, resume_key
+from recording.runs import walk
+from recording.sources import (
+    ROOT,
+    code_commit,
+    code_files,
+    code_version,
+    running_code,
+    source_files,
+)
+from recording.version_1 import arrays_from_version_1, from_version_1
 from stats import proportion_stderr
 
 __all__ = ["ROOT", "SCHEMA", "SCHEMA_VERSION", "checkpoint_of", "code_files", "code_version"]
@@ -46,10 +53,10 @@ SCHEMA_VERSION = 2
 SCHEMA = """
 One JSON object for each (checkpoint, evaluation, configuration), at
 results/{run}/{checkpoint}-{fingerprint8}/{evaluation}-{config8}.json, with 16 more digits where
-that is another record's place (identity.py). Only a rerun of the same work, by newer code perhaps,
-replaces a record. Strict JSON: NaN and infinities are null. Beside it, under the same name: `.npz`
-(arrays, one row per example) and `.jsonl` (samples, one object per example), both optional and
-written before the JSON.
+that is another record's place (recording/identity.py). Only a rerun of the same work, by newer
+code perhaps, replaces a record. Strict JSON: NaN and infinities are null. Beside it, under the
+same name: `.npz` (arrays, one row per example) and `.jsonl` (samples, one object per example), both
+optional and written before the JSON.
 
 schema_version  2
 evaluation      "perplexity" | "mmlu" | "humaneval" | ...: any name
@@ -93,7 +100,7 @@ resume_key      sha256 of (fingerprint, model's config, evaluation, config_hash,
 files           {arrays: {name, sha256}, samples: {name, sha256}}: what lies beside the JSON
 
 Version 1 had no better, unit, examples and words, and metrics could be plain numbers. Such records
-are read as version 2 (results_v1.py) and never rewritten.
+are read as version 2 (recording/version_1.py) and never rewritten.
 
 Beside the records of one checkpoint, {evaluation}-differences-{hash8 of their names}.jsonl may hold
 the examples that several of them answer differently: `id`, fields that say which example it is

@@ -36,7 +36,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from byte_bpe import (
+from cli import first_line
+from tokenizing.byte_bpe import (
     BOS,
     BYTE_LEVEL,
     EOT,
@@ -45,8 +46,7 @@ from byte_bpe import (
     save_bpe,
     save_ranks,
 )
-from chat_templates import CHAT_TEMPLATE, named_templates, settings_of, templates_beside
-from cli import first_line
+from tokenizing.chat_templates import CHAT_TEMPLATE, named_templates, settings_of, templates_beside
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 # what tells how text is split, of which one must be there

@@ -37,8 +37,8 @@ from costs.flops import estimate_flops
 from dataset import TokenStream, Windows, build_tokenizer, open_stream
 from distributed import Dist, print0
 from durable import check_writable
-from mlp import balance_loss
 from model import GPTModel
+from modeling.mlp import balance_loss
 from tokenizer import Tokenizer
 from training.batches import TrainBatches
 from training.log import Log, mean_over_ranks, start_wandb

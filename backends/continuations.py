@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from attention import attention_without_plans
 from backends.kvcache import PrefixCache, pad_rows
 from backends.scoring import Consumer, agree_on_memory, prefetch, token_nll
 from config import GPTConfig
 from costs.flops import estimate_flops
 from distributed import Dist
 from model import GPTModel
+from modeling.attention import attention_without_plans
 from transformers_model import Model
 
 if TYPE_CHECKING:

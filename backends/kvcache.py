@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from attention import attend
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
 from model import GPTModel
+from modeling.attention import attend
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = None) -> np.ndarray:

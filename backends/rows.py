@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from attention import attention_without_plans
 from backends import Sampling
 from backends.kvcache import DecodeCache, pad_rows
 from backends.sampling import COLUMNS, sample_tokens, top_logprobs
 from model import GPTModel, inductor_options
+from modeling.attention import attention_without_plans
 from transformers_model import Model
 
 LAG = 2  # steps launched before the host looks at a token: a finished row runs on for so many

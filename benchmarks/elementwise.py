@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
 from gpu_kernels import elementwise  # noqa: E402
-from rotary import rotate  # noqa: E402
+from modeling.rotary import rotate  # noqa: E402
 
 ROWS = 16384
 WIDTHS = {"gpt2": (768, 3072), "gpt2-xl": (1600, 6400), "7b": (4096, 11008)}

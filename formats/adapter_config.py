@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from families.llama import number
 from formats import shown
-from hf_config import number
 from inputs import read_object
 
 # How an adapter was trained, made or is called: nothing that a trained one computes

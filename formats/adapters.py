@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import GPTConfig
+from families.convert import config_to_hf
 from formats import Opened, adapter_config, merging, naming, shown, tensorfiles, trained
 from formats.merging import Adapter
 from formats.stored import FLOATS, Stored
-from hf_convert import config_to_hf
 from model import GPTModel
 
 if TYPE_CHECKING:

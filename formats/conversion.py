@@ -21,9 +21,9 @@ import torch
 import cli
 from config import CHOICES, GPTConfig
 from durable import dumps
+from families.convert import config_to_hf
 from formats import huggingface, layouts, naming, native, tensorfiles
 from formats.stored import FLOATS
-from hf_convert import config_to_hf
 from model import GPTModel
 from tokenizer import TOKENIZER_COPIES, build_tokenizer
 

@@ -10,11 +10,11 @@ import math
 import struct
 from typing import Any, NamedTuple
 
-import hf_mixtures
 from config import GPTConfig
+from families import mixtures
+from families.convert import fields_from_hf
+from families.dense import SIZES
 from formats.stored import Stored, read_whole
-from hf_convert import fields_from_hf
-from hf_families import SIZES
 
 
 class Architecture(NamedTuple):
@@ -96,7 +96,7 @@ def config_of(metadata: dict[str, Any], name: str, tensors: dict[str, Stored]) -
     for key, value in said.items():
         if key in KNOWN or key.startswith("rope.scaling."):
             continue
-        if key in OF_EXPERTS and about.model_type in hf_mixtures.FAMILIES:
+        if key in OF_EXPERTS and about.model_type in mixtures.FAMILIES:
             continue
         if not (type(value) is int and value == 0):  # no experts, for example
             raise ValueError(f"{name}.{key} = {value!r:.60} has no native form")
@@ -119,7 +119,7 @@ def config_of(metadata: dict[str, Any], name: str, tensors: dict[str, Stored]) -
         fields["attention_scale"] = per_head**-0.5
     fields |= _from_tensors(tensors, said, fields)
     fields |= _windows(said, about, sizes["n_layers"])
-    if about.model_type in hf_mixtures.FAMILIES:
+    if about.model_type in mixtures.FAMILIES:
         fields |= _experts(said, tensors, about, sizes)
     if fields.get("position") == "rope":
         fields |= _rope(said, tensors, fields)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import GPTConfig, read_json
+from families.convert import config_to_hf
+from families.llama import UnsupportedArchitecture
 from formats import Opened, layouts, naming, shown, tensorfiles
 from formats.stored import Stored
-from hf_config import UnsupportedArchitecture
-from hf_convert import config_to_hf
 from inputs import read_object
 from packed import require_file
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from config import GPTConfig
+from families.convert import fields_from_hf
+from families.dense import SIZES
 from formats import Opened, archives, naming, shown, tensorfiles
 from formats.stored import Stored, rows
-from hf_convert import fields_from_hf
-from hf_families import SIZES
 from inputs import read_object
 
 FORMAT = "formats/nanochat.py"

@@ -25,10 +25,10 @@ from torch import nn
 
 from config import GPTConfig
 from durable import dumps, fsync
+from families.convert import config_to_hf
 from formats import Opened, huggingface, layouts, naming, tensorfiles, training_state
 from formats.fingerprints import sha256
 from formats.huggingface import TOKEN_IDS
-from hf_convert import config_to_hf
 from inputs import read_object
 from model import GPTModel
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from config import GPTConfig
+from families.llama import size
 from formats import Opened, huggingface, inert, layouts, llmc, naming, pickles, shown, tensorfiles
 from formats.stored import Stored
-from hf_config import size
 
 FORMAT = "formats/pt_files.py"
 NOT_WEIGHTS = re.compile(

@@ -11,12 +11,12 @@ running it. Standard library only.
 from pathlib import Path
 from typing import Any
 
-from byte_bpe import BYTE_LEVEL, added_token, bpe_definition, split_by
 from formats.gguf_file import parts
 from formats.gguf_file import read as read_gguf
 from formats.pickles import Names
 from formats.pickles import read as read_pickle
 from inputs import read_small
+from tokenizing.byte_bpe import BYTE_LEVEL, added_token, bpe_definition, split_by
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
 

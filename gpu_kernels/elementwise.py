@@ -8,9 +8,10 @@ Eager PyTorch makes two to fourteen passes of each, casts to and from float32 am
 inductor fuses them as well as these do. So they serve whatever runs too short, or in too many
 shapes, to be compiled: choice questions, few prompts, a first result in seconds. Arithmetic is
 float32 and rounded where PyTorch rounds; every row is computed alone and in a fixed order, so that
-bits do not depend on its neighbours. model.py and rotary.py hold plain twins, and ask `applies`
-first; `activate` does it for the MLPs. On an H100, 16,384 rows of a 7B (benchmarks/elementwise.py):
-norm and cast 0.41 -> 0.16 ms, rotary of q and k 2.6 -> 0.21, gated SiLU 1.0 -> 0.39.
+bits do not depend on its neighbours. model.py and modeling/rotary.py hold plain twins, and ask
+`applies` first; `activate` does it for the MLPs. On an H100, 16,384 rows of a 7B
+(benchmarks/elementwise.py): norm and cast 0.41 -> 0.16 ms, rotary of q and k 2.6 -> 0.21, gated
+SiLU 1.0 -> 0.39.
 
 Shapes: B sequences, T tokens, C d_model, H heads, D head_dim, R rotary channels, F d_ff
 """

@@ -16,9 +16,9 @@ import numpy as np
 
 import resampling
 from cli import printable
+from recording.runs import told_apart
 from reporting.groups import Record, lower_is_better, number, title_of, triple
 from results import load_arrays, load_record, load_records, load_samples
-from runs import told_apart
 from stats import bootstrap_ci, examples_to_resolve, mcnemar_exact, paired_difference, ratio
 
 # ---------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from typing import Any
 import cli
 from cli import printable
 from inputs import read_jsonl
+from recording.runs import told_apart, walk
 from results import load_records
-from runs import told_apart, walk
 
 Record = dict[str, Any]
 LARGEST = sys.float_info.max  # whole numbers have no end
@@ -93,7 +93,7 @@ def read(results_dir: str | Path) -> dict:
     """{ok, failed, replaced, skipped, differences}: good records, failed ones, copies of which a
     later one shows the same work, (path, reason) of unreadable files, and the examples that several
     records of one checkpoint answer differently. Runs and checkpoints have names that tell them
-    apart (runs.py)."""
+    apart (recording/runs.py)."""
     skipped, newest, replaced = [], {}, []
     records = told_apart(load_records(results_dir, skipped))
     for record in sorted(records, key=lambda r: str(r["environment"].get("time"))):

@@ -16,7 +16,7 @@ import cli
 import results
 from distributed import print0
 from durable import dumps, encode
-from runs import Place, place_of
+from recording.runs import Place, place_of
 
 
 def open_trackers(

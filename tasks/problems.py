@@ -14,8 +14,8 @@ import ast
 import warnings
 from pathlib import Path
 
-from identity import rows_hash
 from inputs import read_jsonl
+from recording.identity import rows_hash
 from tasks import evalplus
 from tasks.agreement import write
 

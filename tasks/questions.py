@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import CONFIGS_DIR, load_yaml
-from identity import rows_hash
+from recording.identity import rows_hash
 from tasks.layouts import Layout
 from tasks.question_files import ANSWERS, rows_of, split_files, where_to_get
 

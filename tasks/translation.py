@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import CONFIGS_DIR
-from identity import rows_hash
 from inputs import decode_utf8, read_jsonl, refuse_impostor
 from packed import open_packed, suffix_of
 from plain_yaml import check_fields, find_yaml, load_yaml
+from recording.identity import rows_hash
 from tasks.chat import Chat
 
 PROMPTS_DIR = CONFIGS_DIR / "translation"

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import CONFIGS_DIR
-from identity import rows_hash
 from inputs import decode_utf8, read_jsonl
 from plain_yaml import check_fields, find_yaml, load_yaml
+from recording.identity import rows_hash
 from tasks.answers import number
 from tasks.chat import Chat
 

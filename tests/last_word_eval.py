@@ -23,7 +23,7 @@ import stats
 from backends import Backend, Facts
 from backends.continuations import Continuations
 from evaluation import Evaluation, Folder, Outcome, Plan
-from identity import rows_hash
+from recording.identity import rows_hash
 
 
 @dataclass(frozen=True)

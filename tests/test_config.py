@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from config import GPTConfig, config_from_hf, load_config, presets
-from hf_config import UnsupportedArchitecture
-from hf_convert import config_to_hf
+from families.convert import config_to_hf
+from families.llama import UnsupportedArchitecture
 
 LLAMA = dict(norm="rmsnorm", position="rope", gated_mlp=True, bias=False, activation="silu")
 SIZES = dict(vocab_size=97, max_position_embeddings=64, n_layers=3, n_heads=4, d_model=64, d_ff=96)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import sources
+from recording import sources
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
@@ -19,18 +19,20 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
     "packed",
-    "inputs launcher streams stats durable sources hf_config hf_families byte_bpe plain_yaml "
+    "inputs launcher streams stats durable recording/sources families/llama families/dense "
+    "tokenizing/byte_bpe plain_yaml "
     "tasks/answers tasks/corpus_scores certainty",
-    "resampling cli identity hf_mixtures chat_templates formats/pickles formats/gguf_file "
+    "resampling cli recording/identity families/mixtures tokenizing/chat_templates "
+    "formats/pickles formats/gguf_file "
     "formats/vocabularies",
-    "hf_convert",
-    "runs distributed config tokenizer results_v1 gpu_kernels/cross_entropy "
+    "families/convert",
+    "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
     "sandbox/frames costs/gpus backends",
-    "formats rotary mlp norms endpoints/timing endpoints/client endpoints "
-    "endpoints/answers endpoints/prompts endpoints/kinds endpoints/completions endpoints/chats "
-    "endpoints/native endpoints/probing",
-    "attention quantisation/codes",
+    "formats modeling/rotary modeling/mlp modeling/norms endpoints",
+    "modeling/attention quantisation/codes endpoints/timing endpoints/client endpoints/answers "
+    "endpoints/prompts endpoints/kinds endpoints/completions endpoints/chats endpoints/native "
+    "endpoints/probing",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/symbols costs/flops costs/memory costs/time "
@@ -44,7 +46,8 @@ FLOORS = [
     "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
-    "backends/scoring backends/continuations backends/pairs backends/rows backends/engine backends/wanted",
+    "backends/scoring backends/continuations backends/pairs backends/rows backends/engine "
+    "backends/wanted",
     "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction "
     "tasks/code_prompts "
     "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
@@ -81,7 +84,7 @@ LONG_FUNCTIONS: dict[str, str] = {
     "gpu_kernels/decode_attention._kernel": "one Triton kernel: it cannot be cut",
 }
 MANY_PARAMETERS: dict[str, str] = {
-    "attention.attend": "the terms of attention itself",
+    "modeling/attention.attend": "the terms of attention itself",
     "backends/engine.generate": "a job's terms, each with a default",
     "backends/scoring.score_windows": "a pass and what it is counted by; train.py calls it too",
     "formats/native.save_checkpoint": "rosetrainer's signature and what was added with defaults",

@@ -8,11 +8,11 @@ import pytest
 import torch
 from published import PARAMETERS
 
-import attention
 from backends.kvcache import DecodeCache, PrefixCache
 from config import GPTConfig, config_from_hf, load_config
 from formats import layouts
 from model import GPTModel
+from modeling import attention
 
 ROOT = Path(__file__).resolve().parent.parent
 V, T = 97, 48

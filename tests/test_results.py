@@ -236,7 +236,7 @@ def test_version_1_arrays_hold_what_version_2_keeps():
 @pytest.mark.parametrize("stride, bos", [(32, False), (12, False), (12, True)])
 def test_version_1_windows_start_where_version_2_says(stride, bos):
     from dataset import Windows
-    from results_v1 import arrays_from_version_1
+    from recording.version_1 import arrays_from_version_1
 
     windows = Windows(1003, 32, stride, bos)
     ids = np.arange(len(windows))

@@ -14,11 +14,11 @@ import humaneval_eval
 import mmlu_eval
 import results
 from backends import Sampling
-from endpoints.client import Client, Gone, Refused, in_flight, message_of, retry_after, root_of
 from backends.continuations import Continuations
 from backends.endpoint import connect, seed_of
 from backends.local import Local
 from durable import read_journal
+from endpoints.client import Client, Gone, Refused, in_flight, message_of, retry_after, root_of
 from tokenizer import build_tokenizer
 
 BYTE = build_tokenizer("byte")

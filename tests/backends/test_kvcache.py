@@ -4,9 +4,9 @@ import pytest
 import torch
 from builders import tiny_model
 
-from attention import attend
 from backends.kvcache import DecodeCache, PrefixCache, merge_attention, pad_rows
 from gpu_kernels.decode_attention import plan_tiles
+from modeling.attention import attend
 
 MODELS = {
     "gpt": {},

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from byte_bpe import byte_alphabet
+from tokenizing.byte_bpe import byte_alphabet
 
 PERMUTED = (
     "llama",

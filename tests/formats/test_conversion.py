@@ -11,9 +11,9 @@ from trained_files import TRAINED
 import checkpoint
 from config import GPTConfig, load_config
 from dataset import build_tokenizer
+from families.convert import fields_from_hf
+from families.dense import SIZES
 from formats import conversion, tensorfiles
-from hf_convert import fields_from_hf
-from hf_families import SIZES
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from gpu_kernels import elementwise
 from gpu_kernels.elementwise import PLAIN
-from rotary import rotate
+from modeling.rotary import rotate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

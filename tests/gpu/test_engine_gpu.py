@@ -13,10 +13,10 @@ import pytest
 import torch
 from builders import tiny_model
 
-from attention import attend
 from backends import Sampling, rows, sampling
 from backends.engine import Capacity, Engine, generate
 from gpu_kernels import decode_attention
+from modeling.attention import attend
 from tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,9 +14,9 @@ import torch
 from builders import ROOT, saved_checkpoint, torchrun
 
 import eval as eval_script
-import mlp
 from config import load_config
 from model import GPTModel
+from modeling import mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

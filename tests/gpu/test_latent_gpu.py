@@ -14,11 +14,11 @@ import pytest
 import torch
 from builders import tiny_model
 
-from attention import attend
 from backends import Sampling, rows, sampling
 from backends.engine import Capacity, generate
 from backends.kvcache import PrefixCache
 from gpu_kernels import decode_attention
+from modeling.attention import attend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

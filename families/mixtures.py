@@ -1,10 +1,10 @@
 """The families of Hugging Face's models with a mixture of experts, latent attention, or both: more
-rows of the table that hf_families.py explains.
+rows of the table that families/dense.py explains.
 """
 
 import math
 
-from hf_families import (
+from families.dense import (
     ACT,
     BIASES,
     EPS,

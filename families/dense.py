@@ -1,8 +1,9 @@
 """The families of Hugging Face's models beside GPT-2 and Llama's kin, as a table: those without
-experts and latent attention, which hf_mixtures.py has.
+experts and latent attention, which families/mixtures.py has.
 
 A row of FAMILIES says what the models of a `model_type` share, which keys of config.json its class
-reads, and what an absent one means: the class's own default. hf_convert.py reads and writes by it.
+reads, and what an absent one means: the class's own default. families/convert.py reads and
+writes by it.
 
 Source: configuration_*.py and modeling_*.py of transformers 5.17.
 """

@@ -14,8 +14,8 @@ from family_checks import (
 
 import checkpoint
 from config import config_from_hf
-from hf_config import UnsupportedArchitecture
-from hf_mixtures import FAMILIES
+from families.llama import UnsupportedArchitecture
+from families.mixtures import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 

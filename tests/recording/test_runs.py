@@ -1,4 +1,4 @@
-"""runs.py: where records lie, and which experiment is which when their names are the same."""
+"""recording/runs.py: where records lie, and which experiment is which under one name."""
 
 import os
 import random
@@ -6,7 +6,7 @@ import random
 import pytest
 from made_up_records import make_record
 
-from runs import called, told_apart, walk
+from recording.runs import called, told_apart, walk
 
 RECORD = make_record()
 

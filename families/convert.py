@@ -3,7 +3,7 @@
     fields_from_hf({"model_type": "gemma2", "hidden_size": 3584, ...})   # {"d_model": 3584, ...}
     config_to_hf(GPTConfig(norm="rmsnorm", ...))                     # None if no class computes it
 
-GPT-2, Llama and its next of kin are hf_config.py's; of all others a row of FAMILIES
+GPT-2, Llama and its next of kin are families/llama.py's; of all others a row of FAMILIES
 says what to read and to write. A config belongs to the first family that reads back what it writes
 of it. A value that would change the function computed, and that we have no word for, is refused.
 Plain Python, no torch.
@@ -12,14 +12,12 @@ Plain Python, no torch.
 from collections.abc import Callable
 from typing import Any
 
-import hf_config
-import hf_families
-import hf_mixtures
-from hf_config import UnsupportedArchitecture, number, size
-from hf_families import SIZES, Family
+from families import dense, llama, mixtures
+from families.dense import SIZES, Family
+from families.llama import UnsupportedArchitecture, number, size
 
 ALIKE = {"kimi_k2": "deepseek_v3"}  # whose code files of these bring along
-FAMILIES = {**hf_families.FAMILIES, **hf_mixtures.FAMILIES}
+FAMILIES = {**dense.FAMILIES, **mixtures.FAMILIES}
 
 
 def _whole(x: float) -> float:
@@ -32,8 +30,8 @@ UNITS: dict[str, tuple[Callable, Callable]] = {
     "dim_model_base": (lambda fields: fields["d_model"], round),
 }
 CONVERTED = {  # key: to the field, and back
-    "hidden_act": (hf_config.activation, hf_config.hf_activation),
-    "hidden_activation": (hf_config.activation, hf_config.hf_activation),
+    "hidden_act": (llama.activation, llama.hf_activation),
+    "hidden_activation": (llama.activation, llama.hf_activation),
     "logits_scaling": (lambda x: 1 / number("logits_scaling", x), lambda scale: 1 / scale),
     "query_pre_attn_scalar": (
         lambda x: number("query_pre_attn_scalar", x) ** -0.5,
@@ -48,14 +46,14 @@ CONVERTED = {  # key: to the field, and back
 def fields_from_hf(hf: dict) -> dict:
     """GPTConfig's fields as a Hugging Face config has them, or UnsupportedArchitecture."""
     model_type = hf.get("model_type")
-    hf_config.refuse_strange(hf)
+    llama.refuse_strange(hf)
     if model_type == "gemma3" and isinstance(hf.get("text_config"), dict):  # it sees images too
         hf = hf["text_config"] | {"model_type": "gemma3_text"}
         model_type = "gemma3_text"
-        hf_config.refuse_strange(hf)
+        llama.refuse_strange(hf)
     model_type = ALIKE.get(str(model_type), model_type)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        return hf_config.fields_from_hf(hf)
+        return llama.fields_from_hf(hf)
     try:
         return _read(hf, FAMILIES[model_type])
     except (TypeError, AttributeError, IndexError, OverflowError) as error:
@@ -222,7 +220,7 @@ def _one_rope(hf: dict, family: Family, given: dict) -> tuple[float, float, dict
 
 def config_to_hf(c: Any) -> dict | None:
     """The Hugging Face config that computes what a GPTConfig does, None where none does."""
-    known = hf_config.config_to_hf(c)
+    known = llama.config_to_hf(c)
     if known is not None:
         return known
     for model_type, family in FAMILIES.items():

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import GPTConfig
-from mlp import Linear
-from norms import head_norm, latent_norm
-from rotary import rotate
+from modeling.mlp import Linear
+from modeling.norms import head_norm, latent_norm
+from modeling.rotary import rotate
 
 DENSE_BYTES = 2**30  # of attention's scores, where no kernel computes them block by block
 

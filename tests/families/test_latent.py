@@ -19,8 +19,8 @@ from backends import Sampling
 from backends.engine import generate
 from backends.kvcache import DecodeCache, PrefixCache
 from config import config_from_hf
-from hf_config import UnsupportedArchitecture
-from hf_convert import FAMILIES
+from families.convert import FAMILIES
+from families.llama import UnsupportedArchitecture
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,4 +1,4 @@
-"""hf_config.py against transformers' classes: absent fields, older names, changed directories."""
+"""families/llama.py against transformers' classes: absent fields, older names."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from builders import save_model, saved_checkpoint, tiny_model
 
 import checkpoint
 from config import GPTConfig, config_from_hf
-from hf_config import FAMILIES, UnsupportedArchitecture
+from families.llama import FAMILIES, UnsupportedArchitecture
 
 IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
 # Every value that a class has a default for is another here

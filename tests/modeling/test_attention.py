@@ -1,12 +1,12 @@
-"""attention.py: every form of attention against a loop over queries in float64."""
+"""modeling/attention.py: every form of attention against a loop over queries in float64."""
 
 import itertools
 
 import pytest
 import torch
 
-import attention
-from attention import attend
+from modeling import attention
+from modeling.attention import attend
 
 
 def by_hand(q, k, v, seen, softcap, scale):

@@ -4,7 +4,7 @@
     config_to_hf(GPTConfig(norm="rmsnorm", ...))                     # None if no class computes it
 
 Reading is strict: what GPTConfig has no word for is refused, never ignored. Other families are a
-table (hf_families.py); hf_convert.py is the door to all. Plain Python, no torch.
+table (families/dense.py); families/convert.py is the door to all. Plain Python, no torch.
 """
 
 import contextlib

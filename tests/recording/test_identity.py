@@ -1,4 +1,4 @@
-"""identity.py: what tells two results apart, in the key and on the disk."""
+"""recording/identity.py: what tells two results apart, in the key and on the disk."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from builders import CONFIGS
 from made_up_records import make_record
 
 import results
-from identity import config_hash, record_path, resume_key
+from recording.identity import config_hash, record_path, resume_key
 
 CHECKPOINT = {"name": "checkpoint-10", "fingerprint": "ab" * 32}
 

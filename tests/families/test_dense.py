@@ -21,10 +21,10 @@ import checkpoint
 from backends.continuations import Continuations, plan_batches, score_continuations
 from config import GPTConfig, config_from_hf
 from distributed import Dist
+from families.convert import FAMILIES as ALL_FAMILIES
+from families.dense import FAMILIES
+from families.llama import UnsupportedArchitecture
 from formats import naming, stored
-from hf_config import UnsupportedArchitecture
-from hf_convert import FAMILIES as ALL_FAMILIES
-from hf_families import FAMILIES
 from model import GPTModel
 
 transformers = pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""sources.py: what changes a code version, held against what the scripts really load."""
+"""recording/sources.py: what changes a code version, held against what the scripts really load."""
 
 import subprocess
 import sys
@@ -8,9 +8,9 @@ import builders
 import pytest
 
 import results
-import sources
+from recording import sources
 
-ROOT = Path(sources.__file__).parent
+ROOT = Path(sources.__file__).parent.parent
 
 
 def test_code_version_follows_every_form_of_import(tmp_path):

@@ -8,8 +8,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import checkpoint
 from config import GPTConfig
-from mlp import Mixture, balance_loss, load_of
 from model import GPTModel
+from modeling.mlp import Mixture, balance_loss, load_of
 
 FIELDS = dict(vocab_size=23, max_position_embeddings=32, n_layers=3, n_heads=2, d_model=16, d_ff=12)
 FIELDS |= dict(norm="rmsnorm", position="rope", gated_mlp=True, bias=False, dropout=0.0)

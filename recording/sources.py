@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 # What an evaluation's numbers do not depend on: how flags are read and what is printed
 WITHOUT_NUMBERS = ("cli.py", "streams.py")
