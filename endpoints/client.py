@@ -29,7 +29,6 @@ Answer = TypeVar("Answer")
 
 KEY = "ROSEVAL_API_KEY"
 TRIES = 8  # of one request; with PAUSE doubling up to LONGEST_PAUSE, a minute or so
-OPTIONAL_TRIES = 3  # of what a run can do without
 TIMEOUT_TRIES = 2  # ... where each costs as long as an answer may take
 SAME_ERRORS = 3  # equal 5xx in a row, while another request is answered: this one's own fault
 TOO_SLOW = "no answer within"
@@ -87,16 +86,17 @@ class Client:
         self.retries = 0
         self.timings: list[Timing] = []  # of each request that was answered
 
-    def ask(self, method: str, path: str, body: dict | None = None, tries: int = TRIES) -> Any:
+    def ask(self, method: str, path: str, body: dict | None = None, optional: bool = False) -> Any:
         """The JSON of the answer. Refused: by this request's own fault. Gone: not answered, however
-        often it was asked. ValueError: where no request could be answered (the key, the route)."""
+        often it was asked. ValueError: where no request could be answered (the key, the route).
+        optional: a route that fails (500) each time is one that is not there."""
 
         def read(response, start):
             answer = json.loads(b"".join(self._parts(response, start)))
             self.note(timed(time.perf_counter() - start))
             return answer
 
-        return self._until_answered(method, path, body, read, tries)
+        return self._until_answered(method, path, body, read, optional)
 
     def stream(self, path: str, body: dict, ends: Callable[[Any], bool]) -> list[tuple[float, Any]]:
         """(seconds after it was asked for, the JSON of the event) of each event of an answer that
@@ -118,16 +118,13 @@ class Client:
                 raise Failed("a stream that broke off")
             return events
 
-        return self._until_answered("POST", path, body, read, TRIES)
+        return self._until_answered("POST", path, body, read)
 
     def get(self, path: str) -> Any:
         """The JSON of an optional route; None where there is no such one, or none that answers."""
         try:
-            return self.ask("GET", path, tries=OPTIONAL_TRIES)
+            return self.ask("GET", path, optional=True)
         except (Refused, NotThere):
-            return None
-        except Gone:
-            self._gone = ""  # whether it is, the next question tells
             return None
 
     def note(self, timing: Timing) -> None:
@@ -143,7 +140,7 @@ class Client:
         path: str,
         body: dict | None,
         read: Callable[[Any, float], Any],
-        tries: int,
+        optional: bool = False,
     ) -> Any:
         said: list[str] = []
         while True:
@@ -164,7 +161,7 @@ class Client:
             except self._errors.HTTPError as error:
                 trouble = self._name(error)
             said.append(trouble)
-            self._give_up_or_go_on(said, tries)
+            self._give_up_or_go_on(said, optional)
             self._wait(len(said), wait)
 
     def _send(self, method, path, body):
@@ -226,13 +223,15 @@ class Client:
             raise Refused(text)
         return text
 
-    def _give_up_or_go_on(self, said: list[str], tries: int) -> None:
+    def _give_up_or_go_on(self, said: list[str], optional: bool) -> None:
         same = said[-SAME_ERRORS:]
         is_same = said[-1].startswith("5") and len(same) == SAME_ERRORS and len({*same}) == 1
         slow = sum(text.startswith(TOO_SLOW) for text in said)
+        if optional and is_same and said[-1].startswith("500"):  # not 503, which loading models say
+            raise Refused(said[-1])
         if (is_same or slow >= TIMEOUT_TRIES) and self._answers_control():
             raise Refused(said[-1])
-        if len(said) >= tries or slow >= TIMEOUT_TRIES:
+        if len(said) >= TRIES or slow >= TIMEOUT_TRIES:
             self._gone = f"{self.root}: {said[-1]} (asked {len(said)} times)"
         if self._gone:
             raise Gone(self._gone)
