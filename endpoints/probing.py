@@ -203,12 +203,10 @@ def _mean_score(route: Route, prompts: Prompts, ids: list[int]) -> float:
 def _try_scores(route: Route, prompts: Prompts, ids: list[int]) -> tuple[str, str, bool]:
     """(why there are no true ones, why none is known to be the likeliest, whether a value was
     seen to be that of generation)"""
-    try:
-        prompt = prompts.of(ids)
-    except ValueError:
+    if not prompts.holds(ids):
         return "it takes no token ids", "", False
     try:
-        whole = route.score(prompt, ids)
+        whole = route.score(prompts.of(ids), ids)
         repeated = [[i for i in range(1, len(ids)) if ids[i] == token] for token in {*ids}]
         pairs = [places for places in repeated if len(places) > 1]
         assert pairs, "the probe repeats no token"
@@ -216,11 +214,15 @@ def _try_scores(route: Route, prompts: Prompts, ids: list[int]) -> tuple[str, st
             return "a token is given the same value wherever it stands", "", False
         against_generation = False
         for cut in range(len(ids) // 2, len(ids), 3):
+            if not prompts.holds(ids[:cut]):
+                continue
             part = route.score(prompts.of(ids[:cut]), ids[:cut])
             if np.abs(part.values[1:] - whole.values[1:cut]).max() > TOLERANCE:
                 return "the values of a prompt change with what follows it", "", False
             if part.next_id is not None and part.next_logprob is not None:
                 more = [*ids[:cut], part.next_id]
+                if not prompts.holds(more):
+                    continue
                 longer = route.score(prompts.of(more), more)
                 if abs(longer.values[-1] - part.next_logprob) > TOLERANCE:
                     return "a token's value is not the one it is generated with", "", False
@@ -245,6 +247,8 @@ def _try_letters(route: Route, prompts: Prompts, ids: list[int], alone: bool) ->
             seen.append(told)
             for token in wanted if not alone else ():
                 more = [*ids[:cut], token]
+                if not prompts.holds(more):
+                    continue
                 value = route.score(prompts.of(more), more).values[-1]
                 if token in told.known and abs(told.known[token] - value) > TOLERANCE:
                     return ""

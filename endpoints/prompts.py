@@ -41,3 +41,11 @@ class Prompts:
             f"{self.where} takes no token ids, and no text stands for a prompt of {len(ids):,} of "
             f"them (it {'adds' if self.adds_bos else 'adds no'} BOS)"
         )
+
+    def holds(self, ids: Sequence[int]) -> bool:
+        """Whether there is such a text, or none is needed."""
+        try:
+            self.of(ids)
+        except ValueError:
+            return False
+        return True

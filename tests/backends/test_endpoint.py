@@ -66,7 +66,7 @@ def test_rows_are_scored_as_by_the_model_itself(server, model):
         np.testing.assert_allclose(getattr(ours, name), getattr(wanted, name), atol=1e-4)
     assert (ours.greedy == wanted.greedy).all() and (ours.likeliest == wanted.likeliest).all()
     cost = backend.cost()
-    assert cost["requests"] == 18 and cost["retries"] == 0
+    assert cost["requests"] == 10 and cost["retries"] == 0
     assert 0 < cost["latency_seconds"]["p50"] <= cost["latency_seconds"]["p99"]
 
 
@@ -255,7 +255,8 @@ def test_no_lie_becomes_a_score(lie, model):
             return
         with pytest.raises(ValueError, match=SAID[lie]):
             backend.score_rows(mixed_rows())
-        assert dict(backend.facts.lacks).keys() == {"score_rows", "score_windows"}
+        letters = set() if lie == "ignored_echo" else {"score_rows"}  # these it tells truly
+        assert dict(backend.facts.lacks).keys() == {"score_rows", "score_windows"} - letters
         (sample,) = backend.generate(PROMPTS[:1], Sampling(max_new_tokens=2))  # this it can do
         assert sample.finish_reason == "length"
 
