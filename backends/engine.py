@@ -161,7 +161,9 @@ class Engine:
         self.at: list[Sequence | None] = [None] * capacity.rows
         self.flight: deque[tuple[int, list[Sequence | None]]] = deque()  # steps not looked at
         # a server's clients bring stop strings without end: the latest are kept
-        self._endings = functools.lru_cache(64)(lambda stop: Endings(tokenizer, stop, eos_ids))
+        self._endings = functools.lru_cache(64)(
+            lambda stop, ends: Endings(tokenizer, stop, eos_ids if ends else ())
+        )
 
     @property
     def busy(self) -> bool:
@@ -174,9 +176,11 @@ class Engine:
         sampling: Sampling | abc.Sequence[Sampling],
         samples: Iterable[int] = (0,),
         key: object = None,
+        ends: bool = True,
     ) -> None:
         """Ask for samples of a prompt: of these indices, drawn as `sampling` says, one for all or
         one for each index. key: what names the prompt in the random streams, `name` unless given.
+        ends: whether the tokens that end a text end these (else they are tokens like any other).
         ValueError for a name in use and for what the model or the capacity cannot hold."""
         check_prompt(prompt, self.longest, f"prompt {name}")
         if name in self.requests:
@@ -186,7 +190,7 @@ class Engine:
                 f"prompt {name} has {len(prompt)} tokens, more than the"
                 f" {self.capacity.prompt_tokens} that there is room for"
             )
-        sequences, request = [], Request(name, list(prompt), 0)
+        sequences, request = [], Request(name, list(prompt), 0, ends)
         for s in samples:
             own = sampling if isinstance(sampling, Sampling) else sampling[s]
             limit = token_limit(own, prompt, self.longest)
@@ -238,7 +242,7 @@ class Engine:
             if sequence is None or sequence.reason is not None:
                 continue
             request, token, top = sequence.request, seen["token"][i], None
-            endings = self._endings(tuple(sequence.sampling.stop))
+            endings = self._endings(tuple(sequence.sampling.stop), request.ends)
             reason = endings.add(sequence, token)
             if "logprobs" in seen:
                 top = seen["likeliest"][i], seen["logprobs"][i]

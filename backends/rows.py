@@ -44,11 +44,13 @@ class Capacity:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt whose samples are wanted, and how many of them are not finished."""
+    """A prompt whose samples are wanted, and how many of them are not finished; ends: whether a
+    token that ends a text ends them."""
 
     name: Hashable
     prompt: list[int]
     unfinished: int
+    ends: bool = True
 
 
 @dataclass(eq=False)

@@ -201,7 +201,7 @@ class Service:
             room = self.capacity.prompt_tokens + 1 - len(job.prompt)
             new_tokens = min(asked.sampling.max_new_tokens, room)
             sampling = replace(asked.sampling, max_new_tokens=new_tokens)
-            self.engine.submit(job, job.prompt, sampling, range(asked.n), job.key)
+            self.engine.submit(job, job.prompt, sampling, range(asked.n), job.key, asked.ends)
             self._drawing.add(job)
 
     def _drop(self, job: Job) -> None:
@@ -234,7 +234,8 @@ class Service:
         asked, token = job.asked, scores.ids[-1][0]
         if not (asked.one_pass and asked.draws):
             return []
-        ends, text = token in self.end_ids, self.texts.continuation(job.prompt, [token])
+        ends = asked.ends and token in self.end_ids
+        text = self.texts.continuation(job.prompt, [token])
         cuts = [at for stop in asked.sampling.stop if (at := text.find(stop)) >= 0]
         reason = "eos" if ends else "stop" if cuts else "length"
         text = "" if ends else text[: min(cuts, default=len(text))].rstrip(REPLACEMENT)

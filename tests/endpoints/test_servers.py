@@ -5,11 +5,15 @@ environments."""
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from peers import COMMANDS, place_of, serving
 from recorded import RecordedTokenizer, Replayer
 
+import mmlu_eval
+import results
 from backends import Sampling
+from checkpoint import load_model
 from endpoints.client import Client
 from endpoints.probing import probe
 from tokenizer import build_tokenizer
@@ -72,3 +76,30 @@ def test_the_verdict_on_the_server_itself(name):
             check_verdict(probed, name, kind)
             drawn = route.draw("Say yes.", Sampling(max_new_tokens=4))
             assert drawn.text and drawn.finish in ("stop", "length")
+
+
+@pytest.mark.slow
+def test_vllm_finds_on_mmlu_what_we_find(tmp_path, data_dir):
+    """Letters by one generated token's values, by their ids; whole choices by echo."""
+    place = place_of("ROSEVAL_MODEL")
+    model, tokenizer = load_model(place, "float32", "cpu"), build_tokenizer(place)
+    with serving("vllm") as url:
+        for scoring, limit in (("letter", 10), ("continuation", 3)):
+            words = ["--endpoint", url, "--tokenizer-name", place, "--subjects", "global_facts"]
+            words += ["--data-path", data_dir / "mmlu", "--limit", limit, "--scoring", scoring]
+            words += ["--num-few-shot", 2, "--results-dir", tmp_path / scoring]
+            mmlu_eval.main([*map(str, words)])
+            (record,) = results.load_records(tmp_path / scoring)
+            arrays = results.load_arrays(record)
+            wanted = mmlu_eval.evaluate_mmlu(
+                *(model, tokenizer, data_dir / "mmlu", 2),
+                scoring=scoring, limit=limit, subjects=("global_facts",),
+            )  # fmt: skip
+            difference = np.abs(arrays["logprobs"] - wanted.arrays["logprobs"]).max()
+            print(f"{scoring}: {limit} questions, nats differ by {difference:.1e} at most")
+            np.testing.assert_array_equal(arrays["predicted"], wanted.arrays["predicted"])
+            assert difference < 1e-3
+            about = record["protocol"]["endpoint"]
+            assert (about["server"], about["letters"]) == ("vllm", "by id")
+            if scoring == "letter":
+                assert record["cost"]["requests"] == limit
