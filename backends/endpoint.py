@@ -96,6 +96,7 @@ class Endpoint:
         self.facts = facts_of(model, tokenizer, probed)
         self.dist = dist or Dist(0, 1, 0, torch.device("cpu"))
         assert self.dist.world_size == 1, "an endpoint is asked by one process"
+        self._breaks = client.breaks
         self._cost: dict = {}
         self._ran: dict = {}
 
@@ -225,6 +226,7 @@ class Endpoint:
                         n_refused += 1
                         waiting.append((Sample(job[0], job[1], [], "", REFUSED), 0, answer))
                     else:
+                        self._check_same_model()
                         n_drawn += 1
                         cost["tokens"] += answer[1]
                         yield answer[0]
@@ -278,6 +280,7 @@ class Endpoint:
 
         found = {}
         for job, scores in in_flight(score, jobs, self.concurrency):
+            self._check_same_model()
             found[job] = scores
             bar.update(1)
         return found
@@ -291,8 +294,18 @@ class Endpoint:
                 return self.route.tops(self.prompts.of(ids), wanted.choice_ids)
 
         for ids, tops in in_flight(ask, wanted.letters, self.concurrency):
+            self._check_same_model()
             wanted.tell(ids, tops, bounded=bool(self.probed.scores))
             bar.update(1)
+
+    def _check_same_model(self) -> None:
+        """ValueError where the server came back with another model, before what it said is used."""
+        before, self._breaks = self._breaks, self.client.breaks
+        if self._breaks != before and not self.probed.still_holds(self.route):
+            raise ValueError(
+                f"{self.client.root} was away and answers its probe otherwise now: another model "
+                "is served there (what had arrived before is kept, where records are)"
+            )
 
     @contextlib.contextmanager
     def _no_score_without(self, ids: Collection[int]) -> Iterator[None]:

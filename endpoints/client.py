@@ -36,6 +36,7 @@ PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 LONGEST_RETRY_AFTER = 600.0  # seconds that a server may ask for
 CONNECT_SECONDS = 20.0
 MOST_BYTES = 256 << 20  # of an answer; that a whole vocabulary is named in has a few millions
+AWAY = ("no connection", "the connection broke off")
 CUT_SHORT = "an answer that is no JSON, cut short perhaps"
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 # what permanent errors say that come with a status of PASSING, in small letters
@@ -77,13 +78,14 @@ class Client:
         self._errors = urllib3.exceptions
         self._pool = urllib3.PoolManager(
             num_pools=1,
-            maxsize=concurrency,
+            maxsize=concurrency + 1,  # whoever reads the answers asks, too
             retries=False,
             timeout=urllib3.Timeout(connect=min(timeout, CONNECT_SECONDS), read=timeout),
         )
         self._lock, self._gone, self._seconds = threading.Lock(), "", timeout
         self.control: tuple[str, dict] | None = None  # path and body that it is known to answer
         self.retries = 0
+        self.breaks = 0  # after which another server may have come back than was there before
         self.timings: list[Timing] = []  # of each request that was answered
 
     def ask(self, method: str, path: str, body: dict | None = None, optional: bool = False) -> Any:
@@ -160,6 +162,9 @@ class Client:
                 trouble = self._hidden(str(error))
             except self._errors.HTTPError as error:
                 trouble = self._name(error)
+            if trouble.startswith((*AWAY, "503")):
+                with self._lock:
+                    self.breaks += 1
             said.append(trouble)
             self._give_up_or_go_on(said, optional)
             self._wait(len(said), wait)
@@ -261,10 +266,10 @@ class Client:
         if isinstance(error, errors.NameResolutionError):
             return "no such host"
         if isinstance(error, errors.NewConnectionError):
-            return "no connection"
+            return AWAY[0]
         if isinstance(error, errors.TimeoutError):
             return f"{TOO_SLOW} {self._seconds:g} s"
-        return "the connection broke off"
+        return AWAY[1]
 
 
 class NotThere(ValueError):

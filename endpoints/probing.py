@@ -34,6 +34,7 @@ TEXTS = (
     "Größe 東京, 1234567 km², naïve café; Größe 東京",
 )
 MOST_IDS = 48  # of a probe: small contexts hold it, and what is generated after it
+PROBED = Sampling(max_new_tokens=16)
 TOLERANCE = 0.25  # nats between one token's values in two requests: batches round differently
 CHAT = "chat"
 
@@ -48,7 +49,7 @@ class Probed:
     against_generation: a token's value was also seen to be the one that it was generated with.
     samples: whether a temperature has an effect. seed: whether one repeats a sample. stop: "cut",
     "kept" or "ignored". streams: whether samples come piece by piece, the same. context: tokens of
-    a prompt and what follows it."""
+    a prompt and what follows it. answers: (prompt, what greedily follows it), kept in no record."""
 
     server: str
     route: str
@@ -66,11 +67,17 @@ class Probed:
     stop: str
     streams: bool
     fingerprint: str
+    answers: tuple[tuple[list[int] | str, str], ...] = ()
 
     @property
     def shown(self) -> dict:
         """For a record."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "answers"}
+
+    def still_holds(self, route: Route) -> bool:
+        """Whether it is still the same model: batches round differently, so one of its answers is
+        enough."""
+        return any(route.draw(prompt, PROBED).text == text for prompt, text in self.answers)
 
     def prompts(self, where: str, tokenizer: Tokenizer) -> Prompts:
         chats = self.server == CHAT
@@ -98,7 +105,7 @@ def probe(
     scores, greedy, against_generation = _try_scores(route, prompts, ids[0])
     means = [] if scores else [_mean_score(route, prompts, own) for own in ids]
     asked: list = ids if prompts.token_ids else list(TEXTS)
-    drawn = [route.draw(prompt, Sampling(max_new_tokens=16)) for prompt in asked]
+    drawn = [route.draw(prompt, PROBED) for prompt in asked]
     texts = [one.text for one in drawn]
     samples, seed = _try_sampling(route, asked[0])
     stop = _try_stop(route, asked[0], texts[0])
@@ -122,6 +129,7 @@ def probe(
         stop=stop,
         streams=route.streams,
         fingerprint=hashlib.sha256(fixed.encode()).hexdigest(),
+        answers=tuple(zip(asked, texts)),
     ), route
 
 
@@ -279,7 +287,7 @@ def _try_stop(route: Route, prompt: list[int] | str, greedy: str) -> str:
     stop = greedy[middle : middle + 1]
     if not stop or stop == "\ufffd":
         return "not tried"
-    sampling = replace(Sampling(max_new_tokens=16), stop=(stop,))
+    sampling = replace(PROBED, stop=(stop,))
     text = route.draw(prompt, sampling).text
     if text == greedy:
         return "ignored"
@@ -290,6 +298,6 @@ def _try_streams(route: Route, prompts: Sequence[list[int] | str], whole: Sequen
     """Whether the samples of these prompts come out the same piece by piece, tokens counted."""
     route.streams = True
     try:
-        return [route.draw(prompt, Sampling(max_new_tokens=16)) for prompt in prompts] == whole
+        return [route.draw(prompt, PROBED) for prompt in prompts] == whole
     except (Refused, NotThere, ValueError):
         return False

@@ -20,7 +20,7 @@ import torch
 from tokenizer import build_tokenizer
 
 LIES = "constant by_id shifted null nan missing ignored_echo number_first only_chosen two_choices"
-LIES = (LIES + " other_index prefix_dependent").split()
+LIES = (LIES + " other_index prefix_dependent wrong_count").split()
 FAULTS = ["429", "500", "503", "truncated", "reset", "hang", "redirect"]
 BYTE = build_tokenizer("byte")
 
@@ -43,9 +43,10 @@ class StubServer:
         assert options.keys() <= defaults.keys(), options
         self.__dict__.update(defaults | options)
         self.lock, self.bodies, self.faults, self.headers = threading.Lock(), [], [], []
-        self.connections, self.known = [], model.__dict__.setdefault("known_logprobs", {})
+        self.connections = []
         self.retry_after, self.hang_seconds, self.dead_after = "0", 0.5, None
         self.under_way = self.most_under_way = 0
+        self.restarted = None  # the model that is there after a reset
         self.posts = {"/v1/completions": self.completion, "/v1/chat/completions": self.chat}
         self.gets = {"/v1/models": self.listed}
 
@@ -98,6 +99,7 @@ class StubServer:
                 if fault == "redirect":
                     return self.answer(307, {}, Location="http://elsewhere.invalid/v1")
                 if fault == "reset":
+                    stub.model = stub.restarted or stub.model
                     linger = struct.pack("ii", 1, 0)  # closed by a reset
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                     self.close_connection = True
@@ -155,10 +157,11 @@ class StubServer:
     def logprobs(self, ids):
         """[len(ids), V]: after each; kept with the model, since probes ask the same again."""
         with self.lock:
-            if tuple(ids) not in self.known:
+            known = self.model.__dict__.setdefault("known_logprobs", {})
+            if tuple(ids) not in known:
                 logits = self.model.logits(self.model.hidden(torch.tensor([ids]))[0])
-                self.known[tuple(ids)] = logits.float().log_softmax(-1)
-            return self.known[tuple(ids)]
+                known[tuple(ids)] = logits.float().log_softmax(-1)
+            return known[tuple(ids)]
 
     def completion(self, body):
         prompt = body["prompt"]
@@ -187,7 +190,8 @@ class StubServer:
         if body.get("logprobs") and self.lie != "ignored_echo":
             given = self.echoed(prompt, new) if body.get("echo") else self.likeliest(prompt, body)
             choice["logprobs"] = given
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(new)}
+        wrong = self.lie == "wrong_count" and bool(body.get("echo"))
+        usage = {"prompt_tokens": len(prompt) + wrong, "completion_tokens": len(new)}
         if body.get("stream") and self.streams != "none":
             return 200, self.in_pieces(choice, usage, body)
         choices = [choice]

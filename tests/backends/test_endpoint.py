@@ -236,6 +236,7 @@ SAID = {
     "nan": "nan comes back where a log-probability",
     "missing": "log-probabilities come back for",
     "ignored_echo": "no log-probabilities of the prompt",
+    "wrong_count": "tokens were read where",
     "number_first": "the first token of a prompt",
 }
 
@@ -397,6 +398,42 @@ def test_a_server_that_is_gone(model):
         backend.score_rows(mixed_rows())
     with pytest.raises(OSError, match="0 of 4 samples are there"):
         list(backend.generate(PROMPTS, Sampling(2)))
+
+
+def test_a_server_that_comes_back_with_another_model(model):
+    """What it says then is not used; with the same model the run goes on."""
+    other = tiny_model("llama", max_position_embeddings=1024, n_layers=1, seed=5)
+    for verb in ("rows", "samples"):
+        for served, same in ((model, True), (other, False)):
+            with StubServer(model) as server:
+                backend = endpoint(server, concurrency=1)
+                server.faults += [None, None, "reset"]
+                server.restarted = served
+                if same:
+                    use(backend, verb)
+                    continue
+                with pytest.raises(ValueError, match="another model is served there"):
+                    use(backend, verb)
+                assert backend.kept == (2 if verb == "samples" else 0)
+
+
+def use(backend, verb):
+    backend.kept = 0
+    rows = Continuations([[]], np.zeros(8, int), [np.array([i, 66]) for i in range(8)], [[66]] * 8)
+    if verb == "rows":
+        return backend.score_rows(rows)
+    for _ in backend.generate([[i, 66] for i in range(8)], Sampling(max_new_tokens=12)):
+        backend.kept += 1
+
+
+@pytest.mark.parametrize("storm", [["429", "500"] * 9, ["503", "reset", "truncated"] * 6])
+def test_storms_pass(storm, server, model):
+    backend = endpoint(server)
+    server.faults += storm
+    ours = backend.score_rows(mixed_rows())
+    wanted = Local(model, BYTE).score_rows(mixed_rows(), 4096)
+    np.testing.assert_allclose(ours.tokens, wanted.tokens, atol=1e-4)
+    assert not server.faults and 0 < backend.cost()["retries"] <= len(storm)
 
 
 # ---------------------------------------------------------------------------------------------
