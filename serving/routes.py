@@ -91,7 +91,7 @@ async def events_of(
             if job is None:
                 raise ClientDisconnect
             if isinstance(event, Failed):
-                raise Refused(event.reason, status=500)
+                raise Refused(event.reason, status=event.status)
             yield job, event
     finally:
         watch.cancel()
@@ -239,7 +239,7 @@ async def _pieces(first: dict, told: AsyncGenerator) -> AsyncIterator[str]:
 def _refused_generate(refused: Refused) -> Response:
     """As lightllm says it."""
     status = 417 if refused.status == 400 else refused.status
-    headers = RETRY_AFTER if status == 429 else None
+    headers = RETRY_AFTER if status in (429, 503) else None
     return answer_json({"message": refused.message}, status, headers)
 
 
@@ -298,7 +298,7 @@ def make_app(served: Served, service: Service, door: Door) -> Starlette:
 
 
 async def _refused(request: Request, error: Any) -> Response:
-    headers = RETRY_AFTER if error.status == 429 else None
+    headers = RETRY_AFTER if error.status in (429, 503) else None
     return answer_json(error.body(), error.status, headers)
 
 
