@@ -175,7 +175,7 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """What a result record says of the checkpoint it was measured on: results.py's
         `checkpoint`."""
-        base = self.base
+        base, quantisation = self.base, self.facts.get("quantisation")
         return {
             "path": str(self.path),
             "name": self.name,
@@ -185,6 +185,7 @@ class Checkpoint:
             "config": self.config and self.config.to_dict(),
             "module": "GPTModel" if self.native else "transformers",
             **({"base": {"path": str(base.path), "fingerprint": base.fingerprint}} if base else {}),
+            **({"quantisation": quantisation} if quantisation else {}),
         }
 
     def load(

@@ -63,9 +63,11 @@ evaluation      "perplexity" | "mmlu" | "humaneval" | ...: any name
 run             the training run that the checkpoint belongs to
 status          "ok" | "failed"; failed: `reason` says why and metrics is empty
 reason          null | one line
-checkpoint      {path, name, step, tokens, fingerprint, config, module, base?}; step and tokens may
-                be null; module is what ran it: "GPTModel" or "transformers"; base is {path,
-                fingerprint} of the model that an adapter was merged into
+checkpoint      {path, name, step, tokens, fingerprint, config, module, base?, quantisation?}; step
+                and tokens may be null; module is what ran it: "GPTModel" or "transformers"; base is
+                {path, fingerprint} of the model that an adapter was merged into; quantisation of
+                matrices that are quantised in the file, {rule, matrices, weight_bytes,
+                bits_per_weight, method?, activations?}
 metrics         {name: {value, stderr?, low?, high?, n?, better, unit?}}. The order matters: the
                 first metric ranks the checkpoints. low and high: its 95% interval, where that is
                 not value +- 1.96 stderr; n counts the examples behind the value; better is "lower"

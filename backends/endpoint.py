@@ -201,21 +201,8 @@ class Endpoint:
 
         def draw(job):
             p, s = job
-            wanted = samplings[p][s]
-            room = (self.probed.context or 2**31) - len(prompts[p])
-            limited = replace(wanted, max_new_tokens=max(1, min(wanted.max_new_tokens, room)))
             key = str(p) if keys is None else keys[p]
-            seed = seed_of(wanted.seed, key, s) if wanted.temperature else None
-            try:
-                drawn = self.route.draw(inputs[p], limited, seed)
-            except Refused as error:
-                return str(error)
-            if self.probed.server != CHAT and drawn.prompt_tokens not in (None, len(prompts[p])):
-                raise ValueError(
-                    f"{self.client.root} read prompt {key} as {drawn.prompt_tokens} tokens where "
-                    f"{self.facts.tokenizer.name} gives {len(prompts[p])} (--tokenizer-name, --bos)"
-                )
-            return self._sample(job, wanted, drawn)
+            return self._draw(job, (prompts[p], inputs[p]), samplings[p][s], key)
 
         n_drawn, n_refused, waiting = 0, 0, []
         with self._timed() as cost:
@@ -316,6 +303,25 @@ class Endpoint:
             raise ValueError(
                 f"{self.client.root}: a prompt of {len(ids):,} tokens: {error}; no score is written"
             ) from None
+
+    def _draw(
+        self, job: tuple[int, int], prompt: tuple[list[int], list[int] | str], wanted, key: str
+    ) -> tuple[Sample, int] | str:
+        """_sample of one, or why it is refused. prompt: its tokens, and what is sent for them."""
+        ids, sent = prompt
+        room = (self.probed.context or 2**31) - len(ids)
+        limited = replace(wanted, max_new_tokens=max(1, min(wanted.max_new_tokens, room)))
+        seed = seed_of(wanted.seed, key, job[1]) if wanted.temperature else None
+        try:
+            drawn = self.route.draw(sent, limited, seed)
+        except Refused as error:
+            return str(error)
+        if self.probed.server != CHAT and drawn.prompt_tokens not in (None, len(ids)):
+            raise ValueError(
+                f"{self.client.root} read prompt {key} as {drawn.prompt_tokens} tokens where "
+                f"{self.facts.tokenizer.name} gives {len(ids)} (--tokenizer-name, --bos)"
+            )
+        return self._sample(job, wanted, drawn)
 
     def _sample(self, job, sampling: Sampling, drawn) -> tuple[Sample, int]:
         """(the sample cut before its first stop string, tokens)"""

@@ -8,8 +8,9 @@
     engine.submit("a request's name", prompt, sampling)       # at any time: it joins those running
     progress = engine.step()         # tokens that became known, and samples that are finished
 
-A prompt's keys and values are computed once and shared by its samples; a row that finishes takes
-the next sample. On CUDA a decode step, from embedding to sampled token, is one CUDA graph
+A prompt's keys and values are computed once and shared by its samples, and what many prompts begin
+with (the examples of a few-shot task) by all of theirs; a row that finishes takes the next sample.
+On CUDA a decode step, from embedding to sampled token, is one CUDA graph
 (rows.py). The host looks at sampled tokens `rows.LAG` steps late, so it never waits for the step
 that is running.
 
@@ -27,12 +28,15 @@ from collections import abc, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from backends import Sample, Sampling
+from backends.pairs import share_prefixes
 from backends.rows import CachedRows, Capacity, PlainRows, Request, Sequence
 from backends.sampling import COLUMNS, features_of, stream_key
 from distributed import Dist
+from quantisation.linear import weight_bytes
 from tokenizer import Tokenizer
 from transformers_model import Model
 
@@ -176,12 +180,15 @@ class Engine:
         sampling: Sampling | abc.Sequence[Sampling],
         samples: Iterable[int] = (0,),
         key: object = None,
+        shared: int | None = None,
         ends: bool = True,
     ) -> None:
         """Ask for samples of a prompt: of these indices, drawn as `sampling` says, one for all or
         one for each index. key: what names the prompt in the random streams, `name` unless given.
-        ends: whether the tokens that end a text end these (else they are tokens like any other).
-        ValueError for a name in use and for what the model or the capacity cannot hold."""
+        shared: how many of the first tokens other prompts have too (all but the last: only this
+        prompt's samples share). ends: whether tokens that end a text end these (else they are like
+        any other). ValueError for a name in use and for what the model or the capacity cannot
+        hold."""
         check_prompt(prompt, self.longest, f"prompt {name}")
         if name in self.requests:
             raise ValueError(f"request {name} is already on its way")
@@ -190,7 +197,9 @@ class Engine:
                 f"prompt {name} has {len(prompt)} tokens, more than the"
                 f" {self.capacity.prompt_tokens} that there is room for"
             )
-        sequences, request = [], Request(name, list(prompt), 0, ends)
+        shared = len(prompt) - 1 if shared is None else shared
+        assert len(prompt) - shared <= self.capacity.own_prompt_tokens, (len(prompt), shared)
+        sequences, request = [], Request(name, list(prompt), 0, shared, ends)
         for s in samples:
             own = sampling if isinstance(sampling, Sampling) else sampling[s]
             limit = token_limit(own, prompt, self.longest)
@@ -291,8 +300,11 @@ def plan_units(n_prompts: int, n_samples: int, batch_size: int) -> list[range]:
     return [range(i, min(i + size, n_prompts)) for i in range(0, n_prompts, size)]
 
 
-def default_batch_size(model: Model, longest_prompt: int, max_new_tokens: int) -> int:
+def default_batch_size(
+    model: Model, longest_prompt: int, max_new_tokens: int, kept: int = 0
+) -> int:
     """Rows whose cache fits beside the model, at most 256; 16 on a CPU or without a cache.
+    longest_prompt: tokens of it that a row needs room for; kept: tokens that lie there once.
 
     Computed from the device's size, not from what happens to be free, so that ranks agree."""
     if model.device.type != "cuda" or not model.supports_cache:
@@ -300,17 +312,34 @@ def default_batch_size(model: Model, longest_prompt: int, max_new_tokens: int) -
     c = model.config
     token = c.n_layers * c.cache_dim * model.dtype.itemsize
     total = torch.cuda.get_device_properties(model.device).total_memory
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    room = 0.85 * total - weights - 4e9  # logits, activations of a prefill
-    rows = int(room // (token * (longest_prompt + max_new_tokens)))
+    room = 0.85 * total - weight_bytes(model) - 4e9  # logits, activations of a prefill
+    rows = int((room - token * kept) // (token * (longest_prompt + max_new_tokens)))
     return max(1, min(256, rows // 8 * 8 or rows))
 
 
-class Generation:
-    """Samples, each when it is finished, and whether the step that draws them is compiled."""
+def shared_tokens(model: Model, prompts: list[list[int]], n_samples: int) -> list[int]:
+    """How many of each prompt's first tokens are kept once for all prompts that have them too.
 
-    def __init__(self, samples: Iterator[Sample], compiled: bool = False):
-        self._samples, self.compiled = samples, compiled
+    All but its last, for samples of that prompt alone, unless rows then need less room: where many
+    prompts begin alike, and samples of each are few.
+    """
+    alone = [len(prompt) - 1 for prompt in prompts]
+    if not model.supports_cache or model.config.kv_lora_rank is not None:
+        return alone
+    prefixes, prefix = share_prefixes([np.array(p) for p in prompts], [1] * len(prompts))
+    lengths = [len(prefixes[g]) for g in prefix]
+    own = max((len(p) - n for p, n in zip(prompts, lengths) if n), default=max(alone) + 1)
+    if own < max(alone) * min(1, 2 / n_samples):
+        return [shared or whole for shared, whole in zip(lengths, alone)]
+    return alone
+
+
+class Generation:
+    """Samples, each when it is finished; the rows of a batch, and whether the step that draws them
+    is compiled."""
+
+    def __init__(self, samples: Iterator[Sample], batch_size: int = 0, compiled: bool = False):
+        self._samples, self.batch_size, self.compiled = samples, batch_size, compiled
 
     def __iter__(self) -> Iterator[Sample]:
         return self._samples
@@ -348,35 +377,36 @@ def generate(
     longest = model.max_positions
     samplings = by_sample(sampling, len(prompts), n_samples)
     distinct = list({id(s): s for own in samplings for s in own}.values())
-    _check_job(prompts, longest, keys, distinct, tokenizer)
+    _check_job(prompts, longest, keys, distinct, tokenizer, batch_size)
     if not prompts:
-        return Generation(iter(()))
+        return Generation(iter(()), batch_size or 1)
     limits = [token_limit(s, p, longest) for p, own in zip(prompts, samplings) for s in own]
     P, S = max(map(len, prompts)), max(limits)
+    shared = shared_tokens(model, prompts, n_samples)
+    kept = len({tuple(p[:n]) for p, n in zip(prompts, shared)})
+    own = max(len(p) - n for p, n in zip(prompts, shared))
+    once = kept * P if kept < len(prompts) / 2 else 0  # else counted with each row
     if batch_size is None:
-        batch_size = default_batch_size(model, P, S)
-    if batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, not {batch_size}")
+        batch_size = default_batch_size(model, own if once else P, S, once)
     units = plan_units(len(prompts), n_samples, batch_size) if units is None else units
     B = min(batch_size, n_samples * max(map(len, units)))
-    alive = min(B, -(-2 * B // n_samples) + 6)  # prompts at once, stragglers' included
+    alive = min(B, -(-2 * B // n_samples) + 6, kept)  # prompts at once, stragglers' included
     if compile == "auto":
         compile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
 
     def stream():
         features, bump = features_of(distinct), dist.bump if dist else lambda: None
         options = {"eos_ids": eos_ids, "features": features, "compiled": bool(compile)}
-        engine = Engine(model, Capacity(B, P, S, alive), tokenizer, on_launch=bump, **options)
+        engine = Engine(model, Capacity(B, P, S, alive, own), tokenizer, on_launch=bump, **options)
         for u in dist.shard(len(units)) if dist else range(len(units)):
+            engine.rows.forget()  # or prompts of earlier units would shape this one's prefills
             for p in units[u]:
                 wanted = [s for s in range(n_samples) if (p, s) not in done]
-                engine.submit(
-                    p, prompts[p], samplings[p], wanted, None if keys is None else keys[p]
-                )
+                engine.submit(p, prompts[p], samplings[p], wanted, keys and keys[p], shared[p])
             while engine.busy:
                 yield from engine.step().finished
 
-    return Generation(stream(), bool(compile))
+    return Generation(stream(), batch_size, bool(compile))
 
 
 def by_sample(
@@ -395,7 +425,9 @@ def by_sample(
     return given
 
 
-def _check_job(prompts, longest, keys, samplings, tokenizer) -> None:
+def _check_job(prompts, longest, keys, samplings, tokenizer, batch_size) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, not {batch_size}")
     for i, prompt in enumerate(prompts):
         check_prompt(prompt, longest, f"prompt {i if keys is None else keys[i]}")
     if keys is not None and len(set(map(str, keys))) != len(prompts):

@@ -6,6 +6,7 @@
 
     cache = DecodeCache(model, n_prompts=N, prompt_len=P, n_rows=B, max_len=S)       # generation
     model.hidden(ids, cache=cache.filling([2, 0], [9, 5]))  # [2, T], right-padded: two prompts
+    model.hidden(ids, cache=cache.going_on(2, 9, [7, 8]))   # [2, T]: what two rows add to the first
     cache.assign(prompts)                                   # [B]: the prompt of each row
     model.hidden(next_ids, cache=cache)                     # [B, 1]: one decode step
     cache.advance(active)                                   # [B]: 1 where the row keeps that token
@@ -47,15 +48,15 @@ def _room(model: GPTModel, rows: int, heads: int, length: int, width: int) -> li
     return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(n_layers)]
 
 
-def _rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], ...]:
+def _rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], list]:
     """For keys, and for values."""
     c = model.config
-    widths = (c.head_dim, c.value_dim)
-    return tuple(_room(model, rows, c.n_kv_heads, length, width) for width in widths)
+    k, v = (_room(model, rows, c.n_kv_heads, length, width) for width in (c.head_dim, c.value_dim))
+    return k, v
 
 
-def _latent_rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], list[None]]:
-    """For latents, whose last L numbers are values as well."""
+def _latent_rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], list]:
+    """For latents, whose last L numbers are values as well: those are None."""
     c = model.config
     return _room(model, rows, 1, length, c.cache_dim), [None] * c.n_layers
 
@@ -108,21 +109,15 @@ def merge_attention(
     return torch.lerp(out_b, out_a, share.to(out_a.dtype))  # float32 inside
 
 
-class PrefixCache:
-    """One prefix of `prefix_len` tokens, for rows that go on from it in as many batches as wanted:
-    nothing is kept of a row. For each layer k, v [1, G, P, D]. longest: tokens of the prefix and
-    the longest row; the model's context unless given."""
+class GoingOn:
+    """What one call of `hidden` needs for rows that go on from a prefix, whose keys and values are
+    k, v [1, G, P, D] of each layer. longest: tokens of the prefix and the longest row."""
 
     of_latents = False
 
-    def __init__(self, model: GPTModel, prefix_len: int, longest: int | None = None):
-        self.prefix_len, self.device = prefix_len, model.device
-        self.longest = model.max_positions if longest is None else longest
-        self.k, self.v = _rooms(model, 1, prefix_len)
-
-    def filling(self) -> Filling:
-        slots = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return Filling(self.k, self.v, slots, self.longest)
+    def __init__(self, k: list[torch.Tensor], v: list[torch.Tensor], longest: int):
+        self.k, self.v, self.longest = k, v, longest
+        self.prefix_len, self.device = k[0].shape[2], k[0].device
 
     def positions(self, T: int) -> torch.Tensor:
         return self.prefix_len + torch.arange(T, device=self.device)[None]
@@ -164,8 +159,42 @@ class PrefixCache:
         return attend(q, k, v, causal=False, mask=seen, **options)
 
 
+class PrefixCache(GoingOn):
+    """One prefix of `prefix_len` tokens, for rows that go on from it in as many batches as wanted:
+    nothing is kept of a row. longest: the model's context unless given."""
+
+    def __init__(self, model: GPTModel, prefix_len: int, longest: int | None = None):
+        k, v = _rooms(model, 1, prefix_len)
+        super().__init__(k, v, model.max_positions if longest is None else longest)
+
+    def filling(self) -> Filling:
+        slots = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return Filling(self.k, self.v, slots, self.longest)
+
+
+class GoingOnIn(GoingOn):
+    """The same for rows whose keys and values are kept: in own_k, own_v [B, G, S, D] at `rows`."""
+
+    def __init__(self, cache: "DecodeCache", slot: int, length: int, rows: torch.Tensor):
+        k = [own[slot : slot + 1, :, :length] for own in cache.prompt_k]
+        v = [own[slot : slot + 1, :, :length] for own in cache.prompt_v]
+        super().__init__(k, v, cache.longest)
+        self.own_k, self.own_v, self.rows = cache.k, cache.v, rows
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """`GoingOn.attend`, of which k and v stay."""
+        T = q.shape[2]
+        self.own_k[layer][self.rows, :, :T] = k
+        self.own_v[layer][self.rows, :, :T] = v
+        return super().attend(layer, q, k, v, **options)
+
+
 class DecodeCache:
-    """Prompts, kept once each, and the own tokens of rows that go on from them, one a step.
+    """Prompts, kept once each, and the own tokens of rows that go on from them, one a step. Where
+    prompts of many rows begin alike, that beginning is the prompt here, and what a row's own prompt
+    adds to it are the first of its own tokens (`going_on`).
 
     For each layer: prompt_k, prompt_v [N, G, P, D], of which prompt_lengths [N] are filled; k, v
     [B, G, S, D], of which lengths [B] are. Latents lie in prompt_k and k, [., 1, ., R + L], and
@@ -212,6 +241,13 @@ class DecodeCache:
         self.prompt_lengths[where] = torch.tensor(lengths, device=self.device)
         return where
 
+    def going_on(self, slot: int, length: int, rows: list[int]) -> GoingOnIn:
+        """For one call of `hidden`, whose rows are the first own tokens of these rows, which go on
+        from a slot's prompt of so many tokens, one at least; `start` says how many they are. Not
+        for latents: a prompt's are not expanded here."""
+        assert not self.of_latents and length, (self.of_latents, length)
+        return GoingOnIn(self, slot, length, torch.tensor(rows, device=self.device))
+
     # Rows
 
     def assign(self, prompts: Sequence[int] | np.ndarray) -> None:
@@ -232,9 +268,10 @@ class DecodeCache:
     def new_staging(self, pin_memory: bool) -> torch.Tensor:
         return torch.zeros(self.tiles.shape, dtype=self.tiles.dtype, pin_memory=pin_memory)
 
-    def start(self, rows: torch.Tensor, prompts: torch.Tensor) -> None:
-        """On the device: where rows [B] is True, a row is empty again, on slot prompts [B]."""
-        self.lengths.masked_fill_(rows, 0)
+    def start(self, rows: torch.Tensor, prompts: torch.Tensor, own: torch.Tensor | int = 0) -> None:
+        """On the device: where rows [B] is True, a row is on slot prompts [B], with own [B] tokens
+        of its own."""
+        self.lengths.copy_(torch.where(rows, own, self.lengths))
         self.row_prompt.copy_(torch.where(rows, prompts.to(torch.int64), self.row_prompt))
 
     def advance(self, active: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from backends import BATCH_TOKENS, Facts, Sample, Sampling, continuations, engin
 from costs import gpus
 from costs.flops import estimate_flops
 from distributed import Dist, print0
+from quantisation.linear import n_weights
 from tokenizer import Tokenizer
 from transformers_model import Model
 
@@ -203,9 +204,6 @@ class Local:
         comes once every rank has drawn its share. ValueError where the model gives NaN."""
         tokenizer, dist, n_tokens = self.facts.tokenizer, self.dist, 0
         self._refuse_nan(prompts)
-        longest = max(map(len, prompts), default=1)
-        most = min(_most_new_tokens(sampling), self.facts.context or 2**31)
-        batch_size = batch_size or engine.default_batch_size(self.model, longest, most)
         self._reset_peak()
         start = time.perf_counter()
         seconds, drawn = 0.0, set(done)
@@ -226,6 +224,7 @@ class Local:
                     dist=dist,
                 ),
             )
+            batch_size = job.batch_size
             try:
                 for sample in job:
                     drawn.add((sample.prompt_index, sample.sample_index))
@@ -310,13 +309,6 @@ class Local:
         self._cost, self._flops, self._ran = cost, flops, ran
 
 
-def _most_new_tokens(sampling) -> int:
-    """Of one Sampling, or of the several that one prompt's samples have."""
-    if isinstance(sampling, Sampling):
-        return sampling.max_new_tokens
-    return max(map(_most_new_tokens, sampling))
-
-
 def batch_overhead(model: Model, device: torch.device) -> int:
     """How many tokens one more batch costs, launches and half-filled kernels, next to padding.
 
@@ -324,8 +316,7 @@ def batch_overhead(model: Model, device: torch.device) -> int:
     """
     if device.type == "cpu" or not model.is_native:
         return 128
-    weights = sum(p.numel() for p in model.blocks[0].parameters())
-    return int(min(max(2e10 / weights, 512), 8192))
+    return int(min(max(2e10 / n_weights(model.blocks[0]), 512), 8192))
 
 
 def halve_until_it_fits(score: Callable[[int], T], batch_size: int) -> tuple[T, int]:

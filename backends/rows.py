@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from backends import Sampling
-from backends.kvcache import DecodeCache, pad_rows
+from backends.kvcache import DecodeCache, Filling, GoingOnIn, pad_rows
 from backends.sampling import COLUMNS, sample_tokens, top_logprobs
 from model import GPTModel, inductor_options
 from modeling.attention import attention_without_plans
@@ -33,24 +33,38 @@ PREFILL_TOKENS = 8192  # padded tokens of prompts computed in one call
 
 @dataclass(frozen=True)
 class Capacity:
-    """What an engine has room for: rows at a time, tokens of a prompt and new ones of a sample, and
-    prompts kept at a time (0: one a row)."""
+    """What an engine has room for: rows at a time, tokens of a prompt and new ones of a sample,
+    prompts kept at a time (0: one a row), and how many tokens of its prompt a row keeps itself, the
+    others being those that several prompts begin with (1: the last, the first step's input)."""
 
     rows: int
     prompt_tokens: int
     new_tokens: int
     prompts: int = 0
+    own_prompt_tokens: int = 1
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt whose samples are wanted, and how many of them are not finished; ends: whether a
-    token that ends a text ends them."""
+    """A prompt whose samples are wanted, and how many of them are not finished. shared: how many of
+    its tokens are kept once for all rows whose prompts begin with them; the last one never is.
+    ends: whether a token that ends a text ends them."""
 
     name: Hashable
     prompt: list[int]
     unfinished: int
+    shared: int
     ends: bool = True
+
+    @functools.cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that are kept once."""
+        return tuple(self.prompt[: self.shared])
+
+    @property
+    def own(self) -> list[int]:
+        """What its rows keep themselves before their first step."""
+        return self.prompt[self.shared : -1]
 
 
 @dataclass(eq=False)
@@ -76,7 +90,7 @@ class Sequence:
 # has a sequence, and its parameters; the cache knows its prompt and its length
 STATE = {"token": torch.int64} | dict.fromkeys(("position", "key0", "key1", "active"), torch.int32)
 STATE |= {name: dtype for name, (dtype, _) in COLUMNS.items()}
-STAGED = ("new", "prompt", *STATE)  # what the host sends of a row that changed
+STAGED = ("new", "prompt", "own", *STATE)  # what the host sends of a row that changed
 
 
 def _decode_step(model, cache, state, staged, features):
@@ -90,7 +104,7 @@ def _decode_step(model, cache, state, staged, features):
     new = sent["new"] > 0
     for name in STATE:
         state[name].copy_(torch.where(new, sent[name].to(state[name].dtype), state[name]))
-    cache.start(new, sent["prompt"])
+    cache.start(new, sent["prompt"], sent["own"])
     staged[0].zero_()  # nothing is new in the next step, unless the host says so
     hidden = model.hidden(state["token"][:, None], cache=cache)
     keys = torch.stack((state["key0"], state["key1"]), dim=1)
@@ -131,10 +145,10 @@ class CachedRows:
         B, P = capacity.rows, capacity.prompt_tokens - 1  # the last one is the first step's input
         P = min(-(-P // self.bucket) * self.bucket, model.max_positions)
         longest = capacity.prompt_tokens - 1 + capacity.new_tokens  # the bucket apart
-        slots, S = capacity.prompts or B, capacity.new_tokens
+        slots, S = capacity.prompts or B, capacity.own_prompt_tokens - 1 + capacity.new_tokens
         self.cache = DecodeCache(model, slots, P, B, S, longest)
         self.lag, self.patience = LAG if self.cuda else 0, max(1, B // 16)
-        self.slot_of: dict[Request, int] = {}
+        self.slot_of: dict[tuple[int, ...], int] = {}  # by what is kept there
         self.running: list[Sequence | None] = [None] * B  # on the device
         self.row_prompt = np.zeros(B, dtype=np.int64)
         self.state = {n: torch.zeros(B, dtype=d, device=self.device) for n, d in STATE.items()}
@@ -178,45 +192,65 @@ class CachedRows:
         self._advance = self.graph.replay
 
     def admit(self, rows: list[Sequence | None], waiting: deque[Sequence]) -> None:
-        """Give free rows (None) to waiting sequences; computes prompts not yet in the cache."""
+        """Give free rows (None) to waiting sequences; computes what of their prompts is not yet in
+        the cache."""
         free = deque(i for i, sequence in enumerate(rows) if sequence is None)
-        busy, prompts = len(free) < len(rows), []
+        busy, prefixes, own = len(free) < len(rows), [], []
         while free and waiting:
             request = waiting[0].request
-            if request not in self.slot_of:
-                if busy and not prompts and len(free) < self.patience:
-                    break  # several prompts at once, or for several rows, cost little more than one
-                slot = self._free_slot(rows, request)
+            known = request.prefix in self.slot_of
+            waits = busy and not (prefixes or own) and len(free) < self.patience
+            if waits and (request.own or not known):
+                break  # several prompts at once, or for several rows, cost little more than one
+            if not known:
+                slot = self._free_slot(rows)
                 if slot is None:
                     break
-                self.slot_of[request] = slot
-                prompts.append((slot, request.prompt))
+                self.slot_of[request.prefix] = slot
+                prefixes.append((slot, request.prefix))
+            if request.own:
+                own.append((free[0], request))
             rows[free.popleft()] = waiting.popleft()
-        self._prefill([(slot, ids[:-1]) for slot, ids in prompts if len(ids) > 1])
-        short = [slot for slot, ids in prompts if len(ids) == 1]
-        if short:
-            self.cache.set_lengths(short, [0] * len(short))
+        self._prefill([(slot, ids) for slot, ids in prefixes if ids], self.cache.prompt_len)
+        empty = [slot for slot, ids in prefixes if not ids]
+        if empty:
+            self.cache.set_lengths(empty, [0] * len(empty))
+        for prefix in dict.fromkeys(request.prefix for _, request in own):
+            going_on = [(row, r.own) for row, r in own if r.prefix == prefix]
+            self._prefill(going_on, self.cache.max_len, prefix)
 
-    def _free_slot(self, rows, request):
-        used = {sequence.request for sequence in rows if sequence is not None} | {request}
-        self.slot_of = {r: slot for r, slot in self.slot_of.items() if r in used}
-        taken = set(self.slot_of.values())
-        return next((i for i in range(self.cache.n_prompts) if i not in taken), None)
+    def forget(self) -> None:
+        """What was computed of prompts: no row goes on from any."""
+        self.slot_of.clear()
+
+    def _free_slot(self, rows):
+        """A slot that nothing is in, or else what no row goes on from."""
+        free = set(range(self.cache.n_prompts)) - set(self.slot_of.values())
+        if free:
+            return min(free)
+        used = {sequence.request.prefix for sequence in rows if sequence is not None}
+        unused = next((prefix for prefix in self.slot_of if prefix not in used), None)
+        return None if unused is None else self.slot_of.pop(unused)
 
     @torch.no_grad()
-    def _prefill(self, prompts) -> None:
-        """Keys and values of prompts [(slot, ids)], as many a call as PREFILL_TOKENS allow."""
-        while prompts:
+    def _prefill(self, texts, room: int, prefix: tuple[int, ...] | None = None) -> None:
+        """Keys and values of texts [(place, ids)], as many a call as PREFILL_TOKENS allow, for a
+        place of so much room: a slot, or a row that goes on from `prefix`."""
+        while texts:
             n, T = 0, 0
-            for _, ids in prompts:
+            for _, ids in texts:
                 longer = max(T, -(-len(ids) // self.bucket) * self.bucket)
                 if n and longer * (n + 1) > PREFILL_TOKENS:
                     break
-                n, T = n + 1, min(longer, self.cache.prompt_len)
-            slots, ids = zip(*prompts[:n])
-            prompts = prompts[n:]
+                n, T = n + 1, min(longer, room)
+            places, ids = zip(*texts[:n])
+            texts = texts[n:]
             padded = torch.from_numpy(pad_rows(ids, T)).to(self.device)
-            filling = self.cache.filling(list(slots), list(map(len, ids)))
+            filling: Filling | GoingOnIn
+            if prefix is None:
+                filling = self.cache.filling(list(places), list(map(len, ids)))
+            else:
+                filling = self.cache.going_on(self.slot_of[prefix], len(prefix), list(places))
             with attention_without_plans():
                 self.model.hidden(padded, cache=filling)
 
@@ -232,7 +266,8 @@ class CachedRows:
             self.running[r] = s = rows[r]
             values = {"new": 1}
             if s is not None:
-                self.row_prompt[r] = self.slot_of[s.request]
+                self.row_prompt[r] = self.slot_of[s.request.prefix]
+                values["own"] = len(s.request.own)
                 values |= {"token": s.request.prompt[-1], "active": 1}
                 values |= {"key0": s.key[0], "key1": s.key[1]}
                 values |= {name: getattr(s.sampling, name) for name in COLUMNS}
@@ -249,7 +284,8 @@ class CachedRows:
         i = self.n_steps % len(self.read_ring)
         self._stage(rows, i)
         if not (self.cuda or self.compiled):
-            self.cache.read_at_most(1 + max((s.launched for s in self.running if s), default=0))
+            own = (s.launched + len(s.request.own) for s in self.running if s)
+            self.cache.read_at_most(1 + max(own, default=0))
         self._advance()
         for name, buffer in self.read_ring[i].items():
             buffer.copy_(self.state[name], non_blocking=True)
@@ -285,6 +321,9 @@ class PlainRows:
         for i, sequence in enumerate(rows):
             if sequence is None and waiting:
                 rows[i] = waiting.popleft()
+
+    def forget(self) -> None:
+        """Nothing is kept."""
 
     @torch.no_grad()
     def step(self, rows: list[Sequence | None]) -> int:

@@ -5,10 +5,11 @@
 
 Random weights in bfloat16: Qwen3-30B-A3B, and Mixtral 8x7B with as many of its layers as a card of
 80 GB holds. Three kinds of cases: the experts of one layer alone, by groups and in the plain loop;
-scoring, 8,192 tokens a pass in windows of 2,048, as eval.py does it; generation of 64 samples of
-one prompt. The peer is transformers' model with sdpa and each way that it has of running experts,
-eager and compiled with its loss as one function, and `generate`, with and without a static cache,
-which it compiles. Medians of passes after warm-up; generation is timed the second time.
+scoring, 8,192 and 16,384 tokens a pass in windows of 2,048, as eval.py does it; generation of a
+sample of each of 64 prompts. The peer is transformers' model with sdpa and grouped experts (its
+batched ones copy weights for each token: 1.5 TB of this), eager and compiled with its loss as one
+function, and `generate`, with and without a static cache, which it compiles. Medians of passes
+after warm-up; generation is timed the second time.
 
 The limit is the datasheet's: FLOPs of a pass (attended pairs alone) at the peak for scoring and
 prefill, for a step of decoding what it reads at the full bandwidth: all weights but the experts
@@ -41,12 +42,11 @@ from gpu_kernels.experts import by_groups, by_loop  # noqa: E402
 
 START = time.perf_counter()
 IDEAL = Ceilings(matmul=1.0, attention=1.0, memory=1.0, kernel_seconds=0.0)
-PEER_EXPERTS = ("grouped_mm", "batched_mm")
 
 
 class Size:
     def __init__(self, small: bool):
-        self.batch, self.window = (2, 24) if small else (4, 2048)
+        self.batches, self.window = ((2, 3), 24) if small else ((4, 8), 2048)
         self.prompt, self.new, self.rows = (12, 8, 3) if small else (512, 128, 64)
         self.passes = 2 if small else 7
 
@@ -94,16 +94,16 @@ def layer(c: GPTConfig, size: Size, tokens: int, way, device, gpu) -> dict:
 # Scoring
 
 
-def windows(c: GPTConfig, size: Size, device) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(c: GPTConfig, size: Size, batch: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, c.vocab_size, (size.batch, size.window + 1), generator=g).to(device)
+    ids = torch.randint(0, c.vocab_size, (batch, size.window + 1), generator=g).to(device)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def scored(c: GPTConfig, size: Size, gpu, run) -> dict:
+def scored(c: GPTConfig, size: Size, batch: int, gpu, run) -> dict:
     took = seconds_of(run, size.passes)
-    flops = estimate_flops(c, size.batch, size.window)["forward_causal"]
-    result = {"tokens_per_s": size.batch * size.window / took, "ms": took * 1e3}
+    flops = estimate_flops(c, batch, size.window)["forward_causal"]
+    result = {"tokens_per_s": batch * size.window / took, "ms": took * 1e3}
     result["share_of_limit"] = flops / gpu.bf16_flops / took
     if torch.cuda.is_available():
         result["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
@@ -111,22 +111,22 @@ def scored(c: GPTConfig, size: Size, gpu, run) -> dict:
 
 
 @torch.no_grad()
-def score_ours(model, size: Size, gpu, compiled: bool) -> dict:
-    inputs, targets = windows(model.config, size, model.device)
+def score_ours(model, size: Size, batch: int, gpu, compiled: bool) -> dict:
+    inputs, targets = windows(model.config, size, batch, model.device)
     nll = scoring.nll_function(model, compiled)
-    return scored(model.config, size, gpu, lambda: nll(inputs, targets, None))
+    return scored(model.config, size, batch, gpu, lambda: nll(inputs, targets, None))
 
 
 @torch.no_grad()
-def score_peer(model, c: GPTConfig, size: Size, gpu, compiled: bool) -> dict:
-    inputs, targets = windows(c, size, model.device)
+def score_peer(model, c: GPTConfig, size: Size, batch: int, gpu, compiled: bool) -> dict:
+    inputs, targets = windows(c, size, batch, model.device)
 
     def loss(ids, wanted):
         logits = model(ids, use_cache=False).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
 
     run = torch.compile(loss) if compiled else loss
-    return scored(c, size, gpu, lambda: run(inputs, targets))
+    return scored(c, size, batch, gpu, lambda: run(inputs, targets))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -134,28 +134,28 @@ def score_peer(model, c: GPTConfig, size: Size, gpu, compiled: bool) -> dict:
 
 
 def generated(c: GPTConfig, size: Size, gpu, tokens_per_s: float) -> dict:
-    """With what the datasheet would let a prefill of the prompt and all steps take."""
+    """With what the datasheet would let a prefill of the prompts and all steps take."""
     setup = Setup(training=False, dtype="bf16")
     middle = size.prompt + size.new // 2
-    first = pass_seconds(c, gpu, 1, size.prompt, size.prompt, setup, True, IDEAL)["seconds"]
+    first = pass_seconds(c, gpu, size.rows, size.prompt, size.prompt, setup, True, IDEAL)
     step = pass_seconds(c, gpu, size.rows, 1, middle, setup, True, IDEAL)["seconds"]
-    limit = size.rows * size.new / (first + size.new * step)
+    limit = size.rows * size.new / (first["seconds"] + size.new * step)
     return {"tokens_per_s": tokens_per_s, "share_of_limit": tokens_per_s / limit}
 
 
 def generate_ours(model, size: Size, gpu, compiled: bool) -> dict:
     g = np.random.default_rng(0)
-    prompts = g.integers(0, model.config.vocab_size, (1, size.prompt)).tolist()
-    limits = np.full((1, size.rows), size.new)
-    options = dict(n_samples=size.rows, batch_size=size.rows, compile=compiled, units=[range(1)])
+    prompts = g.integers(0, model.config.vocab_size, (size.rows, size.prompt)).tolist()
+    limits = np.full((size.rows, 1), size.new)
+    units = [range(size.rows)]
+    options = dict(n_samples=1, batch_size=size.rows, compile=compiled, units=units)
     found = measure(model, prompts, limits, Sampling(temperature=0.8, top_p=0.95), **options)
     return found | generated(model.config, size, gpu, found["tokens_per_s"])
 
 
 def generate_peer(model, c: GPTConfig, size: Size, gpu, static: bool) -> dict:
     g = np.random.default_rng(0)
-    ids = torch.tensor(g.integers(0, c.vocab_size, (1, size.prompt)), device=model.device)
-    ids = ids.expand(size.rows, -1).contiguous()
+    ids = torch.tensor(g.integers(0, c.vocab_size, (size.rows, size.prompt)), device=model.device)
     options = dict(do_sample=True, temperature=0.8, top_p=0.95, top_k=0, pad_token_id=0)
     options |= dict(attention_mask=torch.ones_like(ids), eos_token_id=None)
     options |= dict(max_new_tokens=size.new, min_new_tokens=size.new)
@@ -173,12 +173,14 @@ def generate_peer(model, c: GPTConfig, size: Size, gpu, static: bool) -> dict:
 # ---------------------------------------------------------------------------------------------
 
 
-def peer_model(c: GPTConfig, experts: str, device):
+def peer_model(c: GPTConfig, device, attention: str = "sdpa"):
+    """transformers' model of random weights."""
     import transformers
 
     values = config_to_hf(c.replace(dropout=0.0))
     hf = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    ways = {"attn_implementation": "sdpa", "experts_implementation": experts}
+    ways = {"attn_implementation": attention}
+    ways |= {"experts_implementation": "grouped_mm"} if c.n_experts else {}
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16, **ways)
     return model.eval()
@@ -198,7 +200,7 @@ def cases(small: bool, size: Size, device, gpu):
         return held["model"]
 
     for name, c in shapes(small).items():
-        for tokens in (size.batch * size.window, size.rows):
+        for tokens in (size.batches[0] * size.window, size.rows):
             for way in (by_groups, by_loop):
                 args = c, size, tokens, way, device, gpu
                 yield f"{name}: layer, {tokens} tokens, {way.__name__}", lambda a=args: layer(*a)
@@ -208,22 +210,24 @@ def cases(small: bool, size: Size, device, gpu):
 
         for mode in (False, True):
             word = "compiled" if mode else "eager"
-            yield f"{name}: scoring, {word}", lambda m=mode: score_ours(ours(), size, gpu, m)
+            for b in size.batches if mode else size.batches[:1]:
+                label = f"{name}: scoring, {b * size.window} tokens, {word}"
+                yield label, lambda m=mode, b=b: score_ours(ours(), size, b, gpu, m)
             yield f"{name}: generation, {word}", lambda m=mode: generate_ours(ours(), size, gpu, m)
-        for experts in PEER_EXPERTS:
 
-            def peer(c=c, key=(name, experts), experts=experts):
-                return once(key, lambda: peer_model(c, experts, device))
+        def peer(c=c, name=name):
+            return once((name, "peer"), lambda: peer_model(c, device))
 
-            def compared(run, mode, c=c, peer=peer):
-                return lambda: run(peer(), c, size, gpu, mode)
+        def compared(run, *how, c=c, peer=peer):
+            return lambda: run(peer(), c, size, *how)
 
-            label = f"{name}: transformers {experts}"
-            if experts == "grouped_mm":  # the other makes a copy of weights for each token
-                yield f"{label}, scoring, eager", compared(score_peer, False)
-                yield f"{label}, scoring, compiled", compared(score_peer, True)
-            yield f"{label}, generation", compared(generate_peer, False)
-            yield f"{label}, generation, static cache", compared(generate_peer, True)
+        label, (few, many) = f"{name}: transformers", size.batches
+        for b, mode in ((few, False), (few, True), (many, True)):
+            word = "compiled" if mode else "eager"
+            how = score_peer, b, gpu, mode
+            yield f"{label}, scoring, {b * size.window} tokens, {word}", compared(*how)
+        yield f"{label}, generation", compared(generate_peer, gpu, False)
+        yield f"{label}, generation, static cache", compared(generate_peer, gpu, True)
     held.clear()
 
 
@@ -245,6 +249,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--small", action="store_true", help="tiny shapes: does every case run?")
     p.add_argument("--only", default="", help="cases whose name contains this")
+    p.add_argument("--skip", default="nothing", help="cases whose name contains this")
     p.add_argument("--budget", type=float, default=540, help="seconds after which no case starts")
     args = p.parse_args(argv)
     device = "cpu" if args.small and not torch.cuda.is_available() else "cuda"
@@ -254,7 +259,7 @@ def main(argv=None):
     gpu, size = find_gpu(name), Size(args.small)
     report = {"gpu": name, "torch": torch.__version__, "small": args.small, "cases": {}}
     for case, run in cases(args.small, size, device, gpu):
-        if args.only not in case or time.perf_counter() - START > args.budget:
+        if args.only not in case or args.skip in case or time.perf_counter() - START > args.budget:
             continue
         try:
             result = run()

@@ -5,10 +5,10 @@
 
 A 7B Llama shape in bfloat16 with random weights, written once under --work with the tokenizer's
 files and no end-of-text token; prompts of some 512 tokens, 128 new ones, greedy. The same requests
-in a closed loop of 1, 8, 64 and 256 clients (scripts/serve_bench.py), two for each and four at least;
-the engine draws what 256 clients ask for. The peer runs with continuous batching and needs fastapi
-and uvicorn, serve.py starlette and uvicorn. Each part has --budget seconds: no load starts after
-them. A part that fails is reported and the others go on.
+in a closed loop of 1, 8, 64 and 256 clients (scripts/serve_bench.py), two for each and four at
+least; the engine draws what 256 clients ask for. The peer runs with continuous batching and needs
+fastapi and uvicorn, serve.py starlette and uvicorn. Each part has --budget seconds: no load starts
+after them. A part that fails is reported and the others go on.
 """
 
 import argparse

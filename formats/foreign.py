@@ -26,15 +26,19 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("those of layer norms, as StableLM has them", r"layers\.\d+\.input_layernorm\.bias", ""),
     ("those of a model with a part for images", r"(^|\.)(vision_tower|visual|vision_model)\.", ""),
 )
-# Who made numbers of fewer bits and scales of weights, by what is beside or in place of these
+# Who made numbers of fewer bits and scales of weights, by what is beside or in place of these. Most
+# are read where a directory's config.json says how it was done
+UNSAID = (
+    ", and not all is there that reads them: a config.json whose quantization_config says how, "
+)
+UNSAID += "and codes and scales of every matrix"
 QUANTISED = {
-    r"\.weight_scale_inv$": "FP8 with a scale for each block: cast it to bfloat16 first, as "
-    "DeepSeek-V3's fp8_cast_bf16.py does",
-    r"\.weight\.(absmax|quant_)|\.SCB$": "bitsandbytes: name the original",
-    r"\.(qweight|qzeros)$": "GPTQ or AWQ: name the original",
+    r"\.weight_scale_inv$": "FP8 with a scale for each block" + UNSAID,
+    r"\.weight\.(absmax|quant_)|\.SCB$": "bitsandbytes" + UNSAID,
+    r"\.(qweight|qzeros)$": "GPTQ or AWQ" + UNSAID,
     r"_proj_(blocks|scales)$": "MXFP4: name a copy in bfloat16",
-    r"\.(weight|input)_(packed|scale|scale_2|zero_point)$": "compressed-tensors or ModelOpt: name "
-    "the original",
+    r"\.(weight|input)_scale_2$": "ModelOpt: name the original",
+    r"\.(weight|input)_(packed|scale|zero_point)$": "compressed-tensors or ModelOpt" + UNSAID,
 }
 DEEPSPEED = "a directory of DeepSpeed's without the directory of a tag, such as global_step100"
 MEGATRON = "a directory of Megatron's without the directory of an iteration, such as iter_0001000"

@@ -9,13 +9,14 @@ Quantised tensors are unpacked to float32 as they are read, bit for bit as the r
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from config import GPTConfig
-from formats import Opened, blocks, dialects, gguf_file, shown
+from formats import Opened, blocks, dialects, gguf_file, quantised, shown
 from formats.gguf_config import ARCHITECTURES, Architecture, architecture, config_of
 from formats.gguf_file import Container, Entry
 from formats.stored import Stored, whole
@@ -65,6 +66,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         raise ValueError(f"{path} is of the architecture {name!r:.60}, which is not read from GGUF")
     about, problem = architecture(metadata, name), ""
     tensors = _without_guesses(_tensors(held, path))
+    quantisation = _quantisation(tensors)
     if config is None:
         try:
             config = config_of(metadata, name, tensors)
@@ -88,7 +90,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         files=tuple(container.path for container in held),
         config=config,
         problem=problem,
-        facts={key: i for key, i in ids.items() if type(i) is int},
+        facts={key: i for key, i in ids.items() if type(i) is int} | quantisation,
         rearranged=about.paired,
         tokenizer=held[0].path if "tokenizer.ggml.tokens" in metadata else None,
     )
@@ -171,6 +173,17 @@ def _stored(path: Path, name: str, entry: Entry) -> tuple[Stored, int]:
 
 def _packed(stored: Stored, how: blocks.Blocks) -> Stored:
     return stored._replace(pieces=tuple(p._replace(blocks=how) for p in stored.pieces))
+
+
+def _quantisation(tensors: dict[str, Stored]) -> dict[str, Any]:
+    """What a record says of tensors in blocks; nothing where there are none."""
+    found = [(piece.blocks, t) for t in tensors.values() for piece in t.pieces if piece.blocks]
+    if not found:
+        return {}
+    rules = Counter(f"gguf-{packed.name}" for packed, _ in found)
+    sizes = [(packed, math.prod(stored.shape)) for packed, stored in found]
+    weight_bytes = sum(packed.size_of(numbers) for packed, numbers in sizes)
+    return {"quantisation": quantised.cost(rules, weight_bytes, sum(n for _, n in sizes))}
 
 
 def _less_one(stored: Stored) -> Stored:

@@ -10,13 +10,14 @@ alone is pt_files.py's: only its contents tell what it is.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import GPTConfig, read_json
 from families.convert import config_to_hf
 from families.llama import UnsupportedArchitecture
-from formats import Opened, layouts, naming, shown, tensorfiles
+from formats import Opened, layouts, naming, quantised, shown, tensorfiles
 from formats.stored import Stored
 from inputs import read_object
 from packed import require_file
@@ -32,7 +33,8 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id")
 
 def weight_file(directory: Path) -> Path | None:
     """The file of weights, or the index of its shards, whatever is the matter with it."""
-    there = (directory / name for name in WEIGHT_FILES)
+    there = [directory / name for name in WEIGHT_FILES]
+    there += sorted(directory.glob("gptq_model-*bit-*.safetensors"))  # AutoGPTQ's
     return next((file for file in there if os.path.lexists(file)), None)
 
 
@@ -54,9 +56,25 @@ def glance(path: Path) -> tuple[str, int | None]:
     return "huggingface" if (path / "config.json").is_file() else "weights", None
 
 
-def open(path: Path, config: GPTConfig | None = None) -> Opened:
-    """The headers of all shards, and config.json."""
+Table = dict[str, Stored]
+
+
+def open(
+    path: Path,
+    config: GPTConfig | None = None,
+    dense: Callable[[Table, quantised.Settings], tuple[Table, dict[str, Any]]] | None = None,
+    format: str = FORMAT,
+) -> Opened:
+    """The headers of all shards, and config.json. dense: for a format that knows how the weights
+    were quantised, the table with one tensor for each matrix, and facts."""
     refuse_strange_files(path)
+    settings = quantised.settings_of(path) if os.path.isdir(path) else None
+    if settings is not None and dense is None:
+        read = "GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes"
+        raise ValueError(
+            f"{settings.file}: the model is quantised ({settings.method}), which is not read (read "
+            f"are {read}): name the original"
+        )
     index = weight_file(path)
     if index is None:
         files, shards = [], complete(loose_shards(path), path)
@@ -70,19 +88,24 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         table = _table(index)
     if not table:
         raise ValueError(f"{path} holds no tensors")
+    facts = {}
+    if settings is not None and dense is not None:
+        table, facts = dense(table, settings)
+        beside = settings.file.name != "config.json" and bool(facts)
+        files += [settings.file] if beside else []
     said = config_beside(path, config, table)
     tensors, layout = naming.identify(table, said.model_types)
     return Opened(
         path=path,
-        kind=glance(path)[0],
-        format=FORMAT,
+        kind=facts["method"] if facts else glance(path)[0],
+        format=format,
         tensors=tensors,
         layout=layout,
         files=(*sorted([*files, *shards]), *said.files),
         config=said.config,
         problem=said.problem,
         native=said.native,
-        facts=said.token_ids,
+        facts=said.token_ids | ({"quantisation": facts} if facts else {}),
     )
 
 

@@ -33,6 +33,7 @@ def inspect(ckpt: "Checkpoint") -> dict[str, Any]:
         "loss": ckpt.facts.get("loss"),
         "left_out": ckpt.facts.get("left_out"),
         "parameters": sum(sizes.values()),
+        "quantisation": ckpt.facts.get("quantisation"),
         "dtypes": sorted({kind for t in ckpt.tensors.values() for kind in t.kinds}),
         "layout": ckpt.layout,
         "tokenizer": ckpt.tokenizer and str(ckpt.tokenizer),

@@ -172,6 +172,7 @@ def check_sizes(
 ) -> None:
     """ValueError with the fields of a config that the tensors contradict. A model of a million
     layers is not even begun."""
+    _refuse_quantised(tensors, path)
     found: dict[str, int] = sizes(tensors, layout)
     if config.position != "learned":
         found.pop("max_position_embeddings", None)
@@ -195,13 +196,17 @@ def check_sizes(
         raise ValueError(f"{path}: {'; '.join([*wrong, hint] if hint else wrong)}")
 
 
+def _refuse_quantised(tensors: dict[str, Stored], path: Path) -> None:
+    if how := foreign.quantised(tensors):
+        raise ValueError(f"{path} holds weights quantised by {how}")
+
+
 def check_fits(
     model: GPTModel, tensors: dict[str, Stored], layout: str | None, path: Path, hint: str = ""
 ) -> None:
     """Every tensor of a GPTModel, of its shape and a float type, and no others; ValueError says
     which, and `hint`. Before anything is allocated on the word of a config."""
-    if how := foreign.quantised(tensors):
-        raise ValueError(f"{path} holds weights quantised by {how}")
+    _refuse_quantised(tensors, path)
     if layout is not None:
         check_sizes(model.config, tensors, layout, path, hint)
     layout = layout or "native"

@@ -6,10 +6,15 @@ from types import ModuleType
 
 from formats import (
     adapters,
+    awq,
+    bitsandbytes,
+    compressed,
     dcp,
     dcp_safetensors,
     deepspeed,
+    fp8,
     gguf,
+    gptq,
     huggingface,
     lightning,
     litgpt,
@@ -23,7 +28,8 @@ from formats import (
     pt_files,
 )
 
-READERS: tuple[ModuleType, ...] = (native, dcp_safetensors, huggingface, litgpt, olmo_core)
+READERS: tuple[ModuleType, ...] = (native, dcp_safetensors)
+READERS += (gptq, awq, compressed, fp8, bitsandbytes, huggingface, litgpt, olmo_core)
 READERS += (megatron, dcp, deepspeed, meta, lightning, llama2c, llmc, gguf, nanochat)
 READERS += (pt_files, adapters)
 

@@ -11,7 +11,8 @@
 
 Bytes are read, not mapped, so a file that shrinks meanwhile is an error, not a SIGBUS (tensors
 whose rows do not lie in one piece, which are rare, excepted). A piece whose numbers lie packed in
-blocks (formats/blocks.py) is unpacked as it is read. Of torch only.
+blocks (formats/blocks.py) is unpacked as it is read, and so is a matrix whose codes are one tensor
+and whose scales are another (formats/quantised.py). Of torch only.
 """
 
 import math
@@ -19,7 +20,7 @@ import mmap
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -56,16 +57,33 @@ class Piece(NamedTuple):
         return numbers * dtype.itemsize if isinstance(dtype, torch.dtype) else 0
 
 
+Box = tuple[tuple[slice, ...], torch.Tensor]  # where in a tensor, and its numbers there
+
+
+class Packed(Protocol):
+    """How several tensors say one together."""
+
+    @property
+    def rule(self) -> str:
+        """Who made its numbers, and how: "gptq-w4-g128-sym"."""
+
+    def bands(self) -> Iterator[Box]:
+        """All its numbers in float32, some rows or columns at a time."""
+
+
 class Stored(NamedTuple):
     """A tensor in files, whole or in pieces that tile it. It holds no memory and no open file."""
 
     dtype: torch.dtype | str  # a str: one that torch has no use for here
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    packed: Packed | None = None  # then the pieces are those of all tensors that say it
 
     @property
     def kinds(self) -> set[str]:
-        """How its numbers lie there: "bfloat16", or blocks by their name."""
+        """How its numbers lie there: "bfloat16", or blocks or a rule by their name."""
+        if self.packed is not None:
+            return {self.packed.rule}
         plain = str(self.dtype).removeprefix("torch.")
         return {piece.blocks.name if piece.blocks else plain for piece in self.pieces} or {plain}
 
@@ -135,6 +153,7 @@ def _overlapping(pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, Piece]]:
 
 def rows(stored: Stored, runs: Iterable[range]) -> Stored:
     """The rows (places along the first dimension) of `runs`, one after the other."""
+    assert stored.packed is None, "a matrix of several tensors is read whole"
     pieces, base = [], 0
     for run in runs:
         assert run.step > 0 and (not run or 0 <= run[0] <= run[-1] < stored.shape[0]), run
@@ -278,22 +297,21 @@ class Staging:
         return self.memory[:size]
 
 
-def read(
-    stored: Stored, staging: Staging | None = None
-) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+def read(stored: Stored, staging: Staging | None = None) -> Iterator[Box]:
     """(where, values) over a stored tensor, so that `t[where] = values` fills one of its shape; at
     most READ_BYTES at a time, unless a row has more. The values last until the next step, and
     with a staging of the caller's no longer than its next use."""
     assert isinstance(stored.dtype, torch.dtype), "check_fits refuses what torch has no use for"
+    if stored.packed is not None:
+        yield from stored.packed.bands()
+        return
     staging = staging or Staging()
     for piece in stored.pieces:
         if math.prod(piece.shape):
             yield from _read_piece(piece, stored.dtype, staging)
 
 
-def _read_piece(
-    piece: Piece, dtype: torch.dtype, staging: Staging
-) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+def _read_piece(piece: Piece, dtype: torch.dtype, staging: Staging) -> Iterator[Box]:
     shape = piece.shape or (1,)
     packed = _packed(shape)
     strides = piece.strides or packed
@@ -381,6 +399,7 @@ def equal(a: Stored, b: Stored) -> bool:
         return True
     if (a.shape, a.dtype) != (b.shape, b.dtype) or a.dtype not in FLOATS:
         return False
-    if [(p.start, p.shape) for p in a.pieces] != [(p.start, p.shape) for p in b.pieces]:
+    cuts = [[(p.start, p.shape) for p in stored.pieces] for stored in (a, b)]
+    if a.packed or b.packed or cuts[0] != cuts[1]:
         return torch.equal(read_whole(a), read_whole(b))
     return all(torch.equal(x, y) for (_, x), (_, y) in zip(read(a), read(b), strict=True))

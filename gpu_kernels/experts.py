@@ -82,20 +82,50 @@ def by_expert(chosen: Tensor, n_experts: int, align: int = 1) -> tuple[Tensor, T
     where each expert's rows end, and the row of each choice. align: each has a multiple of so many
     rows; those added hold token 0, and nothing looks at them."""
     K = chosen.shape[1]
-    experts, choices = chosen.flatten().sort(stable=True)
-    every = torch.arange(n_experts, device=chosen.device)
+    narrow = torch.uint8 if n_experts <= 256 else torch.int16  # sorted in one pass over them
+    experts, choices = chosen.flatten().to(narrow).sort(stable=True)
+    every = torch.arange(n_experts, dtype=narrow, device=chosen.device)
     ends = torch.searchsorted(experts, every, right=True)
     rows, tokens = torch.arange(len(choices), device=chosen.device), choices // K
     if align > 1:
         counts = ends.diff(prepend=ends.new_zeros(1))
         room = -(-counts // align) * align
         begins = room.cumsum(0) - room
-        rows = rows + (begins - (ends - counts))[experts]
+        rows = rows + (begins - (ends - counts))[experts.long()]
         most = -(-(len(choices) + n_experts * (align - 1)) // align) * align
         tokens = tokens.new_zeros(most).scatter(0, rows, tokens)
         ends = torch.cat((begins[1:], ends.new_full((1,), most)))  # the last takes what is left
     place = torch.empty_like(choices).scatter(0, choices, rows)
     return tokens, ends, place.view_as(chosen)
+
+
+@functools.cache
+def _spread_kernel():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def spread(x, place, out, C, K: tl.constexpr, BLOCK: tl.constexpr):
+        """One program BLOCK channels of a token: read once, written to each of its K places."""
+        token = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < C
+        values = tl.load(x + token * C + column, mask=inside)
+        for k in range(K):
+            row = tl.load(place + token * K + k)
+            tl.store(out + row * C + column, values, mask=inside)
+
+    return spread
+
+
+def spread(x: Tensor, place: Tensor) -> Tensor:
+    """[N * K, C] on CUDA, in which x[n] of x [N, C] stands at each place[n] of place [N, K]."""
+    (N, C), K = x.shape, place.shape[1]
+    x, out = x.contiguous(), x.new_empty(N * K, C)
+    if N:
+        block = min(2048, 1 << (C - 1).bit_length())
+        _spread_kernel()[(N, -(-C // block))](x, place, out, C, K=K, BLOCK=block, num_warps=4)
+    return out
 
 
 def by_groups(
@@ -110,7 +140,8 @@ def by_groups(
     """`through_experts` in two grouped products."""
     tokens, ends, place = by_expert(chosen, len(fc1), align)
     ends = ends.int()
-    h = F.grouped_mm(x[tokens], fc1.transpose(-2, -1), offs=ends)
+    rows = x[tokens] if align > 1 or not x.is_cuda else spread(x, place)
+    h = F.grouped_mm(rows, fc1.transpose(-2, -1), offs=ends)
     y = F.grouped_mm(activate(h, activation, gated), fc2.transpose(-2, -1), offs=ends)
     return y, place
 

@@ -26,6 +26,11 @@ from gpu_kernels.experts import through_experts
 class Linear(nn.Linear):
     """nn.Linear that takes its input in any dtype: the weight's dtype decides."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its product, outside autocast."""
+        return self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):  # which casts x itself, without a detour
             x = x.to(self.weight.dtype)
@@ -43,12 +48,12 @@ class MLP(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of its products, outside autocast."""
-        return self.fc1.weight.dtype
+        return self.fc1.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         c, fc1 = self.config, self.fc1
         fused = c.activation == "gelu_new" and c.mlp_bias and not c.gated_mlp
-        if fused and x.is_cuda and _is_half(fc1.weight):
+        if fused and x.is_cuda and isinstance(fc1, Linear) and _is_half(fc1.weight):
             # cuBLAS applies bias and tanh GELU before it writes the product: one pass less
             rows = x.to(fc1.weight.dtype).flatten(0, -2)
             h = torch._addmm_activation(fc1.bias, rows, fc1.weight.t(), use_gelu=True)
@@ -97,7 +102,12 @@ class Router(nn.Module):
         return weights * c.router_scale, chosen, logits
 
     def _logits(self, x: Tensor) -> Tensor:
-        """A rounded logit could choose another expert: float32, whatever the products are in."""
+        """A rounded logit could choose another expert: float32, whatever the products are in. Those
+        of numbers of 16 bits are exact, and tensor cores add them up in float32."""
+        halves = x.dtype == self.weight.dtype != torch.float32
+        if x.is_cuda and halves and not torch.is_grad_enabled():
+            logits = torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+            return logits if self.bias is None else logits + self.bias.float()
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias)

@@ -22,4 +22,5 @@ if [ ! -d "$at/venv" ]; then
     git -C "$at/nanochat" checkout -q ccf4b7f
 fi
 ORACLES="$at" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 "$at/venv/bin/python" tests/fixtures/make_trained.py "$@"
+bash scripts/oracles_quantised.sh
 [ -z "${ROSEVAL_DATA:-}" ] || "$at/venv/bin/python" tests/fixtures/make_llama_cpp.py

@@ -234,7 +234,7 @@ class Service:
             room = self.capacity.prompt_tokens + 1 - len(job.prompt)
             new_tokens = min(asked.sampling.max_new_tokens, room)
             sampling = replace(asked.sampling, max_new_tokens=new_tokens)
-            self.engine.submit(job, job.prompt, sampling, range(asked.n), job.key, asked.ends)
+            self.engine.submit(job, job.prompt, sampling, range(asked.n), job.key, ends=asked.ends)
             self._drawing.add(job)
 
     def _drop(self, job: Job) -> None:

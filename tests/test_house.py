@@ -27,18 +27,21 @@ FLOORS = [
     "formats/vocabularies",
     "families/convert",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
-    "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts sandbox/kinds "
+    "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
+    "gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
     "formats modeling/rotary modeling/mlp modeling/norms endpoints",
-    "modeling/attention quantisation/codes endpoints/timing endpoints/client endpoints/answers "
-    "endpoints/prompts endpoints/kinds endpoints/completions endpoints/chats endpoints/native "
-    "endpoints/probing",
+    "modeling/attention quantisation/codes quantisation/linear endpoints/timing endpoints/client "
+    "endpoints/answers endpoints/prompts endpoints/kinds endpoints/completions endpoints/chats "
+    "endpoints/native endpoints/probing",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/symbols costs/flops costs/memory costs/time "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
-    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming model",
+    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming "
+    "formats/quantised model",
     "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
+    "formats/gptq formats/awq formats/compressed formats/fp8 formats/bitsandbytes "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
@@ -82,6 +85,7 @@ LONG_FILES: dict[str, str] = {
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "gpu_kernels/decode_attention._kernel": "one Triton kernel: it cannot be cut",
+    "gpu_kernels/low_bit_matmul._matmul_kernel": "one Triton kernel: it cannot be cut",
 }
 MANY_PARAMETERS: dict[str, str] = {
     "modeling/attention.attend": "the terms of attention itself",

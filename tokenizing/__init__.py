@@ -1,0 +1,1 @@
+"""The back rooms of tokenizer.py: byte-level BPE, chat templates."""

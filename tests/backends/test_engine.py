@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from test_sampling import exact_distribution
 
 from backends import Sampling
-from backends.engine import Capacity, Engine, generate, plan_units
+from backends.engine import Capacity, Engine, generate, plan_units, shared_tokens
 from checkpoint import load_model
 from tokenizer import HuggingFaceTokenizer, build_tokenizer
 from transformers_model import TransformersModel
@@ -92,6 +92,49 @@ def test_samples_of_a_prompt_share_it_and_are_right(n_samples, batch_size):
     for (i, _), sample in samples.items():
         assert sample.token_ids == plain_greedy(model, prompts[i], 9)
     assert len(samples) == len(prompts) * n_samples
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n_samples,batch_size", [(1, 5), (2, 64)])
+def test_what_prompts_begin_with_is_kept_once(shape, n_samples, batch_size):
+    """Two sets of examples before many questions each, and prompts that begin with neither: the
+    same tokens as alone, and rows that keep no more than what is theirs."""
+    g = np.random.default_rng(3)
+    model = small_model(max_position_embeddings=128, **SHAPES[shape])
+    begins = [g.integers(0, 257, 62).tolist(), g.integers(0, 257, 45).tolist()]
+    prompts = [begins[i % 2] + g.integers(0, 257, 1 + i % 7).tolist() for i in range(40)]
+    prompts += [g.integers(0, 257, n).tolist() for n in (1, 30, 69)]
+    shared = shared_tokens(model, prompts, n_samples)
+    assert shared[:40:2] == [62] * 20 and shared[1:40:2] == [45] * 20
+    assert shared[40:] == [0, 29, 68]
+    assert shared_tokens(model, prompts, 50) == [len(p) - 1 for p in prompts]
+    options = {"n_samples": n_samples, "batch_size": batch_size, "temperature": 0.7}
+    limits = g.integers(1, 12, len(prompts)).tolist()
+    samples = draw(model, prompts, max_new_tokens=limits, **options)
+    assert len(samples) == len(prompts) * n_samples
+    for i in range(0, len(prompts), 3):  # one at a time, nothing is shared
+        alone = draw(
+            model, [prompts[i]], max_new_tokens=limits[i], keys=[i], **options | {"batch_size": 1}
+        )
+        for s in range(n_samples):
+            assert samples[i, s].token_ids == alone[0, s].token_ids, i
+
+
+def test_a_beginning_is_computed_once(monkeypatch):
+    """... and the room for it is that of one prompt, however many go on from it."""
+    model, seen = small_model(max_position_embeddings=128), []
+    prompts = [[7] * 80 + [i, i + 1] for i in range(30)]
+    hidden = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda ids, **kw: seen.append(tuple(ids.shape)) or hidden(ids, **kw)
+    )
+    samples = draw(model, prompts, max_new_tokens=4, batch_size=8)
+    assert seen.count((1, 80)) == 8 and not [shape for shape in seen if shape[1] > 80]  # units
+    assert {shape[1] for shape in seen} == {80, 1}
+    for i in (0, 29):
+        assert samples[i, 0].token_ids == plain_greedy(
+            small_model(max_position_embeddings=128), prompts[i], 4
+        )
 
 
 def hf_model(kind):

@@ -196,20 +196,26 @@ def test_malformed_values(name, changes, what):
         config_from_hf({"model_type": name} | changes)
 
 
-def test_weights_in_fp8_with_a_scale_for_each_block_are_refused(pairs, tmp_path):
-    """DeepSeek-V3's and Kimi-K2's releases."""
+def test_weights_in_fp8_with_a_scale_for_each_block(pairs, tmp_path):
+    """DeepSeek-V3's and Kimi-K2's releases; without the config that says so nobody knows."""
     from safetensors.torch import load_file, save_file
 
     _, folder, ours = pairs("deepseek_v3", 0)
     state = load_file(folder / "model.safetensors")
-    for key in [key for key in state if "proj" in key]:
+    plain = dict(state)
+    for key in [key for key in state if "proj" in key and state[key].dim() == 2]:
         state[key] = state[key].to(torch.float8_e4m3fn)
-        state[f"{key}_scale_inv"] = torch.ones(1, 1)
+        state[f"{key}_scale_inv"] = torch.full((1, 1), 0.5)
+        plain[key] = state[key].float() * 0.5
     save_file(state, tmp_path / "model.safetensors")
     values = json.loads((folder / "config.json").read_text())
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    for said in ({"quantization_config": fp8}, {}):
-        (tmp_path / "config.json").write_text(json.dumps(values | said))
-        for config in (None, ours.config):
-            with pytest.raises(ValueError, match="quantised by FP8 with a scale for each block"):
-                checkpoint.load_model(tmp_path, config=config)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": fp8}))
+    loaded = checkpoint.load_model(tmp_path, "float32").state_dict()
+    save_file(plain, folder / "model.safetensors")
+    wanted = checkpoint.load_model(folder, "float32").state_dict()
+    assert all(torch.equal(loaded[name], t) for name, t in wanted.items())
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for config in (None, ours.config):
+        with pytest.raises(ValueError, match="quantised by FP8 with a scale for each block"):
+            checkpoint.load_model(tmp_path, config=config)

@@ -125,6 +125,9 @@ def make_good(folder: Path) -> dict[str, Path]:
     )
     shutil.copytree(ROOT / "tests/fixtures/trained/nanochat", folder / "nanochat")
     good["nanochat"] = folder / "nanochat/model_000010.pt"
+    for name in ("gptq-4bit-v2-act-order", "compressed-packed", "bnb-4bit"):
+        good[name] = folder / f"{name}/checkpoint-10"
+        shutil.copytree(ROOT / "tests/fixtures/quantised" / name / "model", good[name])
     config = CONFIGS["llama"]
     theirs = megatron_files.core_state(make_model(config))
     good["megatron"] = megatron_files.ranks(folder / "megatron", theirs, config, 2, 1)

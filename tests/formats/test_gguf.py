@@ -582,3 +582,10 @@ def test_evaluated_and_trained_on(tmp_path, data_dir):
     options += ["--checkpoint-path", folder, "--device", "cpu", "--save-steps", 1]
     torchrun(0, "train.py", "--init-from", path, *options)
     assert checkpoint.list_checkpoints(folder)[-1].step == 1
+
+
+def test_a_record_says_how_its_numbers_lie(tmp_path):
+    path, _ = quantised(tmp_path / "a.gguf", "Q4_0")
+    said = checkpoint.open(path).describe()["quantisation"]
+    assert said["rule"] == "gguf-Q4_0" and said["bits_per_weight"] == 8 * 18 / 32
+    assert said["weight_bytes"] * 8 % 18 == 0 and said["matrices"] > 2

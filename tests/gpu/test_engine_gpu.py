@@ -14,7 +14,7 @@ import torch
 from builders import tiny_model
 
 from backends import Sampling, rows, sampling
-from backends.engine import Capacity, Engine, generate
+from backends.engine import Capacity, Engine, generate, shared_tokens
 from gpu_kernels import decode_attention
 from modeling.attention import attend
 from tokenizer import build_tokenizer
@@ -257,6 +257,24 @@ def test_the_graph_serves_a_whole_job_without_waiting(monkeypatch):
     assert captures == [1]
     for (i, _), sample in samples.items():
         assert sample.token_ids == plain_greedy(model, prompts[i], 20)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_what_prompts_begin_with_is_kept_once(kind):
+    """Rows that keep the end of their prompts themselves, refilled in graphs, against each prompt
+    alone: greedy tokens in float32."""
+    g = np.random.default_rng(5)
+    model = tiny_model(kind, std=0.1, max_position_embeddings=256).to("cuda")
+    model = model.for_inference(torch.float32)
+    begins = [g.integers(0, 257, n).tolist() for n in (130, 97)]
+    prompts = [begins[i % 2] + g.integers(0, 257, 1 + i % 70).tolist() for i in range(60)]
+    assert set(shared_tokens(model, prompts, 1)) == {130, 97}
+    limits = [Sampling(int(n)) for n in g.integers(1, 30, len(prompts))]
+    samples = {s.prompt_index: s for s in generate(model, prompts, limits, batch_size=24)}
+    assert len(samples) == len(prompts)
+    for i in range(0, len(prompts), 7):
+        (alone,) = generate(model, [prompts[i]], limits[i], batch_size=1)
+        assert samples[i].token_ids == alone.token_ids, i
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

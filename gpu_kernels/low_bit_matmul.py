@@ -1,0 +1,422 @@
+"""Products with weights of 4 and 8 bits, unpacked on their way through the registers.
+
+    packed = Packed(pack(u, "int4"), scales, None, "int4", group=128, K=4096)
+    y = low_bit_matmul(x, packed, arrivals, bias)       # x [M <= 64, K] bfloat16 -> [M, N]
+    weight = dequantise(packed, torch.bfloat16)         # [N, K], for products of more rows
+
+Few rows cost what reading the weights costs, so these are read as they lie and never written. A
+word of 16 bits holds codes that lie SPAN columns apart: shifted and masked, each column of words is
+a column of weights, and no code moves to another thread. On Hopper the unpacked registers are
+themselves an operand of the tensor cores. A weight minus its zero is a small integer, exact in
+bfloat16; its scale multiplies the float32 sum of its group, so no weight is rounded, unless zeros
+are no integers.
+
+Programs share the columns of K where rows of weights are too few to occupy the GPU; the last one to
+arrive adds up the parts, in their order. How K is cut depends on the weight's shape alone: a row
+has the same bits alone and among 63 others, and in every run.
+
+Shapes: M rows, N outputs, K inputs, G groups of `group` columns each (the last may be shorter)
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+SPAN = 32  # columns of one code's place within a word, and words of a row's tile
+BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "e4m3": 8}  # of a code of each kind
+# What a code's bits are as bfloat16, its raw value, less the code: of 4 bits u in 0..15 it is
+# 128 + u, the bits 0x4300 | u; signed codes of 4 bits lie 8 higher, bytes without sign 128 lower
+OFFSET = {"int4": 136.0, "uint4": 128.0, "int8": 0.0, "uint8": -128.0, "e4m3": 0.0}
+MOST_ROWS = 64  # of one product; beyond, dequantised weights and cuBLAS are faster
+
+BLOCK_N, WARPS, STAGES = 128, 4, 4
+PROGRAMS = 528  # that a product is cut into at least, four for each multiprocessor of an H100
+LEAST_TILES = 4  # of K that one program takes
+DENSE_ROWS, DENSE_WARPS = 64, 4  # of `dequantise`
+
+
+class Packed(NamedTuple):
+    """A weight [N, K]: (code - zero) * scale.
+
+    words: int16 [N, tiles * SPAN] as `pack` lays them; scales [G, N]; zeros [G, N] or None:
+    float32; or bfloat16, with OFFSET added, where raw values less these are numbers of bfloat16.
+    group: columns that share a scale.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    kind: str
+    group: int
+    K: int
+
+    @property
+    def N(self) -> int:
+        return self.words.shape[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# The layout, and the plain twins
+
+
+def pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
+    """int16 words [N, tiles * SPAN] of codes [N, K]: int8, uint8, or float8_e4m3fn.
+
+    A tile is a word's codes times SPAN columns; code i of its word j is the tile's column
+    i * SPAN + j. Columns beyond K are filled up with bits 0.
+    """
+    (N, K), each = codes.shape, 16 // BITS[kind]
+    values = codes.view(torch.uint8).to(torch.int16)
+    if kind == "int4":
+        values = values + 8 & 15
+    elif kind == "uint8":
+        values = values ^ 128
+    values = F.pad(values, (0, -K % (each * SPAN))).view(N, -1, each, SPAN)
+    words = values[:, :, 0]
+    for i in range(1, each):
+        words = words | values[:, :, i] << (BITS[kind] * i)
+    return words.reshape(N, -1)
+
+
+def raw_values(words: torch.Tensor, kind: str, K: int) -> torch.Tensor:
+    """float32 [N, K] of `pack`'s words."""
+    bits, tiles = BITS[kind], words.view(len(words), -1, SPAN)
+    parts = [tiles >> shift & (1 << bits) - 1 for shift in range(0, 16, bits)]
+    values = torch.stack(parts, dim=2).reshape(len(words), -1)[:, :K]
+    if bits == 4:
+        return 128.0 + values.float()
+    dtype = torch.float8_e4m3fn if kind == "e4m3" else torch.int8
+    return values.to(torch.uint8).view(dtype).float()
+
+
+def dequantise_plain(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """`dequantise` in plain operations."""
+    group = torch.arange(packed.K, device=packed.words.device) // packed.group
+    values = raw_values(packed.words, packed.kind, packed.K) - _offset(packed.kind, packed.zeros)
+    if packed.zeros is not None:
+        values = values - packed.zeros.float().t()[:, group]
+    return (values * packed.scales.float().t()[:, group]).to(dtype)
+
+
+def _offset(kind: str, zeros: torch.Tensor | None) -> float:
+    return 0.0 if zeros is not None and zeros.dtype == torch.bfloat16 else OFFSET[kind]
+
+
+def matmul_plain(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    """`low_bit_matmul` in plain operations: weights in float32, rounded nowhere."""
+    y = x.float() @ dequantise_plain(packed, torch.float32).t()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# The Triton kernels, built on first use: there is no Triton where there is no GPU
+
+# Of the code that lies SHIFT bits up in each of two words, its raw value, as two bfloat16. Of a
+# byte b, (128 + its lower 7 bits) - (256 if it is negative else 128); of an e4m3, whose exponent is
+# 120 smaller once it is read as a bfloat16's, 2 ** 120 times that
+NIBBLE = "{ .reg .b32 t; shr.u32 t, $1, SHIFT; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }"
+BYTE = (
+    "{ .reg .b32 t, a, b; shr.u32 t, $1, SHIFT; lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea;"
+    " lop3.b32 b, t, 0x00800080, 0x43004300, 0xea; sub.bf16x2 $0, a, b; }"
+)
+FLOAT8 = (
+    "{ .reg .b32 t, a, b; shr.u32 t, $1, SHIFT; shl.b32 a, t, 4; and.b32 a, a, 0x07f007f0;"
+    " shl.b32 b, t, 8; lop3.b32 a, b, 0x80008000, a, 0xea; mov.b32 b, 0x7b807b80;"
+    " mul.bf16x2 $0, a, b; }"
+)
+ASSEMBLY = {"int4": NIBBLE, "uint4": NIBBLE, "int8": BYTE, "uint8": BYTE, "e4m3": FLOAT8}
+
+
+@functools.cache
+def _raw():
+    """A Triton function: raw values, bfloat16, of the codes that lie SHIFT bits up in words."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def raw(words, KIND: tl.constexpr, SHIFT: tl.constexpr, CODE: tl.constexpr):
+        if CODE != "":  # two at a time, which no compiler does by itself
+            codes = tl.inline_asm_elementwise(
+                CODE, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
+        elif KIND == "int4" or KIND == "uint4":
+            codes = 128.0 + ((words >> SHIFT) & 15).to(tl.float32)
+        elif KIND == "int8" or KIND == "uint8":
+            codes = ((((words >> SHIFT) & 255) ^ 128) - 128).to(tl.float32)
+        else:
+            byte = ((words >> SHIFT) & 255).to(tl.uint8)
+            codes = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        return codes
+
+    return raw
+
+
+@functools.cache
+def _matmul_kernel():
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["M", "G", "tiles_each"])  # one kernel for many numbers of rows
+    def matmul(
+        x, words, scales, zeros, bias, y, parts, arrivals, M, N, K, G, tiles_each,
+        RAW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, SPAN: tl.constexpr,
+        GROUP: tl.constexpr, ZEROS: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
+        SPLITS: tl.constexpr, SHARE: tl.constexpr, CODES: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ):  # fmt: skip
+        """BLOCK_N rows of weights, one part of K. GROUP 0: one scale a row. ZEROS: none, whole
+        ("bf16") or broken ("fp32") ones. SHARE: spans of a tile that share a scale. The next
+        tile's scales are on their way while this one is multiplied."""
+        TILE: tl.constexpr = EACH * SPAN
+        ROUND: tl.constexpr = ZEROS == "fp32"  # weights are rounded to bfloat16 before the product
+        AHEAD: tl.constexpr = GROUP > 0 and SHARE == EACH
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m, j = tl.arange(0, BLOCK_M), tl.arange(0, SPAN)
+        split, tiles = tl.program_id(1), tl.cdiv(K, TILE)
+        low = split * tiles_each
+        high = tl.minimum(low + tiles_each, tiles)
+        words_at = words + n[:, None].to(tl.int64) * (tiles * SPAN) + j[None, :]
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if AHEAD:
+            g = tl.minimum(low * TILE // GROUP, G - 1)
+            scale = tl.load(scales + g * N + n, mask=n < N, other=0.0).to(tl.float32)
+        for tile in range(low, high):
+            word = tl.load(words_at + tile * SPAN, mask=n[:, None] < N, other=0)
+            if AHEAD:
+                g = tl.minimum((tile + 1) * TILE // GROUP, G - 1)
+                next_scale = tl.load(scales + g * N + n, mask=n < N, other=0.0).to(tl.float32)
+            if GROUP == 0 or ROUND:
+                part = total
+            else:
+                part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for i in tl.static_range(EACH):
+                k = tile * TILE + i * SPAN + j
+                xs = tl.load(
+                    x + m[None, :] * K + k[:, None],
+                    mask=(m[None, :] < M) & (k[:, None] < K), other=0.0,
+                )  # fmt: skip
+                w = RAW(word, KIND, 16 // EACH * i, tl.constexpr(CODES[i]))
+                g = tl.minimum((tile * TILE + i * SPAN) // (GROUP if GROUP else 1 << 30), G - 1)
+                at = g * N + n
+                if OFFSET != 0.0:
+                    w = w - OFFSET
+                if ZEROS != "":
+                    w = w - tl.load(zeros + at, mask=n < N, other=0.0)[:, None]
+                if ROUND:
+                    s = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
+                    w = w.to(tl.float32) * s[:, None]
+                part = tl.dot(w.to(xs.dtype), xs, part)
+                if GROUP > 0 and not ROUND and not AHEAD and (i + 1) % SHARE == 0:
+                    s = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
+                    total += part * s[:, None]
+                    part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            if AHEAD and not ROUND:
+                total += part * scale[:, None]
+            elif GROUP == 0 or ROUND:
+                total = part
+            if AHEAD:
+                scale = next_scale
+        if GROUP == 0 and not ROUND:
+            total = total * tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        inside = (m[None, :] < M) & (n[:, None] < N)
+        place = m[None, :] * N + n[:, None]
+        last = True
+        if SPLITS > 1:
+            tl.store(parts + split * M * N + place, total, mask=inside)
+            tl.debug_barrier()  # all threads have stored theirs
+            arrived = tl.atomic_add(arrivals + tl.program_id(0), 1)
+            last = arrived == SPLITS - 1
+        if last:
+            if SPLITS > 1:
+                total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                for s in tl.static_range(SPLITS):
+                    total += tl.load(
+                        parts + s * M * N + place, mask=inside, other=0.0, cache_modifier=".cg"
+                    )
+                tl.store(arrivals + tl.program_id(0), 0)
+            if BIAS:
+                total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            tl.store(y + place, total.to(y.dtype.element_ty), mask=inside)
+
+    return matmul
+
+
+@functools.cache
+def _dequantise_kernel():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def dequantise(
+        words, scales, zeros, out, N, K, G, group,
+        RAW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, SPAN: tl.constexpr,
+        ZEROS: tl.constexpr, OFFSET: tl.constexpr, WHOLE: tl.constexpr, CODES: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """ROWS rows of a tile. WHOLE: no span lies in two groups."""
+        TILE: tl.constexpr = EACH * SPAN
+        tile = tl.program_id(0)
+        n, j = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, SPAN)
+        row = n[:, None].to(tl.int64)
+        word = tl.load(
+            words + row * (tl.cdiv(K, TILE) * SPAN) + tile * SPAN + j[None, :],
+            mask=n[:, None] < N, other=0,
+        )  # fmt: skip
+        for i in tl.static_range(EACH):
+            first = tile * TILE + i * SPAN
+            k = first + j
+            inside = (n[:, None] < N) & (k[None, :] < K)
+            if WHOLE:
+                at = (tl.minimum(first // group, G - 1) * N + n)[:, None]
+                there = n[:, None] < N
+            else:
+                at = (k // group)[None, :] * N + n[:, None]
+                there = inside
+            w = RAW(word, KIND, 16 // EACH * i, tl.constexpr(CODES[i])).to(tl.float32)
+            w = w - OFFSET
+            if ZEROS:
+                w = w - tl.load(zeros + at, mask=there, other=0.0).to(tl.float32)
+            w = w * tl.load(scales + at, mask=there, other=0.0).to(tl.float32)
+            tl.store(out + row * K + k[None, :], w.to(out.dtype.element_ty), mask=inside)
+
+    return dequantise
+
+
+@functools.cache
+def _has_pairs(device: torch.device) -> bool:
+    """Whether two bfloat16 are subtracted at once: Hopper and later."""
+    if device.type != "cuda" or not torch.version.cuda:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _assembly(kind: str, device: torch.device) -> tuple[str, ...]:
+    code = ASSEMBLY[kind] if _has_pairs(device) else ""
+    return tuple(code.replace("SHIFT", str(shift)) for shift in range(0, 16, BITS[kind]))
+
+
+# ---------------------------------------------------------------------------------------------
+# What is called
+
+
+def _tiles(K: int, kind: str) -> int:
+    return -(-K // (16 // BITS[kind] * SPAN))
+
+
+def _share(group: int, kind: str) -> int:
+    """How many spans of each tile lie in one group; 1 where it differs."""
+    each = 16 // BITS[kind]
+    spans = min(group // SPAN, each)
+    return spans if spans and group % (spans * SPAN) == 0 and each % spans == 0 else 1
+
+
+def parts_of(N: int, K: int, kind: str) -> tuple[int, int]:
+    """(programs that share K, tiles of each) for a weight [N, K]."""
+    tiles = _tiles(K, kind)
+    wanted = max(1, PROGRAMS // -(-N // BLOCK_N))
+    each = max(LEAST_TILES, -(-tiles // wanted))
+    return -(-tiles // each), each
+
+
+def arrivals_of(packed: Packed) -> torch.Tensor:
+    """Counters that `low_bit_matmul` finds at 0 and leaves at 0; one product at a time has them."""
+    return packed.words.new_zeros(-(-packed.N // BLOCK_N), dtype=torch.int32)
+
+
+def multiplies(x: torch.Tensor, packed: Packed) -> bool:
+    """Whether `low_bit_matmul`'s kernel takes x [M, K]."""
+    rows = len(x) <= MOST_ROWS and x.dtype == torch.bfloat16 and x.is_cuda
+    return rows and (packed.group >= packed.K or packed.group % SPAN == 0)
+
+
+def _multiply(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    arrivals: torch.Tensor,
+    kind: str,
+    group: int,
+) -> torch.Tensor:
+    x = x.contiguous()
+    (M, K), N, G = x.shape, len(words), len(scales)
+    y = x.new_empty(M, N)
+    if not M:
+        return y
+    splits, tiles_each = parts_of(N, K, kind)
+    parts = x.new_empty((splits, M, N) if splits > 1 else 1, dtype=torch.float32)
+    _matmul_kernel()[(-(-N // BLOCK_N), splits)](
+        x, words, scales, x if zeros is None else zeros, x if bias is None else bias,
+        y, parts, arrivals, M, N, K, G, tiles_each,
+        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, GROUP=0 if G == 1 else group,
+        ZEROS="" if zeros is None else "bf16" if zeros.dtype == torch.bfloat16 else "fp32",
+        OFFSET=_offset(kind, zeros), BIAS=bias is not None, SPLITS=splits,
+        SHARE=_share(group, kind), CODES=_assembly(kind, x.device),
+        BLOCK_M=max(16, 1 << (M - 1).bit_length()), BLOCK_N=BLOCK_N,
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return y
+
+
+_multiply_operator = torch.library.custom_op(
+    "roseval::low_bit_matmul", mutates_args=("arrivals",), device_types="cuda"
+)(_multiply)
+
+
+@_multiply_operator.register_fake
+def _(x, words, scales, zeros, bias, arrivals, kind, group):
+    return x.new_empty(x.shape[0], words.shape[0])
+
+
+def low_bit_matmul(
+    x: torch.Tensor, packed: Packed, arrivals: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x @ weight.T + bias [M, N] in x's dtype, of x [M, K] that it `multiplies`; sums in float32,
+    rounded once. arrivals: `arrivals_of` this weight."""
+    assert len(x) <= MOST_ROWS and x.shape[1] == packed.K, (x.shape, packed.K)
+    # eager, the operator would first import torch's compiler, which takes seconds
+    run = _multiply_operator if torch.compiler.is_compiling() else _multiply
+    tensors = packed.words, packed.scales, packed.zeros, bias, arrivals
+    return run(x, *tensors, packed.kind, packed.group)
+
+
+def _unpack(
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    kind: str,
+    group: int,
+    K: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    N, G = len(words), len(scales)
+    out = torch.empty(N, K, dtype=dtype, device=words.device)
+    _dequantise_kernel()[(_tiles(K, kind), -(-N // DENSE_ROWS))](
+        words, scales, words if zeros is None else zeros, out, N, K, G, group,
+        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ZEROS=zeros is not None,
+        OFFSET=_offset(kind, zeros),
+        WHOLE=G == 1 or group % SPAN == 0, CODES=_assembly(kind, words.device), ROWS=DENSE_ROWS,
+        num_warps=DENSE_WARPS,
+    )  # fmt: skip
+    return out
+
+
+_unpack_operator = torch.library.custom_op(
+    "roseval::dequantise", mutates_args=(), device_types="cuda"
+)(_unpack)
+
+
+@_unpack_operator.register_fake
+def _(words, scales, zeros, kind, group, K, dtype):
+    return scales.new_empty(words.shape[0], K, dtype=dtype)
+
+
+def dequantise(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K], computed in float32 and rounded once."""
+    if not packed.words.is_cuda:
+        return dequantise_plain(packed, dtype)
+    run = _unpack_operator if torch.compiler.is_compiling() else _unpack
+    return run(*packed, dtype)
