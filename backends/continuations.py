@@ -218,7 +218,8 @@ class RowScores:
     choices [R, K]: of the choice_ids after each row. targets [R]: of each row's scored tokens,
     summed; tokens [sum of S]: of each of them, row after row (Continuations.target_offsets).
     greedy [R]: whether every scored token of a row is the likeliest one, likeliest [sum of S]:
-    whether each is; None unless asked for.
+    whether each is; None unless asked for. bounded [R, K]: whether a choice's value is not its own,
+    but one that it does not exceed, as some servers tell no more; None where all are known.
     """
 
     choices: np.ndarray
@@ -226,6 +227,7 @@ class RowScores:
     tokens: np.ndarray
     greedy: np.ndarray | None = None
     likeliest: np.ndarray | None = None
+    bounded: np.ndarray | None = None
 
 
 @torch.no_grad()

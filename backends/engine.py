@@ -169,7 +169,9 @@ class Engine:
         self.at: list[Sequence | None] = [None] * capacity.rows
         self.flight: deque[tuple[int, list[Sequence | None]]] = deque()  # steps not looked at
         # a server's clients bring stop strings without end: the latest are kept
-        self._endings = functools.lru_cache(64)(lambda stop: Endings(tokenizer, stop, eos_ids))
+        self._endings = functools.lru_cache(64)(
+            lambda stop, ends: Endings(tokenizer, stop, eos_ids if ends else ())
+        )
 
     @property
     def busy(self) -> bool:
@@ -183,12 +185,14 @@ class Engine:
         samples: Iterable[int] = (0,),
         key: object = None,
         shared: int | None = None,
+        ends: bool = True,
     ) -> None:
         """Ask for samples of a prompt: of these indices, drawn as `sampling` says, one for all or
         one for each index. key: what names the prompt in the random streams, `name` unless given.
         shared: how many of the first tokens other prompts have too (all but the last: only this
-        prompt's samples share). ValueError for a name in use and for what the model or the capacity
-        cannot hold."""
+        prompt's samples share). ends: whether tokens that end a text end these (else they are like
+        any other). ValueError for a name in use and for what the model or the capacity cannot
+        hold."""
         check_prompt(prompt, self.longest, f"prompt {name}")
         if name in self.requests:
             raise ValueError(f"request {name} is already on its way")
@@ -199,7 +203,7 @@ class Engine:
             )
         shared = len(prompt) - 1 if shared is None else shared
         assert len(prompt) - shared <= self.capacity.own_prompt_tokens, (len(prompt), shared)
-        sequences, request = [], Request(name, list(prompt), 0, shared)
+        sequences, request = [], Request(name, list(prompt), 0, shared, ends)
         for s in samples:
             own = sampling if isinstance(sampling, Sampling) else sampling[s]
             limit = token_limit(own, prompt, self.longest)
@@ -251,7 +255,7 @@ class Engine:
             if sequence is None or sequence.reason is not None:
                 continue
             request, token, top = sequence.request, seen["token"][i], None
-            endings = self._endings(tuple(sequence.sampling.stop))
+            endings = self._endings(tuple(sequence.sampling.stop), request.ends)
             reason = endings.add(sequence, token)
             if "logprobs" in seen:
                 top = seen["likeliest"][i], seen["logprobs"][i]

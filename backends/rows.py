@@ -47,12 +47,14 @@ class Capacity:
 @dataclass(eq=False)
 class Request:
     """A prompt whose samples are wanted, and how many of them are not finished. shared: how many of
-    its tokens are kept once for all rows whose prompts begin with them; the last one never is."""
+    its tokens are kept once for all rows whose prompts begin with them; the last one never is.
+    ends: whether a token that ends a text ends them."""
 
     name: Hashable
     prompt: list[int]
     unfinished: int
     shared: int
+    ends: bool = True
 
     @functools.cached_property
     def prefix(self) -> tuple[int, ...]:

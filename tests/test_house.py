@@ -30,9 +30,10 @@ FLOORS = [
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
     "gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
-    "formats quantisation/comparison modeling/rotary modeling/mlp modeling/norms backends/client "
-    "backends/completions backends/probing",
-    "modeling/attention quantisation/codes quantisation/rules quantisation/linear",
+    "formats quantisation/comparison modeling/rotary modeling/mlp modeling/norms endpoints",
+    "modeling/attention quantisation/codes quantisation/rules quantisation/linear "
+    "endpoints/timing endpoints/client endpoints/answers endpoints/prompts endpoints/kinds "
+    "endpoints/completions endpoints/chats endpoints/native endpoints/probing",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
     "sandbox/judge costs/formulas costs/quantised costs/symbols costs/shards costs/flops "
@@ -52,7 +53,7 @@ FLOORS = [
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/pairs backends/rows "
-    "backends/stages backends/engine",
+    "backends/stages backends/engine backends/wanted",
     "tasks/divergence tasks/windows",
     "backends/states backends/local backends/endpoint backends/reference tasks/chat "
     "tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
@@ -79,7 +80,7 @@ NO_TORCH += " costs/shards costs/pipeline"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
 NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
 NO_TORCH += " quantisation/names bleu_eval certainty resampling tasks/translation"
-NO_TORCH += " backends/probing tasks/divergence"
+NO_TORCH += " endpoints/probing tasks/divergence"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
