@@ -168,9 +168,11 @@ class States:
 class Part:
     """Some of the windows, by their ids: windows themselves, for backends/scoring.py."""
 
+    mark = None  # documents are not told apart
+
     def __init__(self, windows: "Windows | RandomWindows", ids: Iterable[int]):
         self.windows, self.ids = windows, np.asarray(ids, dtype=np.int64)
-        self.seq_len, self.mark = windows.seq_len, windows.mark
+        self.seq_len = windows.seq_len
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -58,7 +58,8 @@ def quantise_model(
     pattern of `skip` that no matrix has, for weights or a model that the rule is not for. device:
     where the model runs, its own unless given: weights may lie on the host."""
     wanted = Quantisation(wanted) if isinstance(wanted, str) else wanted
-    rule, device, sizes = parse(wanted.rule), device or model.device, Sizes()
+    rule, sizes = parse(wanted.rule), Sizes()
+    device = device or next(model.parameters()).device
     assert model.quantisation is None, "a model is rounded once"
     undo: list[Callable[[], object]] = []
 
@@ -96,7 +97,7 @@ class Weights:
     one after the first."""
 
     def __init__(self, model: "Model", keep: bool):
-        self.model, self.keep, self.device = model, keep, model.device
+        self.model, self.keep, self.device = model, keep, next(model.parameters()).device
         self._now: Quantisation | None = None
         self._restore: Callable[..., None] = lambda home=True: None
 
@@ -198,8 +199,13 @@ def _chosen(model: "Model", wanted: Quantisation) -> Iterator[Matrix]:
 
 
 def _check(model: "Model", rule: Rule) -> None:
-    """A cast's numbers must be numbers of the dtype in which the model runs. Activations cannot be
-    rounded where a weight is multiplied by without asking its module."""
+    """The whole model must be here. A cast's numbers must be numbers of the dtype in which it runs.
+    Activations cannot be rounded where a weight is multiplied by without asking its module."""
+    if isinstance(model, GPTModel) and not (model.is_first and model.is_last):
+        raise ValueError(
+            f"--quantise {rule.name}: a model that several processes hold between them is not "
+            "rounded: leave --shard out"
+        )
     if rule.kind == "cast" and model.dtype not in (CASTS[rule.cast], torch.float32):
         dtype = str(model.dtype).removeprefix("torch.")
         raise ValueError(
