@@ -186,7 +186,8 @@ def _matmul_kernel():
     ):  # fmt: skip
         """BLOCK_N rows of weights, one part of K. GROUP 0: one scale a row. ZEROS: none, whole
         ("bf16") or broken ("fp32") ones. SHARE: spans of a tile that share a scale. FULL: no tile
-        reaches beyond K. The next tile's scales are on their way while this one is multiplied."""
+        reaches beyond K. The next tile's scales and zeros are on their way while this one is
+        multiplied."""
         TILE: tl.constexpr = EACH * SPAN
         ROUND: tl.constexpr = ZEROS == "fp32"  # weights are rounded to bfloat16 before the product
         AHEAD: tl.constexpr = GROUP > 0 and SHARE == EACH
@@ -203,11 +204,15 @@ def _matmul_kernel():
         if AHEAD:
             g = tl.minimum(low * TILE // GROUP, G - 1)
             scale = tl.load(scales + g * N + n, mask=n < N, other=0.0).to(tl.float32)
+            if ZEROS != "":
+                zero = tl.load(zeros + g * N + n, mask=n < N, other=0.0)
         for tile in range(low, high):
             word = tl.load(words_at + tile * (ROWS * SPAN))
             if AHEAD:
                 g = tl.minimum((tile + 1) * TILE // GROUP, G - 1)
                 next_scale = tl.load(scales + g * N + n, mask=n < N, other=0.0).to(tl.float32)
+                if ZEROS != "":
+                    next_zero = tl.load(zeros + g * N + n, mask=n < N, other=0.0)
             if GROUP == 0 or ROUND:
                 part = total
             else:
@@ -221,10 +226,13 @@ def _matmul_kernel():
                 if OFFSET != 0.0:
                     w = w - OFFSET
                 if ZEROS != "":
-                    w = w - tl.load(zeros + at, mask=n < N, other=0.0)[:, None]
+                    if not AHEAD:
+                        zero = tl.load(zeros + at, mask=n < N, other=0.0)
+                    w = w - zero[:, None]
                 if ROUND:
-                    s = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
-                    w = w.to(tl.float32) * s[:, None]
+                    if not AHEAD:
+                        scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
+                    w = w.to(tl.float32) * scale[:, None]
                 part = tl.dot(w.to(xs.dtype), xs, part)
                 if GROUP > 0 and not ROUND and not AHEAD and (i + 1) % SHARE == 0:
                     s = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
@@ -236,6 +244,8 @@ def _matmul_kernel():
                 total = part
             if AHEAD:
                 scale = next_scale
+                if ZEROS != "":
+                    zero = next_zero
         if GROUP == 0 and not ROUND:
             total = total * tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         inside = (m[None, :] < M) & (n[:, None] < N)
