@@ -43,8 +43,8 @@ class Way(NamedTuple):
 
 # By the bits of a code, for up to so many rows of x; measured on an H100 (benchmarks/quantised.py).
 # What a sum is does not depend on it
-WAYS = {4: {32: Way(64, 2, 3), 64: Way(128, 4, 4)}, 8: {64: Way(64, 4, 5)}}
-PROGRAMS = {4: 528, 8: 264}  # that share a product at least: four, two for each of 132 processors
+WAYS = {4: {32: Way(64, 2, 3), 64: Way(128, 4, 3)}, 8: {64: Way(64, 4, 5)}}
+PROGRAMS = {4: 600, 8: 256}  # of ROWS rows of weights that share a product, at least
 LEAST_ROWS = 8  # of x in a product of the tensor cores
 LEAST_TILES = 4  # of K that one program takes
 DENSE_WARPS = 4  # of `dequantise`
