@@ -220,8 +220,7 @@ def decoded(model: GPTModel, size: Size, rows: int, compiled: bool) -> dict:
 
 @torch.no_grad()
 def scored(model: GPTModel, size: Size, gpu, compiled: bool, batch: int) -> dict:
-    inputs, targets = windows(model.config, size, model.device)
-    inputs, targets = (t.repeat(-(-batch // len(t)), 1)[:batch] for t in (inputs, targets))
+    inputs, targets = windows(model.config, size, batch, model.device)
     nll = scoring.nll_function(model, compiled)
     took = seconds_of(lambda: nll(inputs, targets, None), size.passes)
     flops = estimate_flops(model.config, batch, size.window)["forward_causal"]
@@ -250,7 +249,7 @@ def matrix_rate(c: GPTConfig, size: Size, gpu, device) -> dict:
 def peer_scored(c: GPTConfig, size: Size, gpu, device) -> dict:
     release()
     model = peer_model(c, device)
-    inputs, targets = windows(c, size, device)
+    inputs, targets = windows(c, size, size.batch, device)
 
     def loss(ids, wanted):
         logits = model(ids, use_cache=False).logits.float()
