@@ -4,6 +4,7 @@
     python checkpoint.py inspect checkpoints/checkpoint-1000
     python checkpoint.py convert old/ckpt.pt checkpoints/checkpoint-1000
     python checkpoint.py convert lora/ merged/ --to hf      # an adapter, into its base
+    python checkpoint.py extend-vocab old/ new/ --tokenizer larger/
 
     ckpt = checkpoint.open("checkpoints/checkpoint-1000")   # headers only, once
     ckpt.step, ckpt.config, ckpt.tokenizer, ckpt.fingerprint
@@ -41,6 +42,7 @@ from config import GPTConfig, load_config
 from formats import (
     adapters,
     conversion,
+    extension,
     finding,
     fingerprints,
     foreign,
@@ -397,7 +399,7 @@ def convert(
 
 def main(argv=None):
     p = cli.parser(__doc__)
-    jobs = p.add_subparsers(dest="job", required=True, metavar="list|inspect|convert")
+    jobs = p.add_subparsers(dest="job", required=True, metavar="list|inspect|convert|extend-vocab")
     listing = jobs.add_parser("list", help="checkpoints of a directory, in step order")
     listing.add_argument("directory")
     inspecting = jobs.add_parser("inspect", help="what a checkpoint holds")
@@ -409,10 +411,11 @@ def main(argv=None):
     converting.add_argument("--to", choices=("roseval", "hf"), default="roseval", help="whose form")
     converting.add_argument("--dtype", choices=sorted(cli.DTYPES), help="with --to hf")
     converting.add_argument("--max-shard-size", help="with --to hf: 5GB, 500MB, 2GiB", metavar="N")
-    for job in (inspecting, converting):
+    extending = extension.add_job(jobs)
+    for job in (inspecting, converting, extending):
         job.add_argument("--config", help="preset or YAML file, for files that hold no config")
         job.add_argument("--base", help="the base of an adapter that names none")
-    for job in (listing, inspecting, converting):
+    for job in (listing, inspecting, converting, extending):
         job.add_argument("--debug", action="store_true")
     args = p.parse_args(argv)
     if args.job == "list":
@@ -422,9 +425,10 @@ def main(argv=None):
     if args.base and info_of(Path(path)).kind != "adapter":
         raise ValueError(f"{path} is no adapter: --base does not go with it")
     if args.job == "convert":
-        print(cli.printable(_convert(args, config)))
-        return
-    ckpt = open(args.path, config, args.base)
+        return print(cli.printable(_convert(args, config)))
+    ckpt = open(path, config, args.base)
+    if args.job == "extend-vocab":
+        return print(extension.run(ckpt, args))
     for key, value in inspection.inspect(ckpt).items():
         print(f"{key}: {json.dumps(value)}")
     if args.verify:

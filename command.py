@@ -14,19 +14,18 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 import cli
 import evaluation as frame
 import launcher
-import resampling
 import stats
 from cli import printable
 from durable import check_writable
 from evaluation import EndpointOptions, Evaluation, ModelOptions, Plans, Result
+from quantisation.names import Quantisation, QuantiseOptions
 from recording.identity import run_directory
 from recording.runs import called
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:  # these load torch
 
     from checkpoint import Checkpoint
     from distributed import Dist
+    from quantisation.apply import Weights
     from transformers_model import Model
 
 
@@ -50,32 +50,40 @@ class AdapterOptions:
     )
 
 
-def main(evaluation: Evaluation, argv: list[str] | None, description: str | None) -> None:
-    """The command of an evaluation that takes checkpoints and nothing else."""
+def main(
+    evaluation: Evaluation,
+    argv: list[str] | None,
+    description: str | None,
+    settle: Callable[[argparse.Namespace], None] = lambda args: None,
+) -> None:
+    """The command of an evaluation that takes checkpoints and nothing else. settle: what turns
+    flags that speak of others into what they mean."""
     p = cli.parser(description)
     add_flags(p, evaluation)
     args = p.parse_args(argv)
     if not (args.checkpoint_path or args.endpoint):
         p.error("the following arguments are required: --checkpoint-path (or --endpoint)")
+    settle(args)
     run_command(evaluation, args)
 
 
 def add_flags(p: cli.Parser, evaluation: Evaluation) -> None:
     """Those of the models, of the evaluation and of the run."""
     kinds = evaluation.Options, cli.PrecisionOptions, cli.RunOptions
-    cli.add_options(p, ModelOptions, AdapterOptions, EndpointOptions, *kinds)
+    cli.add_options(p, ModelOptions, AdapterOptions, QuantiseOptions, EndpointOptions, *kinds)
     if evaluation.samples == "asked":
         p.add_argument("--log-samples", action="store_true", help="keep every example's scores")
 
 
 def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
-    """Every checkpoint named, one after the other, and after each the adapters over it; or the
-    model that is served."""
+    """Every checkpoint named, one after the other, and after each the adapters over it, all of them
+    under each rule of quantisation; or the model that is served."""
     if args.endpoint:
         return run_served(evaluation, args)
     check_unused(evaluation, args, cli.option_names(EndpointOptions), "only with --endpoint")
     models = cli.read_options(ModelOptions, args)
     over = cli.read_options(AdapterOptions, args).adapter
+    rules = cli.read_options(QuantiseOptions, args).wanted
     options = cli.read_options(evaluation.Options, args)
     precision = cli.read_options(cli.PrecisionOptions, args)
     where = cli.read_options(cli.RunOptions, args)
@@ -94,27 +102,36 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
         distributed.setup(where.device, where.timeout) as dist,
         ThreadPoolExecutor(2) as background,
     ):
-        n_models = len(paths) * (1 + len(adapters))
-        loader = Loader(frame.set_precision(precision, dist), dist.device, keep=n_models > 2)
+        of_path = (1 + len(adapters)) * len(rules)
+        n_models, keep_base = len(paths) * of_path, of_path > (1 if rules[0] else 2)
+        loader = Loader(frame.set_precision(precision, dist), dist.device, keep_base)
         plans, done, pairs = [Plans(evaluation, variant) for variant in variants], [], []
         for path in paths:
             first: list[Result] = []
-            for ckpt in open_with_adapters(models, path, adapters):
-                of_path = measure_checkpoint(
-                    plans, ckpt, models, loader, dist, background, n_models
+            for ckpt, rule in product(open_with_adapters(models, path, adapters), rules):
+                made = measure_checkpoint(
+                    plans, (ckpt, rule), models, loader, dist, background, n_models
                 )
-                save_and_show(evaluation, of_path, models.results_dir, keep, dist)
-                done += map(dict, of_path)  # without what lies beside them
-                pairs += zip(first, of_path)
-                first = first or of_path
+                save_and_show(evaluation, made, models.results_dir, keep, dist)
+                done += map(dict, made)  # without what lies beside them
+                if of_path > 1 or rule is not None:  # which keeps their arrays
+                    pairs += zip(first or made, made)
+                first = first or made
         if n_models > 1 and dist.is_main:
-            evaluation.table(done)
-            print_differences(pairs)
+            from quantisation.comparison import print_differences, print_rules
+
+            if rules[0] is not None:
+                print_rules(pairs)
+            else:
+                evaluation.table(done)
+                print_differences([pair for pair in pairs if pair[0] is not pair[1]])
 
 
 # flags that say nothing of a served model
 OF_CHECKPOINTS = ["checkpoint_path", "config", "base", "adapter", "dtype", "bf16", "no_amp"]
+OF_CHECKPOINTS += cli.option_names(QuantiseOptions)
 OF_CHECKPOINTS += ["device", "compile", "batch_size", "batch_tokens", "no_prefix_cache"]
+OF_CHECKPOINTS += ["reference", "reference_dtype"]
 
 
 def check_unused(
@@ -186,25 +203,43 @@ def open_with_adapters(models: ModelOptions, path: Path, adapters: list[Path]) -
 
 class Loader:
     """The models of one handle after another. An adapter over the base that is in memory is merged
-    into it there, and taken out again for the next: no weights are read twice. keep: there will be
-    a next one."""
+    into it there, and taken out again for the next; so are weights rounded and put back: none are
+    read twice. keep: there will be a next one of the same base."""
 
     def __init__(self, dtype: str, device: torch.device, keep: bool):
         self.dtype, self.device, self.keep = dtype, device, keep
         self.model: Model | None = None
         self.holds: Checkpoint | None = None  # whose weights these are, but for what `undo` undoes
+        self.merged: Checkpoint | None = None  # what `undo` takes out, or `holds` itself
         self.undo: Callable[[], None] = lambda: None
+        self.weights: Weights | None = None
 
-    def load(self, ckpt: Checkpoint) -> Model:
+    def load(self, ckpt: Checkpoint, quantisation: Quantisation | None = None) -> Model:
         """The model of a handle; it lasts until the next is asked for."""
+        if self.weights is not None:
+            self.weights.under(None)  # before an adapter is taken out of them
+            self.weights = None
+        model = self._whole(ckpt)
+        if quantisation is None:
+            return model
+        from quantisation.apply import Weights
+
+        self.weights = Weights(model, self.keep)
+        return self.weights.under(quantisation)
+
+    def _whole(self, ckpt: Checkpoint) -> Model:
+        """The model with the weights that the files say."""
         shares = ckpt.base is not None and ckpt.config == ckpt.base.config
         wanted = ckpt.base if shares and ckpt.base else ckpt
+        if self.model is not None and self.merged is ckpt:
+            return self.model
         if self.model is not None and self.holds is wanted:
             self.undo()
         else:
             self.model = self.holds = None  # before memory is taken for another
             self.model, self.holds = wanted.load(self.dtype, self.device), wanted
         self.undo = ckpt.merge_into(self.model, self.keep) if shares else lambda: None
+        self.merged = ckpt
         return self.model
 
 
@@ -240,23 +275,25 @@ def save_and_show(
 
 def measure_checkpoint(
     plans: list[Plans],
-    ckpt: Checkpoint,
+    asked: tuple[Checkpoint, Quantisation | None],
     models: ModelOptions,
     loader: Loader,
     dist: Dist,
     background: ThreadPoolExecutor,
     n_models: int,
 ) -> list[Result]:
-    """A Result for each of the plans of one evaluation. Beside the loading, prompts are made and,
-    on one rank, the checkpoint is hashed: both take seconds."""
+    """A Result for each of the plans of one evaluation. asked: of which model, rounded how. Beside
+    the loading, prompts are made and, on one rank, the checkpoint is hashed: both take seconds."""
     from backends.local import facts_of
 
+    ckpt, quantisation = asked
+    rooms = ["backends/local.py", *(["quantisation/apply.py"] if quantisation else [])]
     evaluation, options = plans[0].evaluation, plans[0].options
     start = time.perf_counter()
     info = background.submit(ckpt.describe).result if dist.is_main else None
     needed = evaluation.needs_tokenizer(options)
     tokenizer = frame.pick_tokenizer(models.tokenizer_name, ckpt, needed)
-    facts = facts_of(ckpt, tokenizer, loader.dtype, dist.device.type)
+    facts = facts_of(ckpt, tokenizer, loader.dtype, dist.device.type, quantisation)
 
     def make_plans():
         made = [each.of(facts) for each in plans]
@@ -265,7 +302,7 @@ def measure_checkpoint(
         return made
 
     planned = background.submit(make_plans)
-    model = loader.load(ckpt)
+    model = loader.load(ckpt, quantisation)
     made = planned.result()
     load_seconds = time.perf_counter() - start
     backend = frame.local_backend(options, model, facts, dist, n_models)
@@ -277,45 +314,12 @@ def measure_checkpoint(
             plan,
             info=info,
             run=models.run_of(ckpt.path),
-            rooms=(*ckpt.rooms, "backends/local.py"),
+            rooms=(*ckpt.rooms, *rooms),
             results_dir=models.results_dir,
         )
         result["cost"]["load_seconds"] = load_seconds
         done.append(result)
     return done
-
-
-def print_differences(pairs: list[tuple[Result, Result]]) -> None:
-    """How far an adapter's metrics lie from its base's, paired by example, with 95% intervals."""
-    if pairs:
-        print("\ndifference to the base [95%], paired by example")
-    for base, adapted in pairs:
-        about = adapted["examples"] or {"scores": {}}
-        weight = adapted.arrays.get(about.get("weight"))
-        told = []
-        for name, column in about["scores"].items():
-            before, after = base.arrays.get(column), adapted.arrays.get(column)
-            if before is None or after is None or before.shape != after.shape:
-                continue
-            out = stats.paired_difference(before, after, weight)
-            told.append(f"{name} {out['difference']:+.5f} [{out['low']:+.5f}, {out['high']:+.5f}]")
-        told += _of_statistics(about.get("statistics") or {}, base.arrays, adapted.arrays)
-        print(f"{printable(adapted['checkpoint']['name'])}: {', '.join(told) or 'not comparable'}")
-
-
-def _of_statistics(statistics: dict, base: dict, adapted: dict) -> list[str]:
-    """The same of metrics that are no mean."""
-    told = []
-    for name, made in statistics.items():
-        sides = [
-            np.column_stack([np.asarray(arrays[array], np.float64) for array in made["arrays"]])
-            for arrays in (base, adapted)
-            if all(array in arrays for array in made["arrays"])
-        ]
-        if len(sides) == 2 and sides[0].shape == sides[1].shape:
-            out = resampling.paired(made["score"], sides[0], sides[1])
-            told.append(f"{name} {out['difference']:+.5f} [{out['low']:+.5f}, {out['high']:+.5f}]")
-    return told
 
 
 def print_head(record: Result, n: int, unit: str) -> None:

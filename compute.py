@@ -3,6 +3,7 @@
     python compute.py --config 7b                          # a summary, on one H100
     python compute.py --config 7b --training --precision pure --gpu h200
     python compute.py --config 7b --fits --gpu a100        # what fits: batch, length, sharding
+    python compute.py --config 7b --quantise rtn-w4-g128   # weights of few bits
     python compute.py --config 7b --explain                # every formula with the numbers put in
     python compute.py --config checkpoints/checkpoint-1000 --json
     python compute.py --params 7e9                         # rules of thumb only
@@ -171,7 +172,7 @@ def print_time(
         f"  {'batch':>7}{'first token':>14}{'a step':>12}{'tokens/s':>12}{'requests/s':>12}  limit"
     )
     for batch in (1, 8, 64):
-        r = roofline(c, gpu, batch, seq_len, dtype=setup.dtype)
+        r = roofline(c, gpu, batch, seq_len, **weights_of(setup))
         first, step = duration(r["prefill_seconds"]), duration(r["decode_seconds"])
         rates = f"{r['decode_tokens_per_second']:>12,.0f}{r['requests_per_second']:>12.3g}"
         print(f"  {batch:>7}{first:>14}{step:>12}{rates}  {r['decode_bound']}")
@@ -187,6 +188,11 @@ def print_time(
     section(f"Training on {n_gpus} x {gpu.name} at an assumed MFU of {assumed_mfu:.0%}", rows)
 
 
+def weights_of(setup: Setup) -> dict:
+    """What of it a pass without training depends on."""
+    return {"dtype": setup.dtype, "quantise": setup.quantise}
+
+
 def print_fits(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup) -> None:
     """The table of usual runs, and the limits of this one."""
     print(f"\nWhat it takes, batch {batch_size} x {seq_len}, on one GPU of the group (GiB)")
@@ -196,10 +202,8 @@ def print_fits(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Set
         sizes = f"{gib[0]:>9.1f}{gib[1]:>11.1f}{gib[2]:>11.1f}{gib[3]:>9.1f}"
         print(f"  {row['run']:<28}{sizes}  {'fits' if row['fits'] else '-'}")
     rows = []
-    for training in (True, False):
+    for training in (True, False)[not setup.trains :]:
         run = replace(setup, training=training)
-        if training and run.dtype in ("int8", "int4") and not run.lora_rank:
-            continue
         name = "training" if training else "inference"
         best = largest_fits(c, gpu, batch_size, seq_len, run)
         rows.append((f"{name}: largest batch", f"{best['batch_size']:,}", f"at {seq_len} tokens"))
@@ -342,6 +346,8 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--recompute", default="none", choices=("none", "selective", "full"))
     add("--implementation", default="roseval", choices=tuple(ACTIVATIONS))
     add("--lora-rank", type=rank, default=0)
+    add("--quantise", metavar="RULE", help="as the evaluations round weights: rtn-w4-g128, say")
+    add("--train-embeddings", action="store_true", help="with the head, beside LoRA's adapters")
     add("--dp", type=cli.positive_int, default=1, help="data-parallel GPUs")
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
     add("--fsdp", action="store_true", help="the same as --zero 3")
@@ -371,6 +377,8 @@ def read_setup(args: Namespace) -> Setup:
         recompute=args.recompute,
         implementation=args.implementation,
         lora_rank=args.lora_rank,
+        quantise=args.quantise,
+        train_embeddings=args.train_embeddings,
         dp=args.dp,
         zero=3 if args.fsdp else args.zero,
         tp=args.tp,
@@ -383,7 +391,7 @@ def time_report(
     """The part "time" of --json."""
     n_gpus, tokens = setup.dp * setup.tp, training_tokens(c, args)
     return {
-        "inference": roofline(c, gpu, batch_size, seq_len, dtype=setup.dtype),
+        "inference": roofline(c, gpu, batch_size, seq_len, **weights_of(setup)),
         "training": training_time(c, gpu, seq_len, tokens, n_gpus, args.mfu, setup.lora_rank),
     }
 
@@ -431,8 +439,8 @@ def main(argv=None) -> None:
         return print_fits(c, gpu, batch_size, seq_len, setup)
     print_model(c, flops, batch_size, seq_len)
     if not args.training:
-        print_memory(f"Memory of inference, {setup.dtype}", memory, gpu)
-    if args.training or setup.lora_rank or setup.dtype not in ("int8", "int4"):
+        print_memory(f"Memory of inference, {setup.quantise or setup.dtype}", memory, gpu)
+    if setup.trains:
         print_training(c, gpu, batch_size, seq_len, setup, args.training)
     print_time(c, gpu, seq_len, setup, args.mfu, training_tokens(c, args), args.price)
 

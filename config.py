@@ -401,8 +401,9 @@ def config_from_hf(hf: dict) -> GPTConfig:
 
 
 def presets() -> list[str]:
-    """The models among configs/*.yaml; sweep.yaml says what a sweep runs."""
-    return sorted(path.stem for path in CONFIGS_DIR.glob("*.yaml") if path.stem != "sweep")
+    """The models among configs/*.yaml; sweep*.yaml say what a sweep runs."""
+    names = (path.stem for path in CONFIGS_DIR.glob("*.yaml"))
+    return sorted(name for name in names if name.partition("-")[0] != "sweep")
 
 
 def load_config(spec: str | Path) -> GPTConfig:

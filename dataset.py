@@ -16,14 +16,11 @@ Several files are one stream, in the order given; what a glob or a directory fin
 Every file that cannot be used raises ValueError in one line naming it and what would help.
 """
 
-import functools
 import glob
-import hashlib
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +29,10 @@ from torch.utils.data import Dataset
 
 from cli import progress
 from costs.symbols import CHUNK_TOKENS
+from formats.documents import Mark, starts_in_rows
 from formats.shards import open_shard
 from formats.text import text_groups
+from formats.tokens import Source, TokenStream
 from gpu_kernels.cross_entropy import IGNORE
 from model import GPTModel
 from packed import require_file, suffix_of
@@ -42,6 +41,7 @@ from tokenizer import Tokenizer, build_tokenizer
 __all__ = [
     "FineWebNPYDataset",
     "RandomWindows",
+    "Source",
     "TextDatasetForCausalLM",
     "TokenStream",
     "Windows",
@@ -50,149 +50,11 @@ __all__ = [
     "open_stream",
 ]
 
-BLOCK_TOKENS = 2**22  # unit of scans over a whole stream
-FULL_HASH_TOKENS = 2**28  # streams up to this length are hashed whole: about a second
 Paths = str | os.PathLike | Iterable[str | os.PathLike]  # of files, globs and directories
 
 
 # ---------------------------------------------------------------------------------------------
 # Token streams
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file's tokens. `offset` is where they start in a mapped file, None if held in memory."""
-
-    name: str
-    tokens: np.ndarray
-    offset: int | None = None
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """The tokens in order, in blocks. Mapped files are read, not paged in: scanning a shard
-        through its mapping would count as the process's memory."""
-        for start in range(0, len(self.tokens), BLOCK_TOKENS):
-            count = min(BLOCK_TOKENS, len(self.tokens) - start)
-            if self.offset is None:
-                yield self.tokens[start : start + count]
-            else:
-                dtype = self.tokens.dtype
-                offset = self.offset + start * dtype.itemsize
-                yield np.fromfile(self.name, dtype=dtype, count=count, offset=offset)
-
-
-class TokenStream:
-    """Several sources as one read-only sequence of N token ids.
-
-    `file_starts` [files + 1] int64: the position of each file's first token, then N; the file that
-    holds position p is `searchsorted(file_starts, p, "right") - 1`. `file_names`: their paths.
-    `n_text_bytes`: UTF-8 bytes of the text, None where unknown (shards, or cut by max_tokens).
-    `bos_id`: what `Windows(…, bos=True)` puts before the first token.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        max_tokens: int | None = None,
-        bos_id: int | None = None,
-        n_text_bytes: int | None = None,
-    ):
-        assert sources, "a stream needs a source"
-        self.sources, left = [], float("inf") if max_tokens is None else max_tokens
-        for source in sources:
-            if left > 0:
-                tokens = source.tokens[: int(min(left, len(source.tokens)))]
-                self.sources.append(Source(source.name, tokens, source.offset))
-                left -= len(tokens)
-        lengths = [len(source.tokens) for source in self.sources]
-        self.file_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.file_names = [source.name for source in self.sources]
-        self.bos_id, self.n_text_bytes = bos_id, n_text_bytes
-
-    def __len__(self) -> int:
-        return int(self.file_starts[-1])
-
-    def split(self, ratio: float) -> tuple["TokenStream", "TokenStream"]:
-        """(all but the last `ratio` of the tokens, the rest) as two streams. ValueError for a ratio
-        outside 0 … 1 and for too few tokens."""
-        if not 0 < ratio < 1:
-            raise ValueError(f"the share to hold out must lie between 0 and 1, not {ratio}")
-        cut = len(self) - max(1, int(len(self) * ratio))
-        if cut < 1:
-            raise ValueError(f"{len(self)} token(s) are too few to hold some out; give more data")
-        head, tail = [], []
-        for source, start in zip(self.sources, self.file_starts.tolist()):
-            n = min(max(cut - start, 0), len(source.tokens))
-            itemsize = source.tokens.dtype.itemsize
-            offset = None if source.offset is None else source.offset + n * itemsize
-            head += [Source(source.name, source.tokens[:n], source.offset)] if n else []
-            if n < len(source.tokens):
-                tail.append(Source(source.name, source.tokens[n:], offset))
-        return TokenStream(head, bos_id=self.bos_id), TokenStream(tail, bos_id=self.bos_id)
-
-    def read(self, start: int, end: int) -> np.ndarray:
-        """Token ids start … end - 1, int64 [end - start]."""
-        assert 0 <= start <= end <= len(self), (start, end, len(self))
-        return self.rows(np.array([start]), end - start)[0]
-
-    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Token ids [B, length] int64 from each of the positions `starts` [B]; 0 beyond the end."""
-        out = np.zeros((len(starts), length), dtype=np.int64)
-        files = np.searchsorted(self.file_starts, starts, side="right") - 1
-        offsets = starts - self.file_starts[files]
-        for row, file, offset in zip(out, files.tolist(), offsets.tolist()):
-            filled = 0
-            while filled < length and file < len(self.sources):
-                piece = self.sources[file].tokens[offset : offset + length - filled]
-                row[filled : filled + len(piece)] = piece
-                filled, file, offset = filled + len(piece), file + 1, 0
-        return out
-
-    @functools.cached_property
-    def _ranges(self) -> list[tuple[int, int]]:
-        """Each file's smallest and largest id, from one scan of the whole stream."""
-        found = []
-        for source in self.sources:
-            ends = [(int(block.min()), int(block.max())) for block in source.blocks()]
-            found.append((min(low for low, _ in ends), max(high for _, high in ends)))
-        return found
-
-    def check_vocab(self, vocab_size: int) -> None:
-        """Raise ValueError, naming the file, if an id does not fit a vocabulary of `vocab_size`.
-
-        Costs nothing where the files' dtype cannot hold such an id, else one scan."""
-        held = [np.iinfo(source.tokens.dtype) for source in self.sources]
-        if all(0 <= ids.min and ids.max < vocab_size for ids in held):
-            return
-        for name, (smallest, largest) in zip(self.file_names, self._ranges):
-            if smallest < 0 or largest >= vocab_size:
-                raise ValueError(
-                    f"{name}: holds token id {smallest if smallest < 0 else largest}, but the "
-                    f"vocabulary has {vocab_size} ids (0…{vocab_size - 1}); it was made with "
-                    "another tokenizer than the model's"
-                )
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of the token sequence, the same however it is cut into files and stored.
-
-        Up to 2^28 tokens `sha256:…` of them all, as little-endian uint32. Beyond that
-        `sampled:…`, over the length and 256 evenly spaced blocks of 2^16 tokens, first and last
-        included: it tells other data from this, not one changed token; `full_fingerprint` does.
-        """
-        if len(self) <= FULL_HASH_TOKENS:
-            return self.full_fingerprint()
-        digest, size = hashlib.sha256(b"%d" % len(self)), 2**16
-        for start in np.linspace(0, len(self) - size, 256).astype(np.int64).tolist():
-            digest.update(self.read(start, start + size).astype("<u4").data)
-        return "sampled:" + digest.hexdigest()
-
-    def full_fingerprint(self) -> str:
-        """`sha256:…` of every token, whatever the length: about a second per 2^28 tokens."""
-        digest = hashlib.sha256()
-        for source in self.sources:
-            for block in source.blocks():
-                digest.update(np.ascontiguousarray(block, dtype="<u4").data)
-        return "sha256:" + digest.hexdigest()
 
 
 def open_stream(
@@ -307,10 +169,18 @@ class Windows:
     others, fewer in the last. So N - 1 targets are scored for any T and stride; N with `bos`, where
     the stream's BOS comes before x and the first token is scored too. A stride below T gives each
     target at least T - stride tokens of context (Hugging Face's and lm-eval's sliding window).
+    mark: what parts documents, where no token is to see another one than its own.
     ValueError for a stride that would skip targets, and where there is nothing to score.
     """
 
-    def __init__(self, n_tokens: int, seq_len: int, stride: int | None = None, bos: bool = False):
+    def __init__(
+        self,
+        n_tokens: int,
+        seq_len: int,
+        stride: int | None = None,
+        bos: bool = False,
+        mark: Mark | None = None,
+    ):
         stride = seq_len if stride is None else stride
         if seq_len < 1 or not 1 <= stride <= seq_len:
             raise ValueError(
@@ -318,6 +188,7 @@ class Windows:
                 f"stride {stride}: a larger stride would skip targets"
             )
         self.n_tokens, self.seq_len, self.stride, self.bos = n_tokens, seq_len, stride, bool(bos)
+        self.mark = mark
         self.n_targets = n_tokens - 1 + self.bos
         if self.n_targets < 1:
             raise ValueError(
@@ -343,12 +214,20 @@ class Windows:
         start = ids * self.stride - self.bos
         return start + 1 + low, start + high
 
+    def in_order(self, values: np.ndarray) -> np.ndarray:
+        """[n_targets], in the order of the stream: of values [n_windows, T] those that count."""
+        first, last = self.target_span(np.arange(len(self)))
+        window = np.repeat(np.arange(len(self)), last - first + 1)
+        position = np.arange(first[0], last[-1] + 1)
+        return values[window, position - 1 - (window * self.stride - self.bos)]
+
     def batch(self, stream: TokenStream, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The windows `ids` [B] as numpy arrays; id -1 is a dummy row in which nothing is scored.
 
         input_ids [B, T] int64, 0 where the stream has ended; targets [B, T] int64, -100 where not
         scored; first_target [B] int64, the stream position of target 0 of each row (of target j:
-        first_target + j); n_scored [B] int64.
+        first_target + j); n_scored [B] int64; with a mark starts [B, T] int64, the column
+        in which each token's document begins.
         """
         assert len(stream) == self.n_tokens, (len(stream), self.n_tokens)
         ids = np.asarray(ids, dtype=np.int64)
@@ -372,13 +251,15 @@ class Windows:
             "targets": targets,
             "first_target": np.where(dummy, 0, starts + 1),
             "n_scored": np.maximum(high - low, 0),
-        }
+        } | ({} if self.mark is None else {"starts": starts_in_rows(rows[:, :T], self.mark)})
 
 
 class RandomWindows:
     """rosetrainer's sampled windows, so that old numbers can be compared: N//T starts drawn by
     `random.Random(seed).sample`, T tokens each, of which T - 1 targets are scored. They overlap:
     about 63% of the tokens are covered. rosetrainer's figure is the mean over windows."""
+
+    mark = None  # documents are not told apart
 
     def __init__(self, n_tokens: int, seq_len: int, seed: int | None):
         if seq_len < 2 or n_tokens < seq_len:

@@ -256,11 +256,18 @@ class Folder:
 
     Without a results directory nothing is kept. The place is known once the checkpoint's
     fingerprint is: `place` is called when the folder is first used, on every rank. Work goes on
-    when a disk fills up meanwhile: its numbers are worth more than its journal.
+    when a disk fills up meanwhile: its numbers are worth more than its journal. `root`: the results
+    directory itself, for what serves many records.
     """
 
-    def __init__(self, dist, place: Callable[[], tuple[Path, str]] | None):
+    def __init__(
+        self,
+        dist,
+        place: Callable[[], tuple[Path, str]] | None,
+        root: str | Path | None = None,
+    ):
         self.dist, self._place = dist, place
+        self.root = None if root is None else Path(root)
         self._journal: Journal | None = None
 
     @functools.cached_property

@@ -7,6 +7,8 @@
 Takes checkpoints of rosetrainer, nanoGPT, Hugging Face and roseval. Prints loss (nats per token),
 perplexity and bits per byte with a standard error, and writes one JSON record per checkpoint with
 the whole protocol, and the loss of every window beside it. The same bits on any number of ranks.
+With --reference also how far each token's distribution lies from another model's. --documents
+scores each document by itself, as a model trained with document masks saw them.
 
     from eval import evaluate_perplexity
     result = evaluate_perplexity(model, tokenizer, val_data=["data/val.txt"])
@@ -16,23 +18,32 @@ Reference: Hugging Face documents a perplexity of 19.44 for GPT-2 Large on WikiT
 text with windows of 1024 and --stride 1024, and 16.44 with --stride 512.
 """
 
+import argparse
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+import checkpoint
 import cli
 import command
 import evaluation
 import results
 import stats
-from backends import Backend, Facts
+from backends import AnyWindows, Backend, Facts
+from backends.reference import Reference, open_reference
 from backends.scoring import WindowTotals
 from cli import printable
 from dataset import RandomWindows, TokenStream, Windows, open_stream
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
+from formats.documents import document_starts, mark_of
 from formats.shards import RAW
 from recording.runs import called
+from tasks import divergence
+from tasks.windows import LENGTHS, Chunks
+
+if TYPE_CHECKING:
+    from backends.local import Local
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -56,7 +67,9 @@ class Options:
     )
     max_tokens: int | None = cli.option(None, "use the first tokens only", type=cli.positive_int)
     seq_len: int | None = cli.option(
-        None, "window; default: 1024 or the context", type=cli.positive_int
+        None,
+        "window; default: 1024 or the context; 2048 of --windows gptq, 512 of llama.cpp",
+        type=cli.positive_int,
     )
     stride: int | None = cli.option(
         None,
@@ -66,11 +79,24 @@ class Options:
     bos: str = evaluation.bos_option("off")
     windows: str = cli.option(
         "exact",
-        "random: rosetrainer's sampled, overlapping windows, to compare with old numbers",
-        choices=("exact", "random"),
+        "gptq, llama.cpp: those of published tables (tasks/windows.py); random: rosetrainer's "
+        "sampled, overlapping ones, to compare with old numbers",
+        choices=("exact", *LENGTHS, "random"),
+    )
+    documents: bool = cli.option(
+        False, "a token sees its own document alone, in which positions count from 0"
     )
     seed: int = cli.option(42, "of --windows random (42); exact ones draw nothing", type=int)
     batch_size: int = cli.option(8, "windows of a batch at most (8)", type=cli.positive_int)
+    reference: str | None = cli.option(
+        None,
+        "a checkpoint with which each is compared token by token: divergence, likeliest token. "
+        "first: the first one named",
+        metavar="PATH",
+    )
+    reference_dtype: str | None = cli.option(
+        None, "of the reference; default: as --dtype", choices=sorted(cli.DTYPES)
+    )
     compile: str = evaluation.compile_option()
 
     def __post_init__(self):
@@ -83,8 +109,18 @@ class Options:
             raise ValueError(f"{mode} needs {cli.flag_of(wanted)} FILE …")
         if text and self.token_dtype:
             raise ValueError(f"--token-dtype does not go with {mode}")
-        if self.windows == "random" and (self.stride or self.bos != "off"):
-            raise ValueError("--windows random has no --stride and no --bos")
+        if self.windows in LENGTHS and not text:
+            raise ValueError(f"--windows {self.windows} tokenises text itself: --data-mode text")
+        if self.windows != "exact" and (self.stride or self.bos != "off"):
+            raise ValueError(f"--windows {self.windows} has no --stride and no --bos")
+        if self.reference_dtype and not self.reference:
+            raise ValueError("--reference-dtype goes with --reference PATH")
+        if self.documents and self.windows != "exact":
+            raise ValueError(f"--documents does not go with --windows {self.windows}")
+        if self.documents and self.bos != "off":
+            raise ValueError("--documents begin with what the data holds: it has no --bos")
+        if self.documents and self.reference:
+            raise ValueError("--documents does not go with --reference: compare without it")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -98,30 +134,39 @@ class Options:
 @dataclass(frozen=True)
 class Scored:
     stream: TokenStream
-    windows: Windows | RandomWindows
+    windows: AnyWindows
     batch_size: int
+    reference: Reference | None = None
 
 
 def plan(options: Options, facts: Facts) -> Plan:
     """The data as a model sees it, and what decides its numbers."""
-    tokenizer, seq_len = facts.tokenizer, pick_window(options.seq_len, facts.context)
+    tokenizer, published = facts.tokenizer, options.windows in LENGTHS
+    seq_len = pick_window(options.seq_len or LENGTHS.get(options.windows), facts.context)
     stream = open_stream(
         options.data_mode,
         options.files,
         tokenizer,
         options.max_tokens,
+        add_eos=not published,
         token_dtype=options.token_dtype,
     )
     stream.check_vocab(facts.vocab_size)
-    random, bos = options.windows == "random", False
-    windows: Windows | RandomWindows
+    random, bos, mark = options.windows == "random", False, None
+    adds_bos = tokenizer is not None and tokenizer.adds_bos
+    windows: AnyWindows
     if random:
         windows = RandomWindows(len(stream), seq_len, options.seed)
+    elif published:
+        bos = adds_bos
+        windows = Chunks(options.windows, len(stream), seq_len, bos)
     else:
         # without a BOS of its own, a tokenizer's end of text goes before the first token
-        auto = options.bos == "auto" and tokenizer is not None and tokenizer.adds_bos
+        auto = options.bos == "auto" and adds_bos
         bos = options.bos == "on" or auto
-        windows = Windows(len(stream), seq_len, options.stride, bos)
+        if options.documents:
+            mark = mark_of(stream, tokenizer, options.data_mode)
+        windows = Windows(len(stream), seq_len, options.stride, bos, mark)
     batch_size = min(options.batch_size, len(windows))
     protocol = {
         "data_mode": options.data_mode,
@@ -129,20 +174,27 @@ def plan(options: Options, facts: Facts) -> Plan:
         "tokenizer_fingerprint": tokenizer and tokenizer.fingerprint,
         "windows": options.windows,
         "window": seq_len,
-        "stride": options.stride or seq_len,
+        "stride": options.stride or seq_len,  # of published ones too: side by side
         "bos": bos,
         "max_tokens": options.max_tokens,
         "seed": options.seed if random else None,
         "dtype": facts.dtype,
         "batch_size": batch_size,
-    }
+    } | ({"documents": mark.words} if mark else {})
     data = {
         "files": list(stream.file_names),
         "hash": stream.fingerprint,
         "tokens": len(stream),
     }
-    work = Scored(stream, windows, batch_size)
-    return Plan(protocol, data, work, words_of(protocol))
+    words, reference = words_of(protocol), None
+    if options.reference:
+        reference = plan_reference(options, facts, stream, seq_len)
+        protocol["reference"] = reference.protocol
+        words += (f"against {reference.ckpt.name} in {reference.dtype}",)
+    return Plan(protocol, data, Scored(stream, windows, batch_size, reference), words)
+
+
+KINDS = {"random": "sampled windows"} | {kind: f"{kind}'s windows" for kind in LENGTHS}
 
 
 def words_of(protocol: dict) -> tuple[str, ...]:
@@ -150,9 +202,21 @@ def words_of(protocol: dict) -> tuple[str, ...]:
         f"window {protocol['window']}",
         f"stride {protocol['stride']}",
         *(["BOS"] if protocol["bos"] else []),
-        *(["sampled windows"] if protocol["windows"] == "random" else []),
+        *([KINDS[protocol["windows"]]] if protocol["windows"] in KINDS else []),
+        *(["within documents"] if "documents" in protocol else []),
         protocol["dtype"],
     )
+
+
+def plan_reference(options: Options, facts: Facts, stream: TokenStream, seq_len: int) -> Reference:
+    """The reference of these options, from its headers. ValueError where it is none for a model
+    of these facts."""
+    dtype = cli.DTYPES.get(options.reference_dtype or facts.dtype, facts.dtype)
+    reference = open_reference(options.reference or "", dtype, facts)
+    own = reference.ckpt.tokenizer
+    tokenizer = evaluation.open_tokenizer(own) if own else None
+    reference.check(stream, seq_len, facts.tokenizer, tokenizer)
+    return reference
 
 
 def pick_window(seq_len: int | None, context: int | None) -> int:
@@ -168,35 +232,71 @@ def pick_window(seq_len: int | None, context: int | None) -> int:
 
 
 def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
-    """Score every window. Arrays hold nats and tokens by window, and by (window, file, special)."""
-    stream, windows = plan.work.stream, plan.work.windows
-    totals = backend.score_windows(stream, windows, plan.work.batch_size)
+    """Score every window. Arrays hold nats and tokens by window, and by (window, file, special);
+    where documents are told apart, by document too, and those are the examples."""
+    stream, windows, reference = plan.work.stream, plan.work.windows, plan.work.reference
+    asked, against = (stream, windows, plan.work.batch_size), divergence.Summary()
+    mark = windows.mark
+    if reference is None:
+        totals = backend.score_windows(*asked, per_token=mark is not None)
+    else:
+        local = cast("Local", backend)  # --reference is refused with --endpoint
+        totals, tokens = reference.compare(local, *asked, folder.root)
+        against = divergence.summarise(tokens)
     nll, count = totals.by_window()
     first_target, _ = windows.target_span(np.arange(len(windows)))
     arrays = {"nll": nll, "count": count.astype(np.int64), "start": first_target}
     arrays |= {f"entry_{name}": array for name, array in totals.arrays().items()}
+    unit, of = "windows", ""
+    if mark is not None:
+        unit, of = "documents", "document_"
+        found = by_document(totals, windows, document_starts(stream, mark))
+        arrays |= {of + name: array for name, array in found.items()}
+    statistics = {"perplexity": {"score": "perplexity", "arrays": [of + "nll", of + "count"]}}
+    if totals.bits_per_byte is not None and mark is None:
+        of_text, name = totals.of_text(), "bits_per_byte"
+        arrays |= of_text
+        statistics[name] = {"score": name, "arrays": list(of_text)}
     return Outcome(
-        metrics=metrics_of(totals, windows),
-        breakdown={"file": by_file(totals, stream)},
-        arrays=arrays,
+        metrics=metrics_of(totals, windows, arrays[of + "nll"], arrays[of + "count"])
+        | against.metrics,
+        breakdown={"file": by_file(totals, stream)} | against.breakdown,
+        arrays=arrays | against.arrays,
+        protocol={"reference": reference.about} if reference else {},
         examples={
-            "unit": "windows",
-            "scores": {"loss": "nll"},
-            "weight": "count",
-            "labels": {"start": "from token {:,}"},
+            "unit": unit,
+            "scores": {"loss": of + "nll"} | against.scores,
+            "statistics": statistics,
+            "weight": of + "count",
+            "labels": {of + "start": "from token {:,}"},
         },
         data={
             "tokens_scored": int(totals.tokens.sum()),
             "special_tokens_scored": int(totals.tokens[totals.special].sum()),
             "bytes": int(totals.bytes.sum()),
-        },
+        }
+        | ({} if mark is None else {"documents_scored": len(arrays["document_nll"])}),
     )
 
 
-def metrics_of(totals: WindowTotals, windows: Windows | RandomWindows) -> dict:
-    nll, count = totals.by_window()
-    n = len(windows)
-    if isinstance(windows, RandomWindows):  # rosetrainer's figure: the mean over windows
+def by_document(totals: WindowTotals, windows: Windows, starts: np.ndarray) -> dict:
+    """nll [D] nats, count [D] targets and start [D], stream positions, of the documents of which
+    something is scored, from `starts` of all. A document's first token counts as its own."""
+    assert totals.token_nll is not None, "scored by token"
+    count = np.diff(np.append(starts, windows.n_tokens))
+    count[0] -= 1  # nothing comes before the stream's first token
+    starts, count = starts[count > 0], count[count > 0]
+    nats = windows.in_order(totals.token_nll)
+    nll = np.add.reduceat(nats, np.append(0, np.cumsum(count)[:-1]))
+    return {"nll": nll, "count": count, "start": starts}
+
+
+def metrics_of(
+    totals: WindowTotals, windows: AnyWindows, nll: np.ndarray, count: np.ndarray
+) -> dict:
+    """nll, count [n]: of windows or documents, whose losses are taken to be independent."""
+    n = len(nll)
+    if not isinstance(windows, Windows):  # rosetrainer's and GPTQ's figure: the mean over windows
         loss, stderr = float((nll / count).mean()), float((nll / count).std(ddof=1) / n**0.5)
     else:
         loss, stderr = totals.loss, stats.ratio_stderr(nll, count)
@@ -238,13 +338,19 @@ def show(records: list[Result]) -> None:
 def print_record(record: Result) -> None:
     metrics, cost, data = record["metrics"], record["cost"], record["data"]
     info = record["checkpoint"]
-    print(f"\n{printable(info['name'])}  ({printable(info['path'])})")
+    print(f"\n{called([record])[0]}  ({printable(info['path'])})")
     print(f"avg_loss: {metrics['loss']['value']:.6f}")
     print(f"ppl: {metrics['perplexity']['value']:.4f}")
     print(f"stderr: {metrics['loss']['stderr']:.6f} (of avg_loss)")
     if "bits_per_byte" in metrics:
         print(f"bits_per_byte: {metrics['bits_per_byte']['value']:.6f}")
+    if "kl" in metrics:
+        about = record["protocol"]["reference"]
+        print(f"against {printable(about['name'])} in {about['dtype']}, token by token:")
+        print("\n".join(divergence.lines_of(record["breakdown"])))
     print(f"tokens: {data['tokens_scored']:,} scored of {data['tokens']:,}")
+    if "documents_scored" in data:
+        print(f"documents: {data['documents_scored']:,}, by which the stderr is taken")
     print(f"tokens_per_second: {cost['tokens_per_second']:,.0f}")
     if cost.get("mfu") is not None:
         print(f"mfu: {cost['mfu']:.1%}")
@@ -262,15 +368,18 @@ def print_record(record: Result) -> None:
 def print_table(records: list[dict]) -> None:
     names = called(records)
     width = max(map(len, names))
-    print(f"\n{'checkpoint':<{width}}  {'step':>8}  {'loss':>9}  {'ppl':>11}  {'bits/byte':>9}")
+    against = any("kl" in record["metrics"] for record in records)
+    header = f"{'checkpoint':<{width}}  {'step':>8}  {'loss':>9}  {'ppl':>11}  {'bits/byte':>9}"
+    print(f"\n{header}" + f"  {'KL':>9}  {'same top':>8}" * against)
     for name, record in zip(names, records, strict=True):
         metrics, info = record["metrics"], record["checkpoint"]
         step = "" if info["step"] is None else info["step"]
         bits = metrics.get("bits_per_byte", {}).get("value")
-        print(
-            f"{name:<{width}}  {step:>8}  {metrics['loss']['value']:>9.5f}  "
-            f"{metrics['perplexity']['value']:>11.4f}  {'' if bits is None else f'{bits:>9.5f}'}"
-        )
+        row = f"{name:<{width}}  {step:>8}  {metrics['loss']['value']:>9.5f}  "
+        row += f"{metrics['perplexity']['value']:>11.4f}  {'' if bits is None else f'{bits:>9.5f}'}"
+        if "kl" in metrics:
+            row += f"  {metrics['kl']['value']:>9.6f}  {metrics['same_top']['value']:>8.2%}"
+        print(row)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -278,9 +387,11 @@ def print_table(records: list[dict]) -> None:
 
 
 def check(options: Options) -> None:
-    """The files are there and readable, whatever the tokenizer."""
+    """The files are there and readable, whatever the tokenizer, and the reference is one."""
     tokenizer, width = evaluation.open_tokenizer("byte"), options.token_dtype
     open_stream(options.data_mode, options.files, tokenizer, max_tokens=1, token_dtype=width)
+    if options.reference:
+        checkpoint.open(options.reference)
 
 
 PERPLEXITY = Evaluation(
@@ -304,7 +415,13 @@ def evaluate_perplexity(model: Any, tokenizer: Any, **options) -> Result:
 
 
 def main(argv=None):
-    command.main(PERPLEXITY, argv, __doc__)
+    command.main(PERPLEXITY, argv, __doc__, first_as_reference)
+
+
+def first_as_reference(args: argparse.Namespace) -> None:
+    """`--reference first`, as the path of the first checkpoint named."""
+    if args.reference == "first" and args.checkpoint_path:
+        args.reference = str(checkpoint.expand_paths(args.checkpoint_path)[0])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ import results
 from backends import SERVERS, Backend, Facts
 from config import GPTConfig, load_config
 from durable import Folder
+from quantisation.names import Quantisation
 from tokenizer import TOKENIZER_COPIES, Tokenizer, build_tokenizer
 
 if TYPE_CHECKING:  # these load torch
@@ -69,6 +70,13 @@ class Plan:
     @property
     def config_hash(self) -> str:
         return results.config_hash(self.configuration)
+
+    def of_weights(self, quantisation: Quantisation | None) -> Plan:
+        """The same work, asked of a model whose weights are rounded so."""
+        if quantisation is None:
+            return self
+        protocol = self.protocol | {"quantisation": quantisation.protocol}
+        return replace(self, protocol=protocol, words=(*self.words, *quantisation.words))
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ class Evaluation:
         if unknown:
             raise TypeError(f"{self.name} has no option {', '.join(sorted(unknown))}")
         backend = local_backend(chosen, model, facts_in_memory(model, tokenizer), dist)
-        plan = self.plan(chosen, backend.facts)
+        plan = self.plan(chosen, backend.facts).of_weights(backend.facts.quantisation)
         return measure(self, backend, plan, info=info, run=run, results_dir=results_dir)
 
 
@@ -220,7 +228,7 @@ def measure(
         return path.with_suffix(""), resume_key(evaluation, plan, about, *rooms)
 
     plan.prepare()
-    folder = Folder(dist, place if results_dir is not None else None)
+    folder = Folder(dist, place if results_dir is not None else None, results_dir)
     try:
         outcome = evaluation.run(backend, plan, folder)
     finally:
@@ -262,7 +270,7 @@ class Plans:
     def of(self, facts: Facts) -> Plan:
         if self._made is None or self._made[0] != facts.kind:
             self._made = facts.kind, self.evaluation.plan(self.options, facts)
-        return self._made[1]
+        return self._made[1].of_weights(facts.quantisation)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ Numerics: the residual stream, the norms and the softmax are float32. Linear lay
 run in their weights' dtype (`for_inference` casts the weights once) or, in training, autocast's.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from config import VOCAB_MULTIPLE, GPTConfig
 from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
-from modeling.attention import Attention, Cache, LatentAttention
+from modeling.attention import Attention, Cache, DocumentMask, LatentAttention, Mask
 from modeling.mlp import MLP, Linear, Mixture
 from modeling.norms import Norm, stream_norm
 from modeling.rotary import angles, is_long, rope_tables
 
-HEAD_ROWS = 1024  # of logits that a soft cap holds in float32 at once
+HEAD_ROWS = 1024  # of logits that are held in float32 at once
 
 
 def inductor_options() -> dict:
@@ -61,7 +62,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        mask: list[Tensor] | None = None,
+        mask: Mask = None,
         cache: Cache | None = None,
     ) -> Tensor:
         c, h = self.config, self._normed(self.ln1, x)
@@ -95,6 +96,7 @@ class GPTModel(nn.Module):
     # transformers' models, behind the same interface, say False
     is_native: Literal[True] = True
     supports_cache: Literal[True] = True
+    quantisation: dict | None = None  # how the weights were rounded: quantisation/apply.py
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -206,13 +208,14 @@ class GPTModel(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        mask: list[Tensor] | None = None,
+        mask: Sequence[Mask] | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, C], float32, of input_ids [B, T] int64.
 
         positions: [T] or [B, T], 0..T-1 unless given (or what the cache says). cache: keys and
         values already computed (backends/kvcache.py): an object with `positions(T)` and `attend`.
-        mask: per-layer attention masks, only for left-padded input (`forward` makes them).
+        mask: attention's, by layer: of left padding (`forward` makes them) or of documents
+        (`within_documents` does).
         """
         T = input_ids.shape[1]
         if positions is None and cache is not None:
@@ -228,11 +231,21 @@ class GPTModel(nn.Module):
         x = self.dropout(self.ln_embedding(x))
         for layer, block in enumerate(self.blocks):
             rope = ropes.get(self.config.layer_rope(layer))
+            own = None if mask is None else mask[layer]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, rope, own, cache, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache)
+                x = block(x, rope, own, cache)
         return self.ln_f(x)
+
+    def within_documents(self, starts: Tensor) -> dict[str, Any]:
+        """Options of `hidden` under which a token sees its own document alone, in which positions
+        count from 0. starts [B, T] int64: the column in which each token's document begins. Whether
+        LongRoPE's long frequencies turn goes by T, as without."""
+        windows = [self.config.layer_window(layer) for layer in range(self.config.n_layers)]
+        masks = {window: DocumentMask(starts, window) for window in set(windows)}
+        positions = torch.arange(starts.shape[1], device=starts.device) - starts
+        return {"positions": positions, "mask": [masks[window] for window in windows]}
 
     def router_loads(self) -> Tensor:
         """[L, 2, E]: `Mixture.load` of each mixture of experts in the last pass of training."""
@@ -251,10 +264,14 @@ class GPTModel(nn.Module):
                 ropes[kind] = angles(positions, getattr(self, f"rope_{source}"), factor)
         return ropes
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, exact: bool = False) -> Tensor:
         """[..., V] of hidden [..., C], in the head's dtype (autocast's in training); float32 where
-        a soft cap or a bias comes after the product."""
-        logits = F.linear(*self._for_the_head(hidden))[..., : self.config.vocab_size]
+        a soft cap or a bias comes after the product. exact: in float32 always, the product of what
+        the head multiplies not rounded to its dtype."""
+        hidden, weight = self._for_the_head(hidden)
+        if exact:
+            hidden, weight = hidden.float(), weight.float()
+        logits = F.linear(hidden, weight)[..., : self.config.vocab_size]
         if self.lm_head.bias is not None:
             logits = logits.float() + self.lm_head.bias.float()
         cap = self.config.logit_softcap
@@ -262,14 +279,16 @@ class GPTModel(nn.Module):
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats [N], float32, of targets [N] after hidden [N, C]; 0 where the target is -100."""
-        if self.lm_head.bias is None and self.config.logit_softcap is None:
-            return head_cross_entropy(*self._for_the_head(hidden), targets, self.config.vocab_size)
+        cap, V = self.config.logit_softcap, self.config.vocab_size
+        if self.lm_head.bias is None and cap is None:
+            return head_cross_entropy(*self._for_the_head(hidden), targets, V)
         if torch.is_grad_enabled():
             return F.cross_entropy(
                 self.logits(hidden), targets, ignore_index=IGNORE, reduction="none"
             )
+        if self.lm_head.bias is None:
+            return cross_entropy(F.linear(*self._for_the_head(hidden)), targets, V, cap)
         rows = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
-        V = self.config.vocab_size
         return torch.cat([cross_entropy(self.logits(h), t, V) for h, t in rows])
 
     def _for_the_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,8 +313,7 @@ class GPTModel(nn.Module):
         Labels are shifted inside, as in rosetrainer: position t is scored on labels[t + 1]. -100
         and padding are left out; the loss is the mean over what remains, None without labels.
         """
-        # rosetrainer's signature, for code written for it: nothing of ours passes an attention
-        # mask, and the `mask` that the modules hand down is there for its left padding alone
+        # rosetrainer's signature, for code written for it: nothing of ours passes this mask
         mask = None if attention_mask is None else self._padding_masks(attention_mask.bool())
         logits = self.logits(self.hidden(input_ids, mask=mask))
         if labels is None:

@@ -1,6 +1,7 @@
 """Tables, a web page and paired comparisons from a directory of results.
 
     python report.py results                  # tables here; report.html, .csv and .md in results/
+    python report.py results --since BASE     # gained and lost since the checkpoint they began from
     python report.py results --watch 30       # again whenever a record is added
     python report.py --compare A B            # is B better than A? two records, or two
                                               # checkpoints' folders of records
@@ -20,10 +21,12 @@ from pathlib import Path
 import cli
 from durable import write_atomic
 from recording.runs import walk
-from reporting.charts import draw
+from reporting.charts import draw, draw_families
 from reporting.compare import compare, compare_text, pairs_of
+from reporting.exchange import since
 from reporting.groups import groups_of, metric_names, read
 from reporting.page import page, page_data
+from reporting.quantised import families_of, table_of_family
 from reporting.tables import csv_text, markdown, table_of, terminal
 from results import utc_now
 
@@ -40,10 +43,12 @@ def write_report(
     rows: int = 0,
     refresh: float | None = None,
     charts: bool = False,
+    began: tuple[str, str | None] | None = None,
 ) -> str:
     """Write report.csv, .md and, with `html`, .html; return the tables as text for the terminal.
     sort: a metric or "step"; rows: checkpoints of a table, 0 for all; refresh: seconds after which
-    an open page reloads itself; charts: pictures of calibration, too."""
+    an open page reloads itself; charts: pictures of calibration, too; began: the checkpoint that
+    others began from, and the data that they are trained for, as `exchange.since` takes them."""
     found = read(results_dir)
     known = metric_names(found["ok"])
     if sort and known and sort not in ("step", *known):
@@ -54,12 +59,18 @@ def write_report(
     except Exception:  # an edge: one record of a directory
         leave_out_the_odd(found)
         tables, data, files = drawn(found, title, sort, rows, refresh)
+    if began:
+        tables.append(since(groups_of(found["ok"]), *began))
+        files["report.md"] = markdown(tables, found)
     try:
         for name, text in files.items():
             write_atomic(Path(out_dir, name), text)
         if html:
             write_atomic(Path(out_dir, "report.html"), page(data))
-        pictures = draw(groups_of(found["ok"]), out_dir) if charts else []
+        pictures = []
+        if charts:
+            pictures = draw(groups_of(found["ok"]), out_dir)
+            pictures += draw_families(families_of(found["ok"]), out_dir)
     except OSError as error:  # a full disk, a directory of somebody else's
         raise ValueError(f"{error}; --out FOLDER writes the report elsewhere") from None
     parts = [terminal(table, sys.stdout.isatty()) for table in tables]
@@ -76,6 +87,7 @@ def drawn(
 ) -> tuple[list[dict], dict, dict[str, str]]:
     """(tables, the page's data, {file: text}) of what `groups.read` found."""
     tables = [table_of(group, sort, rows) for group in groups_of(found["ok"])]
+    tables += map(table_of_family, families_of(found["ok"]))
     files = {
         "report.csv": csv_text(found["ok"] + found["failed"]),
         "report.md": markdown(tables, found),
@@ -138,8 +150,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--out", help="folder of report.html, .csv and .md; default: RESULTS_DIR")
     p.add_argument("--no-html", action="store_true")
     p.add_argument(
-        "--charts", action="store_true", help="also reliability diagrams as .png (matplotlib)"
+        "--charts",
+        action="store_true",
+        help="also pictures as .png: reliability, bytes (matplotlib)",
     )
+    p.add_argument("--since", metavar="BASE", help="gained and lost since this checkpoint")
+    p.add_argument("--domain", metavar="WORD", help="of --since: what others pay for its gain")
     p.add_argument("--sort", metavar="METRIC", help='a metric, best first, or "step"')
     p.add_argument("--rows", type=int, default=20, help="checkpoints a table shows (20; 0: all)")
     p.add_argument(
@@ -155,6 +171,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("examples", "seed", "rows"):
         if getattr(args, name) < 0:
             p.error(f"--{name} cannot be negative")
+    if args.domain and not args.since:
+        p.error("--domain goes with --since")
     cli.check_seconds(p, args, "watch")
     return args
 
@@ -168,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     out_dir = args.out or args.results_dir
     options = {"html": not args.no_html, "sort": args.sort, "rows": args.rows}
-    options["charts"] = args.charts
+    options |= {"charts": args.charts, "began": (args.since, args.domain) if args.since else None}
     seen = None
     while True:
         now = signature(args.results_dir)

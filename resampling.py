@@ -46,6 +46,8 @@ SCORES: dict[str, Score] = {
     "chrf": of_sums(corpus_scores.chrf),
     "ter": of_sums(corpus_scores.ter),
     "share": of_sums(_share),  # of what the second column counts, what the first does
+    "perplexity": of_sums(lambda sums: np.exp(_share(sums))),  # nats, tokens
+    "bits_per_byte": of_sums(lambda sums: _share(sums) / math.log(2)),  # nats, bytes
     "ece": certainty.ece,
     "ece_mass": certainty.ece_mass,
     "auroc": certainty.auroc,

@@ -91,7 +91,8 @@ breakdown       {dimension: {group: {name: metric as above, or a number}, or a n
                 {low, high, n, confidence, accuracy}, the bins of a calibration, or of {coverage,
                 risk, threshold}, the errors among the most confident answers
 protocol        how it was obtained: window, stride, bos, template, template_hash, shots, dtype,
-                seed, batch_size, compiled, truncated, limit, sandbox tier, ...
+                seed, batch_size, compiled, truncated, limit, sandbox tier, quantisation {rule,
+                embeddings, skip, weight_bytes, bits_per_weight} where weights were rounded, ...
 data            {files, hash, tokens, bytes}
 cost            {seconds, tokens_per_second, mfu, peak_memory_bytes, gpu, world_size}
 environment     {time, python, packages, code}: UTC, versions, commit; nothing about the host

@@ -23,6 +23,7 @@ import cli
 import evaluation
 from backends import BATCH_TOKENS
 from evaluation import ModelOptions
+from quantisation.names import Quantisation
 
 if TYPE_CHECKING:
     from distributed import Dist
@@ -79,6 +80,9 @@ class Options:
     drain_seconds: int = cli.option(
         120, "that SIGTERM waits for what is on its way (120)", type=cli.positive_int
     )
+    quantise: str | None = cli.option(
+        None, "the rule by which weights are rounded, as evaluations do", metavar="RULE"
+    )
     compile: str = cli.option(
         "off", "torch.compile of the decode step: a minute's start", choices=("on", "off")
     )
@@ -90,11 +94,13 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     from backends import engine
     from backends.local import facts_of
     from backends.rows import Capacity
+    from quantisation.apply import quantise_model
     from serving.asked import Served
     from serving.service import Service
     from serving.texts import Texts
     from tasks.drawing import end_tokens
 
+    rounding = options.quantise and Quantisation(options.quantise)
     models = ModelOptions(
         config=options.config, base=options.base, tokenizer_name=options.tokenizer_name
     )
@@ -106,6 +112,8 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
     evaluation.check_vocabulary(max(tokenizer.encode("a")), facts)
     model = ckpt.load(dtype, dist.device)
+    if rounding:
+        quantise_model(model, rounding)
     context = read_context(options.context, facts.context)
     new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
     rows = options.max_rows or (
@@ -123,7 +131,7 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         compiled=options.compile == "on",
     )
     served = Served(
-        name=options.model_name or ckpt.name,
+        name=options.model_name or "-".join([ckpt.name, *([rounding.rule] if rounding else [])]),
         texts=texts,
         context=context,
         new_tokens=new_tokens,

@@ -143,6 +143,25 @@ def mcnemar_exact(b: int, c: int) -> float:
     return min(1.0, 2 * below / 2 ** (b + c))
 
 
+def flips(before: ArrayLike, after: ArrayLike, answers: tuple | None = None) -> dict:
+    """What became of each example's verdict, 1 for right and 0 for wrong, from one model to another
+    on the same examples [n]: {right_to_wrong, wrong_to_right, both_right, both_wrong, n, p}; p is
+    `mcnemar_exact`'s. answers: what each answered, (before, after) [n] each: adds
+    `answers_changed`, of right and wrong ones alike, and `wrong_to_wrong` among them.
+    Source: Dutta et al., Accuracy is Not All You Need, arXiv:2407.09141 (2024)."""
+    x, y = (np.asarray(verdicts).astype(bool) for verdicts in (before, after))
+    assert x.shape == y.shape, f"before {x.shape} and after {y.shape} are not the same examples"
+    lost, won = int((x & ~y).sum()), int((~x & y).sum())
+    found: dict[str, float] = {"right_to_wrong": lost, "wrong_to_right": won}
+    found["both_right"] = int((x & y).sum())
+    found |= {"both_wrong": int((~x & ~y).sum()), "n": len(x), "p": mcnemar_exact(lost, won)}
+    if answers is not None:
+        changed = np.asarray(answers[0]) != np.asarray(answers[1])
+        found["answers_changed"] = int(changed.sum())
+        found["wrong_to_wrong"] = int((changed & ~x & ~y).sum())
+    return found
+
+
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> np.ndarray | float:
     """1 - C(n-c, k) / C(n, k) for each task: the chance that one of k samples, out of n drawn of
     which c passed, passes. n, c: integers or arrays [tasks]. ValueError when k exceeds an n.

@@ -46,8 +46,11 @@ from gsm8k_eval import GSM8K
 from harness_eval import HARNESS
 from humaneval_eval import HUMANEVAL
 from mmlu_eval import MMLU
+from quantisation.apply import Weights
+from quantisation.names import QuantiseOptions
 from sweeping.planner import Entry, Planner, Work
 
+ROUNDING = cli.option_names(QuantiseOptions)
 EVALUATIONS = (PERPLEXITY, MMLU, HUMANEVAL, GSM8K, BLEU, HARNESS)
 SHARE_OF_MEMORY = 0.5  # of what is available, that reading ahead may fill
 
@@ -122,6 +125,7 @@ def read_entries(file: str, models: ModelOptions, shared: SharedOptions) -> list
     mmlu:                                             # a list: one evaluation for each
       - {data-path: data/mmlu, num-few-shot: 5}
       - {data-path: data/mmlu, template: continuation}
+    bleu: {…, quantise: [bf16, rtn-w8]}               # once for each rule
 
     The model is loaded once for all, so what concerns it is said on this command line; so may be
     --tokenizer-name, --batch-size, --seed and --compile, for evaluations that do not say.
@@ -152,6 +156,8 @@ def entries_of(
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     own = {name: values.pop(name) for name in ("tokenizer_name",) if name in values}
     own = cli.convert_options(ModelOptions, own, where)
+    rounding = {name: values.pop(name) for name in ROUNDING if name in values}
+    rounding = cli.convert_options(QuantiseOptions, rounding, where)
     tokenizer_name = own.get("tokenizer_name") or models.tokenizer_name
     ours = (ModelOptions, SweepOptions, cli.PrecisionOptions, cli.RunOptions)
     for name in values:
@@ -161,10 +167,11 @@ def entries_of(
     given = {name: given[name] for name in given if name in cli.option_names(kind.Options)}
     given |= cli.convert_options(kind.Options, values, where)
     try:
+        rules = cli.read_options(QuantiseOptions, rounding).wanted
         variants = kind.variants(cli.read_options(kind.Options, given))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return [Entry(kind, options, tokenizer_name) for options in variants]
+    return [Entry(kind, options, tokenizer_name, rule) for rule in rules for options in variants]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -210,7 +217,7 @@ def do(planner: Planner, work: Work, dist: Dist) -> None:
         problem = cli.reason_of(error)
     problem = next(filter(None, dist.gather(problem)), None)
     load_seconds = time.perf_counter() - start
-    for label in work.pending:
+    for label in planner.by_rule(work.pending):
         outcome = problem
         if opened is not None and problem is None:
             outcome = evaluate(planner.entries[label], opened, work, planner.models, dist)
@@ -224,14 +231,15 @@ def do(planner: Planner, work: Work, dist: Dist) -> None:
         torch.cuda.empty_cache()
 
 
-def load(planner: Planner, work: Work, dist: Dist) -> tuple[Any, Checkpoint, dict]:
-    """(model, handle, plans by label). There is no collective in here."""
+def load(planner: Planner, work: Work, dist: Dist) -> tuple[Weights, Checkpoint, dict]:
+    """(weights, handle, plans by label). There is no collective in here."""
     ckpt = planner.models.opened(work.path)
     model = ckpt.load(planner.dtype, dist.device)
     plans = {label: planner.plan_of(planner.entries[label], ckpt) for label in work.pending}
     if ckpt.fingerprint != work.info["fingerprint"]:
         raise ValueError(f"{work.path} was replaced while it was read")
-    return model, ckpt, plans
+    several = len({planner.entries[label].quantisation for label in plans}) > 1
+    return Weights(model, keep=several), ckpt, plans
 
 
 def evaluate(
@@ -239,9 +247,10 @@ def evaluate(
 ) -> Result | str:
     """The Result, or the reason why there is none, on every rank the same: where only some of them
     fail the run ends, as the others are in the midst of a collective."""
-    model, ckpt, plans = opened
+    weights, ckpt, plans = opened
     plan, facts = plans[entry.label]
     try:
+        model = weights.under(entry.quantisation)
         # how many checkpoints will come is not known, and a resumed sweep must compile alike
         backend = evaluation.local_backend(entry.options, model, facts, dist, math.inf)
         return evaluation.measure(
@@ -250,7 +259,7 @@ def evaluate(
             plan,
             info=work.info,
             run=work.run,
-            rooms=(*ckpt.rooms, "backends/local.py"),
+            rooms=(*ckpt.rooms, *entry.rooms),
             results_dir=models.results_dir,
         )
     except Exception as error:  # an edge: one checkpoint of a sweep

@@ -283,12 +283,12 @@ class HuggingFaceTokenizer:
     def save(self, directory: str | os.PathLike) -> None:
         self.tok.save_pretrained(directory)
 
-    def _is_byte_level(self) -> bool:
+    def is_byte_level(self) -> bool:
         return _mentions(self._definition.get("decoder"), "ByteLevel")
 
     def _count_bytes(self, vocab: dict[str, int]) -> np.ndarray:
         counts = np.zeros(self.vocab_size, dtype=np.int32)
-        alphabet = set(byte_alphabet()) if self._is_byte_level() else None
+        alphabet = set(byte_alphabet()) if self.is_byte_level() else None
         for token, i in vocab.items():
             if alphabet is not None and alphabet.issuperset(token):
                 counts[i] = len(token)
@@ -310,7 +310,7 @@ class HuggingFaceTokenizer:
         across = re.compile(ACROSS_A_BREAK.replace("\n", byte_alphabet()[ord("\n")]))
         reaching = any(map(across.search, vocab))
         local = not prefixed and plain and not reaching and "\n" not in "".join(added)
-        return self._is_byte_level() and local
+        return self.is_byte_level() and local
 
 
 Tokenizer = ByteTokenizer | TiktokenTokenizer | HuggingFaceTokenizer

@@ -38,6 +38,7 @@ class TransformersModel(nn.Module):
 
     is_native: Literal[False] = False
     supports_cache: Literal[False] = False
+    quantisation: dict | None = None  # how the weights were rounded: quantisation/apply.py
 
     def __init__(self, causal_lm: "PreTrainedModel", config: GPTConfig | None):
         super().__init__()
@@ -134,10 +135,15 @@ class TransformersModel(nn.Module):
             body = self.causal_lm.model
         return body(input_ids, use_cache=False, **more).last_hidden_state
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., V] of hidden [..., C]."""
+    def logits(self, hidden: torch.Tensor, exact: bool = False) -> torch.Tensor:
+        """[..., V] of hidden [..., C]. exact: as GPTModel's."""
         head = self.causal_lm.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype))
+        hidden = hidden.to(head.weight.dtype)
+        if exact:
+            weights = {name: p.float() for name, p in head.named_parameters()}
+            logits = torch.func.functional_call(head, weights, hidden.float())
+        else:
+            logits = head(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import cli
+from quantisation.names import Quantisation
 
 if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
+    import numpy as np
+
     from backends.continuations import Continuations, RowScores
     from backends.scoring import Consumer, WindowTotals
-    from dataset import RandomWindows, TokenStream, Windows
+    from dataset import TokenStream
     from distributed import Dist
+    from formats.documents import Mark
 
 
 SERVERS = ("openai", "roseval", "vllm", "sglang", "llama.cpp", "llama-cpp-python")
@@ -36,6 +40,8 @@ class Facts:
     context: positions it can hold, None if nobody says. dtype: by name. tokenizer: an object of
     tokenizer.py, None where shards are scored that need none. shares_prefixes: whether a prefix is
     run once for all rows that go on from it. lacks: {verb: why it cannot be had and the remedy}.
+    quantisation: how the weights are rounded after they are loaded; a plan that many models share
+    is made without it, and then says so (evaluation.py).
     """
 
     name: str
@@ -46,6 +52,7 @@ class Facts:
     tokenizer: Any = None
     shares_prefixes: bool = True
     lacks: tuple[tuple[str, str], ...] = ()
+    quantisation: Quantisation | None = None
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -128,6 +135,25 @@ class Sample:
     finish_reason: str
 
 
+class AnyWindows(Protocol):
+    """Windows over a token stream: dataset.py has ours, tasks/windows.py those of others. mark:
+    what parts documents (formats/documents.py), where no token is to see another one than its own.
+    """
+
+    seq_len: int
+
+    @property
+    def mark(self) -> Mark | None: ...
+
+    def __len__(self) -> int: ...
+
+    def target_span(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def batch(
+        self, stream: TokenStream, ids: Sequence[int] | np.ndarray
+    ) -> dict[str, np.ndarray]: ...
+
+
 class Backend(Protocol):
     """A model on all ranks of `dist`; every rank calls a verb alike and gets the same from it, but
     for `generate`, which gives a rank its own share."""
@@ -138,7 +164,7 @@ class Backend(Protocol):
     def score_windows(
         self,
         stream: TokenStream,
-        windows: Windows | RandomWindows,
+        windows: AnyWindows,
         batch_size: int = 8,
         *,
         per_token: bool = False,

@@ -30,7 +30,8 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from dataset import RandomWindows, TokenStream, Windows
+    from backends import AnyWindows
+    from dataset import TokenStream
 
 Job = TypeVar("Job")
 REFUSED = "refused"
@@ -107,7 +108,7 @@ class Endpoint:
     def score_windows(
         self,
         stream: "TokenStream",
-        windows: "Windows | RandomWindows",
+        windows: "AnyWindows",
         batch_size: int = 8,
         *,
         per_token: bool = False,
@@ -116,6 +117,11 @@ class Endpoint:
         """As Local.score_windows; batch_size says nothing here: `concurrency` requests are under
         way at any time."""
         self._check("score_windows", consumer)
+        if windows.mark is not None:
+            raise ValueError(
+                "--documents: a server cannot be told where documents end; score a checkpoint, or "
+                "without"
+            )
 
         def sequence(w):
             row = windows.batch(stream, [w])

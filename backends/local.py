@@ -20,12 +20,14 @@ from costs import gpus
 from costs.flops import estimate_flops
 from distributed import Dist, print0
 from quantisation.linear import n_weights
+from quantisation.names import Quantisation
 from tokenizer import Tokenizer
 from transformers_model import Model
 
 if TYPE_CHECKING:
     import checkpoint
-    from dataset import RandomWindows, TokenStream, Windows
+    from backends import AnyWindows
+    from dataset import TokenStream
 
 T = TypeVar("T")
 
@@ -38,9 +40,13 @@ OUT_OF_MEMORY = "out of memory with a batch of one: shorter sequences or a small
 
 
 def facts_of(
-    ckpt: "checkpoint.Checkpoint", tokenizer: Tokenizer | None, dtype: str, device: str
+    ckpt: "checkpoint.Checkpoint",
+    tokenizer: Tokenizer | None,
+    dtype: str,
+    device: str,
+    quantisation: Quantisation | None = None,
 ) -> Facts:
-    """What a checkpoint's handle tells of the model that it will load."""
+    """What a checkpoint's handle tells of the model that it will load, and how it is rounded."""
     return Facts(
         name=ckpt.name,
         vocab_size=ckpt.vocab_size,
@@ -49,12 +55,13 @@ def facts_of(
         device=device,
         tokenizer=tokenizer,
         shares_prefixes=ckpt.native,
+        quantisation=quantisation,
     )
 
 
 def facts_in_memory(model: Model, tokenizer: Tokenizer | None) -> Facts:
     """The same of a model that is there: GPTModel, or transformers' behind its interface."""
-    parameter = next(model.parameters())
+    parameter, held = next(model.parameters()), getattr(model, "quantisation", None)
     return Facts(
         name="in-memory",
         vocab_size=model.vocab_size,
@@ -63,6 +70,7 @@ def facts_in_memory(model: Model, tokenizer: Tokenizer | None) -> Facts:
         device=parameter.device.type,
         tokenizer=tokenizer,
         shares_prefixes=model.supports_cache,
+        quantisation=held and Quantisation(held["rule"], held["embeddings"], tuple(held["skip"])),
     )
 
 
@@ -97,26 +105,32 @@ class Local:
     def score_windows(
         self,
         stream: "TokenStream",
-        windows: "Windows | RandomWindows",
+        windows: "AnyWindows",
         batch_size: int = 8,
         *,
         per_token: bool = False,
         consumer: scoring.Consumer | None = None,
+        keep_states: scoring.StatesConsumer | None = None,
     ) -> scoring.WindowTotals:
-        """Nats of every window of a dataset.TokenStream; per_token, consumer: as in scoring.py.
-        Where a batch does not fit, all begins anew with half of it, and the consumer sees logits
-        again from the start: it must write by place, not add up. ValueError where the model gives
-        NaN or infinite losses."""
+        """Nats of every window of a dataset.TokenStream; per_token, consumer, keep_states: as in
+        scoring.py. Where a batch does not fit, all begins anew with half of it, and the consumers
+        see everything again from the start: they must write by place, not add up. ValueError where
+        the model gives NaN or infinite losses."""
         batch_size, device = min(batch_size, len(windows)), self.dist.device
-        compiled = self._should_compile(len(windows) * windows.seq_len)
-        nll_fn = scoring.nll_function(self.model, compiled, consumer)
+        if windows.mark is not None and self.config is None:
+            raise ValueError(
+                "--documents: this architecture runs through transformers, where attention cannot "
+                "be told where documents end; score it without"
+            )
+        compiled = self.should_compile(len(windows) * windows.seq_len)
+        nll_fn = scoring.nll_function(self.model, compiled, consumer, keep_states)
         token_bytes, special = scoring.bytes_of_tokens(self.facts)
         seconds = {}
 
         def score(b):
             start = time.perf_counter()
             zeros = torch.zeros(b, windows.seq_len, dtype=torch.int64, device=device)
-            scoring.agree_on_memory(lambda: self._warm_up(nll_fn, zeros), self.dist)
+            scoring.agree_on_memory(lambda: self._warm_up(nll_fn, zeros, windows.mark), self.dist)
             seconds["warm_up_seconds"] = time.perf_counter() - start
             start = time.perf_counter()
             with cli.progress(-(-len(windows) // b), "windows", "batch") as bar:
@@ -265,12 +279,13 @@ class Local:
         return self._cost | cost
 
     def ran(self) -> dict:
-        """How the last verb ran, for a record's protocol."""
-        return dict(self._ran)
+        """How the last verb ran, for a record's protocol, and on which weights."""
+        held = getattr(self.model, "quantisation", None)
+        return self._ran | ({"quantisation": held} if held else {})
 
     # -- Inside -------------------------------------------------------------------------------
 
-    def _should_compile(self, n_tokens: int) -> bool:
+    def should_compile(self, n_tokens: int) -> bool:
         """Whether torch.compile pays for itself over n_tokens of scoring and the jobs to come."""
         c = self.config
         if self.compile != "auto" or c is None:
@@ -282,10 +297,10 @@ class Local:
         eos = getattr(self.facts.tokenizer, "eos_token_id", None)
         return () if eos is None else (eos,)
 
-    def _warm_up(self, nll_fn, zeros) -> None:
+    def _warm_up(self, nll_fn, zeros, mark) -> None:
         """One batch of zeros: compiles, picks kernels, and shows whether memory suffices."""
         with torch.no_grad():
-            nll_fn(zeros, zeros, None)
+            nll_fn(zeros, zeros, None, *([] if mark is None else [zeros]))
         if zeros.is_cuda:
             torch.cuda.synchronize(zeros.device)
 

@@ -20,14 +20,14 @@ import torch
 
 from costs.symbols import CHUNK_TOKENS
 from gpu_kernels.cross_entropy import IGNORE
-from model import inductor_options
+from model import HEAD_ROWS, GPTModel, inductor_options
 from transformers_model import Model
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from backends import Facts
-    from dataset import RandomWindows, TokenStream, Windows
+    from backends import AnyWindows, Facts
+    from dataset import TokenStream
     from distributed import Dist
 
 # ---------------------------------------------------------------------------------------------
@@ -36,8 +36,11 @@ if TYPE_CHECKING:
 
 # What sees logits: called with logits [N, V], their targets [N], and the targets' places [N]
 Consumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-# (input_ids [B, T], targets [B, T], window_ids [B] or None) -> nats [B, T]
-NllFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# What keeps final hidden states: called with those of a batch [B, T, C], targets and window_ids
+StatesConsumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+# (input_ids [B, T], targets [B, T], window_ids [B] or None; where no token is to see another
+# document than its own: starts [B, T], see GPTModel.within_documents) -> nats [B, T]
+NllFunction = Callable[..., torch.Tensor]
 
 
 def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -53,21 +56,38 @@ def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torc
 # The loss of each token, compiled or eager
 
 
-def nll_function(model: Model, compiled: bool, consumer: Consumer | None = None) -> NllFunction:
-    """f(input_ids [B, T], targets [B, T], window_ids [B]) -> nats [B, T] float32.
-
-    Compiled block by block: all layers share one compilation of seconds, and the whole model's,
-    of up to half a minute, is no faster (H200: 124M 1% faster, XL 1%, 7B 2% slower).
-    consumer: called with the logits [N, V] of each scored position, the targets [N] and their
-    places [N], window * T + column, in chunks of at most CHUNK_TOKENS.
-    """
-    for block in model.blocks if model.is_native else ():
-        block._compiled_call_impl = None  # of an evaluation that compiled this model before
+def compile_blocks(model: GPTModel, compiled: bool) -> None:
+    """Compile each block, or leave it as it was written: what was compiled before is forgotten."""
+    for block in model.blocks:
+        block._compiled_call_impl = None
         if compiled:
             block.compile(dynamic=False, options=inductor_options())
 
-    def nll(input_ids, targets, window_ids=None):
-        hidden = model.hidden(input_ids).flatten(0, 1)
+
+def nll_function(
+    model: Model,
+    compiled: bool,
+    consumer: Consumer | None = None,
+    keep_states: StatesConsumer | None = None,
+) -> NllFunction:
+    """An NllFunction of the model, nats in float32.
+
+    Compiled block by block: all layers share one compilation of seconds, and the whole model's,
+    of up to half a minute, is no faster (H200: 124M 1% faster, XL 1%, 7B 2% slower).
+    consumer: called with the logits [N, V] of each scored position, exact (model.logits), the
+    targets [N] and their places [N], window * T + column, in chunks of at most HEAD_ROWS.
+    keep_states: called once a batch with hidden [B, T, C], what `model.logits` takes, and with
+    targets and window_ids as above; -1 is no window.
+    """
+    if model.is_native:
+        compile_blocks(model, compiled)
+
+    def nll(input_ids, targets, window_ids=None, starts=None):
+        terms = {} if starts is None else model.within_documents(starts)
+        hidden = model.hidden(input_ids, **terms)
+        if keep_states is not None and window_ids is not None:
+            keep_states(hidden, targets, window_ids)
+        hidden = hidden.flatten(0, 1)
         if consumer is not None and window_ids is not None:
             _hand_on_logits(model, hidden, targets, window_ids, consumer)
         return token_nll(model, hidden, targets.flatten()).view_as(targets)
@@ -80,8 +100,8 @@ def _hand_on_logits(model, hidden, targets, window_ids, consumer) -> None:
     places = window_ids[:, None] * T + torch.arange(T, device=targets.device)
     scored = (targets != IGNORE).flatten()
     rows = hidden[scored], targets.flatten()[scored], places.flatten()[scored]
-    for h, t, place in zip(*(x.split(CHUNK_TOKENS) for x in rows)):
-        consumer(model.logits(h), t, place)
+    for h, t, place in zip(*(x.split(HEAD_ROWS) for x in rows)):
+        consumer(model.logits(h, exact=True), t, place)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -128,6 +148,12 @@ class WindowTotals:
         """(nats, tokens) of every window."""
         n = int(self.window.max()) + 1
         return np.bincount(self.window, self.nll, n), np.bincount(self.window, self.tokens, n)
+
+    def of_text(self) -> dict[str, np.ndarray]:
+        """Nats and bytes of every window without its special tokens, which have no bytes."""
+        n, keep = int(self.window.max()) + 1, ~self.special
+        values = {"text_nll": self.nll, "text_bytes": self.bytes}
+        return {k: np.bincount(self.window[keep], v[keep], n) for k, v in values.items()}
 
     def of_file(self, index: int) -> "WindowTotals":
         keep = self.file == index
@@ -206,7 +232,7 @@ def batch_sums(
 def score_windows(
     nll_fn: NllFunction,
     stream: "TokenStream",
-    windows: "Windows | RandomWindows",
+    windows: "AnyWindows",
     batch_size: int,
     dist: "Dist",
     token_bytes: np.ndarray | torch.Tensor,
@@ -234,13 +260,13 @@ def score_windows(
         ids[ids >= len(windows)] = -1
         batch = windows.batch(stream, ids)
         slots, offsets = layout.of_batch(ids, batch["first_target"], batch["targets"].shape[1])
-        return batch["input_ids"], batch["targets"], slots, offsets, ids
+        return batch["input_ids"], batch["targets"], slots, offsets, ids, batch.get("starts")
 
     def run():
-        for input_ids, targets, slots, offsets, ids in prefetch(
+        for input_ids, targets, slots, offsets, ids, starts in prefetch(
             make, dist.shard(n_batches), dist.device
         ):
-            nll = nll_fn(input_ids, targets, ids)
+            nll = nll_fn(input_ids, targets, ids, *([] if starts is None else [starts]))
             sums = batch_sums(nll, targets, offsets, slots.shape[1], special, token_bytes)
             totals[slots.flatten()] = sums.flatten(0, 2)
             if per_token:

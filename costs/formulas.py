@@ -94,11 +94,13 @@ OPTIMIZERS = {  # bytes of state: n_train parameters, n_matrix of them in the bl
 STATE = (
     ("n_factors", "L*(n_sides - (not latent)*2*h + (2 + gated)*f_held + 2*mlps_held*h) + n_norms"
      " + (2 - tied)*(V + h) + learned*(T_max + h)", "", "rows and columns", ""),
-    ("n_train", "(not lora)*N + lora*L*n_lora", "", "trained parameters", ""),
+    ("n_whole", "whole*(2 - tied)*V*h", "", "embeddings and head beside adapters", "Cui 2023"),
+    ("n_train", "(not lora)*N + lora*L*n_lora + n_whole", "", "trained parameters", ""),
     ("n_matrix", "(not lora)*L*n_linear", "", "of which matrices in blocks", ""),
-    ("M_weights", "(w*(N - L*n_linear - n_norms) + w_norm*n_norms + w_block*L*n_linear)/n_w",
+    ("M_weights", "(w*(N - ours*n_whole - L*n_linear - n_norms) + w_norm*n_norms"
+     " + w_block*L*n_linear)/n_w",
      "byte", "weights", "sharded: Rajbhandari 2020"),
-    ("M_adapters", "lora*4*n_train", "byte", "LoRA adapters, float32", "Hu 2021"),
+    ("M_adapters", "lora*4*n_train", "byte", "what trains beside the frozen, float32", "Hu 2021"),
     ("M_gradients", "g*n_train/n_g", "byte", "gradients", "sharded: Rajbhandari 2020"),
     ("M_master", "master*4*n_train/n_o", "byte", "float32 copies", "Micikevicius 2018"),
 )
@@ -170,18 +172,18 @@ ACTIVATIONS = {  # bytes a token that one block saves; hr: h, or its share in se
 }
 
 LOSS = {
-    "roseval": (  # cross_entropy.py: gradients take the place of the logits
+    "roseval": (  # cross_entropy.py: gradients take the place of the logits; none for a frozen head
         ("M_loss_forward", "s*(Vp*c + (c < 4)*4*h)", "byte", "logits; float32 hidden states", ""),
         ("M_loss_kept", "s*(Vp*c + 4)", "byte", "their gradient in their place; nats", "Hsu 2024"),
-        ("M_loss_backward", "s*Vp*c + s*h*c + max(s*h*(4 + (c < 4)*c), s*h*c + Vp*h*c)", "byte",
-         "and gradients of hidden states, of the head", ""),
-        ("M_tied", "tied*(not lora)*g*V*h", "byte", "two gradients of a tied embedding", ""),
+        ("M_loss_backward", "s*Vp*c + s*h*c + max(s*h*(4 + (c < 4)*c), s*h*c + headed*Vp*h*c)",
+         "byte", "and gradients of hidden states, of the head", ""),
+        ("M_tied", "tied*headed*g*V*h", "byte", "two gradients of a tied embedding", ""),
     ),
     "elementary": (  # F.cross_entropy of float32 logits
         ("M_loss_forward", "s*V*(12 if capped else c + 8)", "byte", "logits, in float32 too", ""),
         ("M_loss_kept", "s*V*(4 + held*c + 4*capped)", "byte", "log-softmax; tanh", ""),
         ("M_loss_backward", "s*V*(12 + held*c + 4*capped)", "byte", "and two gradients", ""),
-        ("M_tied", "tied*(not lora)*g*V*h*(1 + (not autocast and Vp == V))", "byte",
+        ("M_tied", "tied*headed*g*V*h*(1 + (not autocast and Vp == V))", "byte",
          "two gradients of a tied embedding; their sum, where the first is a transposed view", ""),
     ),
 }
@@ -192,7 +194,8 @@ STEP = (
     ("A_lora", "lora*c*r*(6 + gated)", "byte", "between the halves of adapters", ""),
     ("A_statistics", "norms*(8 - 4*rms) + flash*4*a", "byte", "of norms; log-sum-exp", "Dao 2022"),
     ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_experts"
-     " + A_dropout + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)",
+     " + A_dropout + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)"
+     " + ours*lora*(c < 4)*c*n_lora",
      "byte", "saved by a block", "Korthikanti 2022"),
     ("A_kept", "s*A_residual if full_recompute else A_block", "byte", "until the backward",
      "Chen 2016"),
@@ -202,7 +205,8 @@ STEP = (
      "gradients passing through a block", ""),
     ("M_held", "held*s*V*c", "byte", "logits that the caller keeps", ""),
     ("M_casts", "autocast*2*n_linear", "byte", "16-bit casts of a block's weights", ""),
-    ("M_cast_head", "(autocast or Vp > V)*c*Vp*h", "byte", "of the head; or padded", ""),
+    ("M_cast_head", "(autocast or Vp > V or whole*(c < 4))*c*Vp*h", "byte",
+     "of the head; or padded", ""),
     ("M_buckets", "(zero == 0 and n > 1)*g*n_train", "byte", "DDP's gradient buckets", "Li 2020"),
     ("M_gathered_ends", "(zero == 3)*c*(n_embed + n_head)", "byte",
      "FSDP: embeddings and head", "Zhao 2023"),

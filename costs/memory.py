@@ -112,7 +112,7 @@ def training_timeline(v: dict, setup: Setup) -> list[tuple[str, dict]]:
     alone = {"communication": v["M_buckets"] + v["M_gathered_ends"]}  # the blocks are let go
     events.append(("end of forward", at(L, kept, loss=v["M_loss_kept"]) | alone))
     events.append(("backward of the loss", at(L, kept, loss=v["M_loss_backward"])))
-    first = 0 if v["lora"] else v["g"] * v["V"] * v["h"] / v["n_g"]  # the head's gradient
+    first = v["headed"] * v["g"] * v["V"] * v["h"] / v["n_g"]  # the head's gradient
     for i in range(L, 0, -1):
         casts = 1 if v["full_recompute"] else i
         parts = at(i, casts, first + (L - i) * per_block, head=0)

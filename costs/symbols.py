@@ -20,6 +20,8 @@ from costs.formulas import (
     rounding,
     solve,
 )
+from costs.quantised import bytes_per_weight
+from quantisation.names import CASTS, parse
 
 # ---------------------------------------------------------------------------------------------
 # The symbols
@@ -112,9 +114,9 @@ def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int) -> dict:
 class Setup:
     """How a model is run; the defaults are train.py's.
 
-    int8 and int4 hold the blocks' linear weights in 8 or 4.5 bits (NF4: a float32 scale per 64) and
-    all else in 16; they train through LoRA alone. "selective" recomputation drops the attention
-    scores, which flash attention never keeps.
+    int8 and int4 hold the blocks' linear weights in 8 or 4.5 bits (NF4: a float32 scale per 64),
+    `quantise` as its rule does, and all else in 16; they train through LoRA alone. "selective"
+    recomputation drops the attention scores, which flash attention never keeps.
     """
 
     dtype: str = "bf16"
@@ -129,10 +131,12 @@ class Setup:
     implementation: str = "roseval"
     accumulate: bool = False  # gradients of earlier micro-batches live through the forward
     lora_rank: int = 0
+    train_embeddings: bool = False  # with the head, in full, beside adapters
     dp: int = 1
     zero: int = 0  # 3 is FSDP
     tp: int = 1
     sequence_parallel: bool = False
+    quantise: str | None = None  # a rule of quantisation/names.py, of weights that do not train
     workspace: int = 32 * 2**20  # bytes of cuBLAS a handle (Hopper): forward and backward have one
 
     def __post_init__(self):
@@ -153,24 +157,42 @@ class Setup:
         for name in ("dp", "tp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.quantise is not None:
+            object.__setattr__(self, "quantise", parse(self.quantise).name)
+            if self.dtype in ("int8", "int4"):
+                raise ValueError(f"{self.dtype} and {self.quantise} both say what weights are")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be 0 or more, not {self.lora_rank}")
-        if self.training and self.dtype in ("int8", "int4") and not self.lora_rank:
-            raise ValueError(f"{self.dtype} weights do not train: add a LoRA rank")
+        if self.train_embeddings and not self.lora_rank:
+            raise ValueError("train_embeddings goes with a LoRA rank")
+        if self.training and not self.trains:
+            kind = self.quantise or self.dtype
+            raise ValueError(f"{kind} weights do not train: add a LoRA rank")
 
-    def symbols(self) -> dict:
-        """Bytes per number and switches (0 or 1), as the formulas name them."""
+    @property
+    def trains(self) -> bool:
+        """Whether its weights can: few bits train through LoRA alone."""
+        return self.lora_rank > 0 or not (self.quantise or self.dtype in ("int8", "int4"))
+
+    def symbols(self, model: GPTConfig | None = None) -> dict:
+        """Bytes per number and switches (0 or 1), as the formulas name them; those of `quantise`
+        depend on the model."""
         c = 4 if self.dtype == "fp32" else 2
         mixed = self.precision if self.training and c == 2 and not self.lora_rank else "pure"
         w = 4 if mixed == "autocast" else c
         if self.zero == 3 and mixed == "autocast":
             mixed = "gathered"  # FSDP's mixed precision: float32 shards, blocks gathered in 16 bits
         ours = self.implementation == "roseval"
+        w_block = DTYPES[self.dtype] if self.dtype in ("int8", "int4") else w
+        if self.quantise is not None:
+            assert model is not None, "the size of groups depends on the matrices"
+            w_block = bytes_per_weight(model, self.quantise)
+            w = int(w_block) if self.quantise in CASTS else w  # which are of all matrices
         return {
             "c": c,
             "w": w,
             "w_norm": 4 if ours else w,
-            "w_block": DTYPES[self.dtype] if self.dtype in ("int8", "int4") else w,
+            "w_block": w_block,
             "g": 4 if self.lora_rank or self.gradients else w,
             "o": 4 if self.lora_rank or mixed == "master-weights" else w,
             "autocast": int(mixed == "autocast"),
@@ -183,6 +205,9 @@ class Setup:
             "held": int(self.held_logits),
             "chunk": CHUNK_TOKENS,
             "lora": int(self.lora_rank > 0),
+            "whole": int(self.train_embeddings),
+            "ours": int(ours),  # PEFT keeps the frozen embeddings beside those that it trains
+            "headed": int(not self.lora_rank or self.train_embeddings),  # the head has a gradient
             "r": self.lora_rank,
             "n": self.dp,
             "zero": self.zero,
@@ -194,7 +219,7 @@ class Setup:
 
 def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tuple]:
     """(title, rows, values) of every table: FLOPs of the whole model, memory of one GPU."""
-    whole, t = model_symbols(c, batch_size, seq_len) | setup.symbols(), setup.tp
+    whole, t = model_symbols(c, batch_size, seq_len) | setup.symbols(c), setup.tp
     widths = c.d_ff, c.d_ff_expert, c.d_ff_shared
     if c.n_heads % t or any(width % t for width in widths):
         raise ValueError(f"tp {t} does not divide n_heads {c.n_heads} and d_ff {c.d_ff}")

@@ -60,7 +60,7 @@ def pass_seconds(
 ) -> dict:
     """Seconds of one forward of `new` tokens in each of `batch` sequences, which then hold
     `context` tokens each: in all, by operation, and what limits most of them."""
-    v = solve(PARAMETERS, model_symbols(c, batch, new) | setup.symbols())
+    v = solve(PARAMETERS, model_symbols(c, batch, new) | setup.symbols(c))
     ceilings = ceilings or Ceilings()
     before = context - new
     windows = [c.layer_window(layer) or context for layer in range(c.n_layers)]
@@ -86,9 +86,10 @@ def pass_seconds(
     return {"seconds": total, "bound": max(bound, key=bound.__getitem__), "operations": seconds}
 
 
-def turning_batch(gpu: GPU, setup: Setup) -> float:
-    """Sequences from which decode is no longer limited by reading weights: P*bytes/(2*BW)."""
-    v = setup.symbols()
+def turning_batch(gpu: GPU, setup: Setup, c: GPTConfig | None = None) -> float:
+    """Sequences from which decode is no longer limited by reading weights: P*bytes/(2*BW). c: as
+    Setup.symbols asks for it."""
+    v = setup.symbols(c)
     peak = gpu.fp32_flops if v["c"] == 4 else gpu.bf16_flops
     return peak * v["w_block"] / (2 * gpu.bandwidth)
 
@@ -115,7 +116,7 @@ def roofline(
         "decode_tokens_per_second": batch / decode["seconds"],
         "decode_bound": decode["bound"],
         "requests_per_second": batch / total,
-        "turning_batch": turning_batch(gpu, setup),
+        "turning_batch": turning_batch(gpu, setup, c),
     }
 
 

@@ -105,6 +105,11 @@ class AdapterConfig:
         return False
 
 
+def is_named(module: str, names: tuple[str, ...]) -> bool:
+    """Whether these are a module's name, or the end of it from a dot on."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
 def around(module: str) -> list[str]:
     """The names of the modules that a module lies in, and its own."""
     parts = module.split(".")
@@ -115,7 +120,7 @@ def _matches(names: str | tuple[str, ...], module: str) -> bool:
     """A text is a pattern of whole names, a list has names or ends of names."""
     if isinstance(names, str):
         return bool(names) and re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    return is_named(module, names)
 
 
 def _key(patterns: Iterable[str], module: str) -> str:

@@ -16,11 +16,14 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from config import GPTConfig
+from durable import dumps
 from families.convert import config_to_hf
-from formats import Opened, adapter_config, merging, naming, shown, tensorfiles, trained
+from formats import Opened, adapter_config, merging, naming, native, shown, tensorfiles, trained
 from formats.merging import Adapter
 from formats.stored import FLOATS, Stored
 from model import GPTModel
@@ -61,12 +64,16 @@ def recognises(path: Path) -> bool:
 
 
 def glance(path: Path) -> tuple[str, int | None]:
-    """(kind, step), the latter as transformers' Trainer notes it."""
-    return "adapter", trained.step_beside(path)
+    """(kind, step), the latter as our manifest has it, or as transformers' Trainer notes it."""
+    manifest = native.read_manifest(path)
+    return "adapter", manifest.get("step") if manifest else trained.step_beside(path)
 
 
 def finished(path: Path) -> bool | None:
-    """PEFT writes its config last, transformers' Trainer its state after all else."""
+    """PEFT writes its config last, transformers' Trainer its state after all else; ours appear
+    whole."""
+    if native.read_manifest(path) is not None:
+        return True
     if not os.path.isfile(path / CONFIG):
         return False
     return True if os.path.isfile(path / "trainer_state.json") else None
@@ -76,6 +83,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """The adapter's config and the table of its tensors. config: the base's, not looked at."""
     if not os.path.lexists(path / CONFIG):
         raise ValueError(f"{path} lacks {CONFIG}, which says what its weights are")
+    manifest = native.check_manifest(path)  # of those that train.py makes
     said = adapter_config.read(path / CONFIG)
     file = next((path / name for name in WEIGHTS if os.path.lexists(path / name)), None)
     if file is None:
@@ -85,7 +93,7 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
     else:
         source = tensorfiles.open_torch(file)
         table = tensorfiles.stored_tensors(source, tensorfiles.mapping(source))
-    return Opened(
+    opened = Opened(
         path=path,
         kind="adapter",
         format=FORMAT,
@@ -93,8 +101,10 @@ def open(path: Path, config: GPTConfig | None = None) -> Opened:
         layout=None,
         files=(path / CONFIG, file),
         step=trained.step_beside(path),
+        facts=dict.fromkeys(("epoch", "loss", "tokens")),
         adapter=Adapter(said, file, _by_module(table, file)),
     )
+    return native.stated(opened, manifest) if manifest else opened
 
 
 def _by_module(table: dict[str, Stored], file: Path) -> dict[str, dict[str, Stored]]:
@@ -162,7 +172,7 @@ def onto(opened: Opened, base: "checkpoint.Checkpoint") -> Opened:
     adapter, tensors, config = opened.adapter, dict(base.tensors), base.config
     if base.native:
         assert config is not None and base.layout is not None, "a native one has both"
-        adapter = adapter._replace(layout=_family_layout(base, config))
+        adapter = adapter._replace(layout=family_layout(base, config))
         ends = [naming.embedding_name(adapter.layout).removesuffix(".weight")]
         changed = [adapter.modules.get(end, {}) for end in (*ends, merging.head_of(adapter))]
         config = _config_of(changed, config)
@@ -180,12 +190,12 @@ def onto(opened: Opened, base: "checkpoint.Checkpoint") -> Opened:
         config=config,
         problem=base.problem,
         native=base.native,
-        facts=base.facts | {"epoch": None, "loss": None, "tokens": None},
+        facts=base.facts | opened.facts,
         adapter=adapter,
     )
 
 
-def _family_layout(base: "checkpoint.Checkpoint", config: GPTConfig) -> str:
+def family_layout(base: "checkpoint.Checkpoint", config: GPTConfig) -> str:
     """The names that transformers' class gives to the base's modules, however its files do."""
     if base.layout not in ("native", "nanogpt"):
         return str(base.layout)
@@ -207,3 +217,17 @@ def _config_of(changed: list[dict[str, Stored]], config: GPTConfig) -> GPTConfig
     if whole is not None and len(whole.shape) == 2:
         config = config.replace(vocab_size=whole.shape[0])
     return config
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def write(directory: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """The two files as PEFT's save_pretrained() writes them, in float32. settings: what sets this
+    LoRA adapter apart; tensors: by the names of `LEAVES` after those of transformers' modules."""
+    named = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    tensorfiles.write_safetensors(directory / WEIGHTS[0], named, torch.float32)
+    said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
+    text = dumps(said | settings, indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")

@@ -37,11 +37,11 @@ MAX_SHARD_SIZE = "5GB"
 def to_native(ckpt: "Checkpoint", final: Path) -> Path:
     """A directory as `save_checkpoint` writes it, in the dtype that the checkpoint has, without
     training state."""
-    _refuse(ckpt, final)
-    model = _loaded(ckpt, _dtype_of(ckpt))
+    refuse(ckpt, final)
+    model = loaded(ckpt, dtype_of(ckpt))
     about = {"step": ckpt.step, "converted": ckpt.path.name}
     with native.appearing(final, about) as directory:
-        native.write_weights(model, model.config, directory, dtype=_dtype_of(ckpt), **_ids(ckpt))
+        native.write_weights(model, model.config, directory, dtype=dtype_of(ckpt), **_ids(ckpt))
         _copy_tokenizer(ckpt, directory)
     return final
 
@@ -50,13 +50,13 @@ def to_hf(ckpt: "Checkpoint", final: Path, dtype: str | None, max_shard_size: in
     """A Hugging Face directory and nothing else: config.json of the family that computes the same,
     safetensors of at most `max_shard_size` bytes with their index, the tokenizer's files. dtype: as
     the checkpoint has it, unless given."""
-    _refuse(ckpt, final)
+    refuse(ckpt, final)
     assert ckpt.config is not None, "a native one has a config"
     hf = config_to_hf(ckpt.config)
     if hf is None:
         raise ValueError(f"{ckpt.path}: no class of transformers has {_obstacle(ckpt.config)}")
-    written = layouts.as_dtype(dtype) if dtype else _dtype_of(ckpt)
-    model = _loaded(ckpt, written)
+    written = layouts.as_dtype(dtype) if dtype else dtype_of(ckpt)
+    model = loaded(ckpt, written)
     layout = naming.of_family(hf["model_type"])
     assert layout is not None, hf
     views = dict(layouts.views(model, layout))
@@ -82,20 +82,20 @@ def bytes_of(size: str) -> int:
 # What both need
 
 
-def _refuse(ckpt: "Checkpoint", final: Path) -> None:
+def refuse(ckpt: "Checkpoint", final: Path) -> None:
     if os.path.lexists(final):
         raise ValueError(f"{final} exists already: name a new directory")
     if not ckpt.native:
         raise ValueError(f"{ckpt.path} is of an architecture that transformers alone has")
 
 
-def _loaded(ckpt: "Checkpoint", dtype: torch.dtype) -> GPTModel:
+def loaded(ckpt: "Checkpoint", dtype: torch.dtype) -> GPTModel:
     model = ckpt.load(dtype)
     assert isinstance(model, GPTModel), "native"
     return model
 
 
-def _dtype_of(ckpt: "Checkpoint") -> torch.dtype:
+def dtype_of(ckpt: "Checkpoint") -> torch.dtype:
     """Of the embedding: norms and routers may be in another. float32 if it is none of ours."""
     assert ckpt.config is not None and ckpt.layout is not None, "a native one, or it says why not"
     dtype = ckpt.tensors[naming.embedding_name(ckpt.layout)].dtype

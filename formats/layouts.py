@@ -30,6 +30,7 @@ from formats import foreign, shown, tensorfiles
 from formats.naming import LAYOUTS, Layout, head_name, theirs_of, whose
 from formats.stored import FLOATS, Staging, Stored, check_sums, read
 from model import GPTModel
+from modeling.mlp import Linear
 
 READERS = min(8, os.cpu_count() or 1)  # of one checkpoint's files, side by side
 
@@ -129,6 +130,20 @@ def _latent_order(c: GPTConfig, spec: Layout, inner: str) -> torch.Tensor:
     one = torch.cat((R + torch.arange(others), turned))
     heads = 1 if inner == "attn.kv_down_proj" else c.n_heads
     return (torch.arange(heads)[:, None] * (R + others) + one).flatten()
+
+
+def modules(model: GPTModel, layout: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(their name, ours, the rows of ours that theirs are, in their order) of each linear layer in
+    the blocks."""
+    c, spec = model.config, LAYOUTS[layout]
+    for name, module in model.named_modules():
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if not (block and isinstance(module, Linear)):
+            continue
+        theirs, rows = spec.names(f"blocks.{{i}}.{block[2]}"), torch.arange(module.out_features)
+        for i, (their, share) in enumerate(_shares(c, block[2], theirs, rows[:, None])):
+            order, own = _order(c, spec, block[2], i, share)[0], share[:, 0]
+            yield their.format(i=block[1]), name, own if order is None else own[order]
 
 
 def views(model: GPTModel, layout: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from model import GPTModel
 
 FORMAT = "formats/native.py"
 MANIFEST_FORMAT = "roseval checkpoint 1"
+ADAPTER = "adapter_config.json"  # has a reader of its own (adapters.py)
 MOST = 2**53  # of a number that all readers of JSON agree about
 STATED: dict[str, tuple[tuple[type, ...], float]] = {  # fields: their types, the least value
     "step": ((int,), 0),
@@ -48,9 +49,10 @@ STATED: dict[str, tuple[tuple[type, ...], float]] = {  # fields: their types, th
 
 
 def recognises(path: Path) -> bool:
-    """A directory with a manifest of ours, or with a damaged one."""
+    """A directory with a manifest of ours, or with a damaged one; not an adapter's."""
     try:
-        return read_manifest(path) is not None
+        manifest = read_manifest(path)
+        return manifest is not None and ADAPTER not in manifest["files"]
     except ValueError:
         return True
 
@@ -67,20 +69,21 @@ def glance(path: Path) -> tuple[str, int | None]:
 
 def open(path: Path, config: GPTConfig | None = None) -> Opened:
     """A Hugging Face directory whose manifest says more."""
-    manifest = check_manifest(path) or {}
+    manifest = check_manifest(path) or {}  # first: it knows what a truncated file is
     opened = huggingface.open(path, config)
-    stated = {name: manifest.get(name) for name in ("epoch", "loss", "tokens")}
-    for file in opened.files:  # its sha256 stands for the checkpoint's, so it must cover them all
-        if file.name not in manifest.get("files", ()):
-            raise ValueError(f"{path / 'manifest.json'} does not know {file.name}, which is read")
-    return replace(
-        opened,
-        kind="roseval",
-        format=FORMAT,
-        step=manifest.get("step"),
-        facts=opened.facts | stated,
-        manifest=path / "manifest.json",
-    )
+    return stated(replace(opened, kind="roseval", format=FORMAT), manifest)
+
+
+def stated(opened: Opened, manifest: dict[str, Any]) -> Opened:
+    """With what a manifest says beyond the files. Its sha256 stands for the checkpoint's, so it
+    must cover all that are read."""
+    file = opened.path / "manifest.json"
+    for read in opened.files:
+        if read.name not in manifest.get("files", ()):
+            raise ValueError(f"{file} does not know {read.name}, which is read")
+    facts = {name: manifest.get(name) for name in ("epoch", "loss", "tokens")}
+    step = manifest.get("step")
+    return replace(opened, step=step, facts=opened.facts | facts, manifest=file)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -147,19 +150,33 @@ def save_checkpoint(
     of evaluations say. keep: delete all but the last `keep` checkpoints and the one with the lowest
     loss. The directory appears whole or not at all.
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
-    gpt, output, extra = layouts.bare(model), Path(output_dir), extra or {}
+    gpt = layouts.bare(model)
     about = {"epoch": epoch, "step": step, "loss": float(loss)}
     state = about | {
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "extra": extra,
+        "extra": extra or {},
     }
-    _remove_leftovers(output)
-    final = output / f"checkpoint-{step}"
-    with appearing(final, about | {"tokens": extra.get("tokens")}) as directory:
+
+    def write(directory: Path) -> None:
         write_weights(gpt, config or gpt.config, directory, tokenizer)
+
+    return save_state(state, output_dir, write, keep)
+
+
+def save_state(
+    state: dict[str, Any], output_dir: str | Path, write: Callable[[Path], None], keep: int | None
+) -> Path:
+    """`save_checkpoint` of a state (epoch, step, loss, optimizer, scheduler, extra) beside whatever
+    `write` puts into the directory."""
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    output = Path(output_dir)
+    _remove_leftovers(output)
+    final = output / f"checkpoint-{state['step']}"
+    about = {name: state[name] for name in ("epoch", "step", "loss")}
+    with appearing(final, about | {"tokens": state["extra"].get("tokens")}) as directory:
+        write(directory)
         training_state.write(state, directory)
     if keep is not None:
         _prune(output, keep, newest=final)

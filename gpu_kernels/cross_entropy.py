@@ -38,23 +38,28 @@ def _kernel():
 
     @triton.jit
     def kernel(
-        logits, targets, nll, stride, V, W,
-        GRADIENT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+        logits, targets, nll, stride, V, W, cap,
+        CAP: tl.constexpr, GRADIENT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
         IGNORE: tl.constexpr, LOG2_E: tl.constexpr,
     ):  # fmt: skip
         """One program a row: a running maximum and sum for each lane of WIDTH neighbouring columns,
-        which one thread holds; the lanes are merged last."""
+        which one thread holds; the lanes are merged last. CAP: a logit x is cap * tanh(x / cap),
+        without a gradient."""
         row = tl.program_id(0).to(tl.int64)
         logits += row * stride
         column = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         target = tl.load(targets + row)
         scored = target != IGNORE
         picked = tl.load(logits + target, mask=scored, other=0.0).to(tl.float32)
+        if CAP:
+            picked = cap * (2.0 * tl.sigmoid(2.0 * picked / cap) - 1.0)
         top = tl.full([LANES], -1e30, tl.float32)  # finite, so that nothing is inf - inf
         total = tl.zeros([LANES], tl.float32)
         for start in range(0, V, LANES * WIDTH):
             at = start + column
             x = tl.load(logits + at, mask=at < V, other=-1e30).to(tl.float32)
+            if CAP:
+                x = tl.where(at < V, cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0), -1e30)
             new_top = tl.maximum(top, tl.max(x, axis=1))
             parts = tl.exp2((x - new_top[:, None]) * LOG2_E)
             total = total * tl.exp2((top - new_top) * LOG2_E) + tl.sum(parts, axis=1)
@@ -75,24 +80,27 @@ def _kernel():
     return kernel
 
 
-def _run_kernel(logits, targets, vocab_size, gradient: bool) -> torch.Tensor:
+def _run_kernel(logits, targets, vocab_size, gradient: bool, softcap=None) -> torch.Tensor:
     N, W = logits.shape
     nll = torch.empty(N, dtype=torch.float32, device=logits.device)
     if N:
         _kernel()[(N,)](
-            logits, targets, nll, logits.stride(0), vocab_size, W,
-            GRADIENT=gradient, IGNORE=IGNORE, LOG2_E=LOG2_E, **(TRAINING if gradient else SCORING),
+            logits, targets, nll, logits.stride(0), vocab_size, W, softcap or 1.0,
+            CAP=softcap is not None, GRADIENT=gradient, IGNORE=IGNORE, LOG2_E=LOG2_E,
+            **(TRAINING if gradient else SCORING),
         )  # fmt: skip
     return nll
 
 
 @torch.library.custom_op("roseval::cross_entropy", mutates_args=(), device_types="cuda")
-def _score(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    return _run_kernel(logits, targets, vocab_size, gradient=False)
+def _score(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float | None
+) -> torch.Tensor:
+    return _run_kernel(logits, targets, vocab_size, gradient=False, softcap=softcap)
 
 
 @_score.register_fake
-def _(logits, targets, vocab_size):
+def _(logits, targets, vocab_size, softcap):
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
@@ -120,25 +128,32 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_nll, _):
     """What comes from above is one factor a row: it multiplies the narrow side of each product."""
     hidden, weight, grad_logits = ctx.saved_tensors
-    factor = grad_nll[:, None]
+    factor, grad_weight = grad_nll[:, None], None
     grad_hidden = ((grad_logits @ weight) * factor).to(hidden.dtype)
-    return grad_hidden, grad_logits.t() @ (hidden * factor).to(hidden.dtype), None, None
+    if ctx.needs_input_grad[1]:  # not of a frozen head: a third of its products
+        grad_weight = grad_logits.t() @ (hidden * factor).to(hidden.dtype)
+    return grad_hidden, grad_weight, None, None
 
 
 _score_head.register_autograd(_differentiate, setup_context=_save)
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Nats [N], float32, of targets [N] int64 under logits [N, W], any float dtype.
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float | None = None
+) -> torch.Tensor:
+    """Nats [N], float32, of targets [N] int64 under logits [N, W], any float dtype; with a soft cap
+    under softcap * tanh(logits / softcap), in float32.
 
     On CUDA no gradient flows: `head_cross_entropy` has one.
     """
     assert logits.stride(-1) == 1, logits.stride()
     if logits.is_cuda and torch.compiler.is_compiling():
-        return _score(logits, targets, vocab_size)
+        return _score(logits, targets, vocab_size, softcap)
     if logits.is_cuda:  # the operator would first import torch's compiler, which takes seconds
-        return _run_kernel(logits, targets, vocab_size, gradient=False)
+        return _run_kernel(logits, targets, vocab_size, gradient=False, softcap=softcap)
     rows = logits[:, :vocab_size].float()
+    if softcap is not None:
+        rows = softcap * torch.tanh(rows / softcap)
     return F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction="none")
 
 

@@ -21,6 +21,7 @@ from modeling.norms import head_norm, latent_norm
 from modeling.rotary import rotate
 
 DENSE_BYTES = 2**30  # of attention's scores, where no kernel computes them block by block
+BLOCK = 128  # queries, and keys, of a block that flex attention skips whole
 
 
 class Cache(Protocol):
@@ -34,12 +35,69 @@ class Cache(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor: ...
 
 
+class DocumentMask:
+    """Causal attention that ends at the borders of documents: what `attend` takes as its mask.
+
+    starts [B, T] int64: the column in which each token's document begins, which never falls along a
+    row. window: keys that a query sees at most. It is made once a batch, outside of what is
+    compiled, and shared by the layers of that window.
+    """
+
+    def __init__(self, starts: Tensor, window: int | None = None):
+        T = starts.shape[1]
+        self.first_key = starts  # that each query sees
+        if window is not None and window < T:
+            reach = torch.arange(1 - window, T + 1 - window, device=starts.device)
+            self.first_key = torch.maximum(starts, reach)
+        # on the CPU there is no kernel by blocks, and all layers share the dense form
+        self.blocks = _document_blocks(self.first_key) if starts.is_cuda else None
+        self._dense = None if starts.is_cuda else self._make_dense()
+
+    def dense(self) -> Tensor:
+        """[B, 1, T, T], True where a query sees a key."""
+        return self._make_dense() if self._dense is None else self._dense
+
+    def _make_dense(self) -> Tensor:
+        i = torch.arange(self.first_key.shape[1], device=self.first_key.device)
+        return ((i <= i[:, None]) & (i >= self.first_key[:, :, None]))[:, None]
+
+
+def _document_blocks(first_key: Tensor) -> Any:
+    """The BlockMask of queries that see the keys from first_key [B, T] to their own. Along a row
+    first_key never falls, so that a block's first and last query tell of all between them."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    T, device = first_key.shape[1], first_key.device
+    first = torch.arange(0, T, BLOCK, device=device)  # column of each block
+    last = (first + BLOCK - 1).clamp(max=T - 1)
+    below = first < first[:, None]  # [queries, keys] in blocks: all keys come before
+    inside = first[:, None] + BLOCK <= T  # the kernel looks at each query of a block that is not
+    whole = below & inside & (first_key[:, last, None] <= first)
+    partly = (below | (first == first[:, None])) & (first_key[:, first, None] <= last) & ~whole
+
+    def listed(blocks):
+        """How many each block of queries sees, [B, 1, n], and which, [B, 1, n, n]: those first."""
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+    (count, which), (count_whole, which_whole) = listed(partly), listed(whole)
+    return BlockMask.from_kv_blocks(
+        count,
+        which,
+        count_whole,
+        which_whole,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda b, h, i, j: (j <= i) & (j >= first_key[b, i]),
+        seq_lengths=(T, T),
+    )
+
+
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *,
     causal: bool, window: int | None = None, softcap: float | None = None,
-    scale: float | None = None, lse: Literal[False] = False, mask: Tensor | None = None,
-    dropout: float = 0.0,
+    scale: float | None = None, lse: Literal[False] = False,
+    mask: Tensor | DocumentMask | None = None, dropout: float = 0.0,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -47,7 +105,7 @@ def attend(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *,
     causal: bool, window: int | None = None, softcap: float | None = None,
-    scale: float | None = None, lse: Literal[True], mask: Tensor | None = None,
+    scale: float | None = None, lse: Literal[True], mask: Tensor | DocumentMask | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -55,13 +113,15 @@ def attend(
 def attend(  # so many parameters, since they are the terms of attention itself
     q: Tensor, k: Tensor, v: Tensor, *,
     causal: bool, window: int | None = None, softcap: float | None = None,
-    scale: float | None = None, lse: bool = False, mask: Tensor | None = None, dropout: float = 0.0,
+    scale: float | None = None, lse: bool = False, mask: Tensor | DocumentMask | None = None,
+    dropout: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of q [B, H, T, D] over k [B, G, S, D], v [B, G, S, E]: [B, H, T, E] in q's dtype.
 
     Which kernel runs is decided here, for all but the decode step (gpu_kernels/decode_attention).
     causal: a query sees itself and the keys before it (S = T), with a window no more than `window`
-    keys. mask [T, S] or [B, 1, T, S]: True where a query sees a key, instead of causal and window.
+    keys. mask [T, S] or [B, 1, T, S]: True where a query sees a key, or a DocumentMask; instead of
+    causal and window.
     scale: of the products, D ** -0.5 unless given. softcap: scores become softcap * tanh(score /
     softcap). lse: (out, log-sum-exp of the scores [B, H, T] float32), so that parts over disjoint
     keys can be merged.
@@ -91,8 +151,12 @@ def attend(  # so many parameters, since they are the terms of attention itself
         return out, sums[..., :T]
     # flex's kernel for 256 channels of float32 is compiled for minutes, if it ever ends
     blocks = q.is_cuda and not (lse or dropout or (q.dtype == torch.float32 and q.shape[-1] > 128))
+    if isinstance(mask, DocumentMask):
+        if blocks:
+            return _flex_attention(q, k, v, mask.blocks, softcap, scale)
+        mask = mask.dense()
     if causal and (reach is not None or capped) and blocks:
-        return _flex_attention(q, k, v, reach, softcap, scale)
+        return _flex_attention(q, k, v, _window_blocks(T, reach, q.device), softcap, scale)
     if causal and (reach is not None or capped or lse):
         i = torch.arange(T, device=q.device)
         mask = i[:, None] >= i
@@ -133,27 +197,39 @@ def _dense_attention(q, k, v, mask, softcap, scale, dropout):
     return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
 
 
+Mask = Tensor | DocumentMask | None  # of one layer: see attend
 _BLOCK_MASKS, _COMPILED = {}, {}
 
 
-def _flex_attention(q, k, v, window, softcap, scale):
-    """Causal attention by blocks: those out of the window are never computed."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _window_blocks(T: int, window: int | None, device: torch.device) -> Any:
+    """The BlockMask of causal attention: blocks out of the window are never computed."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    T, gqa, mask = q.shape[2], q.shape[1] != k.shape[1], lambda b, h, i, j: i >= j
-    if window is not None:
-        mask = lambda b, h, i, j: (i >= j) & (i - j < window)  # noqa: E731
-    key = (T, window, q.device)
+    key = (T, window, device)
     if key not in _BLOCK_MASKS:
-        _BLOCK_MASKS[key] = create_block_mask(mask, None, None, T, T, device=q.device)
-    if "flex" not in _COMPILED:
-        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
+        mask = lambda b, h, i, j: i >= j  # noqa: E731
+        if window is not None:
+            mask = lambda b, h, i, j: (i >= j) & (i - j < window)  # noqa: E731
+        _BLOCK_MASKS[key] = create_block_mask(mask, None, None, T, T, device=device)
+    return _BLOCK_MASKS[key]
+
+
+def _flex_attention(q, k, v, blocks, softcap, scale):
+    """Attention by blocks, of the BlockMask `blocks`."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex = flex_attention
+    if not torch.compiler.is_compiling():  # what compiles the model compiles this with it
+        if "flex" not in _COMPILED:
+            _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
+        flex = _COMPILED["flex"]
     capped = None
     if softcap is not None:
         capped = lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)  # noqa: E731
-    return _COMPILED["flex"](
-        q, k, v, score_mod=capped, block_mask=_BLOCK_MASKS[key], scale=scale, enable_gqa=gqa
-    )
+    return flex(
+        q, k, v, score_mod=capped, block_mask=blocks, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
 
 
 def attention_of(config: GPTConfig, layer: int) -> dict[str, Any]:
@@ -195,7 +271,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        mask: list[Tensor] | None = None,
+        mask: Mask = None,
         cache: Cache | None = None,
     ) -> Tensor:
         c, (B, T, _) = self.config, x.shape
@@ -213,9 +289,8 @@ class Attention(nn.Module):
         if cache is not None:
             y = cache.attend(self.layer, q, k, v, **self.options)
         else:
-            own = None if mask is None else mask[self.layer]
             dropout = c.dropout if self.training else 0.0
-            y = attend(q, k, v, causal=True, mask=own, dropout=dropout, **self.options)
+            y = attend(q, k, v, causal=True, mask=mask, dropout=dropout, **self.options)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +332,7 @@ class LatentAttention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        mask: list[Tensor] | None = None,
+        mask: Mask = None,
         cache: Cache | None = None,
     ) -> Tensor:
         c, (B, T, _) = self.config, x.shape
@@ -277,9 +352,8 @@ class LatentAttention(nn.Module):
             kept = torch.cat((turned, latent), dim=-1).transpose(1, 2)
             y = cache.attend(self.layer, q, k, v, latent=kept, **self.options)
         else:
-            own = None if mask is None else mask[self.layer]
             dropout = c.dropout if self.training else 0.0
-            y = attend(q, k, v, causal=True, mask=own, dropout=dropout, **self.options)
+            y = attend(q, k, v, causal=True, mask=mask, dropout=dropout, **self.options)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def _queries(self, x: Tensor) -> Tensor:

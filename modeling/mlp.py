@@ -53,7 +53,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         c, fc1 = self.config, self.fc1
         fused = c.activation == "gelu_new" and c.mlp_bias and not c.gated_mlp
-        if fused and x.is_cuda and isinstance(fc1, Linear) and _is_half(fc1.weight):
+        fused = fused and type(fc1) is Linear and not x.requires_grad
+        fused = fused and not fc1._forward_pre_hooks  # which want to see x
+        if fused and x.is_cuda and _is_half(fc1.weight):
             # cuBLAS applies bias and tanh GELU before it writes the product: one pass less
             rows = x.to(fc1.weight.dtype).flatten(0, -2)
             h = torch._addmm_activation(fc1.bias, rows, fc1.weight.t(), use_gelu=True)
@@ -62,7 +64,7 @@ class MLP(nn.Module):
 
 
 def _is_half(weight) -> bool:
-    """True once the weights were cast for inference: training keeps them in float32."""
+    """True once the weights were cast for inference: what is trained stays in float32."""
     return weight.dtype != torch.float32 and not weight.requires_grad
 
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from cli import printable
+from quantisation.names import rule_of
 
 Record = dict[str, Any]
 Place = tuple[str, ...]  # a directory, as the parts of its path
@@ -70,10 +71,13 @@ def told_apart(records: Iterable[Record]) -> list[Record]:
 
 
 def called(records: list[Record]) -> list[str]:
-    """What a terminal's table calls their checkpoints: by name, or by path where two share one."""
-    names = Counter(record["checkpoint"]["name"] for record in records)
-    fields = ("path" if names[r["checkpoint"]["name"]] > 1 else "name" for r in records)
-    return [printable(r["checkpoint"][field]) for r, field in zip(records, fields)]
+    """What a terminal's table calls their checkpoints: by name, or by path where two share one; and
+    the rule that their weights are rounded by."""
+    kept = [record["checkpoint"] for record in records]
+    names = Counter(name for name, _ in {(c["name"], c.get("path")) for c in kept})
+    known = (c["path"] if names[c["name"]] > 1 else c["name"] for c in kept)
+    rules = (rule_of(record) for record in records)
+    return [printable(f"{name} {rule}" if rule else name) for name, rule in zip(known, rules)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # What an evaluation's numbers do not depend on: how flags are read and what is printed
 WITHOUT_NUMBERS = ("cli.py", "streams.py")
 # A door to rooms of which one is entered: its imports of those are left to `chosen`
-DOORS = {"checkpoint.py": "formats", "evaluation.py": "backends", "command.py": "backends"}
-DOORS["tokenizer.py"] = "formats"
+DOORS: dict[str, tuple[str, ...]] = {"checkpoint.py": ("formats",), "tokenizer.py": ("formats",)}
+DOORS |= {"evaluation.py": ("backends",), "command.py": ("backends", "quantisation")}
 
 
 def statements_that_run(tree: ast.AST) -> Iterator[ast.AST]:
@@ -96,8 +96,8 @@ def code_files(
         if path in seen or name in WITHOUT_NUMBERS:
             continue
         seen.add(path)
-        behind = root / DOORS[name] if name in DOORS else None
-        waiting += [p for p in _imported_files(path, root) if p.parent != behind]
+        behind = [root / folder for folder in DOORS.get(name, ())]
+        waiting += [p for p in _imported_files(path, root) if p.parent not in behind]
     return sorted(seen)
 
 

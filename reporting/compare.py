@@ -17,9 +17,12 @@ import numpy as np
 import resampling
 from cli import printable
 from recording.runs import told_apart
+from reporting import by_bytes
 from reporting.groups import Record, lower_is_better, number, title_of, triple
 from results import load_arrays, load_record, load_records, load_samples
-from stats import bootstrap_ci, examples_to_resolve, mcnemar_exact, paired_difference, ratio
+from stats import bootstrap_ci, examples_to_resolve, flips, paired_difference, ratio
+
+ANSWERS = "predicted"  # the array of what was answered, where right and wrong is not all
 
 # ---------------------------------------------------------------------------------------------
 # Examples
@@ -94,6 +97,14 @@ def examples_of(record: Record) -> Examples:
     if not scores and not statistics:
         raise ValueError(f"{path}: its scores are made in ways unknown here: update roseval")
     return Examples(about["unit"], scores, weight, tie_break, arrays, statistics)
+
+
+def _over_bytes(a: Record, b: Record) -> tuple[Examples, Examples]:
+    """Pieces of one text as examples, under two tokenizers."""
+    *bits, n_bytes = by_bytes.segments(a, b)
+    unit, name = "pieces of the text", "bits_per_byte"
+    x, y = (Examples(unit, {name: values}, n_bytes, {}, {}, {}) for values in bits)
+    return x, y
 
 
 def check_pair(a: Record, b: Record, x: Examples, y: Examples) -> None:
@@ -176,6 +187,9 @@ def pairs_of(a: str | Path, b: str | Path) -> list[tuple[Record, Record]]:
     elif a.is_dir() and b.is_dir():
         sides = [_by_work(a), _by_work(b)]
         pairs = [(sides[0][key], sides[1][key]) for key in sides[0] if key in sides[1]]
+        pairs += [
+            (x, y) for x in sides[0].values() for y in sides[1].values() if by_bytes.match(x, y)
+        ]
         if not pairs:
             raise ValueError(f"{a} and {b} share no evaluation with the same flags and data")
     else:
@@ -207,8 +221,11 @@ def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
     get right; for what is no mean the bootstrap's p. better, worse: None where single examples have
     no score. others: {metric: `difference`'s fields}. examples: how many changed ones to list.
     ValueError when the records do not pair."""
-    x, y = examples_of(a), examples_of(b)
-    check_pair(a, b, x, y)
+    if by_bytes.differ(a, b):
+        x, y = _over_bytes(a, b)
+    else:
+        x, y = examples_of(a), examples_of(b)
+        check_pair(a, b, x, y)
     names = shared_metrics(a, b, x, y)
     if not names:
         raise ValueError(f"{a['evaluation']}: A and B keep scores of no metric in common")
@@ -221,7 +238,7 @@ def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
         out |= {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
     out["needed"] = examples_to_resolve(out["difference"], out["sd"])
     if mean:
-        out |= _of_means(x.scores[name], y.scores[name], x.weight, lower, out)
+        out |= _of_means(x, y, name, lower, out)
     else:
         out |= {"test": "bootstrap", "resamples": resampling.RESAMPLES}
         out["bootstrap"] = out["low"], out["high"]
@@ -233,10 +250,9 @@ def compare(a: Record, b: Record, examples: int = 10, seed: int = 0) -> dict:
     return out
 
 
-def _of_means(
-    before: np.ndarray, after: np.ndarray, weight: np.ndarray | None, lower: bool, out: dict
-) -> dict:
+def _of_means(x: Examples, y: Examples, name: str, lower: bool, out: dict) -> dict:
     """The bootstrap of a mean's difference and, for scores of 0 and 1, McNemar's test."""
+    before, after, weight = x.scores[name], y.scores[name], x.weight
     resamples = 10_000 if out["n"] <= 50_000 else 1_000
     found: dict[str, Any] = {"test": "t", "resamples": resamples}
     change = after - before
@@ -244,11 +260,24 @@ def _of_means(
         found["bootstrap"] = bootstrap_ci(change, n=resamples, seed=out["seed"])
     else:
         found["bootstrap"] = bootstrap_ci((change, weight), ratio, resamples, out["seed"])
-    if weight is None and np.isin([before, after], (0, 1)).all():
-        right = 0 if lower else 1
-        found["both"] = int(((before == right) & (after == right)).sum())
-        found["p"], found["test"] = mcnemar_exact(out["better"], out["worse"]), "McNemar"
+    if weight is None and are_verdicts(before, after):
+        found |= {"test": "McNemar", "flips": verdicts_changed(x, y, name, lower)}
+        found["p"] = found["flips"]["p"]
     return found
+
+
+def are_verdicts(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether all that examples scored is 0 or 1: right or wrong."""
+    return bool(np.isin([before, after], (0, 1)).all())
+
+
+def verdicts_changed(x: Examples, y: Examples, name: str, lower: bool) -> dict[str, Any]:
+    """stats.flips of a metric of verdicts, with the answers where both kept them."""
+    before, after = x.scores[name], y.scores[name]
+    answers = [examples.arrays.get(ANSWERS) for examples in (x, y)]
+    known = all(a is not None and a.shape == before.shape for a in answers)
+    verdicts = (1 - before, 1 - after) if lower else (before, after)
+    return flips(*verdicts, tuple(answers) if known else None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -318,10 +347,8 @@ def compare_text(a: Record, b: Record, out: dict) -> str:
         same = out["n"] - out["better"] - out["worse"]
         counts = f"B better on {out['better']:,}, worse on {out['worse']:,}, same on {same:,}"
         lines.append(f"  {unit:<16} {counts}")
-        if "both" in out:
-            neither = same - out["both"]
-            lines.append(f"                   both right {out['both']:,}, both wrong {neither:,}")
-            lines.append(f"  McNemar, exact   p = {out['p']:.4g}")
+        if "flips" in out:
+            lines += _flip_lines(out["flips"])
     for name, d in out["others"].items():
         lines.append(
             f"  {printable(name):<16} {d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
@@ -340,6 +367,18 @@ def compare_text(a: Record, b: Record, out: dict) -> str:
     return "\n".join(lines)
 
 
+def _flip_lines(found: dict) -> list[str]:
+    both = f"both right {found['both_right']:,}, both wrong {found['both_wrong']:,}"
+    flipped = (
+        f"{found['right_to_wrong']:,} right to wrong, {found['wrong_to_right']:,} wrong to right"
+    )
+    lines = [f"                   {both}", f"  flips            {flipped}"]
+    if "answers_changed" in found:
+        others = f"of them {found['wrong_to_wrong']:,} from one wrong one to another"
+        lines.append(f"  answers          {found['answers_changed']:,} changed, {others}")
+    return [*lines, f"  McNemar, exact   p = {found['p']:.4g}"]
+
+
 def _head(a: Record, b: Record, name: str) -> list[str]:
     """Which records, their values, and where their protocols differ."""
     lines = [title_of([a])]
@@ -348,6 +387,8 @@ def _head(a: Record, b: Record, name: str) -> list[str]:
         where = printable(f"{record['run']}/{record['checkpoint'].get('name')}: {name}")
         spread = "" if stderr is None else f" ±{number(stderr)}"
         lines.append(f"  {side}  {where} {number(value)}{spread}")
+    if by_bytes.differ(a, b):
+        lines.append(f"  {by_bytes.WHY}")
     before, after = a["protocol"], b["protocol"]
     differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     if differ:

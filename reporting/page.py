@@ -18,6 +18,7 @@ from reporting.groups import (
     units_of,
     words_of,
 )
+from reporting.quantised import data_of, families_of
 from reporting.tables import SHOWN_DIFFERENCES
 from results import SCHEMA_VERSION, utc_now
 
@@ -133,6 +134,7 @@ def page_data(found: dict, title: str, refresh: float | None = None) -> dict:
         "schema_version": SCHEMA_VERSION,
         "refresh": refresh,
         "groups": [group_data(group, groups) for group in groups],
+        "quantised": [data_of(family) for family in families_of(found["ok"])],
         "differences": [
             d | {"rows": d["rows"][:SHOWN_DIFFERENCES], "total": len(d["rows"])}
             for d in found["differences"]

@@ -8,6 +8,7 @@ while work := planner.next_work():                             # rank 0: waits i
 
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from backends.local import facts_of
 from checkpoint import Checkpoint
 from distributed import Dist, print0
 from evaluation import Evaluation, ModelOptions, Plan, Plans, Result
+from quantisation.names import Quantisation
 from sweeping.lease import Lease, Leases
 from sweeping.ledger import Ledger
 from sweeping.seen import Seen, Shelf, signature
@@ -38,12 +40,21 @@ class Entry:
     evaluation: Evaluation
     options: Any
     tokenizer_name: str | None
+    quantisation: Quantisation | None = None
     label: str = ""
 
     @property
     def asked(self) -> dict:
         """The options by name: all that is known of it before a checkpoint can be opened."""
-        return _flat(self.options) | {"tokenizer_name": self.tokenizer_name}
+        own = _flat(self.options) | {"tokenizer_name": self.tokenizer_name}
+        rounded = self.quantisation
+        more = (rounded.rule, rounded.embeddings, rounded.skip) if rounded else (None, False, ())
+        return own | dict(zip(("quantise", "quantise_embeddings", "quantise_skip"), more))
+
+    @property
+    def rooms(self) -> tuple[str, ...]:
+        """The files whose code counts, beside the format's."""
+        return "backends/local.py", *(["quantisation/apply.py"] if self.quantisation else [])
 
     def labelled(self, entries: list["Entry"]) -> "Entry":
         """Its evaluation's name, and the options that set it apart from others of that name."""
@@ -123,8 +134,14 @@ class Planner:
         """What does not depend on the weights, the same on every rank."""
         needed = entry.evaluation.needs_tokenizer(entry.options)
         tokenizer = evaluation.pick_tokenizer(entry.tokenizer_name, ckpt, needed)
-        facts = facts_of(ckpt, tokenizer, self.dtype, self.dist.device.type)
+        rounded = entry.quantisation
+        facts = facts_of(ckpt, tokenizer, self.dtype, self.dist.device.type, rounded)
         return self.plans[entry.label].of(facts), facts
+
+    def by_rule(self, labels: Iterable[str]) -> list[str]:
+        """In their order, but those of one rule side by side, as they appear first."""
+        rules = list(dict.fromkeys(entry.quantisation for entry in self.entries.values()))
+        return sorted(labels, key=lambda label: rules.index(self.entries[label].quantisation))
 
     def next_work(self) -> Work | None:
         """The next checkpoint that lacks something, its lease taken; waits for one if need be."""
@@ -183,7 +200,7 @@ class Planner:
                 continue
             try:
                 plan, _ = self.plan_of(entry, ckpt)
-                rooms = *ckpt.rooms, "backends/local.py"
+                rooms = *ckpt.rooms, *entry.rooms
                 key = evaluation.resume_key(entry.evaluation, plan, about, *rooms)
                 keys[label] = self._record_path(entry, plan, about, path), key
             except Exception as error:  # the same edge

@@ -10,12 +10,12 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cli
 import results
 from distributed import print0
 from durable import dumps, encode
+from recording import trackers
 from recording.runs import Place, place_of
 
 
@@ -23,46 +23,19 @@ def open_trackers(
     tensorboard: str | None, wandb_project: str | None
 ) -> dict[str, Callable[[dict], None]]:
     """{where: a function that takes a record}: its numbers go out under results.scalars' names, by
-    step."""
-    trackers: dict[str, Callable[[dict], None]] = {}
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--tensorboard needs the package: pip install tensorboard") from None
-        log = functools.partial(to_tensorboard, SummaryWriter, tensorboard, {})
-        trackers[f"tensorboard {Path(tensorboard).resolve()}"] = log
-    if wandb_project:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("--wandb needs the package: pip install wandb") from None
-        log = functools.partial(to_wandb, wandb, wandb_project, {})
-        trackers[f"wandb {wandb_project}"] = log
-    return trackers
+    step, to the tracker's run of the record's run."""
+    starts = trackers.trackers(tensorboard, wandb_project)
+    return {where: functools.partial(_tell, where, start, {}) for where, start in starts.items()}
 
 
-def to_tensorboard(writer_class: Any, folder: str, writers: dict, record: dict) -> None:
-    """Scalars by step, a writer for each run."""
-    run = record["run"]
-    if run not in writers:
-        writers[run] = writer_class(str(Path(folder) / run))
-    for name, value in results.scalars(record).items():
-        writers[run].add_scalar(name, value, record["checkpoint"]["step"])
-    writers[run].flush()
-
-
-def to_wandb(wandb: Any, project: str, runs: dict, record: dict) -> None:
-    """Checkpoints may come in any order, so `step` is a number among the others, and the x axis."""
-    run, info = record["run"], record["checkpoint"]
-    if run not in runs:
-        name = f"eval-{run}".replace("/", "-")  # no path
-        runs[run] = wandb.init(
-            project=project, name=name, id=name, resume="allow", reinit="create_new"
-        )
-        runs[run].define_metric("*", step_metric="step")
-    position = {name: info[name] for name in ("step", "tokens") if info[name] is not None}
-    runs[run].log(results.scalars(record) | position)
+def _tell(where: str, start: trackers.Start, logs: dict[str, trackers.Log], record: dict) -> None:
+    run, info, numbers = record["run"], record["checkpoint"], results.scalars(record)
+    on_wandb = where.startswith("wandb")
+    if run not in logs:
+        logs[run] = start(f"eval-{run}" if on_wandb else run, None)
+    if on_wandb and info["tokens"] is not None:
+        numbers["tokens"] = info["tokens"]
+    logs[run](numbers, info["step"])
 
 
 class Trackers:

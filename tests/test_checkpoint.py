@@ -318,7 +318,7 @@ def test_fingerprint(tmp_path, monkeypatch):
     path = good_file(tmp_path / "a.pt")
     first = fingerprint(path)
     assert len(first) == 64 and first == fingerprint(path)
-    assert len(list((tmp_path / "cache/roseval/sha256").iterdir())) == 1
+    assert len(list((tmp_path / "cache/roseval/sha256_of_pieces").iterdir())) == 1
     monkeypatch.setattr(fingerprints, "sha256", None)  # now from the cache alone
     assert fingerprint(path) == first
     monkeypatch.undo()

@@ -50,7 +50,7 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
     names = set(cli.option_names(kind.Options))
     assert names <= vars(args).keys()
     shared = (evaluation.ModelOptions, command.AdapterOptions, evaluation.EndpointOptions)
-    shared += (cli.PrecisionOptions, cli.RunOptions)
+    shared += (command.QuantiseOptions, cli.PrecisionOptions, cli.RunOptions)
     offered = {name for options in shared for name in cli.option_names(options)} | names
     extra = {"mmlu_eval": {"log_samples"}, "humaneval_eval": {"samples_file", "ignore_incomplete"}}
     assert vars(args).keys() == offered | extra.get(script, set())  # and nothing does nothing
@@ -68,7 +68,7 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
 UNREAD = {"debug", "train_config"}
 OF_A_CHAT = {"chat_template_args", "fewshot_as_turns", "system_prompt"}
 OF_A_MODE = {
-    "eval": {"seed"},
+    "eval": {"seed", "reference_dtype"},
     "mmlu_eval": OF_A_CHAT,
     "humaneval_eval": OF_A_CHAT,
     "sweep": {"retry_failed", "quiet_seconds"},

@@ -27,7 +27,7 @@ from dataset import (
     compute_perplexity,
     open_stream,
 )
-from formats import text
+from formats import text, tokens
 
 BYTE = build_tokenizer("byte")
 EOT = 256
@@ -250,7 +250,7 @@ def test_fingerprint_follows_the_tokens(tmp_path, monkeypatch):
     changed = x.copy()
     changed[150_000] ^= 1
     assert stream_of(changed).fingerprint != one.fingerprint
-    monkeypatch.setattr(dataset, "FULL_HASH_TOKENS", 1000)
+    monkeypatch.setattr(tokens, "FULL_HASH_TOKENS", 1000)
     sampled = [stream_of(x), stream_of(x[:9], x[9:]), stream_of(x[:-1]), stream_of(x[::-1])]
     assert all(s.fingerprint.startswith("sampled:") for s in sampled)
     assert sampled[0].fingerprint == sampled[1].fingerprint

@@ -1,5 +1,6 @@
 """eval.py as users start it, against brute force with transformers' own model."""
 
+import itertools
 import json
 import math
 import random
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from builders import (
     PATIENCE,
+    PlainModel,
     command,
     descendants,
     error_of,
@@ -104,6 +106,74 @@ def test_loss_equals_brute_force(run_dir, stride, bos):
     loss = math.fsum(nats) / n
     assert record["metrics"]["loss"]["value"] == pytest.approx(loss, rel=1e-6)
     assert record["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_documents_are_scored_each_by_itself(run_dir):
+    """Against transformers on each stretch of a document that lies in a window, with documents that
+    are empty, span windows, and end with one; the standard error is by document."""
+    texts = ["", "abc", "x" * (2 * T - 6), "", "naïve café — 数据", "end"]
+    path = run_dir / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = build_tokenizer("byte")
+    model = checkpoint.load_model(run_dir / "checkpoints/checkpoint-10", "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(run_dir / "checkpoints/checkpoint-10").float()
+    parts = [[*text.encode(), 256] for text in texts]
+    ids = [i for part in parts for i in part]
+    begins = np.cumsum([0, *map(len, parts)]).tolist()
+    for stride in (T, 9):
+        record = evaluate_perplexity(
+            model, tokenizer, val_data=(str(path),), seq_len=T, stride=stride, documents=True
+        )
+        nats = {}
+        for start in range(0, len(ids) - 1, stride):
+            window = ids[start : start + T]
+            edges = sorted({0, *(b - start for b in begins if 0 < b - start < len(window))})
+            for a, b in zip(edges, [*edges[1:], len(window)]):
+                with torch.no_grad():
+                    logits = theirs(torch.tensor([window[a:b]])).logits[0].double()
+                for j, row in enumerate(logits, start + a + 1):
+                    if j < len(ids) and j not in nats:
+                        nats[j] = -F.log_softmax(row, -1)[ids[j]].item()
+        assert len(nats) == record["data"]["tokens_scored"] == len(ids) - 1
+        loss = math.fsum(nats.values()) / len(nats)
+        assert record["metrics"]["loss"]["value"] == pytest.approx(loss, rel=1e-6)
+        wanted = [
+            (a, math.fsum(nats[j] for j in range(max(a, 1), b)), b - max(a, 1))
+            for a, b in itertools.pairwise(begins)
+            if b > 1
+        ]
+        found = [record.arrays[f"document_{name}"].tolist() for name in ("start", "nll", "count")]
+        assert found[0] == [w[0] for w in wanted] and found[2] == [w[2] for w in wanted]
+        assert found[1] == pytest.approx([w[1] for w in wanted], rel=1e-6)
+        assert record["metrics"]["loss"]["n"] == len(wanted) == 5
+        assert record["examples"]["unit"] == "documents"
+        residual = [nll - loss * count for _, nll, count in wanted]
+        stderr = math.sqrt(5 / 4 * math.fsum(r * r for r in residual)) / (len(ids) - 1)
+        assert record["metrics"]["loss"]["stderr"] == pytest.approx(stderr, rel=1e-5)
+    assert record["protocol"]["documents"] == "after token 256"
+    assert "within documents" in record["words"]
+    plain = evaluate_perplexity(model, tokenizer, val_data=(str(path),), seq_len=T)
+    assert "documents" not in plain["protocol"]
+    assert plain["metrics"]["loss"]["value"] != pytest.approx(loss, rel=1e-4)
+
+
+def test_documents_say_what_they_cannot(run_dir):
+    for options, words in (
+        ({"windows": "random"}, "--documents does not go with --windows random"),
+        ({"bos": "on"}, "it has no --bos"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Options(val_data=("x",), documents=True, **options)
+    shard = str(run_dir / "x.npy")
+    with pytest.raises(ValueError, match="end-of-text token: name a tokenizer"):
+        evaluate_perplexity(
+            tiny_model(), None, data_mode="fineweb_npy", val_npy=(shard,), documents=True
+        )
+    with pytest.raises(ValueError, match="--documents: this architecture runs through transform"):
+        evaluate_perplexity(
+            PlainModel(), build_tokenizer("byte"), data_mode="fineweb_npy", val_npy=(shard,),
+            documents=True,
+        )  # fmt: skip
 
 
 def test_per_file_figures_and_bits_per_byte(run_dir):

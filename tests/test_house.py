@@ -19,45 +19,51 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
     "packed",
-    "inputs launcher streams stats durable recording/sources families/llama families/dense "
+    "inputs launcher streams stats durable recording/sources recording/trackers families/llama "
+    "families/dense "
     "tokenizing/byte_bpe plain_yaml "
     "tasks/answers tasks/corpus_scores certainty",
     "resampling cli recording/identity families/mixtures tokenizing/chat_templates "
-    "formats/pickles formats/gguf_file "
-    "formats/vocabularies",
-    "families/convert",
+    "tokenizing/pieces formats/pickles formats/gguf_file formats/vocabularies",
+    "families/convert quantisation/names",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
     "gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
-    "formats modeling/rotary modeling/mlp modeling/norms backends/client backends/completions "
-    "backends/probing",
-    "modeling/attention quantisation/codes quantisation/linear",
+    "formats quantisation/comparison modeling/rotary modeling/mlp modeling/norms backends/client "
+    "backends/completions backends/probing",
+    "modeling/attention quantisation/codes quantisation/rules quantisation/linear",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/formulas costs/symbols costs/flops costs/memory costs/time "
+    "sandbox/judge costs/formulas costs/quantised costs/symbols costs/flops costs/memory "
+    "costs/time "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
-    "formats/tensorfiles formats/shards formats/text formats/archives formats/naming "
-    "formats/quantised model",
-    "dataset transformers_model formats/layouts formats/fingerprints formats/huggingface "
-    "formats/gptq formats/awq formats/compressed formats/fp8 formats/bitsandbytes "
+    "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
+    "formats/archives formats/naming formats/quantised model",
+    "dataset transformers_model quantisation/apply formats/layouts formats/fingerprints "
+    "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
+    "formats/bitsandbytes "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
-    "formats/adapter_config formats/merging formats/adapters formats/conversion "
+    "formats/adapter_config formats/merging formats/adapters formats/conversion formats/extension "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
     "formats/lightning formats/llama2c formats/llmc formats/megatron_args formats/megatron "
     "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
-    "backends/local backends/endpoint tasks/chat tasks/agreement tasks/evalplus tasks/extraction "
-    "tasks/code_prompts "
+    "tasks/divergence tasks/windows",
+    "backends/states backends/local backends/endpoint backends/reference tasks/chat "
+    "tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
     "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
     "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "
     "tasks/further tasks/choice_tables tasks/programs tasks/word_problems tasks/translation "
     "tasks/drawing tasks/harness",
-    "evaluation training/batches training/log training/options",
+    "evaluation training/packing training/best_fit training/mixing training/neighbours "
+    "training/packing_index training/batches training/log training/options training/plans "
+    "training/sources training/schedule training/lora training/state",
     "command",
-    "reporting/groups reporting/compare reporting/tables reporting/page reporting/charts",
+    "reporting/groups reporting/by_bytes reporting/compare reporting/quantised reporting/tables "
+    "reporting/exchange reporting/page reporting/charts",
     "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "
     "serving/metrics serving/lightllm serving/routes",
     "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report serve",
@@ -69,7 +75,8 @@ NO_TORCH = "cli stats durable config results backends evaluation command tokeniz
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
 NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
-NO_TORCH += " bleu_eval certainty resampling tasks/translation backends/probing"
+NO_TORCH += " quantisation/names bleu_eval certainty resampling tasks/translation"
+NO_TORCH += " backends/probing tasks/divergence"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"
@@ -78,9 +85,7 @@ TAKEN = {*sys.stdlib_module_names, *OTHERS.split()}
 OUR_SHADOWS = {"train"}  # no package of that name is known
 
 # What may be larger than usual, and why.
-LONG_FILES: dict[str, str] = {
-    "dataset": "streams, their windows, and rosetrainer's datasets for code written against them",
-}
+LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
     "gpu_kernels/decode_attention._kernel": "one Triton kernel: it cannot be cut",
     "gpu_kernels/low_bit_matmul._matmul_kernel": "one Triton kernel: it cannot be cut",

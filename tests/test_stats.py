@@ -91,6 +91,32 @@ def test_mcnemar_is_the_binomial_test(b, c):
     assert stats.mcnemar_exact(b, c) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_flips_are_counted_one_by_one(seed):
+    """Of answers in 0..3 or none, -1, and the table's other diagonal against scipy's binomial."""
+    rng = np.random.default_rng(seed)
+    gold, before = rng.integers(0, 4, 300), rng.integers(-1, 4, 300)
+    after = np.where(rng.random(300) < 0.2, rng.integers(-1, 4, 300), before)
+    wanted = dict.fromkeys(("rw", "wr", "rr", "ww", "changed", "other"), 0)
+    for g, a, b in zip(gold, before, after):
+        wanted["wr"[int(a == g)] + "wr"[int(b == g)]] += 1
+        wanted["changed"] += a != b
+        wanted["other"] += a != b and a != g and b != g
+    found = stats.flips(before == gold, (after == gold).astype(float), (before, after))
+    assert found["right_to_wrong"] == wanted["rw"] and found["wrong_to_right"] == wanted["wr"]
+    assert found["both_right"] == wanted["rr"] and found["both_wrong"] == wanted["ww"]
+    assert (
+        found["answers_changed"]
+        == wanted["changed"]
+        == sum((wanted["rw"], wanted["wr"], found["wrong_to_wrong"]))
+    )
+    assert found["wrong_to_wrong"] == wanted["other"] and found["n"] == 300
+    p = scipy.stats.binomtest(wanted["rw"], wanted["rw"] + wanted["wr"]).pvalue
+    assert found["p"] == pytest.approx(p, rel=1e-12)
+    assert "answers_changed" not in stats.flips(before == gold, after == gold)
+    assert stats.flips([], [])["p"] == 1.0
+
+
 def test_mcnemar_of_thousands_of_pairs_neither_overflows_nor_dawdles():
     assert stats.mcnemar_exact(7000, 7100) == pytest.approx(
         scipy.stats.binomtest(7000, 14100).pvalue, rel=1e-9

@@ -15,8 +15,10 @@ import results
 import train
 from config import GPTConfig
 from dataset import build_tokenizer, open_stream
+from distributed import Dist
+from eval import evaluate_perplexity
 from model import GPTModel
-from training.batches import TrainBatches
+from training.batches import Chopped, TrainBatches
 from training.options import DataOptions, parse
 
 SHAPE = ["--n-layers", "2", "--n-heads", "2", "--d-model", "32", "--d-ff", "64", "--dropout", "0.1"]
@@ -119,7 +121,7 @@ def test_steps_equal_a_plain_training_loop(shards, tmp_path):
     run(shards, tmp_path, *flags)
     model = tiny_model(seed=42, std=None, max_position_embeddings=32)
     stream = open_stream("fineweb_npy", [shards / "train.npy"], None)
-    batches = TrainBatches(len(stream), 32, 4, 42)
+    batches = TrainBatches([Chopped(stream, 32)], 4, 42)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -130,7 +132,7 @@ def test_steps_equal_a_plain_training_loop(shards, tmp_path):
     for step, factor in enumerate([1 / 3, 2 / 3, 1.0, *done]):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * factor
-        inputs, targets = (torch.from_numpy(x) for x in batches.batch(stream, step))
+        inputs, targets = (torch.from_numpy(x) for x in batches.batch(step)[:2])
         logits, _ = model(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
@@ -172,7 +174,7 @@ def test_a_mixture_of_experts_on_two_ranks_learns_what_transformers_does(shards,
     checkpoint.write_weights(GPTModel(config), config, tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").train()
     stream = open_stream("fineweb_npy", [shards / "train.npy"], None)
-    batches = TrainBatches(len(stream), 32, 4, 42)
+    batches = TrainBatches([Chopped(stream, 32)], 4, 42)
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
@@ -183,7 +185,7 @@ def test_a_mixture_of_experts_on_two_ranks_learns_what_transformers_does(shards,
     for step, entry in enumerate(log):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (step + 1) / 3
-        inputs, targets = (torch.from_numpy(x) for x in batches.batch(stream, step))
+        inputs, targets = (torch.from_numpy(x) for x in batches.batch(step)[:2])
         out = model(inputs, output_router_logits=True)
         loss = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
@@ -193,6 +195,81 @@ def test_a_mixture_of_experts_on_two_ranks_learns_what_transformers_does(shards,
         assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert entry["router_loss"] == pytest.approx(out.aux_loss.item(), rel=1e-5)
     assert len(log) == 3
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory):
+    """new.npy and old.npy: documents of 0 to 60 bytes, each with its end of text; val.npy."""
+    root = tmp_path_factory.mktemp("sources")
+    for seed, name in enumerate(("new", "old", "val")):
+        dice = np.random.RandomState(seed)
+        documents = [[*dice.randint(0, 256, dice.randint(61)), 256] for _ in range(150)]
+        np.save(root / f"{name}.npy", np.concatenate(documents).astype(np.uint16))
+    return root
+
+
+def mixed_flags(root, out, *more):
+    flags = ["--mix", f"{root}/new.npy:0.75", f"{root}/old.npy:0.25", "--packing", "best-fit"]
+    flags += ["--document-mask", "--data-mode", "fineweb_npy", "--tokenizer-name", "byte"]
+    flags += ["--val-npy", root / "val.npy", "--seq-len", 32, "--device", "cpu", "--lr", "1e-2"]
+    flags += ["--warmup-steps", 3, "--log-steps", 1, "--num-steps", 6, "--eval-steps", 3]
+    return [*SHAPE, *flags, "--dropout", "0", "--checkpoint-path", out, *more]
+
+
+def test_packed_and_mixed_steps_equal_documents_run_one_by_one(two_sources, tmp_path):
+    """A plain loop that finds the documents of each batch, and shows the model one at a time."""
+    flags = mixed_flags(two_sources, tmp_path / "one", "--batch-size", 4)
+    out = torchrun(0, "train.py", *flags).stdout
+    assert "best-fit packing: 150 documents" in out and "new.npy:0.75: 75.0000%" in out
+    log = log_of(tmp_path / "one")
+    assert [entry["packing"] for entry in log[:2]] == ["best-fit"] * 2 and log[0]["padding"] > 0
+    byte, data = build_tokenizer("byte"), parse([str(word) for word in flags], "")
+    batches, _ = train.make_batches(
+        data, train.open_data(data.data, byte, 32), byte, Dist(0, 1, 0, torch.device("cpu"))
+    )
+    model = tiny_model(seed=42, std=None, max_position_embeddings=32)
+    for step, entry in enumerate(e for e in log if "loss" in e):
+        inputs, targets, starts = (torch.from_numpy(x) for x in batches.batch(step))
+        loss, count = 0.0, int((targets != -100).sum())
+        for row, begins in enumerate(starts):
+            for begin in begins.unique().tolist():
+                mine = begins == begin
+                logits = model(inputs[row, mine][None])[0][0]
+                loss = loss + F.cross_entropy(logits, targets[row, mine], reduction="sum")
+        assert entry["loss"] == pytest.approx(loss.item() / count, rel=1e-5)
+        model.zero_grad()
+        (loss / targets.numel()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        assert entry["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        if step == 0:  # later ones want the optimizer, which other tests have
+            break
+    saved = checkpoint.load_model(tmp_path / "one/checkpoint-6", "float32")
+    (entry,) = [e for e in log if "val_loss" in e and e["step"] == 6]
+    shard = (str(two_sources / "val.npy"),)
+    record = evaluate_perplexity(
+        saved, byte, data_mode="fineweb_npy", val_npy=shard, seq_len=32, documents=True
+    )
+    assert record["metrics"]["loss"]["value"] == pytest.approx(entry["val_loss"], rel=1e-6)
+    state = checkpoint.load_training_state(tmp_path / "one/checkpoint-6")
+    padding = sum(int((batches.batch(step)[1] == -100).sum()) for step in range(6))
+    assert 0 < 6 * 4 * 32 - state["extra"]["tokens"] < padding
+
+
+def test_packed_and_mixed_runs_resume_and_split_over_ranks(two_sources, tmp_path):
+    whole, cut, two = (tmp_path / name for name in ("whole", "cut", "two"))
+    torchrun(0, "train.py", *mixed_flags(two_sources, whole, "--batch-size", 4))
+    script = tmp_path / "doomed.py"
+    script.write_text(DOOMED.format(root=str(ROOT), doom=AFTER_A_STEP.format(step=5)))
+    flags = mixed_flags(two_sources, cut, "--batch-size", 4)
+    assert torchrun(0, script, *flags, code=None).returncode == -signal.SIGKILL
+    torchrun(0, "train.py", *flags, "--resume")
+    for step in (3, 6):
+        assert state_of(whole / f"checkpoint-{step}") == state_of(cut / f"checkpoint-{step}")
+    assert log_of(whole) == log_of(cut)
+    torchrun(2, "train.py", *mixed_flags(two_sources, two, "--batch-size", 2))
+    for one, other in zip(log_of(whole), log_of(two), strict=True):
+        assert other.pop("packing", None) == one.pop("packing", None)
+        assert other == pytest.approx(one, rel=1e-3)
 
 
 def test_the_validation_loss_is_what_eval_py_gives(shards, tmp_path):
@@ -236,7 +313,8 @@ def test_errors_are_plain(shards, tmp_path):
 def test_toy_data_and_held_out_tail(tmp_path):
     options = parse(["--use-toy-data", "--checkpoint-path", str(tmp_path)], "")
     tokenizer = train.choose_tokenizer(options)
-    head, tail = train.open_data(options.data, tokenizer)
+    data = train.open_data(options.data, tokenizer, 64)
+    (head,), tail = data.streams, data.validation[0]
     text = b"".join(path.read_bytes() + b"\xff" for path in results.source_files())
     assert len(head) + len(tail) == len(text)
     assert len(tail) == pytest.approx(0.1 * len(text), abs=1)
@@ -249,10 +327,10 @@ def test_toy_data_and_held_out_tail(tmp_path):
 def test_data_of_the_other_mode_is_no_data(shards):
     byte, files = build_tokenizer("byte"), (str(shards / "train.npy"),)
     with pytest.raises(ValueError, match="--data-mode text needs --train-data"):
-        train.open_data(DataOptions(), byte)
+        train.open_data(DataOptions(), byte, 64)
     data = DataOptions(data_mode="fineweb_npy", train_npy=files)
-    stream, nothing = train.open_data(data, byte)
-    assert len(stream) == 20_000 and nothing is None
+    data = train.open_data(data, byte, 64)
+    assert len(data.streams[0]) == 20_000 and data.validation is None
 
 
 def test_which_tokenizer(tmp_path, monkeypatch):

@@ -13,6 +13,10 @@ import results
 from cli import option, positive_int
 from config import load_yaml
 from formats.shards import RAW
+from training.mixing import read_mix
+
+WAYS = ("concat", "document", "noise", "best-fit", "cluster", "in-context")
+KEPT = ("best-fit", "cluster", "in-context")  # their plans lie on disk
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,32 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters over --init-from, which stays frozen (training/lora.py)."""
+
+    lora_rank: int | None = option(
+        None, "train adapters of this rank over --init-from, which stays frozen", type=positive_int
+    )
+    lora_alpha: int | None = option(None, "default: twice the rank", type=positive_int)
+    lora_dropout: float = option(0.0, "of what adapters see", type=float)
+    lora_targets: tuple[str, ...] | None = option(
+        None,
+        "q_proj v_proj …, as transformers calls them; default: all linear layers of the blocks",
+        nargs="+",
+        metavar="NAME",
+    )
+    lora_rs: bool = option(False, "alpha over the root of the rank")
+    train_embeddings: bool = option(False, "embeddings and head beside adapters, in full")
+
+    def __post_init__(self):
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora-dropout must be from 0 to below 1, not {self.lora_dropout}")
+        for name in cli.option_names(self):
+            if self.lora_rank is None and getattr(self, name) != getattr(LoraOptions, name):
+                raise ValueError(f"{cli.flag_of(name)} needs --lora-rank")
+
+
+@dataclass(frozen=True)
 class DataOptions:
     data_mode: str = option("text", choices=("text", "fineweb_npy"))
     train_data: tuple[str, ...] | None = option(None, nargs="+", metavar="FILE")
@@ -64,8 +94,73 @@ class DataOptions:
     val_max_tokens: int | None = option(None, type=positive_int)
     val_ratio: float = option(0.0, "without validation files: hold out", type=float)
     data_seed: int | None = option(None, "order of the windows; default: --seed", type=int)
+    mix: tuple[str, ...] | None = option(
+        None,
+        "several sources of training data, each a file or glob and its share of the windows",
+        nargs="+",
+        metavar="FILE:WEIGHT",
+    )
+    packing: str | None = option(
+        None,
+        "which documents share a window. concat (the default): the next T tokens. document: the "
+        "same, but tokens see their own document alone. noise: the same, documents set apart. "
+        "best-fit: documents whole where they fit. cluster, in-context: alike ones side by side",
+        choices=WAYS,
+    )
+    document_mask: bool = option(
+        False, "tokens see their own document alone, in concat and best-fit"
+    )
+    packing_noise: str = option(
+        "mask:8",
+        "how --packing noise sets documents apart: mask:N, the first N tokens of one that begins "
+        "in a window are no targets; separator:N, N end-of-text tokens more (mask:8)",
+        metavar="KIND:N",
+    )
+    packing_vectors: str | None = option(
+        None, "of the documents, for --packing in-context; default: TF-IDF", metavar="FILE.npy"
+    )
+    packing_index: str | None = option(
+        None, "where the plan of packing is kept; default: beside the data", metavar="FILE"
+    )
+
+    @property
+    def within_documents(self) -> bool:
+        return self.document_mask or self.packing == "document"
+
+    @property
+    def noise(self) -> tuple[str, int]:
+        """(kind, N) of --packing-noise. ValueError for what is none."""
+        kind, _, number = self.packing_noise.partition(":")
+        if kind not in ("mask", "separator") or not number.isdecimal() or int(number) < 1:
+            raise ValueError(
+                f"--packing-noise {self.packing_noise}: give mask:N or separator:N, N at least 1"
+            )
+        return kind, int(number)
 
     def __post_init__(self):
+        self._check_files()
+        self._check_packing()
+
+    def _check_packing(self):
+        way = self.packing or "concat"
+        if self.document_mask and way not in ("concat", "document", "best-fit"):
+            raise ValueError(f"--document-mask would undo what --packing {way} is for")
+        if self.packing_noise != "mask:8" and way != "noise":
+            raise ValueError("--packing-noise needs --packing noise")
+        if self.packing_vectors and way != "in-context":
+            raise ValueError("--packing-vectors needs --packing in-context")
+        if self.packing_index and (way not in KEPT or self.mix):
+            raise ValueError(f"--packing-index needs one source and --packing {'|'.join(KEPT)}")
+        if self.packing_vectors and self.mix:
+            raise ValueError("--packing-vectors is of one source: it does not go with --mix")
+        self.noise  # noqa: B018  it checks itself
+
+    def _check_files(self):
+        if self.mix:
+            for name in ("train_data", "train_npy", "max_tokens", "val_ratio", "use_toy_data"):
+                if getattr(self, name):
+                    raise ValueError(f"{cli.flag_of(name)} does not go with --mix")
+            read_mix(self.mix)
         kind, other = ("data", "npy") if self.data_mode == "text" else ("npy", "data")
         for name in (f"train_{other}", f"val_{other}"):
             if getattr(self, name):
@@ -87,12 +182,28 @@ class OptimizationOptions:
     eval_steps: int = option(500, "validate and save", type=positive_int)
     lr: float = option(6e-4, type=float)
     min_lr_ratio: float = option(0.1, "where the schedule ends; not of constant", type=float)
-    lr_scheduler: str = option("cosine", choices=("cosine", "linear", "constant"))
+    lr_scheduler: str = option("cosine", choices=("cosine", "linear", "constant", "wsd"))
     warmup_steps: int = option(100, type=int)
+    decay_steps: int | None = option(
+        None, "of wsd: the last steps of a cycle; default: a tenth of it", type=positive_int
+    )
+    decay_shape: str = option(
+        "sqrt", "of wsd's decay", choices=("sqrt", "linear", "cosine", "exponential")
+    )
+    rewarm: tuple[int, ...] | None = option(
+        None, "begin the schedule anew at these steps", type=positive_int, nargs="+", metavar="STEP"
+    )
     weight_decay: float = option(0.1, "of matrices and embeddings only", type=float)
     beta1: float = option(0.9, type=float)
     beta2: float = option(0.95, type=float)
     grad_clip_norm: float = option(1.0, "0: no clipping", type=float)
+
+    def __post_init__(self):
+        for name in ("decay_steps", "decay_shape") if self.lr_scheduler != "wsd" else ():
+            if getattr(self, name) != getattr(OptimizationOptions, name):
+                raise ValueError(f"{cli.flag_of(name)} goes with --lr-scheduler wsd")
+        if self.decay_shape == "exponential" and not self.min_lr_ratio > 0:
+            raise ValueError("--decay-shape exponential needs a --min-lr-ratio above 0")
 
 
 @dataclass(frozen=True)
@@ -105,9 +216,10 @@ class RunOptions:
     save_steps: int | None = option(None, "default: as --eval-steps", type=positive_int)
     keep: int | None = option(None, "keep the last K and the best; default all", type=positive_int)
     log_steps: int = option(10, type=positive_int)
-    use_wandb: bool = option(False)
+    use_wandb: bool = option(False, "WANDB_MODE=offline without a network")
     wandb_project: str = option("roseval", "of --use-wandb")
-    wandb_run_name: str | None = option(None, "of --use-wandb")
+    wandb_run_name: str | None = option(None, "default: as the directory of checkpoints")
+    tensorboard: str | None = option(None, "also log there", metavar="DIR")
     seed: int = option(42, "of weights, dropout and the order of the data (42)", type=int)
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
 
@@ -115,6 +227,7 @@ class RunOptions:
 @dataclass(frozen=True)
 class Options:
     model: ModelOptions
+    lora: LoraOptions
     data: DataOptions
     optimization: OptimizationOptions
     run: RunOptions
@@ -134,7 +247,8 @@ class Options:
 def parse(argv: list[str] | None, description: str) -> Options:
     """The options of a command line (None: this process's) and of its --train-config, whose values
     are checked like flags: ValueError, in one line, naming file and field."""
-    kinds: tuple[type, ...] = (ModelOptions, DataOptions, OptimizationOptions, RunOptions)
+    kinds: tuple[type, ...] = (ModelOptions, LoraOptions, DataOptions)
+    kinds += (OptimizationOptions, RunOptions)
     kinds += (cli.PrecisionOptions, cli.RunOptions)
     p = cli.parser(description)
     cli.add_options(p, *kinds)
@@ -145,7 +259,10 @@ def parse(argv: list[str] | None, description: str) -> Options:
         cli.take_defaults(p, kinds, load_yaml(file), file)
     args = p.parse_args(argv)
     options = Options(*(cli.read_options(kind, args) for kind in kinds))
-    if options.run.resume and options.model.init_from:
+    if options.lora.lora_rank is not None:
+        if not options.model.init_from:
+            p.error("--lora-rank needs --init-from PATH, the weights that stay frozen")
+    elif options.run.resume and options.model.init_from:
         p.error("--resume and --init-from contradict each other: give one of them")
     return with_toy_data(options) if options.data.use_toy_data else options
 

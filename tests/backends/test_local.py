@@ -355,7 +355,7 @@ def test_eager_is_chosen_for_small_jobs_and_on_cpu(byte):
     def compiles(compile, device, n_tokens, n_jobs=1):
         local = Local(tiny_model(), byte, dist=Rank(0, 1, 0, device), compile=compile)
         local.config, local.n_jobs = gpt2, n_jobs
-        return local._should_compile(n_tokens)
+        return local.should_compile(n_tokens)
 
     assert not compiles("auto", cuda, 1_000_000)
     assert compiles("auto", cuda, 1_000_000, n_jobs=100)

@@ -37,6 +37,20 @@ def test_values(dtype, N, W, V):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("N, W, V", SHAPES)
+@pytest.mark.parametrize("cap", [30.0, 2.0])
+def test_values_under_a_soft_cap(dtype, N, W, V, cap):
+    torch.manual_seed(0)
+    logits, targets = (torch.randn(N, W, device="cuda") * 40).to(dtype), targets_of(N, V)
+    capped = cap * torch.tanh(logits[:, :V].double() / cap)
+    wanted = F.cross_entropy(capped, targets, ignore_index=-100, reduction="none")
+    nll = cross_entropy(logits, targets, V, cap)
+    torch.testing.assert_close(nll.double(), wanted, rtol=3e-6, atol=2e-5)
+    compiled = torch.compile(lambda *given: cross_entropy(*given), dynamic=False)
+    assert torch.equal(compiled(logits, targets, V, cap), nll)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N, W, V", SHAPES)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_gradients_through_the_head(dtype, N, W, V, compiled):
     torch.manual_seed(0)

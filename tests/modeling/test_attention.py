@@ -71,7 +71,8 @@ def test_attention_by_blocks(window, softcap, scale, monkeypatch):
     monkeypatch.setitem(attention._COMPILED, "flex", flex_attention)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 11, 8, generator=g) for heads in (4, 2, 2))
-    got = attention._flex_attention(q, k, v, window, softcap, scale)
+    blocks = attention._window_blocks(11, window, q.device)
+    got = attention._flex_attention(q, k, v, blocks, softcap, scale)
     wanted = attend(q, k, v, causal=True, window=window, softcap=softcap, scale=scale)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 

@@ -100,7 +100,8 @@ def test_a_lower_share_of_wrong_answers_is_tested_by_mcnemar(tmp_path):
     ]
     out = compare(*pairs_of(*paths)[0])
     a, b = wrong
-    assert out["both"] == int((~a & ~b).sum()) and out["better"] == int((a & ~b).sum())
+    assert out["flips"]["both_right"] == int((~a & ~b).sum())
+    assert out["flips"]["wrong_to_right"] == out["better"] == int((a & ~b).sum())
     expected = scipy.stats.binomtest(out["better"], out["better"] + out["worse"]).pvalue
     assert out["p"] == pytest.approx(expected) and out["verdict"] == "B is better"
 

@@ -33,7 +33,7 @@ def test_compare_questions(tmp_path):
     out = compare(*pair, examples=5)
     only_b, only_a = int((b & ~a).sum()), int((a & ~b).sum())
     assert (out["better"], out["worse"]) == (only_b, only_a)
-    assert out["both"] == int((a & b).sum())
+    assert out["flips"]["both_right"] == int((a & b).sum())
     assert out["p"] == pytest.approx(scipy.stats.binomtest(only_b, only_a + only_b).pvalue)
     expected = scipy.stats.ttest_rel(b.astype(float), a.astype(float)).confidence_interval()
     assert (out["low"], out["high"]) == pytest.approx((expected.low, expected.high), rel=1e-4)
@@ -44,6 +44,33 @@ def test_compare_questions(tmp_path):
     assert [row["example"] for row in out["changed"]] == expected.tolist()
     text = compare_text(*pair, out)
     assert f"law: question {expected[0]}?" in text and "McNemar" in text
+
+
+def test_flips_and_changed_answers_of_two_records(tmp_path):
+    """From the records alone, in both directions; answers only where both kept them."""
+    rng = np.random.default_rng(3)
+    gold, a = rng.integers(0, 4, (2, 200))
+    b = np.where(rng.random(200) < 0.3, rng.integers(0, 4, 200), a)
+    paths = [
+        answers_record(tmp_path, answer == gold, kept, step=step)
+        for step, (answer, kept) in enumerate(
+            [(a, {"predicted": a}), (b, {"predicted": b}), (b, {})]
+        )
+    ]
+    pair = pairs_of(*paths[:2])[0]
+    out = compare(*pair)
+    lost, won = int(((a == gold) & (b != gold)).sum()), int(((a != gold) & (b == gold)).sum())
+    others = int(((a != b) & (a != gold) & (b != gold)).sum())
+    assert lost and won and others
+    text = compare_text(*pair, out)
+    assert f"flips            {lost} right to wrong, {won} wrong to right" in text
+    changed = f"{lost + won + others} changed, of them {others} from one wrong one to another"
+    assert f"answers          {changed}" in text
+    p = scipy.stats.binomtest(lost, lost + won).pvalue
+    assert f"McNemar, exact   p = {p:.4g}" in text
+    pair = pairs_of(paths[0], paths[2])[0]
+    text = compare_text(*pair, compare(*pair))
+    assert f"{lost} right to wrong" in text and "answers  " not in text
 
 
 def test_compare_windows_and_folders(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from builders import set_clock
 
 from distributed import Dist
 from training import log as module
-from training.log import Log, start_wandb
+from training.log import Log
 
 ALONE = Dist(0, 1, 0, torch.device("cpu"))
 
@@ -67,11 +66,14 @@ def test_a_resumed_run_writes_its_steps_again(tmp_path, clock):
     with open(path, "a") as f:
         f.write('{"step": 6, "lo')  # what a kill tears
     tracked = []
-    tracker = type("Run", (), {"log": lambda self, entry, step: tracked.append(step)})()
-    log = Log(path, range(4, 6), 1, 100, ALONE, tracker=tracker)
+    sent_to = {"here": lambda numbers, step: tracked.append((step, numbers["train/lr"]))}
+    log = Log(path, range(4, 6), 1, 100, ALONE, sent_to=sent_to)
     assert [e["step"] for e in entries(path)] == [1, 2, 3, 4]
     take_steps(log, clock, range(5, 7))
-    assert [e["step"] for e in entries(path)] == [1, 2, 3, 4, 5, 6] and tracked == [5, 6]
+    assert [e["step"] for e in entries(path)] == [1, 2, 3, 4, 5, 6] and tracked == [
+        (5, 0.1),
+        (6, 0.1),
+    ]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, clock):
@@ -81,7 +83,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, clock):
         log.step(1, torch.tensor(float("nan")), torch.tensor(1.0), 0.1)
 
 
-def test_wandb_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        start_wandb("project", None, {})
+def test_a_tracker_that_fails_costs_no_step(tmp_path, clock, capsys):
+    def fails(numbers, step):
+        raise ConnectionError("no route")
+
+    log = Log(tmp_path / "log.jsonl", range(2), 1, 100, ALONE, sent_to={"wandb x": fails})
+    take_steps(log, clock, [1, 2])
+    assert len(entries(tmp_path / "log.jsonl")) == 2
+    assert capsys.readouterr().out.count("wandb x: not sent: no route") == 2

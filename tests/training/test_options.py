@@ -72,7 +72,7 @@ def test_a_flag_that_must_be_given_may_stand_in_the_yaml(tmp_path, capsys):
         ("lr: fast", "--lr: needs a number, not 'fast'"),
         ("lr: true", "--lr: needs one value, not True"),
         ("resume: 1", "--resume: needs true or false, not 1"),
-        ("lr_scheduler: cos", "--lr-scheduler: must be one of cosine, linear, constant, not 'cos'"),
+        ("lr_scheduler: cos", "--lr-scheduler: must be one of cosine, linear, constant, wsd, not"),
         ("compile: sometimes", "--compile: must be one of auto, on, off, not 'sometimes'"),
         ("train_npy: [a.npy, [b.npy]]", "--train-npy: needs one value, not ['b.npy']"),
         ("train_npy: []", "--train-npy: needs a value"),

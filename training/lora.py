@@ -1,0 +1,288 @@
+"""Low-rank adaptation: a frozen model, and small matrices beside its linear layers that train.
+
+    model, adapters = adapted(path, config, options, "bfloat16", device)
+    adapters.write(directory)                       # PEFT's files, of the parts as they are named
+    adapters.load(directory)                        # there, to go on
+
+A linear layer W becomes y = W x + b + s B A x, with s = alpha / r (with --lora-rs, alpha / sqrt(r))
+and B zero at first. Where ours is several modules of theirs, such as q_proj, k_proj and v_proj,
+each has a pair (A, B) of its own, as in PEFT, whose files these are. The frozen weights are in the
+dtype of the run; what is trained is float32.
+
+Source: Hu et al. 2021; Kalajdzievski 2023 (the root); embeddings and head trained whole, for a
+vocabulary that was extended: Cui et al. 2023 (Chinese-LLaMA).
+
+Shapes: N tokens, P parts, r rank
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+import cli
+from config import GPTConfig
+from formats import adapters, layouts, naming, shown, training_state
+from formats.adapter_config import is_named
+from formats.stored import read_whole
+from model import GPTModel
+from modeling.mlp import Linear
+from training.options import LoraOptions
+
+HEAD = "lm_head"  # in transformers 5, of all families
+
+
+class LowRank(Linear):
+    """A frozen linear layer with a pair (A, B) for some of its parts, which are rows in one piece.
+
+    A [P, r, in]. B: the parts' rows below each other, [rows, r].
+    """
+
+    def __init__(self, base: Linear, spans: Sequence[range], rank: int, scale: float, drop: float):
+        nn.Module.__init__(self)  # nn.Linear's would make other weights
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.spans = [(span.start, span.stop) for span in spans]
+        self.scale, self.drop = scale, drop
+        bound = base.in_features**-0.5  # PEFT's kaiming_uniform_(a=sqrt(5)), on the host
+        A = torch.empty(len(spans), rank, base.in_features, device="cpu").uniform_(-bound, bound)
+        self.A = nn.Parameter(A.to(base.weight.device))
+        rows = sum(map(len, spans))
+        self.B = nn.Parameter(torch.zeros(rows, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind, dtype = x.device.type, self.weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        dropped = F.dropout(x, self.drop) if self.drop and self.training else None
+        A, B = self.A.flatten(0, 1).to(dtype), self.B.to(dtype)
+        how = self.spans, self.scale
+        return _WithLowRank.apply(x, dropped, self.weight.to(dtype), bias, A, B, how)
+
+    def part(self, i: int) -> tuple[Tensor, Tensor]:
+        """A and B of a part: views."""
+        sizes = [stop - start for start, stop in self.spans]
+        return self.A.data[i], self.B.data.split(sizes)[i]
+
+
+class _WithLowRank(torch.autograd.Function):
+    """y = W x + b with s B_i A_i x' added to the rows of each part; x' is x, or x after dropout.
+
+    The corrections are added where y lies, forward and backward: nothing of its size is made a
+    second time. W and b get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dropped, weight, bias, A, B, how):
+        (spans, scale), y = how, F.linear(x, weight, bias)
+        seen = (x if dropped is None else dropped).flatten(0, -2)
+        h, rows = seen @ A.t(), y.view(-1, y.shape[-1])  # [N, P r], [N, out]
+        for (start, stop), part, own in _parts(h, B, spans):
+            rows[:, start:stop].addmm_(part, own.t(), alpha=scale)
+        ctx.save_for_backward(seen, weight, A, B, h)
+        ctx.spans, ctx.scale, ctx.shape, ctx.dropped = spans, scale, x.shape, dropped is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        seen, weight, A, B, h = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        grad_h, grad_B = torch.empty_like(h), torch.empty_like(B)
+        for ((start, stop), part, own), to_h, to_B in zip(
+            _parts(h, B, ctx.spans), grad_h.chunk(len(ctx.spans), 1), _rows(grad_B, ctx.spans)
+        ):
+            rows = grad[:, start:stop]
+            to_h.copy_(rows @ own).mul_(ctx.scale)
+            to_B.copy_(rows.t() @ part).mul_(ctx.scale)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            if not ctx.dropped:
+                grad_x.addmm_(grad_h, A)
+            grad_x = grad_x.view(ctx.shape)
+        if ctx.dropped and ctx.needs_input_grad[1]:
+            grad_dropped = (grad_h @ A).view(ctx.shape)
+        return grad_x, grad_dropped, None, None, grad_h.t() @ seen, grad_B, None
+
+
+def _rows(B: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    return B.split([stop - start for start, stop in spans])
+
+
+def _parts(h: Tensor, B: Tensor, spans: list[tuple[int, int]]):
+    """((start, stop), h of it [N, r], B of it) of each part."""
+    return zip(spans, h.chunk(len(spans), dim=1), _rows(B, spans))
+
+
+# ---------------------------------------------------------------------------------------------
+# A model's adapters
+
+
+class Place(NamedTuple):
+    """Where a module of theirs is in ours."""
+
+    layer: LowRank
+    part: int
+    order: Tensor  # its i-th row is order[i]-th of the part
+
+
+@dataclass
+class Adapters:
+    """All that is trained of a model: by the names of transformers' modules."""
+
+    places: dict[str, Place]
+    saved: dict[str, nn.Parameter]  # trained whole
+    settings: dict[str, Any]  # of adapter_config.json
+    base: str = ""  # where the frozen weights lie
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        return checkpoint.fingerprint(self.base)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, under PEFT's names."""
+        found = {f"{name}.weight": p.data for name, p in self.saved.items()}
+        for name, (layer, part, order) in self.places.items():
+            A, B = layer.part(part)
+            found[f"{name}.lora_A.weight"] = A
+            found[f"{name}.lora_B.weight"] = B[order.to(B.device)]
+        return found
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, each once."""
+        layers = dict.fromkeys(place.layer for place in self.places.values())
+        return [*dict.fromkeys(self.saved.values()), *(p for x in layers for p in (x.A, x.B))]
+
+    def write(self, directory: Path) -> None:
+        """PEFT's two files."""
+        settings = self.settings | {"base_model_name_or_path": self.base}
+        adapters.write(directory, settings, self.tensors())
+
+    def resume(self, path: Path, optimizer: Any, scheduler: Any) -> int:
+        """The step that a checkpoint of train.py is of, once what it holds is restored. ValueError
+        where it was trained over other weights."""
+        state = checkpoint.load_training_state(path)
+        training_state.require(state, optimizer, scheduler, path)
+        if cli.rank() == 0 and (state["extra"] or {}).get("base") != self.base_fingerprint:
+            raise ValueError(f"{path} was trained over other weights than those of {self.base}")
+        self.load(path)
+        training_state.restore(state, optimizer, scheduler, path)
+        return state["step"] or 0
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """From a directory that `write` filled. ValueError where it is of another adapter."""
+        opened = adapters.open(path)
+        said, ours = opened.adapter.config, self.settings
+        now = ours["r"], ours["lora_alpha"], ours["use_rslora"], set(ours["target_modules"])
+        then = said.r, said.alpha, said.rslora, set(said.targets)
+        both = (*now, set(ours["modules_to_save"] or ())), (*then, set(said.saved))
+        if both[0] != both[1]:
+            raise ValueError(
+                f"{path} has other adapters than these --lora-… flags make: rank {said.r}, alpha "
+                f"{said.alpha:g}, {', '.join(sorted({*said.targets, *said.saved}))}"
+            )
+        for name, leaves in opened.adapter.modules.items():
+            if name in self.saved:
+                self.saved[name].copy_(read_whole(leaves["weight"]))
+                continue
+            layer, part, order = self.places[name]
+            A, B = layer.part(part)
+            A.copy_(read_whole(leaves["A"]))
+            B[order.to(B.device)] = read_whole(leaves["B"]).to(B)
+
+
+def adapted(
+    path: str, config: GPTConfig, options: LoraOptions, dtype: str, device: torch.device
+) -> tuple[GPTModel, Adapters]:
+    """The frozen model of a checkpoint, in the dtypes that it is evaluated in, and its adapters."""
+    base = checkpoint.open(path)
+    if base.base is not None:
+        raise ValueError(
+            f"{path} is an adapter: merge it into its base first (checkpoint.py convert)"
+        )
+    layout = adapters.family_layout(base, config)
+    model = GPTModel.on_meta(config)
+    model.allocate(layouts.as_dtype(dtype), device)
+    checkpoint.load_weights(path, model)
+    found = adapt(model, layout, options)
+    found.base = path
+    return model, found
+
+
+def adapt(model: GPTModel, layout: str, options: LoraOptions) -> Adapters:
+    """Freeze a model and put adapters, drawn from torch's seed, into it. layout: whose names its
+    modules have (adapters.family_layout). ValueError for targets that it does not have."""
+    there = list(layouts.modules(model, layout))
+    chosen = _chosen([theirs for theirs, _, _ in there], options.lora_targets, layout)
+    matrices = [name for name, part in layouts.parts(model, layout) if part.tensor.dim() == 2]
+    model.requires_grad_(False)
+    rank, alpha = options.lora_rank, options.lora_alpha
+    assert rank is not None
+    alpha = 2 * rank if alpha is None else alpha
+    scale = alpha / (math.sqrt(rank) if options.lora_rs else rank)
+    ours: dict[str, list[tuple[str, Tensor]]] = {}
+    for theirs, name, rows in there:
+        if theirs in chosen:
+            ours.setdefault(name, []).append((theirs, rows))
+    places = {}
+    for name, parts in ours.items():
+        spans = [range(int(rows.min()), int(rows.max()) + 1) for _, rows in parts]
+        assert all(len(span) == len(rows) for span, (_, rows) in zip(spans, parts)), name
+        outer, _, leaf = name.rpartition(".")
+        base = cast(Linear, model.get_submodule(name))
+        layer = LowRank(base, spans, rank, scale, options.lora_dropout)
+        setattr(model.get_submodule(outer), leaf, layer)
+        places |= {t: Place(layer, i, rows - rows.min()) for i, (t, rows) in enumerate(parts)}
+    saved = _train_whole(model, layout) if options.train_embeddings else {}
+    settings = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": options.lora_dropout,
+        "use_rslora": options.lora_rs,
+        "target_modules": _as_targets(chosen, [m.removesuffix(".weight") for m in matrices]),
+        "modules_to_save": sorted(name.rpartition(".")[2] for name in saved) or None,
+        "fan_in_fan_out": layouts.LAYOUTS[layout].conv1d,
+    }
+    return Adapters(places, saved, settings)
+
+
+def _chosen(there: list[str], targets: tuple[str, ...] | None, layout: str) -> set[str]:
+    """The modules that --lora-targets names, by the ends of their names; all unless given."""
+    ends = sorted({name.rpartition(".")[2] for name in there})
+    for target in targets or ():
+        if not any(is_named(name, (target,)) for name in there):
+            more = ""
+            if target in (HEAD, naming.embedding_name(layout).split(".")[-2]):
+                more = "; --train-embeddings trains the embeddings and the head"
+            raise ValueError(
+                f"--lora-targets {shown(target)}: no linear layer of the blocks is called so; "
+                f"there are {', '.join(ends)}{more}"
+            )
+    return {name for name in there if targets is None or is_named(name, targets)}
+
+
+def _as_targets(chosen: set[str], matrices: list[str]) -> list[str]:
+    """The ends of names that say just these modules among all matrices; else their whole names:
+    experts' matrices, which have no adapters, end as an MLP's do."""
+    ends = sorted({name.rpartition(".")[2] for name in chosen})
+    said = {name for name in matrices if is_named(name, tuple(ends))}
+    return ends if said == chosen else sorted(chosen)
+
+
+def _train_whole(model: GPTModel, layout: str) -> dict[str, nn.Parameter]:
+    """The embedding and the head in float32, which stay one where they are tied."""
+    embedding, head = model.token_embedding, model.lm_head
+    tied = head.weight is embedding.weight
+    embedding.weight = nn.Parameter(embedding.weight.data.float().clone())
+    head.weight = nn.Parameter(head.weight.data.float().clone()) if not tied else embedding.weight
+    name = naming.embedding_name(layout).removesuffix(".weight")
+    return {name: embedding.weight, HEAD: head.weight}
