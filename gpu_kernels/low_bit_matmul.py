@@ -47,7 +47,6 @@ WAYS = {4: {32: Way(64, 2, 3), 64: Way(128, 4, 3)}, 8: {64: Way(64, 4, 5)}}
 PROGRAMS = {4: 600, 8: 256}  # of ROWS rows of weights that share a product, at least
 LEAST_ROWS = 8  # of x in a product of the tensor cores
 LEAST_TILES = 4  # of K that one program takes
-DENSE_WARPS = 4  # of `dequantise`
 
 
 class Packed(NamedTuple):
@@ -202,17 +201,17 @@ def _matmul_kernel():
         x_at, wanted = x + m[None, :] * K + j[:, None], m[None, :] < M
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if AHEAD:
-            g = tl.minimum(low * TILE // GROUP, G - 1)
-            scale = tl.load(scales + g * N + n, mask=n < N, other=0.0).to(tl.float32)
+            at = tl.minimum(low * TILE // GROUP, G - 1) * N + n
+            scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
             if ZEROS != "":
-                zero = tl.load(zeros + g * N + n, mask=n < N, other=0.0)
+                zero = tl.load(zeros + at, mask=n < N, other=0.0)
         for tile in range(low, high):
             word = tl.load(words_at + tile * (ROWS * SPAN))
             if AHEAD:
-                g = tl.minimum((tile + 1) * TILE // GROUP, G - 1)
-                next_scale = tl.load(scales + g * N + n, mask=n < N, other=0.0).to(tl.float32)
+                at = tl.minimum((tile + 1) * TILE // GROUP, G - 1) * N + n
+                next_scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
                 if ZEROS != "":
-                    next_zero = tl.load(zeros + g * N + n, mask=n < N, other=0.0)
+                    next_zero = tl.load(zeros + at, mask=n < N, other=0.0)
             if GROUP == 0 or ROUND:
                 part = total
             else:
@@ -428,7 +427,6 @@ def _unpack(
         RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ZEROS=zeros is not None,
         OFFSET=_offset(kind, zeros),
         WHOLE=G == 1 or group % SPAN == 0, CODES=_assembly(kind, words.device), ROWS=ROWS,
-        num_warps=DENSE_WARPS,
     )  # fmt: skip
     return out
 
