@@ -167,16 +167,14 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 that identifies the checkpoint: of its manifest, else of its files; of an adapter,
-        its base's and its own."""
+        """sha256 of its manifest, else of its files; of an adapter, its base's and its own."""
         with _readable(self.path):
             found = fingerprints.fingerprint(self._opened)
             self._check_unchanged()
         return fingerprints.of_both(self.base.fingerprint, found) if self.base else found
 
     def describe(self) -> dict[str, Any]:
-        """What a result record says of the checkpoint it was measured on: results.py's
-        `checkpoint`."""
+        """results.py's `checkpoint`: what a record says of what it was measured on."""
         base, quantisation = self.base, self.facts.get("quantisation")
         return {
             "path": str(self.path),
@@ -191,21 +189,23 @@ class Checkpoint:
         }
 
     def load(
-        self, dtype: str | torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+        self,
+        dtype: str | torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        part: Callable[[GPTConfig], GPTModel] | None = None,
     ) -> GPTModel | TransformersModel:
-        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. A GPTModel
-        wherever GPTModel can express the config, else transformers' behind the same interface."""
+        """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. GPTModel, or
+        what `part` makes of its config on meta; else transformers' behind the same interface."""
         dtype = layouts.as_dtype(dtype)
         if not self.native:
             self._check_unchanged()
-            path = self.base.path if self.base else self.path
-            other = load_transformers(path, dtype, device, self.config)
+            other = load_transformers((self.base or self).path, dtype, device, self.config)
             self.merge_into(other)
             return other
         assert self.config is not None, "a native one has a config, or says why not"
         model = GPTModel.on_meta(self.config)
         self._check_fits(model)
-        model.allocate(dtype, device)
+        (model := part(self.config) if part else model).allocate(dtype, device)
         self._fill(model)
         self.merge_into(model)
         return model.for_inference(dtype)
@@ -347,8 +347,7 @@ def is_finished(path: str | Path) -> bool | None:
 
 
 def info_of(path: Path) -> CheckpointInfo:
-    """What a checkpoint is called, its step and kind, as cheaply as its format can say it; an
-    unreadable one has them too."""
+    """What it is called, its step and kind, cheaply told, also of an unreadable one."""
     name, problem = path.name, ""
     try:
         name, reader = formats.name_of(path), reader_of(path)

@@ -81,6 +81,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def shards(text: str) -> int | str:
+    """A number of processes, or auto."""
+    return text if text == "auto" else positive_int(text)
+
+
 def option(default: Any = MISSING, help: str | None = None, **argument: Any) -> Any:
     """A dataclass field that is also a flag, `--name-of-the-field`. argument: what argparse's
     add_argument takes (type, choices, nargs, metavar, action); without it a bool is a switch."""

@@ -30,8 +30,6 @@ from recording.identity import run_directory
 from recording.runs import called
 
 if TYPE_CHECKING:  # these load torch
-    import torch
-
     from checkpoint import Checkpoint
     from distributed import Dist
     from quantisation.apply import Weights
@@ -104,7 +102,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
     ):
         of_path = (1 + len(adapters)) * len(rules)
         n_models, keep_base = len(paths) * of_path, of_path > (1 if rules[0] else 2)
-        loader = Loader(frame.set_precision(precision, dist), dist.device, keep_base)
+        loader = Loader(frame.set_precision(precision, dist), keep_base)
         plans, done, pairs = [Plans(evaluation, variant) for variant in variants], [], []
         for path in paths:
             first: list[Result] = []
@@ -130,7 +128,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
 # flags that say nothing of a served model
 OF_CHECKPOINTS = ["checkpoint_path", "config", "base", "adapter", "dtype", "bf16", "no_amp"]
 OF_CHECKPOINTS += cli.option_names(QuantiseOptions)
-OF_CHECKPOINTS += ["device", "compile", "batch_size", "batch_tokens", "no_prefix_cache"]
+OF_CHECKPOINTS += ["device", "compile", "batch_size", "batch_tokens", "no_prefix_cache", "shard"]
 OF_CHECKPOINTS += ["reference", "reference_dtype"]
 
 
@@ -206,20 +204,21 @@ class Loader:
     into it there, and taken out again for the next; so are weights rounded and put back: none are
     read twice. keep: there will be a next one of the same base."""
 
-    def __init__(self, dtype: str, device: torch.device, keep: bool):
-        self.dtype, self.device, self.keep = dtype, device, keep
+    def __init__(self, dtype: str, keep: bool):
+        self.dtype, self.keep = dtype, keep
         self.model: Model | None = None
         self.holds: Checkpoint | None = None  # whose weights these are, but for what `undo` undoes
         self.merged: Checkpoint | None = None  # what `undo` takes out, or `holds` itself
         self.undo: Callable[[], None] = lambda: None
         self.weights: Weights | None = None
 
-    def load(self, ckpt: Checkpoint, quantisation: Quantisation | None = None) -> Model:
-        """The model of a handle; it lasts until the next is asked for."""
+    def load(self, ckpt: Checkpoint, dist: Dist, quantisation: Quantisation | None = None) -> Model:
+        """The model of a handle, or this rank's part of it; it lasts until the next is asked
+        for."""
         if self.weights is not None:
             self.weights.under(None)  # before an adapter is taken out of them
             self.weights = None
-        model = self._whole(ckpt)
+        model = self._whole(ckpt, dist)
         if quantisation is None:
             return model
         from quantisation.apply import Weights
@@ -227,8 +226,10 @@ class Loader:
         self.weights = Weights(model, self.keep)
         return self.weights.under(quantisation)
 
-    def _whole(self, ckpt: Checkpoint) -> Model:
+    def _whole(self, ckpt: Checkpoint, dist: Dist) -> Model:
         """The model with the weights that the files say."""
+        from backends import parallel
+
         shares = ckpt.base is not None and ckpt.config == ckpt.base.config
         wanted = ckpt.base if shares and ckpt.base else ckpt
         if self.model is not None and self.merged is ckpt:
@@ -237,7 +238,7 @@ class Loader:
             self.undo()
         else:
             self.model = self.holds = None  # before memory is taken for another
-            self.model, self.holds = wanted.load(self.dtype, self.device), wanted
+            self.model, self.holds = parallel.load(wanted, self.dtype, dist), wanted
         self.undo = ckpt.merge_into(self.model, self.keep) if shares else lambda: None
         self.merged = ckpt
         return self.model
@@ -285,11 +286,13 @@ def measure_checkpoint(
     """A Result for each of the plans of one evaluation. asked: of which model, rounded how. Beside
     the loading, prompts are made and, on one rank, the checkpoint is hashed: both take seconds."""
     from backends.local import facts_of
+    from backends.parallel import in_groups
 
     ckpt, quantisation = asked
     rooms = ["backends/local.py", *(["quantisation/apply.py"] if quantisation else [])]
     evaluation, options = plans[0].evaluation, plans[0].options
     start = time.perf_counter()
+    dist = in_groups(dist, models.shard, ckpt.config, loader.dtype)
     info = background.submit(ckpt.describe).result if dist.is_main else None
     needed = evaluation.needs_tokenizer(options)
     tokenizer = frame.pick_tokenizer(models.tokenizer_name, ckpt, needed)
@@ -302,7 +305,7 @@ def measure_checkpoint(
         return made
 
     planned = background.submit(make_plans)
-    model = loader.load(ckpt, quantisation)
+    model = loader.load(ckpt, dist, quantisation)
     made = planned.result()
     load_seconds = time.perf_counter() - start
     backend = frame.local_backend(options, model, facts, dist, n_models)

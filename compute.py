@@ -31,6 +31,8 @@ from costs.flops import count_parameters, estimate_flops
 from costs.formulas import ACTIVATIONS, OPTIMIZERS
 from costs.gpus import GPU, GPUS, find_gpu, mfu
 from costs.memory import estimate_memory, fewest_gpus, fits_table, largest_fits, usable_memory
+from costs.pipeline import sharded_time
+from costs.plot import plot_timeline
 from costs.symbols import CUDA_CONTEXT, DTYPE_NAMES, DTYPES, Setup, tables
 from costs.time import TRAINING_MFU, Ceilings, pass_seconds, roofline, training_time, turning_batch
 from families.llama import number
@@ -188,6 +190,19 @@ def print_time(
     section(f"Training on {n_gpus} x {gpu.name} at an assumed MFU of {assumed_mfu:.0%}", rows)
 
 
+def print_shards(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup) -> None:
+    """The share of each GPU, and how fast they are together."""
+    t, rows = sharded_time(c, gpu, batch_size, seq_len, setup), []
+    for k, (layers, size) in enumerate(zip(t["layers"], t["weight_bytes"])):
+        ends = ", the embeddings" * (k == 0) + ", the head" * (k == setup.shard - 1)
+        rows.append((f"GPU {k}", amount(size, "byte"), f"{layers} layers{ends}"))
+    note = f"{t['batches']} batches of {batch_size} x {seq_len}; {t['fill']:.1%} fills the pipe"
+    rows.append(("scoring", f"{t['scoring_tokens_per_second']:,.0f} tokens/s", note))
+    note = f"{setup.shard} x {batch_size} rows under way"
+    rows.append(("decode", f"{t['decode_tokens_per_second']:,.0f} tokens/s", note))
+    section(f"Sharded over {setup.shard} x {gpu.name}, layer by layer (roofline)", rows)
+
+
 def weights_of(setup: Setup) -> dict:
     """What of it a pass without training depends on."""
     return {"dtype": setup.dtype, "quantise": setup.quantise}
@@ -227,31 +242,6 @@ def explain(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> None:
             print(f"  {symbol}: {meaning}{f' [{source}]' if source else ''}")
             print(f"    = {expression}\n    = {numbers}")
             print(f"    = {values[symbol]:,.12g} {unit}".rstrip())
-
-
-def plot_timeline(memory: dict, path: str) -> None:
-    """Stacked parts over the events of a step. Needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    timeline = memory["timeline"]
-    parts = list(dict.fromkeys(part for event in timeline for part in event["parts"]))
-    heights = [[event["parts"].get(part, 0) / 2**30 for event in timeline] for part in parts]
-    figure, axes = plt.subplots(figsize=(10, 5))
-    axes.stackplot(range(len(timeline)), heights, labels=parts)
-    labels = ("load", "end of forward", "optimizer step")
-    shown = [i for i, event in enumerate(timeline) if event["event"] in labels]
-    axes.set_xticks(shown, labels)
-    axes.margins(x=0)
-    axes.set_ylabel("GiB allocated")
-    axes.set_title(f"peak {amount(memory['peak_bytes'], 'byte')} at: {memory['peak_at']}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
 
 
 def print_rules(n: float, gpu: GPU) -> None:
@@ -352,6 +342,7 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
     add("--fsdp", action="store_true", help="the same as --zero 3")
     add("--tp", type=cli.positive_int, default=1, help="tensor-parallel GPUs")
+    add("--shard", type=cli.positive_int, default=1, help="GPUs that hold a model between them")
     add("--gpu", default="h100", help=f"{', '.join(GPUS)}, or a YAML file")
     add("--mfu", type=share, default=TRAINING_MFU, help="assumed for training time (0.40)")
     add("--tokens", type=positive, help="training budget; default: 20 a parameter (Hoffmann 2022)")
@@ -382,6 +373,7 @@ def read_setup(args: Namespace) -> Setup:
         dp=args.dp,
         zero=3 if args.fsdp else args.zero,
         tp=args.tp,
+        shard=args.shard,
     )
 
 
@@ -389,6 +381,8 @@ def time_report(
     c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup, args: Namespace
 ) -> dict:
     """The part "time" of --json."""
+    if setup.shard > 1:
+        return {"sharded": sharded_time(c, gpu, batch_size, seq_len, setup)}
     n_gpus, tokens = setup.dp * setup.tp, training_tokens(c, args)
     return {
         "inference": roofline(c, gpu, batch_size, seq_len, **weights_of(setup)),
@@ -427,6 +421,8 @@ def main(argv=None) -> None:
         report |= {"parameters": count_parameters(c), "flops": flops, "memory": memory}
         report["time"] = time_report(c, gpu, batch_size, seq_len, setup, args)
         return print(json.dumps(report, indent=2))
+    if setup.shard > 1 and (args.explain or args.fits):
+        raise ValueError("--explain and --fits are of one GPU: they do not go with --shard")
     if args.explain:
         return explain(c, batch_size, seq_len, setup)
     heads = f"{c.n_heads} heads ({c.n_kv_heads} of keys and values) of {c.head_dim}"
@@ -439,7 +435,10 @@ def main(argv=None) -> None:
         return print_fits(c, gpu, batch_size, seq_len, setup)
     print_model(c, flops, batch_size, seq_len)
     if not args.training:
-        print_memory(f"Memory of inference, {setup.quantise or setup.dtype}", memory, gpu)
+        whose = f" of the fullest of {setup.shard} GPUs" if setup.shard > 1 else ""
+        print_memory(f"Memory of inference{whose}, {setup.quantise or setup.dtype}", memory, gpu)
+    if setup.shard > 1:
+        return print_shards(c, gpu, batch_size, seq_len, setup)
     if setup.trains:
         print_training(c, gpu, batch_size, seq_len, setup, args.training)
     print_time(c, gpu, seq_len, setup, args.mfu, training_tokens(c, args), args.price)

@@ -12,6 +12,10 @@ unit's values land in slots of their own, and the all-reduce adds zeros to them,
 Why nothing hangs: there are no collectives between `bump`s. Each rank has a watch thread with its
 own connection to torchrun's store. A rank is dead when it neither bumps nor waits in a collective
 for `timeout` seconds; then the others end the run and name it. A slow rank is waited for.
+
+A model that is larger than one GPU is held by a group of neighbouring ranks (backends/pipe.py):
+`dist.shard` deals units to groups then, all ranks of one having the same, and `dist.mine` deals to
+ranks what needs no model.
 """
 
 import contextlib
@@ -19,10 +23,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +34,11 @@ import torch.distributed as torch_dist
 
 import cli
 import launcher
+
+if TYPE_CHECKING:
+    from backends.pipe import Pipe
+
+T = TypeVar("T")
 
 # A collective waits for the slowest rank as long as that takes; the watch threads end the wait
 # when a rank is dead, which a collective's own timeout could not tell from being slow.
@@ -48,14 +57,44 @@ class Dist:
     local_rank: int
     device: torch.device
     _watch: "Watch | None" = field(default=None, repr=False)
+    pipe: "Pipe | None" = field(default=None, repr=False)  # to the others of its group, if any
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def group_size(self) -> int:
+        """Ranks that hold one model between them."""
+        return self.pipe.size if self.pipe else 1
+
+    @property
+    def n_groups(self) -> int:
+        """Models that work side by side."""
+        return self.world_size // self.group_size
+
+    @property
+    def group(self) -> int:
+        """Which of them this rank has a part of."""
+        return self.rank // self.group_size
+
+    @property
+    def members(self) -> range:
+        """The ranks of this group."""
+        return range(self.group * self.group_size, (self.group + 1) * self.group_size)
+
     def shard(self, n_units: int) -> range:
-        """The units of 0..n-1 that are this rank's; over all ranks each unit appears once."""
-        return range(self.rank, n_units, self.world_size)
+        """The units of 0..n-1 that are this rank's model's; over all groups each appears once."""
+        return range(self.group, n_units, self.n_groups)
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """Those that are this rank's, of work that needs no model; over all ranks each once."""
+        return items[self.rank :: self.world_size]
+
+    def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
+        """function(*args). In a group, None where memory runs out: the others count on this rank to
+        go on with the plan that all of them follow, and learn of it at its end."""
+        return self.pipe.attempt(function, *args) if self.pipe else function(*args)
 
     def bump(self) -> None:
         """Call once a batch: from the first call to the next collective the rank is watched."""
@@ -103,6 +142,19 @@ class Dist:
             self._watch.meet(error, patience)
 
     @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within it this rank waits for another one, as long as that takes."""
+        if self._watch is None:
+            yield
+            return
+        before, self._watch.resting = self._watch.resting, True
+        try:
+            yield
+        finally:
+            self._watch.resting = before
+            self._watch.bumps += 1
+
+    @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a hung kernel is no progress: still watched here
@@ -111,16 +163,16 @@ class Dist:
         yield
 
 
-_GLOO = {}  # the group, once it is made
+MADE: dict[Any, Any] = {}  # groups of processes, and what consists of them, once they are made
 
 
 def _gloo_group() -> torch_dist.ProcessGroup | None:
     """Python objects travel over gloo: the default group is NCCL's where there are GPUs."""
     if torch_dist.get_backend() == "gloo":
         return None
-    if "group" not in _GLOO:
-        _GLOO["group"] = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    return _GLOO["group"]
+    if "gloo" not in MADE:
+        MADE["gloo"] = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return MADE["gloo"]
 
 
 @contextlib.contextmanager
@@ -151,7 +203,7 @@ def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
     finally:
         watch.stop()
     torch_dist.destroy_process_group()
-    _GLOO.clear()
+    MADE.clear()
 
 
 def _pick_device(name: str | None, local_rank: int) -> torch.device:
@@ -169,6 +221,8 @@ def _pick_device(name: str | None, local_rank: int) -> torch.device:
 
 def _join(rank: int, world_size: int, device: torch.device) -> torch_dist.Store:
     """Initialise the process group and return a store connection for the watch thread."""
+    # what ranks of a group send each other goes through groups of two, in turn as it should
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
     store, _, _ = next(torch_dist.rendezvous("env://", rank, world_size, timeout=CONNECT_TIMEOUT))
     store.set_timeout(timedelta(minutes=30))
     torch_dist.init_process_group(

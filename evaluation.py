@@ -378,6 +378,13 @@ class ModelOptions:
         "byte, a tiktoken name or a local directory; default: the checkpoint's own, else gpt2 for "
         "a vocabulary of GPT-2's size",
     )
+    shard: int | str = cli.option(
+        1,
+        "processes that hold one model between them, layer by layer, where a GPU is too small for "
+        "it; auto: as few as hold it (1)",
+        type=cli.shards,
+        metavar="K",
+    )
     results_dir: str = cli.option("results", "where records go (results)")
     run_name: str | None = cli.option(
         None, "default: the name of the checkpoints' parent directory"

@@ -232,7 +232,7 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
         kept, left_out = split_off(work.problems, sandbox, dist)
         work = work.only(kept)
         known = drawing.known_samples(folder.known(), kept)
-        mine = [known[at] for at in sorted(known)[dist.rank :: dist.world_size]]
+        mine = [known[at] for at in dist.mine(sorted(known))]
         resumed = len(known)
         with cli.progress(
             work.options.num_samples * len(work.problems), "humaneval", "sample"

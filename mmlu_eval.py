@@ -308,7 +308,11 @@ def answer(backend: Backend, prompts: Prompts, protocol: dict, work: Asked) -> A
         scores[prompts.question, prompts.rotation, prompts.choice] = found.targets
     there = np.arange(K) < data.n_choices[:, None, None]  # [questions, 1, K]
     scores = np.where(there, scores, -np.inf)
-    return Answers(scores.argmax(-1), scores)
+    predicted = scores.argmax(-1)
+    if found.bounded is not None:  # of no letter is it known how likely it is: no answer
+        unknown = found.bounded.all(-1)
+        predicted[prompts.question[unknown], prompts.rotation[unknown]] = -1
+    return Answers(predicted, scores)
 
 
 def generate_answers(

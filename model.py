@@ -12,7 +12,7 @@ run in their weights' dtype (`for_inference` casts the weights once) or, in trai
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from modeling.attention import Attention, Cache, DocumentMask, LatentAttention, 
 from modeling.mlp import MLP, Linear, Mixture
 from modeling.norms import Norm, stream_norm
 from modeling.rotary import angles, is_long, rope_tables
+from quantisation.linear import weight_bytes
 
 HEAD_ROWS = 1024  # of logits that are held in float32 at once
 
@@ -96,6 +97,8 @@ class GPTModel(nn.Module):
     # transformers' models, behind the same interface, say False
     is_native: Literal[True] = True
     supports_cache: Literal[True] = True
+    # whether the embeddings, and the head, are here: not where ranks hold a model between them
+    is_first, is_last = True, True
     quantisation: dict | None = None  # how the weights were rounded: quantisation/apply.py
 
     def __init__(self, config: GPTConfig):
@@ -121,7 +124,7 @@ class GPTModel(nn.Module):
         self.materialize_buffers(self.lm_head.weight.device)
 
     @classmethod
-    def on_meta(cls, config: GPTConfig) -> "GPTModel":
+    def on_meta(cls, config: GPTConfig) -> Self:
         """The model without weights: shapes alone, until `allocate` makes room for them."""
         with torch.device("meta"), _WithoutInit():
             return cls(config)
@@ -143,6 +146,16 @@ class GPTModel(nn.Module):
         self.rope_factors = {kind: factor for kind, (_, factor) in tables.items()}
         for kind, (frequencies, _) in tables.items():
             self.register_buffer(f"rope_{kind}", frequencies.to(device), persistent=False)
+
+    @property
+    def layers(self) -> range:
+        """Those whose blocks are here."""
+        return range(self.config.n_layers)
+
+    @property
+    def largest_share(self) -> tuple[int, float]:
+        """Layers, and bytes of weights, of the rank that has most of them."""
+        return self.config.n_layers, weight_bytes(self)
 
     @property
     def vocab_size(self) -> int:
@@ -182,7 +195,7 @@ class GPTModel(nn.Module):
             module, _, leaf = name.rpartition(".")
             place = torch.empty(p.shape, dtype=dtypes[name], device=device)
             setattr(self.get_submodule(module), leaf, nn.Parameter(place, requires_grad=False))
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and self.is_last:
             self.lm_head.weight = self.token_embedding.weight
         self.materialize_buffers(device)
 
@@ -196,8 +209,9 @@ class GPTModel(nn.Module):
         dtypes = self.inference_dtypes(dtype)
         for name, p in self.named_parameters():
             p.data = p.data.to(dtypes[name])
-        head, V = self.lm_head.weight, self.config.vocab_size
-        if V % VOCAB_MULTIPLE and head.is_cuda:
+        V = self.config.vocab_size
+        if self.is_last and V % VOCAB_MULTIPLE and self.lm_head.weight.is_cuda:
+            head = self.lm_head.weight
             self._padded_head = head.new_zeros(_padded(V), head.shape[1])
             self._padded_head[:V] = head
             head.data = self._padded_head[:V]
@@ -217,26 +231,46 @@ class GPTModel(nn.Module):
         mask: attention's, by layer: of left padding (`forward` makes them) or of documents
         (`within_documents` does).
         """
+        positions = self.positions(input_ids, positions, cache)
+        return self.ln_f(self.through_blocks(input_ids, positions, cache, mask))
+
+    @staticmethod
+    def positions(input_ids: Tensor, given: Tensor | None, cache: Cache | None) -> Tensor:
+        """Of input_ids [B, T]: those given, else what the cache says, else 0..T-1."""
+        if given is not None:
+            return given
         T = input_ids.shape[1]
-        if positions is None and cache is not None:
-            positions = cache.positions(T)
-        elif positions is None:
-            positions = torch.arange(T, device=input_ids.device)
+        return torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """The residual stream [B, T, C], float32, that the blocks begin with."""
         x = self.token_embedding(input_ids).float()
         if self.config.embedding_scale != 1.0:
             x = x * self.embedding_scales[self.token_embedding.weight.dtype]
         if self.config.position == "learned":
             x = x + self.position_embedding(positions).float()
-        ropes = self._ropes(positions, T if cache is None else cache.longest)
-        x = self.dropout(self.ln_embedding(x))
-        for layer, block in enumerate(self.blocks):
-            rope = ropes.get(self.config.layer_rope(layer))
+        return self.dropout(self.ln_embedding(x))
+
+    def through_blocks(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cache: Cache | None,
+        mask: Sequence[Mask] | None = None,
+        came: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The residual stream [B, T, C] after the blocks that are here. came: what the stream was
+        before them, if that is not the embeddings; it is taken out, so that nothing holds it."""
+        x = came.pop() if came else self.embed(input_ids, positions)
+        ropes = self._ropes(positions, x.shape[1] if cache is None else cache.longest)
+        for layer in self.layers:
+            rope, block = ropes.get(self.config.layer_rope(layer)), self.blocks[layer]
             own = None if mask is None else mask[layer]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, own, cache, use_reentrant=False)
             else:
                 x = block(x, rope, own, cache)
-        return self.ln_f(x)
+        return x
 
     def within_documents(self, starts: Tensor) -> dict[str, Any]:
         """Options of `hidden` under which a token sees its own document alone, in which positions

@@ -94,7 +94,8 @@ protocol        how it was obtained: window, stride, bos, template, template_has
                 seed, batch_size, compiled, truncated, limit, sandbox tier, quantisation {rule,
                 embeddings, skip, weight_bytes, bits_per_weight} where weights were rounded, ...
 data            {files, hash, tokens, bytes}
-cost            {seconds, tokens_per_second, mfu, peak_memory_bytes, gpu, world_size}
+cost            {seconds, tokens_per_second, mfu, peak_memory_bytes, gpu, world_size, shard}; shard:
+                ranks that held one model between them, where several did
 environment     {time, python, packages, code}: UTC, versions, commit; nothing about the host
 config_hash     sha256 of the configuration asked for (the protocol, where none was given)
 code_version    sha256 of the sources that the evaluation imports, or null

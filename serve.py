@@ -9,18 +9,20 @@
 Needs `pip install starlette uvicorn`. Requests join the rows that are running; prompts that are to
 be scored (echo with logprobs) run as batches between. A sample is a function of (seed, tokens of
 the prompt, its index): its neighbours do not change it. Listens on this machine alone unless --host
-says otherwise; with ROSEVAL_API_KEY in the environment, clients must show that key. SIGTERM takes
-no more requests, finishes those that are there, and ends.
+says otherwise; `torchrun --nproc-per-node=8 serve.py --port-base 8000 …` is a server on each GPU,
+all of the same model. With ROSEVAL_API_KEY in the environment, clients must show that key. SIGTERM
+takes no more requests, finishes those that are there, and ends.
 """
 
 import os
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import cli
 import evaluation
+import launcher
 from backends import BATCH_TOKENS
 from evaluation import ModelOptions
 from quantisation.names import Quantisation
@@ -55,6 +57,9 @@ class Options:
     )
     host: str = cli.option("127.0.0.1", "address to listen on (127.0.0.1: this machine alone)")
     port: int = cli.option(8000, "0: any that is free (8000)", type=int)
+    port_base: int | None = cli.option(
+        None, "under torchrun: a server on each GPU, on this port and those that follow", type=int
+    )
     bos: str = evaluation.bos_option()
     context: int | None = cli.option(
         None, "tokens of a prompt and its answer (the model's own)", type=cli.positive_int
@@ -219,13 +224,17 @@ def main(argv=None):
     precision = cli.read_options(cli.PrecisionOptions, args)
     where = cli.read_options(cli.RunOptions, args)
     check_installed()
+    if options.port_base is not None:
+        place = launcher.check_launch().local_rank
+        options = replace(options, port=options.port_base + place)
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}  # each alone: they share nothing
     listener = bind(options.host, options.port)  # what is taken is said before a model is read
     with listener:
         import distributed
 
         with distributed.setup(where.device, where.timeout) as dist:
             if dist.world_size > 1:
-                raise ValueError("serve.py runs as one process: start it without torchrun")
+                raise ValueError("serve.py is one process: without torchrun, or with --port-base")
             served, service = open_model(options, precision, dist)
             serve(options, listener, served, service)
 

@@ -35,6 +35,7 @@ import torch
 import cli
 import distributed
 import evaluation
+from backends import parallel
 from bleu_eval import BLEU
 from checkpoint import Checkpoint
 from config import load_yaml
@@ -108,6 +109,8 @@ def main(argv=None):
             entry.evaluation.check(entry.options)
             if entry.tokenizer_name:
                 evaluation.open_tokenizer(entry.tokenizer_name)
+        if models.shard != "auto":  # what no checkpoint could be done with
+            parallel.in_groups(dist, models.shard, None, dtype)
         planner = Planner(models, options, entries, dtype, dist)
         n_failed = sweep(planner, dist)
     if n_failed:
@@ -212,6 +215,7 @@ def do(planner: Planner, work: Work, dist: Dist) -> None:
     """Load, evaluate, record. Whatever goes wrong with this checkpoint ends here, on all ranks."""
     start, problem, opened = time.perf_counter(), None, None
     try:
+        dist = planner.in_groups(work, dist)
         opened = load(planner, work, dist)
     except Exception as error:  # an edge: one checkpoint of a sweep
         problem = cli.reason_of(error)
@@ -232,9 +236,10 @@ def do(planner: Planner, work: Work, dist: Dist) -> None:
 
 
 def load(planner: Planner, work: Work, dist: Dist) -> tuple[Weights, Checkpoint, dict]:
-    """(weights, handle, plans by label). There is no collective in here."""
+    """(weights, of the model or of this rank's part of it, handle, plans by label). There is no
+    collective in here."""
     ckpt = planner.models.opened(work.path)
-    model = ckpt.load(planner.dtype, dist.device)
+    model = parallel.load(ckpt, planner.dtype, dist)
     plans = {label: planner.plan_of(planner.entries[label], ckpt) for label in work.pending}
     if ckpt.fingerprint != work.info["fingerprint"]:
         raise ValueError(f"{work.path} was replaced while it was read")

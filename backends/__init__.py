@@ -29,7 +29,11 @@ if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
     from formats.documents import Mark
 
 
-SERVERS = ("openai", "roseval", "vllm", "sglang", "llama.cpp", "llama-cpp-python")
+# kinds of servers; openai: any other that answers in this form, chat: any, in its own template
+SERVERS = (
+    *("openai", "roseval", "vllm", "sglang", "lightllm", "tgi", "llama.cpp", "llama-cpp-python"),
+    *("transformers", "chat"),
+)
 BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}  # padded tokens of a batch of rows, unless asked for
 
 

@@ -10,7 +10,7 @@ scored positions meet the head. A batch gives the same bits wherever it runs.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -169,16 +169,20 @@ def deal_batches(rows: Continuations, batches: list[Batch], world_size: int) -> 
 
 
 def make_prefix_cache(
-    model: GPTModel, prefix: TokenIds, device: torch.device, longest_row: int | None = None
+    model: GPTModel,
+    prefix: TokenIds,
+    device: torch.device,
+    longest_row: int | None = None,
+    attempt: Callable[..., PrefixCache | None] = lambda make, *args: make(*args),
 ) -> PrefixCache | None:
     """A PrefixCache that holds `prefix` (token ids [P]) for any number of rows, of at most
-    `longest_row` tokens if that is known; None if P is 0."""
+    `longest_row` tokens if that is known; None if P is 0. attempt: see Dist.attempt."""
     if len(prefix) == 0:
         return None
     longest = None if longest_row is None else len(prefix) + longest_row
-    cache = PrefixCache(model, len(prefix), longest)
+    cache = attempt(PrefixCache, model, len(prefix), longest)
     ids = torch.as_tensor(np.asarray(prefix, np.int64), device=device)[None]
-    model.hidden(ids, cache=cache.filling())
+    model.hidden(ids, cache=cache and cache.filling())
     return cache
 
 
@@ -214,7 +218,8 @@ class RowScores:
     choices [R, K]: of the choice_ids after each row. targets [R]: of each row's scored tokens,
     summed; tokens [sum of S]: of each of them, row after row (Continuations.target_offsets).
     greedy [R]: whether every scored token of a row is the likeliest one, likeliest [sum of S]:
-    whether each is; None unless asked for.
+    whether each is; None unless asked for. bounded [R, K]: whether a choice's value is not its own,
+    but one that it does not exceed, as some servers tell no more; None where all are known.
     """
 
     choices: np.ndarray
@@ -222,6 +227,7 @@ class RowScores:
     tokens: np.ndarray
     greedy: np.ndarray | None = None
     likeliest: np.ndarray | None = None
+    bounded: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -247,7 +253,7 @@ def score_continuations(
     choices = torch.zeros(len(rows.ids), K, dtype=torch.float64, device=device)
     scored = torch.zeros(int(offsets[-1]), dtype=torch.float64, device=device)
     likeliest = torch.zeros(len(scored) if greedy else 0, dtype=torch.float64, device=device)
-    mine = deal_batches(rows, batches, dist.world_size)[dist.rank]
+    mine = deal_batches(rows, batches, dist.n_groups)[dist.group]
 
     def score_mine():
         prefix, cache = None, None
@@ -256,32 +262,42 @@ def score_continuations(
             if batches[i].prefix != prefix:
                 prefix = batches[i].prefix
                 longest = int(rows.lengths[rows.prefix == prefix].max())
-                cache = make_prefix_cache(model, rows.prefixes[prefix], device, longest)
-            hidden = model.hidden(ids, cache=cache).flatten(0, 1)
-            if K:
-                parts = hidden[last].split(HEAD_ROWS)
-                values = [choice_logprobs(model, part, choice_ids) for part in parts]
-                choices[row_ids] = torch.cat(values).double()
-            if len(slots):
-                scored[slots] = -token_nll(model, hidden[positions], targets).double()
-            if len(slots) and (greedy or consumer):
-                see_logits(hidden[positions], targets, slots)
+                ids_of = rows.prefixes[prefix]
+                cache = make_prefix_cache(model, ids_of, device, longest, dist.attempt)
+            dist.attempt(score, cache, ids, last, row_ids, positions, targets, slots)
             dist.bump()
             if progress is not None:
-                progress.update(min(len(row_ids) * dist.world_size, progress.total - progress.n))
+                progress.update(min(len(row_ids) * dist.n_groups, progress.total - progress.n))
 
-    def see_logits(hidden, targets, slots):
-        for h, t, at in zip(*(x.split(HEAD_ROWS) for x in (hidden, targets, slots))):
-            logits = model.logits(h)
-            if greedy:
-                likeliest[at] = (logits.argmax(-1) == t).double()
-            if consumer is not None:
-                consumer(logits, t, at)
+    def score(cache, ids, last, row_ids, positions, targets, slots):
+        hidden = model.hidden(ids, cache=cache)
+        if hidden is None:  # another rank has it
+            return
+        hidden = hidden.flatten(0, 1)
+        if K:
+            parts = hidden[last].split(HEAD_ROWS)
+            values = [choice_logprobs(model, part, choice_ids) for part in parts]
+            choices[row_ids] = torch.cat(values).double()
+        if len(slots):
+            scored[slots] = -token_nll(model, hidden[positions], targets).double()
+        if len(slots) and (greedy or consumer):
+            rows_of = hidden[positions], targets, slots
+            _see_logits(model, rows_of, likeliest if greedy else None, consumer)
 
     with attention_without_plans():
         agree_on_memory(score_mine, dist)
     summed = dist.sum(torch.cat((choices.flatten(), scored, likeliest)))
     return by_row(rows, np.split(summed, np.cumsum([choices.numel(), len(scored)])), greedy)
+
+
+def _see_logits(model, rows, likeliest: torch.Tensor | None, consumer: Consumer | None) -> None:
+    """rows: hidden states [N, C], their targets and places [N]."""
+    for h, t, at in zip(*(x.split(HEAD_ROWS) for x in rows)):
+        logits = model.logits(h)
+        if likeliest is not None:
+            likeliest[at] = (logits.argmax(-1) == t).double()
+        if consumer is not None:
+            consumer(logits, t, at)
 
 
 def by_row(rows: Continuations, parts: Sequence[np.ndarray], greedy: bool) -> RowScores:

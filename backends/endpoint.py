@@ -3,15 +3,17 @@
     backend = connect("http://host:8000", "the-model", tokenizer)
     backend.probed.scores            # "", or why it cannot score
 
-The server is probed first (probing.py): a verb that it cannot do truthfully is one line, never a
-number. Scores are log-probabilities of prompts of token ids, one request a sequence. A sample is a
-request of its own, its seed made of (seed, the prompt's key, sample index). A prompt that is
-refused is a sample whose finish is "refused"; a score cannot do without any of them.
+The server is probed first (endpoints/probing.py): a verb that it cannot do truthfully is one line,
+never a number. Scores are log-probabilities of prompts, one request a sequence; those of letters
+come from one generated token, where the server tells them. A sample is a request of its own, its
+seed made of (seed, the prompt's key, sample index). A prompt that is refused is a sample whose
+finish is "refused"; a score cannot do without any of them.
 """
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,11 +22,14 @@ import torch
 
 import cli
 from backends import Facts, Sample, Sampling, continuations, scoring
-from backends.client import Client, Gone, Refused, in_flight
-from backends.completions import Completions, Scores
 from backends.engine import by_sample
-from backends.probing import Probed, only_model, probe
+from backends.wanted import Wanted
 from distributed import Dist
+from endpoints import Route, Scores
+from endpoints.client import Client, Gone, Refused, in_flight
+from endpoints.kinds import only_model
+from endpoints.probing import CHAT, Probed, probe
+from endpoints.timing import measures
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -54,18 +59,19 @@ def connect(
     OSError for what cannot be evaluated, in one line."""
     client = Client(url, concurrency, timeout)
     model = model or only_model(client)
-    probed = probe(client, model, tokenizer, kind)
-    return Endpoint(client, model, tokenizer, probed, concurrency, dist)
+    probed, route = probe(client, model, tokenizer, kind)
+    return Endpoint(client, route, model, tokenizer, probed, concurrency, dist)
 
 
 def facts_of(model: str, tokenizer: Tokenizer, probed: Probed) -> Facts:
     """What the probe tells of a model. Its vocabulary is the tokenizer's, for servers name none."""
-    lacks = {verb: probed.scores for verb in ("score_rows", "score_windows") if probed.scores}
+    verbs = ("score_windows",) if probed.letters else ("score_windows", "score_rows")
+    lacks = {verb: probed.scores for verb in verbs if probed.scores}
     return Facts(
         name=model,
         vocab_size=tokenizer.vocab_size,
         context=None if probed.context is None else probed.context - BEYOND,
-        dtype="served",
+        dtype="served chats" if probed.server == CHAT else "served",
         device="server",
         tokenizer=tokenizer,
         shares_prefixes=False,
@@ -79,6 +85,7 @@ class Endpoint:
     def __init__(
         self,
         client: Client,
+        route: Route,
         model: str,
         tokenizer: Tokenizer,
         probed: Probed,
@@ -86,10 +93,11 @@ class Endpoint:
         dist: Dist | None = None,
     ):
         self.client, self.probed, self.concurrency = client, probed, concurrency
-        self.completions = Completions(client, model, probed.server)
+        self.route, self.prompts = route, probed.prompts(client.root, tokenizer)
         self.facts = facts_of(model, tokenizer, probed)
         self.dist = dist or Dist(0, 1, 0, torch.device("cpu"))
         assert self.dist.world_size == 1, "an endpoint is asked by one process"
+        self._breaks = client.breaks
         self._cost: dict = {}
         self._ran: dict = {}
 
@@ -163,21 +171,19 @@ class Endpoint:
         self._check("score_rows", consumer)
         if greedy and self.probed.greedy:
             raise ValueError(self._cannot("whether a token is the likeliest", self.probed.greedy))
-        wanted = Wanted(rows)
-        with cli.progress(len(wanted.places), "rows", "request") as bar, self._timed() as cost:
-            found = self._score(wanted.places, list, bar)
+        wanted = Wanted(rows, by_letters=bool(self.probed.letters))
+        if self.probed.scores and wanted.places:
+            raise ValueError(self._cannot("log-probabilities of prompts", self.probed.scores))
+        n_asked = len(wanted.places) + len(wanted.letters)
+        with cli.progress(n_asked, "rows", "request") as bar, self._timed() as cost:
+            self._tell_letters(wanted, bar)
+            starts = wanted.starts()
+            found = self._score(wanted.places, list, bar, starts)
             cost["tokens"] = rows.unique_tokens()
-        K, offsets = len(rows.choice_ids or ()), rows.target_offsets
-        choices = np.zeros(len(rows.ids) * K)
-        tokens, likeliest = np.zeros(int(offsets[-1])), np.zeros(int(offsets[-1]))
-        for ids, places in wanted.places.items():
-            scores = found[ids]
-            for of_choices, slot, at in places:
-                (choices if of_choices else tokens)[slot] = scores.values[at]
-                if greedy and not of_choices and scores.likeliest is not None:
-                    likeliest[slot] = scores.likeliest[at]
+        wanted.fill_in(found)
         self._ran |= {"batch_tokens": None, "batch_size": None}
-        return continuations.by_row(rows, (choices, tokens, likeliest), greedy)
+        self._ran |= {"letters_not_told": wanted.n_bounded} if wanted.by_letters else {}
+        return wanted.by_row(greedy)
 
     def generate(
         self,
@@ -197,25 +203,12 @@ class Endpoint:
         if any(s.temperature for own in samplings for s in own) and not self.probed.samples:
             raise ValueError(self._cannot("sampling", "its samples do not depend on --temperature"))
         jobs = [(p, s) for p in range(len(prompts)) for s in range(n_samples) if (p, s) not in done]
-        inputs = [self._as_input(prompt) for prompt in prompts]
+        inputs = [self.prompts.of(prompt) for prompt in prompts]
 
         def draw(job):
             p, s = job
-            wanted = samplings[p][s]
-            room = (self.probed.context or 2**31) - len(prompts[p])
-            limited = replace(wanted, max_new_tokens=max(1, min(wanted.max_new_tokens, room)))
             key = str(p) if keys is None else keys[p]
-            seed = seed_of(wanted.seed, key, s) if wanted.temperature else None
-            try:
-                drawn = self.completions.draw(inputs[p], limited, seed)
-            except Refused as error:
-                return str(error)
-            if drawn.prompt_tokens not in (None, len(prompts[p])):
-                raise ValueError(
-                    f"{self.client.root} read prompt {key} as {drawn.prompt_tokens} tokens where "
-                    f"{self.facts.tokenizer.name} gives {len(prompts[p])} (--tokenizer-name, --bos)"
-                )
-            return self._sample(job, wanted, drawn)
+            return self._draw(job, (prompts[p], inputs[p]), samplings[p][s], key)
 
         n_drawn, n_refused, waiting = 0, 0, []
         with self._timed() as cost:
@@ -226,6 +219,7 @@ class Endpoint:
                         n_refused += 1
                         waiting.append((Sample(job[0], job[1], [], "", REFUSED), 0, answer))
                     else:
+                        self._check_same_model()
                         n_drawn += 1
                         cost["tokens"] += answer[1]
                         yield answer[0]
@@ -264,41 +258,76 @@ class Endpoint:
         )
 
     def _score(
-        self, jobs: Collection[Job], ids_of: Callable[[Job], list[int]], bar: "tqdm"
+        self,
+        jobs: Collection[Job],
+        ids_of: Callable[[Job], list[int]],
+        bar: "tqdm",
+        starts: Mapping[Job, int] | None = None,
     ) -> dict[Job, Scores]:
-        """Of the token ids of each job."""
+        """Of the token ids of each job, of those from its start on at least."""
 
         def score(job):
             ids = ids_of(job)
-            try:
-                return self.completions.score(ids)
-            except (Refused, ValueError) as error:
-                raise ValueError(
-                    f"{self.client.root}: a prompt of {len(ids):,} tokens: {error}; no score is "
-                    "written"
-                ) from None
+            with self._no_score_without(ids):
+                return self.route.score(self.prompts.of(ids), ids, starts[job] if starts else 1)
 
         found = {}
         for job, scores in in_flight(score, jobs, self.concurrency):
+            self._check_same_model()
             found[job] = scores
             bar.update(1)
         return found
 
-    def _as_input(self, prompt: list[int]) -> list[int] | str:
-        """Token ids, or where the server takes none, the text that it reads as these."""
-        if self.probed.token_ids:
-            return list(prompt)
-        tokenizer = self.facts.tokenizer
-        starts = bool(prompt) and prompt[0] == tokenizer.bos_token_id
-        own = prompt[1:] if starts and self.probed.adds_bos else prompt
-        text = tokenizer.decode(own)
-        same = tokenizer.encode_batch([text], specials=True)[0].tolist() == list(own)
-        if not same or (self.probed.adds_bos and not starts):
+    def _tell_letters(self, wanted: Wanted, bar: "tqdm") -> None:
+        """One generated token's log-probabilities of each prompt. Letters that are not told are
+        scored as continuations, or where that cannot be had, known to have no more than a bound."""
+
+        def ask(ids):
+            with self._no_score_without(ids):
+                return self.route.tops(self.prompts.of(ids), wanted.choice_ids)
+
+        for ids, tops in in_flight(ask, wanted.letters, self.concurrency):
+            self._check_same_model()
+            wanted.tell(ids, tops, bounded=bool(self.probed.scores))
+            bar.update(1)
+
+    def _check_same_model(self) -> None:
+        """ValueError where the server came back with another model, before what it said is used."""
+        before, self._breaks = self._breaks, self.client.breaks
+        if self._breaks != before and not self.probed.still_holds(self.route):
             raise ValueError(
-                f"{self.client.root} takes no token ids, and no text stands for a prompt of "
-                f"{len(prompt):,} of them (it {'adds' if self.probed.adds_bos else 'adds no'} BOS)"
+                f"{self.client.root} was away and answers its probe otherwise now: another model "
+                "is served there (what had arrived before is kept, where records are)"
             )
-        return text
+
+    @contextlib.contextmanager
+    def _no_score_without(self, ids: Collection[int]) -> Iterator[None]:
+        """Of a prompt that is not answered, or not truthfully."""
+        try:
+            yield
+        except (Refused, ValueError) as error:
+            raise ValueError(
+                f"{self.client.root}: a prompt of {len(ids):,} tokens: {error}; no score is written"
+            ) from None
+
+    def _draw(
+        self, job: tuple[int, int], prompt: tuple[list[int], list[int] | str], wanted, key: str
+    ) -> tuple[Sample, int] | str:
+        """_sample of one, or why it is refused. prompt: its tokens, and what is sent for them."""
+        ids, sent = prompt
+        room = (self.probed.context or 2**31) - len(ids)
+        limited = replace(wanted, max_new_tokens=max(1, min(wanted.max_new_tokens, room)))
+        seed = seed_of(wanted.seed, key, job[1]) if wanted.temperature else None
+        try:
+            drawn = self.route.draw(sent, limited, seed)
+        except Refused as error:
+            return str(error)
+        if self.probed.server != CHAT and drawn.prompt_tokens not in (None, len(ids)):
+            raise ValueError(
+                f"{self.client.root} read prompt {key} as {drawn.prompt_tokens} tokens where "
+                f"{self.facts.tokenizer.name} gives {len(ids)} (--tokenizer-name, --bos)"
+            )
+        return self._sample(job, wanted, drawn)
 
     def _sample(self, job, sampling: Sampling, drawn) -> tuple[Sample, int]:
         """(the sample cut before its first stop string, tokens)"""
@@ -316,56 +345,29 @@ class Endpoint:
         return Timed(self.client, self._cost)
 
 
-class Wanted:
-    """places: {a sequence of token ids: [(a choice or not, slot in the result, the token's place in
-    the sequence)]} of all that rows ask for."""
-
-    def __init__(self, rows: continuations.Continuations):
-        self.places: dict[tuple[int, ...], list[tuple[bool, int, int]]] = {}
-        offsets, K = rows.target_offsets.tolist(), len(rows.choice_ids or ())
-        for r, own in enumerate(rows.ids):
-            read = (*map(int, rows.prefixes[rows.prefix[r]]), *map(int, own))
-            for k, choice in enumerate(rows.choice_ids or ()):
-                self._add((*read, int(choice)), True, r * K + k)
-            targets = list(map(int, rows.targets[r]))
-            spare = 0 if rows.alternatives is None else int(rows.alternatives[r]) - 1
-            last = len(read) - 1
-            whole = (*read, targets[-1]) if targets else read
-            for j, token in enumerate(targets):
-                at = min(last - len(targets) + 1 + j + spare, last) + 1  # the target's own place
-                known = at < len(read) and read[at] == token
-                self._add(whole if known else (*read[:at], token), False, offsets[r] + j, at)
-
-    def _add(self, ids: tuple[int, ...], of_choices: bool, slot: int, at: int = -1) -> None:
-        self.places.setdefault(ids, []).append((of_choices, slot, at))
-
-
 class Timed:
     """Fills in, at the end, what a verb cost: seconds, tokens and requests a second, and how long
-    an answer took, without the waiting before it was asked for."""
+    answers took (endpoints/timing.py), without the waiting before they were asked for."""
 
     def __init__(self, client: Client, cost: dict, clock: Callable[[], float] = time.perf_counter):
         self.client, self.cost, self.clock = client, cost, clock
 
     def __enter__(self) -> dict:
-        self.start, self.before = self.clock(), (len(self.client.latencies), self.client.retries)
+        self.start, self.before = self.clock(), (len(self.client.timings), self.client.retries)
         self.cost["tokens"] = 0
         return self.cost
 
     def __exit__(self, *exc) -> None:
         seconds = self.clock() - self.start
-        taken = self.client.latencies[self.before[0] :]
+        taken = self.client.timings[self.before[0] :]
         self.cost |= {
             "seconds": seconds,
             "tokens_per_second": self.cost["tokens"] / seconds,
             "requests": len(taken),
             "requests_per_second": len(taken) / seconds,
             "retries": self.client.retries - self.before[1],
+            **measures(taken),
         }
-        if taken:
-            p50, p90, p99 = np.percentile(taken, (50, 90, 99)).tolist()
-            latency = {"mean": float(np.mean(taken)), "p50": p50, "p90": p90, "p99": p99}
-            self.cost["latency_seconds"] = latency
 
 
 def seed_of(seed: int, key: str, sample: int) -> int:

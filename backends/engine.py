@@ -33,10 +33,11 @@ import torch
 
 from backends import Sample, Sampling
 from backends.pairs import share_prefixes
+from backends.parallel import Stage
 from backends.rows import CachedRows, Capacity, PlainRows, Request, Sequence
 from backends.sampling import COLUMNS, features_of, stream_key
+from backends.stages import StageRows, draw_by_turns
 from distributed import Dist
-from quantisation.linear import weight_bytes
 from tokenizer import Tokenizer
 from transformers_model import Model
 
@@ -156,7 +157,10 @@ class Engine:
         self.capacity, self.tokenizer, self.features = capacity, tokenizer, features
         self.longest, self.on_launch = model.max_positions, on_launch
         self.rows: CachedRows | PlainRows
-        if model.supports_cache:
+        if isinstance(model, Stage):
+            assert logprobs is None, "log-probabilities of drawn tokens stay on the last rank"
+            self.rows = StageRows(model, capacity, features, compiled)
+        elif model.supports_cache:
             self.rows = CachedRows(model, capacity, features, compiled, logprobs)
         else:
             self.rows = PlainRows(model, capacity, features, logprobs)
@@ -165,7 +169,9 @@ class Engine:
         self.at: list[Sequence | None] = [None] * capacity.rows
         self.flight: deque[tuple[int, list[Sequence | None]]] = deque()  # steps not looked at
         # a server's clients bring stop strings without end: the latest are kept
-        self._endings = functools.lru_cache(64)(lambda stop: Endings(tokenizer, stop, eos_ids))
+        self._endings = functools.lru_cache(64)(
+            lambda stop, ends: Endings(tokenizer, stop, eos_ids if ends else ())
+        )
 
     @property
     def busy(self) -> bool:
@@ -179,12 +185,14 @@ class Engine:
         samples: Iterable[int] = (0,),
         key: object = None,
         shared: int | None = None,
+        ends: bool = True,
     ) -> None:
         """Ask for samples of a prompt: of these indices, drawn as `sampling` says, one for all or
         one for each index. key: what names the prompt in the random streams, `name` unless given.
         shared: how many of the first tokens other prompts have too (all but the last: only this
-        prompt's samples share). ValueError for a name in use and for what the model or the capacity
-        cannot hold."""
+        prompt's samples share). ends: whether tokens that end a text end these (else they are like
+        any other). ValueError for a name in use and for what the model or the capacity cannot
+        hold."""
         check_prompt(prompt, self.longest, f"prompt {name}")
         if name in self.requests:
             raise ValueError(f"request {name} is already on its way")
@@ -195,7 +203,7 @@ class Engine:
             )
         shared = len(prompt) - 1 if shared is None else shared
         assert len(prompt) - shared <= self.capacity.own_prompt_tokens, (len(prompt), shared)
-        sequences, request = [], Request(name, list(prompt), 0, shared)
+        sequences, request = [], Request(name, list(prompt), 0, shared, ends)
         for s in samples:
             own = sampling if isinstance(sampling, Sampling) else sampling[s]
             limit = token_limit(own, prompt, self.longest)
@@ -247,7 +255,7 @@ class Engine:
             if sequence is None or sequence.reason is not None:
                 continue
             request, token, top = sequence.request, seen["token"][i], None
-            endings = self._endings(tuple(sequence.sampling.stop))
+            endings = self._endings(tuple(sequence.sampling.stop), request.ends)
             reason = endings.add(sequence, token)
             if "logprobs" in seen:
                 top = seen["likeliest"][i], seen["logprobs"][i]
@@ -306,9 +314,10 @@ def default_batch_size(
     if model.device.type != "cuda" or not model.supports_cache:
         return 16
     c = model.config
-    token = c.n_layers * c.cache_dim * model.dtype.itemsize
+    n_layers, weights = model.largest_share
+    token = n_layers * c.cache_dim * model.dtype.itemsize
     total = torch.cuda.get_device_properties(model.device).total_memory
-    room = 0.85 * total - weight_bytes(model) - 4e9  # logits, activations of a prefill
+    room = 0.85 * total - weights - 4e9  # logits, activations of a prefill
     rows = int((room - token * kept) // (token * (longest_prompt + max_new_tokens)))
     return max(1, min(256, rows // 8 * 8 or rows))
 
@@ -390,19 +399,18 @@ def generate(
     if compile == "auto":
         compile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
 
-    def stream():
-        features, bump = features_of(distinct), dist.bump if dist else lambda: None
-        options = {"eos_ids": eos_ids, "features": features, "compiled": bool(compile)}
-        engine = Engine(model, Capacity(B, P, S, alive, own), tokenizer, on_launch=bump, **options)
-        for u in dist.shard(len(units)) if dist else range(len(units)):
-            engine.rows.forget()  # or prompts of earlier units would shape this one's prefills
-            for p in units[u]:
-                wanted = [s for s in range(n_samples) if (p, s) not in done]
-                engine.submit(p, prompts[p], samplings[p], wanted, keys and keys[p], shared[p])
-            while engine.busy:
-                yield from engine.step().finished
+    options: dict[str, Any] = {"eos_ids": eos_ids, "compiled": bool(compile)}
+    options |= {"features": features_of(distinct), "on_launch": dist.bump if dist else lambda: None}
+    engine = functools.partial(Engine, model, Capacity(B, P, S, alive, own), tokenizer, **options)
 
-    return Generation(stream(), batch_size, bool(compile))
+    def submit(to: Engine, unit: Collection[int]) -> None:
+        to.rows.forget()  # or prompts of earlier units would shape this one's prefills
+        for p in unit:
+            wanted = [s for s in range(n_samples) if (p, s) not in done]
+            to.submit(p, prompts[p], samplings[p], wanted, keys and keys[p], shared[p])
+
+    samples = draw_by_turns(engine, submit, units, dist)
+    return Generation(samples, batch_size, bool(compile))
 
 
 def by_sample(

@@ -42,23 +42,27 @@ def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = No
     return padded
 
 
-def _room(model: GPTModel, rows: int, heads: int, length: int, width: int) -> list[torch.Tensor]:
+Rooms = dict[int, Any]  # tensors by layer, of those whose blocks are here; None where not needed
+
+
+def _room(model: GPTModel, rows: int, heads: int, length: int, width: int) -> Rooms:
     """Zeros [rows, heads, length, width] for each layer."""
-    shape, n_layers = (rows, heads, length, width), model.config.n_layers
-    return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(n_layers)]
+    shape = rows, heads, length, width
+    return {
+        layer: torch.zeros(shape, dtype=model.dtype, device=model.device) for layer in model.layers
+    }
 
 
-def _rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], list]:
+def _rooms(model: GPTModel, rows: int, length: int) -> tuple[Rooms, Rooms]:
     """For keys, and for values."""
     c = model.config
     k, v = (_room(model, rows, c.n_kv_heads, length, width) for width in (c.head_dim, c.value_dim))
     return k, v
 
 
-def _latent_rooms(model: GPTModel, rows: int, length: int) -> tuple[list[torch.Tensor], list]:
+def _latent_rooms(model: GPTModel, rows: int, length: int) -> tuple[Rooms, Rooms]:
     """For latents, whose last L numbers are values as well: those are None."""
-    c = model.config
-    return _room(model, rows, 1, length, c.cache_dim), [None] * c.n_layers
+    return _room(model, rows, 1, length, model.config.cache_dim), dict.fromkeys(model.layers)
 
 
 class Filling:
@@ -69,8 +73,8 @@ class Filling:
 
     def __init__(
         self,
-        k: list[torch.Tensor],
-        v: Sequence[torch.Tensor | None],
+        k: Rooms,
+        v: Rooms,
         slots: torch.Tensor,
         longest: int,
     ):
@@ -115,9 +119,10 @@ class GoingOn:
 
     of_latents = False
 
-    def __init__(self, k: list[torch.Tensor], v: list[torch.Tensor], longest: int):
+    def __init__(self, k: Rooms, v: Rooms, longest: int):
         self.k, self.v, self.longest = k, v, longest
-        self.prefix_len, self.device = k[0].shape[2], k[0].device
+        some = next(iter(k.values()))
+        self.prefix_len, self.device = some.shape[2], some.device
 
     def positions(self, T: int) -> torch.Tensor:
         return self.prefix_len + torch.arange(T, device=self.device)[None]
@@ -176,8 +181,9 @@ class GoingOnIn(GoingOn):
     """The same for rows whose keys and values are kept: in own_k, own_v [B, G, S, D] at `rows`."""
 
     def __init__(self, cache: "DecodeCache", slot: int, length: int, rows: torch.Tensor):
-        k = [own[slot : slot + 1, :, :length] for own in cache.prompt_k]
-        v = [own[slot : slot + 1, :, :length] for own in cache.prompt_v]
+        at = slice(slot, slot + 1), slice(None), slice(length)
+        k = {layer: own[at] for layer, own in cache.prompt_k.items()}
+        v = {layer: own[at] for layer, own in cache.prompt_v.items()}
         super().__init__(k, v, cache.longest)
         self.own_k, self.own_v, self.rows = cache.k, cache.v, rows
 

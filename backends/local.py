@@ -17,9 +17,9 @@ import torch
 import cli
 from backends import BATCH_TOKENS, Facts, Sample, Sampling, continuations, engine, scoring
 from costs import gpus
-from costs.flops import estimate_flops
+from costs.flops import count_parameters, estimate_flops
+from costs.shards import part
 from distributed import Dist, print0
-from quantisation.linear import n_weights
 from quantisation.names import Quantisation
 from tokenizer import Tokenizer
 from transformers_model import Model
@@ -246,6 +246,8 @@ class Local:
                     yield sample
             except torch.OutOfMemoryError:
                 fits = False
+            if dist.pipe is not None:
+                fits = dist.pipe.settle() and fits
             seconds = time.perf_counter() - start
             if all(dist.gather(fits)):
                 break
@@ -267,6 +269,7 @@ class Local:
         any rank, and the model FLOPs utilisation. All ranks ask alike."""
         dist = self.dist
         cost: dict[str, Any] = {"world_size": dist.world_size}
+        cost |= {"shard": dist.group_size} if dist.pipe else {}
         cost |= {"gpu": None, "peak_memory_bytes": None, "mfu": None}
         if dist.device.type == "cuda":
             cost["gpu"] = torch.cuda.get_device_name(dist.device)
@@ -300,17 +303,21 @@ class Local:
     def _warm_up(self, nll_fn, zeros, mark) -> None:
         """One batch of zeros: compiles, picks kernels, and shows whether memory suffices."""
         with torch.no_grad():
-            nll_fn(zeros, zeros, None, *([] if mark is None else [zeros]))
+            self.dist.attempt(nll_fn, zeros, zeros, None, *([] if mark is None else [zeros]))
         if zeros.is_cuda:
             torch.cuda.synchronize(zeros.device)
 
     @torch.no_grad()
     def _refuse_nan(self, prompts) -> None:
-        if prompts:
-            shortest = min(prompts, key=len)[: self.facts.context]
-            ids = torch.tensor([shortest], device=self.dist.device)
-            if not self.model.logits(self.model.hidden(ids)[:, -1]).isfinite().all():
-                raise ValueError("the model gives NaN or infinite logits; no score is written")
+        if not prompts:
+            return
+        shortest = min(prompts, key=len)[: self.facts.context]
+        ids = torch.tensor([shortest], device=self.dist.device)
+        hidden, finite = self.model.hidden(ids), True
+        if hidden is not None:
+            finite = bool(self.model.logits(hidden[:, -1]).isfinite().all())
+        if not (all(self.dist.gather(finite)) if self.dist.pipe else finite):
+            raise ValueError("the model gives NaN or infinite logits; no score is written")
 
     def _reset_peak(self) -> None:
         if self.dist.device.type == "cuda":
@@ -331,7 +338,8 @@ def batch_overhead(model: Model, device: torch.device) -> int:
     """
     if device.type == "cpu" or not model.is_native:
         return 128
-    return int(min(max(2e10 / n_weights(model.blocks[0]), 512), 8192))
+    weights = count_parameters(part(model.config, range(1)))["block"]  # wherever it lies
+    return int(min(max(2e10 / weights, 512), 8192))
 
 
 def halve_until_it_fits(score: Callable[[int], T], batch_size: int) -> tuple[T, int]:

@@ -133,6 +133,8 @@ class Reference:
         the states are kept for the next model; without one they go when this call ends. Every rank
         calls it alike and gets the same bits, on any number of them."""
         dist, T = backend.dist, windows.seq_len
+        if dist.pipe is not None:
+            raise ValueError("--reference does not go with --shard: compare without it")
         found = torch.zeros(len(windows) * T, 5, dtype=torch.float64, device=dist.device)
         with _root(results_dir, dist) as root:
             key = self._key(backend, stream, windows, batch_size)

@@ -47,12 +47,14 @@ class Capacity:
 @dataclass(eq=False)
 class Request:
     """A prompt whose samples are wanted, and how many of them are not finished. shared: how many of
-    its tokens are kept once for all rows whose prompts begin with them; the last one never is."""
+    its tokens are kept once for all rows whose prompts begin with them; the last one never is.
+    ends: whether a token that ends a text ends them."""
 
     name: Hashable
     prompt: list[int]
     unfinished: int
     shared: int
+    ends: bool = True
 
     @functools.cached_property
     def prefix(self) -> tuple[int, ...]:
@@ -105,16 +107,21 @@ def _decode_step(model, cache, state, staged, features):
     cache.start(new, sent["prompt"], sent["own"])
     staged[0].zero_()  # nothing is new in the next step, unless the host says so
     hidden = model.hidden(state["token"][:, None], cache=cache)
+    if hidden is not None:  # else another rank draws
+        _draw(model, hidden[:, 0], state, features)
+    state["position"].add_(state["active"])
+    cache.advance(state["active"])
+
+
+def _draw(model, hidden, state, features):
     keys = torch.stack((state["key0"], state["key1"]), dim=1)
-    logits = model.logits(hidden[:, 0])
+    logits = model.logits(hidden)
     tokens = sample_tokens(logits, keys, state["position"], state, features)
     state["token"].copy_(tokens)
     if "logprobs" in state:
         ids, values = top_logprobs(logits, tokens, state["logprobs"].shape[1] - 1)
         state["likeliest"].copy_(ids)
         state["logprobs"].copy_(values)
-    state["position"].add_(state["active"])
-    cache.advance(state["active"])
 
 
 @functools.cache
@@ -158,8 +165,12 @@ class CachedRows:
         self.n_steps = 0
         step = _compiled_step() if compiled else _decode_step
         self._advance = lambda: step(model, self.cache, self.state, self.staged, features)
+        self.prepare()
         if self.cuda:
             self._capture()
+
+    def prepare(self) -> None:
+        """Before the step is captured."""
 
     def make_buffers(self, n: int) -> None:
         """The host's side of n steps in flight: those of this step are free again once the step
@@ -284,13 +295,21 @@ class CachedRows:
         if not (self.cuda or self.compiled):
             own = (s.launched + len(s.request.own) for s in self.running if s)
             self.cache.read_at_most(1 + max(own, default=0))
+        self.launch(i)
+        self.n_steps += 1
+        return i
+
+    def launch(self, i: int) -> None:
+        """The step that goes by this ticket."""
         self._advance()
+        self.fetch(i)
+
+    def fetch(self, i: int) -> None:
+        """What it gave each row, to the host."""
         for name, buffer in self.read_ring[i].items():
             buffer.copy_(self.state[name], non_blocking=True)
         if self.cuda:
             self.done[i].record()
-        self.n_steps += 1
-        return i
 
     def look(self, ticket: int) -> dict[str, list]:
         """What that step made of each row, waiting for it if it still runs: "token", and where

@@ -39,8 +39,9 @@ Consumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 # What keeps final hidden states: called with those of a batch [B, T, C], targets and window_ids
 StatesConsumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 # (input_ids [B, T], targets [B, T], window_ids [B] or None; where no token is to see another
-# document than its own: starts [B, T], see GPTModel.within_documents) -> nats [B, T]
-NllFunction = Callable[..., torch.Tensor]
+# document than its own: starts [B, T], see GPTModel.within_documents) -> nats [B, T], or None where
+# another rank has them (backends/parallel.py)
+NllFunction = Callable[..., torch.Tensor | None]
 
 
 def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -58,7 +59,7 @@ def token_nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torc
 
 def compile_blocks(model: GPTModel, compiled: bool) -> None:
     """Compile each block, or leave it as it was written: what was compiled before is forgotten."""
-    for block in model.blocks:
+    for block in [model.blocks[layer] for layer in model.layers]:
         block._compiled_call_impl = None
         if compiled:
             block.compile(dynamic=False, options=inductor_options())
@@ -85,6 +86,8 @@ def nll_function(
     def nll(input_ids, targets, window_ids=None, starts=None):
         terms = {} if starts is None else model.within_documents(starts)
         hidden = model.hidden(input_ids, **terms)
+        if hidden is None:
+            return None
         if keep_states is not None and window_ids is not None:
             keep_states(hidden, targets, window_ids)
         hidden = hidden.flatten(0, 1)
@@ -262,18 +265,21 @@ def score_windows(
         slots, offsets = layout.of_batch(ids, batch["first_target"], batch["targets"].shape[1])
         return batch["input_ids"], batch["targets"], slots, offsets, ids, batch.get("starts")
 
+    def score(input_ids, targets, slots, offsets, ids, starts):
+        nll = nll_fn(input_ids, targets, ids, *([] if starts is None else [starts]))
+        if nll is None:
+            return
+        sums = batch_sums(nll, targets, offsets, slots.shape[1], special, token_bytes)
+        totals[slots.flatten()] = sums.flatten(0, 2)
+        if per_token:
+            tokens[ids] = nll.double()
+
     def run():
-        for input_ids, targets, slots, offsets, ids, starts in prefetch(
-            make, dist.shard(n_batches), dist.device
-        ):
-            nll = nll_fn(input_ids, targets, ids, *([] if starts is None else [starts]))
-            sums = batch_sums(nll, targets, offsets, slots.shape[1], special, token_bytes)
-            totals[slots.flatten()] = sums.flatten(0, 2)
-            if per_token:
-                tokens[ids] = nll.double()
+        for batch in prefetch(make, dist.shard(n_batches), dist.device):
+            dist.attempt(score, *batch)
             dist.bump()
             if progress is not None:
-                progress.update(min(dist.world_size, n_batches - progress.n))
+                progress.update(min(dist.n_groups, n_batches - progress.n))
 
     agree_on_memory(run, dist)
     sums = dist.sum(totals[:-1].contiguous())
@@ -301,8 +307,10 @@ def agree_on_memory(run: Callable[[], object], dist: "Dist") -> None:
     """run(), then one word from every rank: BatchTooLarge on all if any ran out of memory."""
     try:
         run()
-        enough = True
+        enough = dist.pipe is None or dist.pipe.settle()
     except torch.OutOfMemoryError:
+        if dist.pipe is not None:  # others of its group wait for what it will not send
+            raise
         enough = False
     if not all(dist.gather(enough)):
         if dist.device.type == "cuda":

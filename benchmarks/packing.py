@@ -83,7 +83,7 @@ def measure(config: GPTConfig, batch_size: int, seq_len: int, rounds: int, steps
     stream, sides, first = documents_of(2**22), {}, {}
     torch.manual_seed(0)
     model = GPTModel(config).cuda()
-    optimizer, _ = train.make_optimizer(model, OptimizationOptions())
+    optimizer, _ = train.make_optimizer(list(model.parameters()), OptimizationOptions())
     for side, mark in (("concat", None), ("document", MARK)):
         batches = TrainBatches([Chopped(stream, seq_len, mark)], batch_size, 1)
         total = 2 + rounds * steps

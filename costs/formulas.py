@@ -43,13 +43,15 @@ PARAMETERS = (
     ("n_mlps", "(L - L_moe)*n_dense + L_moe*n_mixture", "", "MLPs of all layers", ""),
     ("n_norm", "h*(norm_weight + norm_bias)", "", "one norm", "Ba 2016; Zhang 2019"),
     ("n_block", "n_attn + n_mlps//L + norms*n_norm", "", "a block, the mean of all", ""),
-    ("n_embed", "V*h + learned*T_max*h", "", "token and position embeddings", ""),
-    ("n_head", "(1 - tied)*V*h + head_bias*V", "", "LM head, no matrix where tied", "Press 2017"),
-    ("N", "n_embed + L*(n_attn + norms*n_norm) + n_mlps + (1 + embedding_norm)*n_norm + n_head",
+    ("n_embed", "first*(V*h + learned*T_max*h)", "", "token and position embeddings", ""),
+    ("n_head", "last*((1 - tied*first)*V*h + head_bias*V)", "",
+     "LM head, no matrix where tied and in one place with the embedding", "Press 2017"),
+    ("n_ends", "(last + first*embedding_norm)*n_norm", "", "norms outside of blocks", ""),
+    ("N", "n_embed + L*(n_attn + norms*n_norm) + n_mlps + n_ends + n_head",
      "", "all parameters", ""),
     ("N_active", "N - L_moe*(E - K)*n_expert", "", "used by one token", "Jiang 2024"),
     ("n_linear", "n_qkv + a*dv*h + (2 + gated)*h*f_held", "", "block's matrices", ""),
-    ("n_norms", "(norms*L + 1 + embedding_norm)*n_norm + L*n_qk_norm", "", "all norms", ""),
+    ("n_norms", "norms*L*n_norm + n_ends + L*n_qk_norm", "", "all norms", ""),
     ("n_lora", "r*(n_sides + (2 + gated)*(mlps_held*h + f_held))",
      "", "adapters of a block: in + out of its matrices", "Hu 2021"),
 )
@@ -120,7 +122,8 @@ def rounding(matrices: Iterable[str]) -> tuple:
     for b, meaning in (("w", "weights"), ("g", "gradients"), ("o", "a moment, or a copy like it")):
         each = "w_block" if b == "w" else b
         sizes = ", ".join(f"{each}*{size}/n_{b}" for size in matrices)
-        ends = f"slack(2 - tied, {b}*V*h/n_{b}) + slack(learned, {b}*T_max*h/n_{b})"
+        matrices_of_V = "first + last*(1 - tied*first)"
+        ends = f"slack({matrices_of_V}, {b}*V*h/n_{b}) + slack(first*learned, {b}*T_max*h/n_{b})"
         rows.append((f"R_{b}", f"slack(L, {sizes}) + {ends}", "byte",
                      f"rest of the allocator's blocks: {meaning}", "CUDACachingAllocator"))
     return tuple(rows)
@@ -232,11 +235,14 @@ INFERENCE = (
     ("W_experts", "s*(16*h + c*h + K*c*(2*h + fe*(2 + 2*gated)))", "byte",
      "of a mixture: tokens sorted by expert, and what comes of them", ""),
     ("W_mlp", "max((L > L_moe)*W_dense, (m > 0)*W_experts)", "byte", "the larger of the two", ""),
-    ("W_decode", "B*(Vp*c + V*4*(1 + capped))", "byte", "logits of B tokens, and in float32", ""),
+    ("W_decode", "last*B*(Vp*c + V*4*(1 + capped))", "byte", "logits of B tokens, and in float32",
+     ""),
     ("W_logits", "W_decode + s*4*h", "byte", "beside the last hidden states", ""),
-    ("W_prefill", "max(W_attention, W_mlp, W_logits)", "byte", "workspace of a prefill", ""),
-    ("W_scoring", "max(W_attention, W_mlp, s*4*h + min(s, chunk)*(Vp*c + c*h))", "byte",
-     "of scoring.py: logits of a chunk", ""),
+    ("W_sent", "(not last)*sent*s*4*h", "byte", "on its way to the next stage", "Huang 2019"),
+    ("W_prefill", "max(W_attention, W_mlp, W_logits) + W_sent", "byte", "workspace of a prefill",
+     ""),
+    ("W_scoring", "max(W_attention, W_mlp, s*4*h + last*min(s, chunk)*(Vp*c + c*h)) + W_sent",
+     "byte", "of scoring.py: logits of a chunk", ""),
 )
 
 PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes moved, kernels
@@ -255,7 +261,7 @@ PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes m
     ("elementwise", "0", "s*(32*h + 4*rope*(a + k)*d + 3*c*f_met) if compiled else"
      " s*(48*h + 48*rope*(a + k)*d + 28*qk_norm*(a + k)*d + 4*c*k*d + c*f_met*(2 + 3*gated))",
      "(4 if compiled else 7 + 18*rope + 6*qk_norm + gated)"),
-    ("head", "2*B*h*V", "w*h*V + c*B*V", "8 + 9*(rope > 0)"),  # once, with embeddings, angles
+    ("head", "last*2*B*h*V", "last*(w*h*V + c*B*V)", "8 + 9*(rope > 0)"),  # once, with embeddings
 )
 # fmt: on
 

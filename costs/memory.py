@@ -6,12 +6,13 @@
 benchmarks/memory.py holds it against what torch allocates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 from config import GPTConfig
 from costs.formulas import ACTIVATIONS, STEP
 from costs.gpus import GPU
+from costs.shards import shares
 from costs.symbols import CUDA_CONTEXT, Setup, tables
 
 STATES = ("weights", "adapters", "gradients", "optimizer", "master")
@@ -34,6 +35,10 @@ def estimate_memory(
     Settings are those of `Setup`.
     """
     setup = Setup(dtype=dtype, training=training, **settings)
+    if setup.shard > 1:  # of the GPU that needs most
+        each = shares(model_config, setup)
+        found = [estimate_memory(c, batch_size, seq_len, **asdict(own)) for c, own in each]
+        return max(found, key=lambda memory: memory["peak_bytes"])
     v = tables(model_config, batch_size, seq_len, setup)[-1][2]  # of one GPU's share
     if not training:
         return _inference(v, setup)
@@ -209,6 +214,18 @@ def fewest_gpus(
             if peak <= usable_memory(gpu):
                 return n, stage
         n *= 2
+    return None
+
+
+def fewest_shards(
+    c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup, among: Iterable[int]
+) -> int | None:
+    """The first of so many GPUs that hold the model between them, of inference; None: of none."""
+    for n in among:
+        if n <= c.n_layers:
+            run = asdict(replace(setup, training=False, shard=n))
+            if estimate_memory(c, batch_size, seq_len, **run)["peak_bytes"] <= usable_memory(gpu):
+                return n
     return None
 
 

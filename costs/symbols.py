@@ -29,6 +29,7 @@ from quantisation.names import CASTS, parse
 DTYPES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625}  # bytes a weight
 DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 CUDA_CONTEXT = 500 * 2**20  # driver, kernels, handles: outside torch's counters
+SENT_AHEAD = 2  # batches that a stage of a sharded model may have sent and the next not yet taken
 CHUNK_TOKENS = 8192  # rows of logits that scoring.py holds: 0.8 GB of GPT-2's in bfloat16
 
 
@@ -79,6 +80,7 @@ def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
         "drop": int(c.dropout > 0),
         "spared": int(not (c.dropout or c.post_norm)),  # nothing reads what a block ends with
         "tied": int(c.tie_embeddings),
+        **{"first": 1, "last": 1},
     }
 
 
@@ -135,6 +137,9 @@ class Setup:
     dp: int = 1
     zero: int = 0  # 3 is FSDP
     tp: int = 1
+    shard: int = 1  # GPUs that hold one model between them, layer by layer: --shard
+    first: bool = True  # of such a GPU's share (costs/shards.py): whether the embeddings are here,
+    last: bool = True  # and the head
     sequence_parallel: bool = False
     quantise: str | None = None  # a rule of quantisation/names.py, of weights that do not train
     workspace: int = 32 * 2**20  # bytes of cuBLAS a handle (Hopper): forward and backward have one
@@ -154,9 +159,11 @@ class Setup:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        for name in ("dp", "tp"):
+        for name in ("dp", "tp", "shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.shard > 1 and (self.training or self.dp > 1 or self.tp > 1):
+            raise ValueError(f"shard {self.shard} is of inference, and goes with no dp, zero or tp")
         if self.quantise is not None:
             object.__setattr__(self, "quantise", parse(self.quantise).name)
             if self.dtype in ("int8", "int4"):
@@ -204,6 +211,7 @@ class Setup:
             "flash": int(self.attention == "flash"),
             "held": int(self.held_logits),
             "chunk": CHUNK_TOKENS,
+            **{"first": int(self.first), "last": int(self.last), "sent": SENT_AHEAD},
             "lora": int(self.lora_rank > 0),
             "whole": int(self.train_embeddings),
             "ours": int(ours),  # PEFT keeps the frozen embeddings beside those that it trains

@@ -198,8 +198,11 @@ def merge(adapter: Adapter, model: "Model", base: Path, keep: bool = False) -> d
         tensorfiles.check_crc(adapter.file, records)
     before, extremes = {}, {}
     for module, leaves in adapter.modules.items():
+        names = [name for name in (f"{module}.weight", f"{module}.bias") if name in there]
+        if not names:  # of the base's, as was checked, but on another rank
+            continue
         values = {leaf: read_whole(stored) for leaf, stored in leaves.items()}
-        for name in (f"{module}.weight", f"{module}.bias"):
+        for name in names:
             if not _changes(name, values):
                 continue
             part, kind = there[name]

@@ -52,6 +52,11 @@ def quantise_model(
     wanted = Quantisation(wanted) if isinstance(wanted, str) else wanted
     rule, chosen = parse(wanted.rule), []
     assert model.quantisation is None, "a model is rounded once"
+    if isinstance(model, GPTModel) and not (model.is_first and model.is_last):
+        raise ValueError(
+            f"--quantise {wanted.rule}: a model that several processes hold between them is not "
+            "rounded: leave --shard out"
+        )
     _check_dtype(model, rule)
     undo: list[Callable[[], object]] = []
 

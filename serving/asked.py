@@ -30,7 +30,6 @@ NEUTRAL: dict[str, tuple] = {
     "num_beams": (1,),
     "logit_bias": ({},),
     "suffix": ("",),
-    "ignore_eos": (False,),
     "use_beam_search": (False,),
     "min_tokens": (0,),
     "user": (),
@@ -106,7 +105,8 @@ class Served:
 class Asked:
     """Samples of prompts. n: of each. draws: whether any token is drawn. echoed: the prompts' texts
     where they come back in the answer. logprobs: how many of the likeliest are told, None: nothing;
-    scores: whether of the prompts' tokens too. ids_as_tokens: tokens are shown by their ids."""
+    scores: whether of the prompts' tokens too. ids_as_tokens: tokens are shown by their ids. ends:
+    whether a token that ends a text ends a sample (not where clients measure: `ignore_eos`)."""
 
     prompts: list[list[int]]
     sampling: Sampling
@@ -116,6 +116,7 @@ class Asked:
     logprobs: int | None = None
     scores: bool = False
     ids_as_tokens: bool = False
+    ends: bool = True
     stream: bool = False
     tells_usage: bool = False
 
@@ -149,6 +150,7 @@ def read_completion(served: Served, fields: Fields) -> Asked:
         logprobs=logprobs,
         scores=echo and (logprobs is not None or new == 0),
         ids_as_tokens=fields.flag("return_tokens_as_token_ids"),
+        ends=not fields.flag("ignore_eos"),
         **_stream(fields),
     )
     if echo and asked.stream:
@@ -236,13 +238,15 @@ def read_chat(served: Served, fields: Fields) -> Asked:
     new = fields.integer("max_completion_tokens", new, 1, 1 << 31)
     wanted = fields.integer("top_logprobs", 0, 0, served.logprobs)
     sampling = read_sampling(served, fields, new)
-    if served.turn_end:
+    ends = not fields.flag("ignore_eos")
+    if served.turn_end and ends:
         sampling = replace(sampling, stop=(*sampling.stop, served.turn_end))
     asked = Asked(
         [prompt],
         sampling,
         fields.integer("n", 1, 1, served.sequences),
         logprobs=wanted if fields.flag("logprobs") else None,
+        ends=ends,
         **_stream(fields),
     )
     if wanted and asked.logprobs is None:

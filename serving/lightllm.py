@@ -2,25 +2,30 @@
 
     asked, details = read_generate(served, fields, with_prompt=True)
     generated(answer, details)
+    pieces(answer, events)                               # of /generate_stream
 
 {"inputs": text or token ids, "parameters": {…}}: greedy unless do_sample. With serve.py's
 --return-all-prompt-logprobs every answer has the log-probabilities of the prompt's tokens, as with
 lightllm's own flag of that name. A text ends before its stop string, where lightllm's ends after.
 """
 
+import contextlib
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
+from backends import Sample
+from backends.engine import Token
 from serving.answers import LOWEST, Answer, Choice
 from serving.asked import Asked, Served, read_sampling
 from serving.fields import Fields, Refused
+from serving.service import Job
 
 NEW_TOKENS, MAX_SAMPLES = 16, 8  # lightllm's
 NEUTRAL: dict[str, tuple] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
-    "ignore_eos": (False,),
     "min_new_tokens": (1, 0),
     "skip_special_tokens": (True, False),
     "add_spaces_between_special_tokens": (True, False),
@@ -52,8 +57,10 @@ def read_generate(served: Served, fields: Fields, with_prompt: bool) -> tuple[As
     if not own.flag("do_sample"):
         sampling = replace(sampling, temperature=0.0)
     details = own.flag("return_details")
+    ends = not own.flag("ignore_eos")
     own.refuse_rest(NEUTRAL)
-    return Asked([prompt], sampling, n, logprobs=0, scores=with_prompt), details
+    asked = Asked([prompt], sampling, n, logprobs=0, scores=with_prompt, ends=ends)
+    return asked, details
 
 
 def generated(answer: Answer, details: bool) -> dict[str, Any]:
@@ -79,6 +86,35 @@ def generated(answer: Answer, details: bool) -> dict[str, Any]:
             for i in range(len(prompt) - 1)
         ]
     return said
+
+
+async def pieces(
+    answer: Answer, events: AsyncGenerator[tuple[Job, Any], None]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """A piece for each token, of which the last says the end. So it is told when the next is known;
+    of a sample without tokens the one that ended it is told."""
+    (choice,) = answer.choices.values()
+    held: dict[str, Any] | None = None
+    async with contextlib.aclosing(events):
+        async for job, event in events:
+            answer.take(job.index, event)
+            if isinstance(event, Token):
+                if held is not None:
+                    yield held
+                told = _tokens(answer, choice)[-1]
+                held = _piece(told | {"text": choice.unfolding.add(event.token_id)})
+            elif isinstance(event, Sample):
+                none = {"id": answer.served.texts.tokenizer.eos_token_id, "text": ""}
+                none |= {"logprob": None, "special": True, "count_output_tokens": 1}
+                last = held or _piece(none | {"prompt_tokens": len(answer.asked.prompts[0])})
+                last["token"]["text"] += choice.unfolding.rest(choice.text)
+                yield last | {"finished": True, "finish_reason": choice.finish_reason}
+
+
+def _piece(token: dict[str, Any]) -> dict[str, Any]:
+    named = ("id", "text", "logprob", "special", "count_output_tokens", "prompt_tokens")
+    about = {"generated_text": None, "finished": False, "finish_reason": None, "details": None}
+    return {"token": {name: token[name] for name in named}} | about
 
 
 def _tokens(answer: Answer, choice: Choice) -> list[dict[str, Any]]:

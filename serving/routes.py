@@ -24,7 +24,7 @@ from starlette.routing import Route
 from serving.answers import CHAT, COMPLETION, Answer
 from serving.asked import Asked, Served, read_chat, read_completion
 from serving.fields import Fields, Refused, read_body
-from serving.lightllm import generated, read_generate
+from serving.lightllm import generated, pieces, read_generate
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.service import Failed, Job, Service
 
@@ -91,7 +91,7 @@ async def events_of(
             if job is None:
                 raise ClientDisconnect
             if isinstance(event, Failed):
-                raise Refused(event.reason, status=500)
+                raise Refused(event.reason, status=event.status)
             yield job, event
     finally:
         watch.cancel()
@@ -130,18 +130,31 @@ class Routes:
     async def generate(self, request: Request) -> Response:
         """lightllm's, its errors too: 417 for what is wrong with a request."""
         try:
-            fields = await self.door.body_of(request)
-            asked, details = await run_in_threadpool(
-                read_generate, self.served, fields, self.door.scores_prompts
-            )
-            answer = Answer(self.served, asked, COMPLETION)
-            async for job, event in events_of(self.service, asked, request):
+            answer, details = await self._read_generate(request)
+            async for job, event in events_of(self.service, answer.asked, request):
                 answer.take(job.index, event)
         except Refused as refused:
-            status = 417 if refused.status == 400 else refused.status
-            headers = RETRY_AFTER if status == 429 else None
-            return answer_json({"message": refused.message}, status, headers)
+            return _refused_generate(refused)
         return await run_in_threadpool(lambda: answer_json(generated(answer, details)))
+
+    async def generate_stream(self, request: Request) -> Response:
+        """The same piece by piece, as lightllm writes it: no space, nothing after the last."""
+        try:
+            answer, _ = await self._read_generate(request)
+            if answer.asked.n > 1:
+                raise Refused("parameters.best_of must be 1 in a stream", "parameters.best_of")
+            told = pieces(answer, events_of(self.service, answer.asked, request))
+            first = await anext(told)
+        except Refused as refused:
+            return _refused_generate(refused)
+        return StreamingResponse(_pieces(first, told), media_type="text/event-stream")
+
+    async def _read_generate(self, request: Request) -> tuple[Answer, bool]:
+        fields = await self.door.body_of(request)
+        asked, details = await run_in_threadpool(
+            read_generate, self.served, fields, self.door.scores_prompts
+        )
+        return Answer(self.served, asked, COMPLETION), details
 
     async def models(self, request: Request) -> Response:
         served = self.served
@@ -210,8 +223,28 @@ async def _stream(answer: Answer, first: tuple, events: AsyncGenerator) -> Async
     yield "data: [DONE]\n\n"
 
 
-def _event(value: Any) -> str:
-    return f"data: {json.dumps(value, allow_nan=False, separators=(',', ':'))}\n\n"
+async def _pieces(first: dict, told: AsyncGenerator) -> AsyncIterator[str]:
+    """lightllm's events. What fails on the way is one too."""
+    try:
+        with contextlib.suppress(ClientDisconnect):
+            yield _event(first, "data:")
+            async for piece in told:
+                yield _event(piece, "data:")
+    except Refused as refused:
+        yield _event({"error": refused.message}, "data:")
+    finally:
+        await told.aclose()
+
+
+def _refused_generate(refused: Refused) -> Response:
+    """As lightllm says it."""
+    status = 417 if refused.status == 400 else refused.status
+    headers = RETRY_AFTER if status in (429, 503) else None
+    return answer_json({"message": refused.message}, status, headers)
+
+
+def _event(value: Any, before: str = "data: ") -> str:
+    return f"{before}{json.dumps(value, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -249,6 +282,7 @@ def make_app(served: Served, service: Service, door: Door) -> Starlette:
         ("POST", "/detokenize", routes.detokenize),
         ("GET", "/tokenizer_info", routes.tokenizer_info),
         ("POST", "/generate", routes.generate),
+        ("POST", "/generate_stream", routes.generate_stream),
         ("GET", "/metrics", routes.tell_metrics),
     ]
     kept = [Route(path, guarded(path, handler), methods=[verb]) for verb, path, handler in asked]
@@ -264,7 +298,7 @@ def make_app(served: Served, service: Service, door: Door) -> Starlette:
 
 
 async def _refused(request: Request, error: Any) -> Response:
-    headers = RETRY_AFTER if error.status == 429 else None
+    headers = RETRY_AFTER if error.status in (429, 503) else None
     return answer_json(error.body(), error.status, headers)
 
 

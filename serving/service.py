@@ -11,7 +11,9 @@ tokens of its prompt, its index), so its neighbours do not change it.
 """
 
 import asyncio
+import gc
 import hashlib
+import itertools
 import math
 import queue
 import threading
@@ -21,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 import cli
 from backends import Sample
@@ -32,13 +35,15 @@ from serving.scores import Scores, score_prompts
 from serving.texts import REPLACEMENT, Texts
 from transformers_model import Model
 
+SHORTAGES = 5  # of memory in a row
 NAN = "the model gives NaN: no answer can be had"
 
 
 class Failed(NamedTuple):
-    """Why a prompt gets no answer."""
+    """Why a prompt gets no answer; status: HTTP's, 503 where it may be asked again."""
 
     reason: str
+    status: int = 500
 
 
 Event = Token | Sample | Scores | Failed
@@ -91,13 +96,8 @@ class Service:
         self.model, self.texts, self.capacity = model, texts, capacity
         self.logprobs, self.batch_tokens = logprobs, batch_tokens
         score_prompts(model, [[0]], logprobs, batch_tokens)  # it runs, and gives numbers
-        self.engine = Engine(
-            *(model, capacity, texts.tokenizer),
-            eos_ids=end_ids,
-            compiled=compiled,
-            logprobs=logprobs,
-        )
-        self.end_ids = frozenset(end_ids)
+        self.end_ids, self.compiled = frozenset(end_ids), compiled
+        self.engine, self._shortages = self._make_engine(), 0
         self.most = capacity.rows + queue_size
         self.unfinished = 0  # sequences; this and `counts` are the loop's
         self.counts = dict.fromkeys(("prompt_tokens", "drawn_tokens", "scored_tokens"), 0)
@@ -107,6 +107,14 @@ class Service:
         self._scoring: deque[Job] = deque()
         self._drawing: set[Job] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def _make_engine(self) -> Engine:
+        return Engine(
+            *(self.model, self.capacity, self.texts.tokenizer),
+            eos_ids=self.end_ids,
+            compiled=self.compiled,
+            logprobs=self.logprobs,
+        )
 
     # -- The loop's side ----------------------------------------------------------------------
 
@@ -166,15 +174,40 @@ class Service:
     def _run(self) -> None:
         try:
             while self._take():
-                events = self._score() if self._scoring else []
+                if self._scoring:
+                    self._send(self._with_memory(self._score, self._drop_scoring))
                 if self.engine.busy:
-                    events += self._step()
-                self._send(events)
+                    self._send(self._with_memory(self._step, self._drop_drawing))
         except Exception as error:
             self.error = error
             left = [*self._scoring, *self._drawing]
             self._send([(job, Failed("the engine has ended")) for job in left])
             self._loop.call_soon_threadsafe(self.on_error)
+
+    def _with_memory(self, work: Callable[[], Told], drop: Callable[[], list[Job]]) -> Told:
+        """What work tells; where memory runs out, that those whose work it was may ask again. An
+        engine that has none time after time is at its end."""
+        try:
+            events, self._shortages = work(), 0
+            return events
+        except torch.OutOfMemoryError:
+            self._shortages += 1
+            if self._shortages == SHORTAGES:
+                raise
+        cli.note("out of memory: what was under way is told to come again")
+        return [(job, Failed("out of memory: try again", 503)) for job in drop()]
+
+    def _drop_scoring(self) -> list[Job]:
+        return [self._scoring.popleft() for _ in range(self._batch())]
+
+    def _drop_drawing(self) -> list[Job]:
+        """With a new engine: what a step that failed left behind is not to be trusted."""
+        left, self._drawing = list(self._drawing), set()
+        del self.engine
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.engine = self._make_engine()
+        return left
 
     def _send(self, events: Told) -> None:
         if events:
@@ -201,7 +234,7 @@ class Service:
             room = self.capacity.prompt_tokens + 1 - len(job.prompt)
             new_tokens = min(asked.sampling.max_new_tokens, room)
             sampling = replace(asked.sampling, max_new_tokens=new_tokens)
-            self.engine.submit(job, job.prompt, sampling, range(asked.n), job.key)
+            self.engine.submit(job, job.prompt, sampling, range(asked.n), job.key, ends=asked.ends)
             self._drawing.add(job)
 
     def _drop(self, job: Job) -> None:
@@ -210,19 +243,26 @@ class Service:
         self.engine.cancel(job)
         self._drawing.discard(job)
 
+    def _batch(self) -> int:
+        """How many of those that wait for scores are run at once."""
+        n, tokens = 0, 0
+        for job in self._scoring:
+            tokens += len(job.prompt)
+            if n and tokens > self.batch_tokens:
+                break
+            n += 1
+        return n
+
     def _score(self) -> Told:
-        """One batch of those that wait."""
-        jobs, tokens = [], 0
-        room = self.batch_tokens
-        while self._scoring and (not jobs or tokens + len(self._scoring[0].prompt) <= room):
-            jobs.append(self._scoring.popleft())
-            tokens += len(jobs[-1].prompt)
-        events: Told = []
+        """One batch of those that wait; they wait until it is done."""
+        jobs = list(itertools.islice(self._scoring, self._batch()))
         prompts = [job.prompt for job in jobs]
         try:
             found = score_prompts(self.model, prompts, self.logprobs, self.batch_tokens)
         except ValueError as error:
-            return [(job, Failed(cli.reason_of(error))) for job in jobs]
+            return [(job, Failed(cli.reason_of(error))) for job in self._drop_scoring()]
+        self._drop_scoring()
+        events: Told = []
         for job, scores in zip(jobs, found):
             events.append((job, scores))
             events += self._next_token(job, scores)
@@ -234,7 +274,8 @@ class Service:
         asked, token = job.asked, scores.ids[-1][0]
         if not (asked.one_pass and asked.draws):
             return []
-        ends, text = token in self.end_ids, self.texts.continuation(job.prompt, [token])
+        ends = asked.ends and token in self.end_ids
+        text = self.texts.continuation(job.prompt, [token])
         cuts = [at for stop in asked.sampling.stop if (at := text.find(stop)) >= 0]
         reason = "eos" if ends else "stop" if cuts else "length"
         text = "" if ends else text[: min(cuts, default=len(text))].rstrip(REPLACEMENT)

@@ -17,9 +17,10 @@ import checkpoint
 import cli
 import evaluation
 import formats
-from backends import Facts
+from backends import Facts, parallel
 from backends.local import facts_of
 from checkpoint import Checkpoint
+from config import GPTConfig
 from distributed import Dist, print0
 from evaluation import Evaluation, ModelOptions, Plan, Plans, Result
 from quantisation.names import Quantisation
@@ -96,7 +97,7 @@ class Work(NamedTuple):
 
 
 class Planner:
-    """options: sweep.SweepOptions. All but plan_of is rank 0's alone."""
+    """options: sweep.SweepOptions. All but plan_of and in_groups is rank 0's alone."""
 
     def __init__(
         self, models: ModelOptions, options: Any, entries: list[Entry], dtype: str, dist: Dist
@@ -137,6 +138,13 @@ class Planner:
         rounded = entry.quantisation
         facts = facts_of(ckpt, tokenizer, self.dtype, self.dist.device.type, rounded)
         return self.plans[entry.label].of(facts), facts
+
+    def in_groups(self, work: Work, dist: Dist) -> Dist:
+        """The run as --shard groups it for this checkpoint, by what rank 0 saw of it: no rank is
+        alone in the collective that this is."""
+        config = work.info["config"]
+        config = GPTConfig.from_dict(config) if work.info["module"] == "GPTModel" else None
+        return parallel.in_groups(dist, self.models.shard, config, self.dtype)
 
     def by_rule(self, labels: Iterable[str]) -> list[str]:
         """In their order, but those of one rule side by side, as they appear first."""

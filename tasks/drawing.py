@@ -100,7 +100,7 @@ def in_order(entries: list[dict], asked: Asked) -> list[dict]:
 def draw_all(backend: Backend, asked: Asked, folder: Folder, name: str) -> tuple[list[dict], int]:
     """(every sample's entry in order, on every rank, and how many a journal held already)."""
     dist, known = backend.dist, known_samples(folder.known(), asked.tasks)
-    mine = [known[at] for at in sorted(known)[dist.rank :: dist.world_size]]
+    mine = [known[at] for at in dist.mine(sorted(known))]
     with cli.progress(len(asked.tasks) * asked.n_samples, name, "sample") as bar:
         bar.update(len(known))
         for entry in draw(backend, asked, known):

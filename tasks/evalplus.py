@@ -125,8 +125,7 @@ def suites(problems: dict[str, dict], sandbox: Sandbox, dist: Any = None) -> tup
     """({task_id: its fields test and plus_test}, {task_id: why it has none}) of the problems with
     inputs. dist: the ranks that share the work."""
     own = [task for task, problem in problems.items() if "inputs" in problem]
-    if dist:
-        own = own[dist.rank :: dist.world_size]
+    own = dist.mine(own) if dist else own
     tests: dict[str, dict[str, str]] = {}
     broken: dict[str, str] = {}
     programs = (_questions(problems[task]) for task in own)

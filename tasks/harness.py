@@ -137,6 +137,8 @@ def evaluate(asked: Asked, model: "Verbs", limit: int | None) -> dict:
     """lm-eval's results, the samples among them; no standard errors, some of which it would draw
     again and again for, in processes forked from this one."""
     chat = model.chat
+    for task in asked.tasks.values():  # each model is shown the examples that the first one was
+        task.set_fewshot_seed(seed=SEED)
     return evaluator.evaluate(
         model,
         asked.loaded,

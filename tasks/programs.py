@@ -101,8 +101,7 @@ def split_off(problems: Problems, sandbox: Sandbox, dist: Any = None) -> tuple[P
     tests, broken = evalplus.suites(problems, sandbox, dist)
     problems = {task: p | tests.get(task, {}) for task, p in problems.items() if task not in broken}
     own = [task for task in problems if isinstance(problems[task].get("canonical_solution"), str)]
-    if dist:
-        own = own[dist.rank :: dist.world_size]
+    own = dist.mine(own) if dist else own
     failing = {task: "" for task in own}
     for look in ("", "\n# once more\n"):
         asked = [(task, suite) for task in failing for suite in suites_of(problems[task])]

@@ -20,7 +20,7 @@ import torch
 from tokenizer import build_tokenizer
 
 LIES = "constant by_id shifted null nan missing ignored_echo number_first only_chosen two_choices"
-LIES = (LIES + " other_index prefix_dependent").split()
+LIES = (LIES + " other_index prefix_dependent wrong_count").split()
 FAULTS = ["429", "500", "503", "truncated", "reset", "hang", "redirect"]
 BYTE = build_tokenizer("byte")
 
@@ -30,20 +30,25 @@ class StubServer:
     refuse: a piece of text whose prompts are answered with `refusal` (status, message); slow: one
     whose prompts are answered late. key: that is wanted. keeps_stop, seeds, hot: whether stop
     strings stay, seeds are honoured, and a temperature is. ids: whether prompts may be token ids.
-    bos: whether texts get a token before them."""
+    bos: whether texts get a token before them. by_id: whether tokens are told by their ids, tops:
+    of how many of the likeliest. streams: "same", "other" (a text that is not the same), "none"."""
 
     def __init__(self, model, lie=None, owner="vllm", context=256, **options):
         assert lie is None or lie in LIES, lie
         self.model, self.lie, self.owner, self.context = model, lie, owner, context
         defaults = {"refuse": None, "refusal": (400, "no"), "key": None, "keeps_stop": False}
         defaults |= {"seeds": True, "hot": True, "ids": True, "bos": False, "names": ["tiny"]}
-        defaults |= {"slow": None, "tokenize": True, "usage": True}
+        defaults |= {"slow": None, "tokenize": True, "usage": True, "by_id": True, "tops": 20}
+        defaults |= {"streams": "same"}
         assert options.keys() <= defaults.keys(), options
         self.__dict__.update(defaults | options)
         self.lock, self.bodies, self.faults, self.headers = threading.Lock(), [], [], []
-        self.connections, self.known = [], model.__dict__.setdefault("known_logprobs", {})
+        self.connections = []
         self.retry_after, self.hang_seconds, self.dead_after = "0", 0.5, None
         self.under_way = self.most_under_way = 0
+        self.restarted = None  # the model that is there after a reset
+        self.posts = {"/v1/completions": self.completion, "/v1/chat/completions": self.chat}
+        self.gets = {"/v1/models": self.listed}
 
     def __enter__(self):
         stub = self
@@ -60,12 +65,9 @@ class StubServer:
 
             def do_GET(self):
                 stub.headers.append(dict(self.headers))
-                if self.path != "/v1/models":
+                if self.path not in stub.gets:
                     return self.answer(404, {"detail": "Not Found"})
-                about = {"object": "model", "owned_by": stub.owner, "created": time.time()}
-                about["max_model_len"] = stub.context
-                data = [{"id": name, **about} for name in stub.names]
-                self.answer(200, {"object": "list", "data": data})
+                self.answer(200, stub.gets[self.path]())
 
             def do_POST(self):
                 stub.headers.append(dict(self.headers))
@@ -75,7 +77,7 @@ class StubServer:
                     return self.answer(401, {"error": f"wrong key {given}"})
                 if self.path == "/tokenize" and stub.tokenize and "prompt" in body:
                     return self.answer(200, {"tokens": stub.encode(body["prompt"])})
-                if self.path != "/v1/completions":
+                if self.path not in stub.posts:
                     return self.answer(404, {"detail": "Not Found"})
                 with stub.lock:
                     stub.bodies.append(body)
@@ -97,21 +99,28 @@ class StubServer:
                 if fault == "redirect":
                     return self.answer(307, {}, Location="http://elsewhere.invalid/v1")
                 if fault == "reset":
+                    stub.model = stub.restarted or stub.model
                     linger = struct.pack("ii", 1, 0)  # closed by a reset
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                     self.close_connection = True
                     return self.connection.close()
                 if fault == "hang":
                     time.sleep(stub.hang_seconds)
-                status, found = stub.completion(body)
+                status, found = stub.posts[self.path](body)
                 self.answer(status, found, cut=fault == "truncated")
 
             def answer(self, status, found, cut=False, **headers):
-                data = json.dumps(found).encode()
+                kind, data = "application/json", json.dumps(found).encode()
+                if status == 200 and isinstance(found, dict) and "many" in found:
+                    data = json.dumps(found["many"]).encode()  # a list that is no stream
+                if isinstance(found, list) and status == 200:
+                    kind = "text/event-stream; charset=utf-8"
+                    lines = [f"data: {json.dumps(event)}\n\n" for event in found]
+                    data = "".join([": a comment\n\n", *lines, "data: [DONE]\n\n"]).encode()
                 data = data[: len(data) // 2] if cut else data
                 try:
                     self.send_response(status)
-                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Type", kind)
                     self.send_header("Content-Length", str(len(data)))
                     for name, value in headers.items():
                         self.send_header(name.replace("_", "-"), value)
@@ -134,6 +143,11 @@ class StubServer:
             with contextlib.suppress(OSError):  # closed already
                 connection.shutdown(socket.SHUT_RDWR)
 
+    def listed(self):
+        about = {"object": "model", "owned_by": self.owner, "created": time.time()}
+        about["max_model_len"] = self.context
+        return {"object": "list", "data": [{"id": name, **about} for name in self.names]}
+
     # -- The model ----------------------------------------------------------------------------
 
     def encode(self, text):
@@ -143,10 +157,11 @@ class StubServer:
     def logprobs(self, ids):
         """[len(ids), V]: after each; kept with the model, since probes ask the same again."""
         with self.lock:
-            if tuple(ids) not in self.known:
+            known = self.model.__dict__.setdefault("known_logprobs", {})
+            if tuple(ids) not in known:
                 logits = self.model.logits(self.model.hidden(torch.tensor([ids]))[0])
-                self.known[tuple(ids)] = logits.float().log_softmax(-1)
-            return self.known[tuple(ids)]
+                known[tuple(ids)] = logits.float().log_softmax(-1)
+            return known[tuple(ids)]
 
     def completion(self, body):
         prompt = body["prompt"]
@@ -173,14 +188,46 @@ class StubServer:
                 finish = "stop"
         choice = {"index": 0, "text": shown, "finish_reason": finish, "logprobs": None}
         if body.get("logprobs") and self.lie != "ignored_echo":
-            choice["logprobs"] = self.echoed(prompt, new)
+            given = self.echoed(prompt, new) if body.get("echo") else self.likeliest(prompt, body)
+            choice["logprobs"] = given
+        wrong = self.lie == "wrong_count" and bool(body.get("echo"))
+        usage = {"prompt_tokens": len(prompt) + wrong, "completion_tokens": len(new)}
+        if body.get("stream") and self.streams != "none":
+            return 200, self.in_pieces(choice, usage, body)
         choices = [choice]
         if self.lie == "two_choices":
             choices = [choice | {"index": 1}, choice]
         if self.lie == "other_index":
             choice["index"] = 1
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(new)}
         return 200, {"choices": choices} | ({"usage": usage} if self.usage else {})
+
+    def in_pieces(self, choice, usage, body):
+        text = choice["text"] + "!" * (self.streams == "other")
+        parts = [choice | {"text": piece, "finish_reason": None} for piece in text]
+        events = [{"choices": [part]} for part in [*parts, choice | {"text": ""}]]
+        told = self.usage and body["stream_options"]["include_usage"]
+        return [*events, {"choices": [], "usage": usage}] if told else events
+
+    def likeliest(self, prompt, body):
+        """Of what may follow a prompt, by ids: those that are asked for, or the highest."""
+        logs = self.logprobs(prompt)[-1]
+        ids = logs.topk(min(body["logprobs"], self.tops)).indices.tolist()
+        if self.by_id and body.get("logprob_token_ids"):
+            ids = body["logprob_token_ids"]
+        return {"top_logprobs": [{f"token_id:{i}": float(logs[i]) for i in ids}]}
+
+    def chat(self, body):
+        """One message between marks, continued."""
+        (message,) = body["messages"]
+        prompt = f"<{message['role']}>{message['content']}<>"
+        status, found = self.completion(body | {"prompt": prompt})
+        if status != 200:
+            return status, found
+        for event in found if isinstance(found, list) else [found]:
+            for choice in event["choices"]:
+                text = {"content": choice.pop("text")}
+                choice["delta" if isinstance(found, list) else "message"] = text
+        return 200, found
 
     def draw(self, prompt, body):
         ids, generator = list(prompt), torch.Generator()

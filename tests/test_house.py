@@ -30,16 +30,18 @@ FLOORS = [
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
     "gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
-    "formats quantisation/comparison modeling/rotary modeling/mlp modeling/norms backends/client "
-    "backends/completions backends/probing",
-    "modeling/attention quantisation/codes quantisation/rules quantisation/linear",
+    "formats quantisation/comparison modeling/rotary modeling/mlp modeling/norms endpoints",
+    "modeling/attention quantisation/codes quantisation/rules quantisation/linear "
+    "endpoints/timing endpoints/client endpoints/answers endpoints/prompts endpoints/kinds "
+    "endpoints/completions endpoints/chats endpoints/native endpoints/probing",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/formulas costs/quantised costs/symbols costs/flops costs/memory "
-    "costs/time "
+    "sandbox/judge costs/formulas costs/quantised costs/symbols costs/shards costs/flops "
+    "costs/memory costs/time costs/pipeline costs/plot "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
     "formats/archives formats/naming formats/quantised model",
+    "backends/pipe backends/parallel",
     "dataset transformers_model quantisation/apply formats/layouts formats/fingerprints "
     "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
     "formats/bitsandbytes "
@@ -50,7 +52,8 @@ FLOORS = [
     "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
-    "backends/scoring backends/continuations backends/pairs backends/rows backends/engine",
+    "backends/scoring backends/continuations backends/pairs backends/rows "
+    "backends/stages backends/engine backends/wanted",
     "tasks/divergence tasks/windows",
     "backends/states backends/local backends/endpoint backends/reference tasks/chat "
     "tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
@@ -73,10 +76,11 @@ FLOORS = [
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
+NO_TORCH += " costs/shards costs/pipeline"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
 NO_TORCH += " tasks/drawing tasks/chat humaneval_eval gsm8k_eval formats/adapter_config"
 NO_TORCH += " quantisation/names bleu_eval certainty resampling tasks/translation"
-NO_TORCH += " backends/probing tasks/divergence"
+NO_TORCH += " endpoints/probing tasks/divergence"
 # Names that packages have which users may have installed: a file or folder of that name would
 # shadow them, or be shadowed.
 OTHERS = "kernels evaluate lm_eval datasets triton_kernels vllm sglang litgpt deepspeed megatron"

@@ -44,6 +44,23 @@ def test_sigterm_finishes_what_is_on_its_way(path):
         assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
+def test_a_server_on_each_rank(path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        base = taken.getsockname()[1]
+    words = command(2, "serve.py", "--checkpoint-path", path, "--port-base", base)
+    with started([*words, "--device", "cpu"], stdout=subprocess.PIPE) as process:
+        lines = sorted(process.stdout.readline() for _ in range(2))
+        urls = [re.search(r"http://[\d.:]+", line)[0] for line in lines]
+        assert urls == [f"http://127.0.0.1:{base + i}" for i in range(2)]
+        body = {"prompt": "ab", "max_tokens": 9, "seed": 1}
+        texts = {ask(url, body)["choices"][0]["text"] for url in urls}
+        assert len(texts) == 1
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
 def test_errors_are_one_line(path, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

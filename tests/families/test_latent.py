@@ -118,7 +118,7 @@ def test_a_token_leaves_one_latent_a_layer(pairs):
     c = ours.config
     cache = DecodeCache(ours, n_prompts=2, prompt_len=9, n_rows=3, max_len=5)
     assert cache.k[0].shape == (3, 1, 5, 24 + 8) and cache.prompt_k[0].shape == (2, 1, 9, 24 + 8)
-    assert cache.v == cache.prompt_v == [None] * c.n_layers
+    assert cache.v == cache.prompt_v == dict.fromkeys(range(c.n_layers))
     assert c.cache_dim == 32
     prefix = PrefixCache(ours, 9)
     assert prefix.k[0].shape == (1, 4, 9, 18) and prefix.v[0].shape == (1, 4, 9, 12)

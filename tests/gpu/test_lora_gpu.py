@@ -84,4 +84,4 @@ def test_bfloat16_gradients_are_near_float32s(kind, compiled, tmp_path):
     (exact, wanted), (loss, got) = found
     assert loss == pytest.approx(exact, rel=2e-2)
     for a, b in zip(wanted, got, strict=True):
-        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.95

@@ -1,9 +1,16 @@
 """lightllm's /generate as OpenCompass asks and reads it, and /metrics."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from servers import serving
+
+from backends import Sampling
+from endpoints.client import Client
+from endpoints.native import Lightllm
+from tokenizer import build_tokenizer
 
 
 def test_samples_and_errors(client):
@@ -25,6 +32,35 @@ def test_samples_and_errors(client):
                  {"inputs": "a", "parameters": {"guided_json": "x"}}):  # fmt: skip
         status, said = client.ask("/generate", body)
         assert status == 417 and said["message"]
+
+
+def test_a_stream_in_lightllms_shape(client):
+    for parameters in ({"max_new_tokens": 9}, {"max_new_tokens": 24, "stop_sequences": ["e", "="]},
+                       {"do_sample": True, "seed": 5, "max_new_tokens": 1}):  # fmt: skip
+        body = {"inputs": "ab", "parameters": parameters}
+        _, whole = client.ask("/generate", body)
+        with client.open("/generate_stream", body) as reply:
+            assert reply.headers["Content-Type"].startswith("text/event-stream")
+            lines = reply.read().decode().split("\n\n")
+        assert lines.pop() == "" and all(line.startswith("data:{") for line in lines)
+        told = [json.loads(line.removeprefix("data:")) for line in lines]
+        assert "".join(one["token"]["text"] for one in told) == whole["generated_text"][0]
+        assert [one["finished"] for one in told] == [False] * (len(told) - 1) + [True]
+        assert told[-1]["finish_reason"] == whole["finish_reason"]
+        counts = [one["token"]["count_output_tokens"] for one in told]
+        assert counts == [*range(1, whole["count_output_tokens"] + 1)]
+    many = {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True}}
+    assert client.ask("/generate_stream", many)[0] == 417
+
+
+def test_our_own_client_reads_it(client, model):
+    """The route for lightllm's servers, against ours in that shape."""
+    asked = Client(client.url)
+    route = Lightllm(asked, "any", build_tokenizer("byte"))
+    whole = route.draw([97, 98], Sampling(max_new_tokens=7))
+    route.streams = True
+    assert route.draw([97, 98], Sampling(max_new_tokens=7)) == whole
+    assert asked.timings[-1].tokens == 7 and len(asked.timings[-1].gaps) <= 6
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from builders import saved_checkpoint, small_mmlu
-from servers import serving
+from servers import TEMPLATE, serving
 
 pytest.importorskip("lm_eval.models.api_models", reason="lm-eval is not installed: no oracle")
 pytest.importorskip("tenacity", reason="lm-eval's client needs it")
@@ -28,7 +28,8 @@ def place(tmp_path_factory):
     rebase(folder / "tasks", "mmlu_anatomy", "mmlu/default/mmlu_anatomy.yaml", splits)
     rows = [{"question": f"What is {i} + é?", "answer": f"It is.\n#### {i}"} for i in range(4)]
     rebase(folder / "tasks", "gsm8k", "gsm8k/gsm8k.yaml", {"train": rows, "test": rows})
-    saved_checkpoint(folder / "run", kind="llama", max_position_embeddings=1024)
+    path = saved_checkpoint(folder / "run", kind="llama", max_position_embeddings=1024)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
@@ -65,6 +66,46 @@ def test_lm_eval_finds_what_we_find(place, tmp_path, at_once):
                 bootstrap_iters=0,
                 batch_size=2,
             )
+    same_samples(ours, theirs, tasks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_lm_evals_client_of_chats(place, tmp_path, at_once):
+    """It sends messages, and the server puts them into the checkpoint's template; here harness_eval
+    does."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from harness_eval import evaluate_harness
+
+    path, tasks = place / "run" / NAME, ["gsm8k"]
+    model, tokenizer = load_model(path, "float32", "cpu"), build_tokenizer(path)
+    words = {"include_path": str(place / "tasks"), "gen_kwargs": f"max_gen_toks={NEW}"}
+    words |= {
+        "num_few_shot": 2,
+        "results_dir": str(tmp_path / "ours"),
+        "chat_template": "on",
+        "fewshot_as_turns": False,
+    }
+    ours = evaluate_harness(model, tokenizer, tasks, **words)
+    with serving(path) as (client, _):
+        url = f"{client.url}/v1/chat/completions"
+        theirs = simple_evaluate(
+            model="local-chat-completions",
+            model_args={"base_url": url, "model": NAME, "num_concurrent": at_once},
+            tasks=tasks,
+            task_manager=TaskManager(include_path=words["include_path"], include_defaults=False),
+            num_fewshot=2,
+            gen_kwargs=words["gen_kwargs"],
+            apply_chat_template=True,
+            fewshot_as_multiturn=False,
+            bootstrap_iters=0,
+        )
+    same_samples(ours, theirs, tasks)
+
+
+def same_samples(ours, theirs, tasks):
     for record, task in zip(ours, tasks, strict=True):
         wanted = sorted(theirs["samples"][task], key=lambda s: (s["doc_id"], s["filter"]))
         samples = [json.loads(json.dumps(sample, default=str)) for sample in record.samples()]

@@ -100,6 +100,22 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
         }  # fmt: skip
 
 
+def test_ends_of_text_can_be_ignored(client):
+    """As clients that measure ask: every answer has its length."""
+    body = {"prompt": "ab", "max_tokens": 30, "seed": 1, "temperature": 50, "n": 30}
+    whole = client.complete(**body)
+    body |= {"return_tokens_as_token_ids": True, "logprobs": 0}
+    longer = client.complete(**body, ignore_eos=True)
+    ended = [i for i, choice in enumerate(whole) if choice["finish_reason"] == "stop"]
+    assert ended and {choice["finish_reason"] for choice in longer} == {"length"}
+    for i, choice in enumerate(longer):
+        ids = choice["logprobs"]["tokens"]
+        assert len(ids) == 30 and ("token_id:256" in ids) == (i in ended)
+        assert choice["text"].startswith(whole[i]["text"].rstrip("\ufffd"))
+    one = {"prompt": "ab", "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+    assert client.complete(**one, ignore_eos=True)[0]["finish_reason"] == "length"
+
+
 # ---------------------------------------------------------------------------------------------
 # Scores
 

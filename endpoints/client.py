@@ -2,6 +2,7 @@
 
     client = Client("http://host:8000", concurrency=32)
     answer = client.ask("POST", "/v1/completions", {...})           # the JSON of an answer
+    pieces = client.stream("/v1/completions", {...})                # [(seconds, JSON of an event)]
     for job, answer in in_flight(ask, jobs, concurrency=32): ...    # as they come, in any order
 
 Whether an error passes is told by its status and its text together: servers send permanent ones as
@@ -21,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from endpoints.timing import Timing, timed
+
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
 
@@ -32,6 +35,9 @@ TOO_SLOW = "no answer within"
 PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 LONGEST_RETRY_AFTER = 600.0  # seconds that a server may ask for
 CONNECT_SECONDS = 20.0
+MOST_BYTES = 256 << 20  # of an answer; that a whole vocabulary is named in has a few millions
+AWAY = ("no connection", "the connection broke off")
+CUT_SHORT = "an answer that is no JSON, cut short perhaps"
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 # what permanent errors say that come with a status of PASSING, in small letters
 PERMANENT_WORDS = (
@@ -54,6 +60,10 @@ class Gone(OSError):
     """The server does not answer any more."""
 
 
+class Failed(Exception):
+    """An answer that began well, and did not end well."""
+
+
 class Client:
     """See the file's docstring. url: the server's address, with or without /v1 and what follows.
     ValueError for an address that is none, or that holds a secret."""
@@ -68,45 +78,96 @@ class Client:
         self._errors = urllib3.exceptions
         self._pool = urllib3.PoolManager(
             num_pools=1,
-            maxsize=concurrency,
+            maxsize=concurrency + 1,  # whoever reads the answers asks, too
             retries=False,
             timeout=urllib3.Timeout(connect=min(timeout, CONNECT_SECONDS), read=timeout),
         )
-        self._lock, self._gone = threading.Lock(), ""
+        self._lock, self._gone, self._seconds = threading.Lock(), "", timeout
         self.control: tuple[str, dict] | None = None  # path and body that it is known to answer
         self.retries = 0
-        self.latencies: list[float] = []  # seconds of each request that was answered
+        self.breaks = 0  # after which another server may have come back than was there before
+        self.timings: list[Timing] = []  # of each request that was answered
 
-    def ask(self, method: str, path: str, body: dict | None = None) -> Any:
+    def ask(self, method: str, path: str, body: dict | None = None, optional: bool = False) -> Any:
         """The JSON of the answer. Refused: by this request's own fault. Gone: not answered, however
-        often it was asked. ValueError: where no request could be answered (the key, the route)."""
+        often it was asked. ValueError: where no request could be answered (the key, the route).
+        optional: a route that fails (500) each time is one that is not there."""
+
+        def read(response, start):
+            answer = json.loads(b"".join(self._parts(response, start)))
+            self.note(timed(time.perf_counter() - start))
+            return answer
+
+        return self._until_answered(method, path, body, read, optional)
+
+    def stream(self, path: str, body: dict, ends: Callable[[Any], bool]) -> list[tuple[float, Any]]:
+        """(seconds after it was asked for, the JSON of the event) of each event of an answer that
+        comes piece by piece; `ends` knows the one that says that it is whole. Who knows which of
+        them are tokens notes their times."""
+
+        def read(response, start):
+            kind = response.headers.get("Content-Type") or ""
+            if not kind.startswith("text/event-stream"):
+                raise Refused(f"no stream, but {kind or 'nothing named'}")
+            events = []
+            for line in lines_of(self._parts(response, start)):
+                if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+                    events.append((time.perf_counter() - start, json.loads(line[5:])))
+                    problem = isinstance(events[-1][1], dict) and events[-1][1].get("error")
+                    if problem:
+                        raise Failed(f"500 {message_of(json.dumps(problem).encode())}")
+            if not any(ends(event) for _, event in events):
+                raise Failed("a stream that broke off")
+            return events
+
+        return self._until_answered("POST", path, body, read)
+
+    def get(self, path: str) -> Any:
+        """The JSON of an optional route; None where there is no such one, or none that answers."""
+        try:
+            return self.ask("GET", path, optional=True)
+        except (Refused, NotThere):
+            return None
+
+    def note(self, timing: Timing) -> None:
+        """One request more was answered."""
+        with self._lock:
+            self.timings.append(timing)
+
+    # -- Inside -------------------------------------------------------------------------------
+
+    def _until_answered(
+        self,
+        method: str,
+        path: str,
+        body: dict | None,
+        read: Callable[[Any, float], Any],
+        optional: bool = False,
+    ) -> Any:
         said: list[str] = []
         while True:
             start, wait = time.perf_counter(), None
             try:
                 response = self._send(method, path, body)
-                if 200 <= response.status < 300:
-                    answer = json.loads(response.data)
-                    self._note(time.perf_counter() - start)
-                    return answer
-                trouble = self._trouble(response)
-                wait = retry_after(response.headers.get("Retry-After"))
+                try:
+                    if 200 <= response.status < 300:
+                        return read(response, start)
+                    trouble = self._trouble(response, start)
+                    wait = retry_after(response.headers.get("Retry-After"))
+                finally:
+                    self._let_go(response)
             except (UnicodeDecodeError, json.JSONDecodeError):
-                trouble = "an answer that is no JSON, cut short perhaps"
+                trouble = CUT_SHORT
+            except Failed as error:
+                trouble = self._hidden(str(error))
             except self._errors.HTTPError as error:
                 trouble = self._name(error)
+            if trouble.startswith((*AWAY, "503")):
+                with self._lock:
+                    self.breaks += 1
             said.append(trouble)
-            self._give_up_or_go_on(said)
+            self._give_up_or_go_on(said, optional)
             self._wait(len(said), wait)
-
-    def get(self, path: str) -> Any:
-        """The JSON of an optional route; None where there is no such one."""
-        try:
-            return self.ask("GET", path)
-        except (Refused, NotThere):
-            return None
-
-    # -- Inside -------------------------------------------------------------------------------
 
     def _send(self, method, path, body):
         headers = {"Accept": "application/json"}
@@ -117,18 +178,42 @@ class Client:
             headers["Content-Type"] = "application/json"
             data = json.dumps(body).encode()
         return self._pool.request(
-            method, self.root + path, body=data, headers=headers, redirect=False
+            method,
+            self.root + path,
+            body=data,
+            headers=headers,
+            redirect=False,
+            preload_content=False,
         )
 
-    def _trouble(self, response) -> str:
+    def _parts(self, response, start: float) -> Iterator[bytes]:
+        """The bytes of an answer as they come, in time and of a size that can be one."""
+        size = 0
+        while part := response.read1(1 << 16):
+            size += len(part)
+            if size > MOST_BYTES:
+                raise Refused(f"an answer of more than {MOST_BYTES >> 20} MB")
+            if time.perf_counter() - start > self._seconds:  # a little at a time, for ever
+                raise Failed(f"{TOO_SLOW} {self._seconds:g} s")
+            yield part
+
+    def _let_go(self, response) -> None:
+        """Back into the pool where it was read to its end, else closed: what is left of an answer
+        belongs to no other."""
+        if response.length_remaining or not response.closed:
+            response.close()
+        response.release_conn()
+
+    def _hidden(self, text: str) -> str:
+        """Without the key."""
+        return text.replace(self._key, "***") if self._key else text
+
+    def _trouble(self, response, start: float) -> str:
         """What a passing error says; raises for one that does not pass."""
-        status, text = response.status, message_of(response.data)
-        text = f"{status} {text}".strip()
-        if self._key:
-            text = text.replace(self._key, "***")
+        status, text = response.status, message_of(b"".join(self._parts(response, start)))
+        text = self._hidden(f"{status} {text}".strip())
         if 300 <= status < 400:
-            to = response.headers.get("Location") or "elsewhere"
-            to = to.replace(self._key, "***") if self._key else to
+            to = self._hidden(response.headers.get("Location") or "elsewhere")
             raise ValueError(
                 f"{self.root} redirects to {to:.200}: redirects are not followed, give the address "
                 "that answers (--endpoint)"
@@ -143,10 +228,12 @@ class Client:
             raise Refused(text)
         return text
 
-    def _give_up_or_go_on(self, said: list[str]) -> None:
+    def _give_up_or_go_on(self, said: list[str], optional: bool) -> None:
         same = said[-SAME_ERRORS:]
         is_same = said[-1].startswith("5") and len(same) == SAME_ERRORS and len({*same}) == 1
         slow = sum(text.startswith(TOO_SLOW) for text in said)
+        if optional and is_same and said[-1].startswith("500"):  # not 503, which loading models say
+            raise Refused(said[-1])
         if (is_same or slow >= TIMEOUT_TRIES) and self._answers_control():
             raise Refused(said[-1])
         if len(said) >= TRIES or slow >= TIMEOUT_TRIES:
@@ -159,7 +246,9 @@ class Client:
             return False
         path, body = self.control
         try:
-            return self._send("POST", path, body).status == 200
+            response = self._send("POST", path, body)
+            self._let_go(response)
+            return response.status == 200
         except self._errors.HTTPError:
             return False
 
@@ -170,10 +259,6 @@ class Client:
             self.retries += 1
         time.sleep(own if asked_for is None else asked_for + own / 4)
 
-    def _note(self, seconds: float) -> None:
-        with self._lock:
-            self.latencies.append(seconds)
-
     def _name(self, error) -> str:
         errors = self._errors
         if isinstance(error, errors.SSLError):
@@ -181,11 +266,10 @@ class Client:
         if isinstance(error, errors.NameResolutionError):
             return "no such host"
         if isinstance(error, errors.NewConnectionError):
-            return "no connection"
+            return AWAY[0]
         if isinstance(error, errors.TimeoutError):
-            seconds = self._pool.connection_pool_kw["timeout"].read_timeout
-            return f"{TOO_SLOW} {seconds:g} s"
-        return "the connection broke off"
+            return f"{TOO_SLOW} {self._seconds:g} s"
+        return AWAY[1]
 
 
 class NotThere(ValueError):
@@ -222,6 +306,16 @@ def message_of(data: bytes) -> str:
             names = [name for name in ("error", "message", "detail") if found.get(name)]
             found = found[names[0]] if names else text
     return " ".join(str(found).split())[:300]
+
+
+def lines_of(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of bytes that come in parts, without their ends, each as soon as it is whole."""
+    rest = b""
+    for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        yield from (line.rstrip(b"\r") for line in lines)
+    if rest:
+        yield rest
 
 
 def retry_after(value: str | None) -> float | None:

@@ -1,0 +1,117 @@
+"""What the tests of sharded models run on each rank: the three verbs, to be compared bit for bit.
+
+found = numbers(load(ckpt, "float32", dist), facts, dist)
+check(path, dist, size, stream)             # in groups of `size` ranks, and on this rank alone
+"""
+
+import numpy as np
+import torch
+
+import checkpoint
+from backends import Sampling
+from backends.continuations import Continuations
+from backends.local import Local, facts_of
+from backends.parallel import in_groups, load
+from costs.shards import shares, weight_bytes
+from costs.symbols import Setup
+from dataset import RandomWindows, Windows, open_stream
+from distributed import Dist
+from formats import layouts
+
+ALONE = Dist(0, 1, 0, torch.device("cpu"))
+T = 32
+SAMPLING = Sampling(max_new_tokens=9, temperature=1.0, top_p=0.9, seed=3)
+
+
+def some_rows(choice_ids=(5, 80, 100)):
+    """Rows after three prefixes, one of them empty, as short as any row can be among them."""
+    g = np.random.default_rng(0)
+    prefixes = [g.integers(0, 120, n) for n in (19, 0, 13)]
+    prefix = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    ids = [g.integers(0, 120, n) for n in (3, 9, 1, 20, 4, 7, 7, 2, 12)]
+    targets = [g.integers(0, 120, n) for n in (2, 0, 1, 5, 4, 1, 7, 0, 3)]
+    return Continuations(prefixes, prefix, ids, targets, list(choice_ids) if choice_ids else None)
+
+
+def prompts():
+    g = np.random.default_rng(1)
+    return [g.integers(0, 120, n).tolist() for n in (5, 1, 9, 3, 12, 2, 7, 4, 1)]
+
+
+class Seen:
+    """A consumer of logits: their sum by place."""
+
+    def __init__(self, n):
+        self.sums = torch.zeros(n, dtype=torch.float64)
+
+    def __call__(self, logits, targets, places):
+        self.sums[places] = logits.double().sum(-1)
+
+
+def numbers(model, facts, dist, stream, batch=4) -> dict:
+    """Every number of the three verbs, as bytes or plain values, the same on every rank."""
+    local, windows = Local(model, facts=facts, dist=dist), Windows(len(stream), T, 12)
+    seen = Seen(len(windows) * T)
+    totals = local.score_windows(stream, windows, batch, per_token=True, consumer=seen)
+    found = {name: array.tobytes() for name, array in totals.arrays().items()}
+    found |= {"token_nll": totals.token_nll.tobytes(), "seen": dist.sum(seen.sums).tobytes()}
+    found["batch"] = local.ran()["batch_size"]
+    totals = local.score_windows(stream, RandomWindows(len(stream), T, 1), batch)
+    found["random"] = totals.nll.tobytes()
+    for name, choice_ids in (("choices", (5, 80, 100)), ("targets", None)):
+        rows = some_rows(choice_ids)
+        seen = Seen(int(rows.target_offsets[-1]))
+        scores = local.score_rows(rows, 60, greedy=True, consumer=seen)
+        parts = scores.choices, scores.targets, scores.tokens, scores.greedy, scores.likeliest
+        found[name] = [part.tobytes() for part in parts] + [dist.sum(seen.sums).tobytes()]
+        found[f"{name} batch"] = local.ran()["batch_tokens"]
+    for name, sampling in (("drawn", SAMPLING), ("greedy", Sampling(max_new_tokens=7))):
+        mine = local.generate(prompts(), sampling, 3, batch_size=batch, done={(0, 1), (3, 2)})
+        mine = [(s.prompt_index, s.sample_index, s.token_ids, s.finish_reason) for s in mine]
+        found[name] = sorted(sample for part in dist.gather(mine) for sample in part)
+        found[f"{name} batch"] = local.ran()["batch_size"]
+        assert len(found[name]) == 3 * len(prompts()) - 2, "each sample once"
+    return found
+
+
+def check(path, dist, size, stream) -> int:
+    """Groups of `size` ranks have the numbers of this rank alone, each reads its own layers, and
+    they weigh what costs/shards.py says. How many numbers were compared."""
+    ckpt = checkpoint.open(path)
+    facts = facts_of(ckpt, None, "float32", "cpu")
+    wanted = numbers(ckpt.load("float32"), facts, ALONE, stream)
+    dist = in_groups(dist, size, ckpt.config, "float32")
+    read, real = set(), layouts.read
+
+    def noting(stored, *more):
+        read.add(next(name for name, tensor in ckpt.tensors.items() if tensor is stored))
+        return real(stored, *more)
+
+    layouts.read = noting
+    model = load(ckpt, "float32", dist)
+    layouts.read = real
+    check_shares(ckpt, model, dist, dist.gather(read))
+    found = numbers(model, facts, dist, stream)
+    wrong = [name for name in wanted if found[name] != wanted[name]]
+    assert not wrong, (path, size, wrong)
+    return len(wanted)
+
+
+def check_shares(ckpt, model, dist, read) -> None:
+    """read: the names of the tensors that each rank read."""
+    config, setup = ckpt.config, Setup(dtype="fp32", training=False, shard=dist.group_size)
+    held = dist.gather(sum(p.numel() * p.element_size() for p in model.parameters()))
+    groups = [held[i : i + dist.group_size] for i in range(0, dist.world_size, dist.group_size)]
+    wanted = [weight_bytes(*share) for share in shares(config, setup)]
+    assert groups == [wanted] * dist.n_groups, (ckpt.path, groups, wanted)
+    own = [read[rank] for rank in dist.members]
+    assert set().union(*own) == set(ckpt.tensors), ckpt.path
+    twice = {name for i, a in enumerate(own) for b in own[:i] for name in a & b}
+    tied = config.tie_embeddings and dist.group_size > 1
+    assert len(twice) == tied, (ckpt.path, twice)  # an embedding that is a head as well
+    blocks = [{name for name in names if ".layers." in name or ".h." in name} for names in own]
+    assert all(blocks), "each has a layer"
+
+
+def open_shard(path):
+    return open_stream("fineweb_npy", [path], None)
