@@ -200,8 +200,6 @@ def _matmul_kernel():
         words_at = words + row[:, None] + j[None, :]
         x_at, wanted = x + m[None, :] * K + j[:, None], m[None, :] < M
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        if SPLITS > 1:  # brings the counter near while weights are read
-            tl.atomic_add(arrivals + tl.program_id(0), 0, sem="relaxed")
         if AHEAD:
             at = tl.minimum(low * TILE // GROUP, G - 1) * N + n
             scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
