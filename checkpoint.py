@@ -17,9 +17,8 @@ Read: what the files of formats/ say (formats/readers.py lists them). Written:
 `checkpoint-{step}/`, a Hugging Face directory plus trainer_state.pt and manifest.json.
 
 Every format (READERS) is opened as a table, name -> where the bytes lie (formats/stored.py), under
-the names of a layout (formats/naming.py). The model is built without memory, the table checked
-against it (formats/layouts.py), and each tensor goes from the file, some MB at a time, to its place
-in its final dtype and device.
+the names of a layout (formats/naming.py). The model is built without memory, the table checked with
+it (formats/layouts.py), and each tensor goes from the file to its place, dtype and device.
 """
 
 import argparse
@@ -42,7 +41,6 @@ from config import GPTConfig, load_config
 from formats import (
     adapters,
     conversion,
-    extension,
     finding,
     fingerprints,
     foreign,
@@ -397,6 +395,8 @@ def convert(
 
 
 def main(argv=None):
+    from formats import extension  # of this command alone
+
     p = cli.parser(__doc__)
     jobs = p.add_subparsers(dest="job", required=True, metavar="list|inspect|convert|extend-vocab")
     listing = jobs.add_parser("list", help="checkpoints of a directory, in step order")
