@@ -177,6 +177,14 @@ def read_journal(path: str | Path) -> tuple[list, int]:
     return _scan(data)[:2]
 
 
+def sync_and_close(fd: int) -> None:
+    """All that was written to a file, to disk; closed whatever the disk says."""
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class Journal:
     """Append-only file of JSON records that survives kill -9: one line a record, framed by length
     and crc32, one writer.
@@ -234,10 +242,7 @@ class Journal:
     def close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_and_close(fd)
 
     def __enter__(self) -> "Journal":
         return self

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from durable import Journal, read_journal
+from durable import Journal, read_journal, sync_and_close
 from gpu_kernels.cross_entropy import IGNORE
 
 if TYPE_CHECKING:
@@ -156,10 +156,7 @@ class States:
         """All that was kept, to disk."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_and_close(fd)
         if self._journal is not None:
             self._journal.close()
             self._journal = None

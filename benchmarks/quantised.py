@@ -16,6 +16,7 @@ measured in the same minute. transformers' own int8 and fp8 layers need packages
 hub, so its peer here is its bfloat16 model.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -46,12 +47,12 @@ from quantisation.linear import pack_model, packed_of, weight_bytes  # noqa: E40
 START = time.perf_counter()
 STD = 0.02  # of the weights that random codes stand for
 RULES = {"w8": (8, None), "w4 g128": (4, 128), "fp8": (0, None)}  # bits (0: e4m3), group
-SWEPT = (  # BLOCK_N, WARPS, STAGES, PROGRAMS, SPAN
-    (128, 4, 4, 528, 32), (128, 4, 6, 528, 32), (128, 4, 4, 1056, 32), (128, 4, 3, 1056, 32),
-    (64, 4, 4, 1056, 32), (64, 4, 6, 1056, 32), (64, 4, 4, 528, 32), (64, 2, 6, 1056, 32),
-    (128, 4, 4, 528, 64), (64, 4, 4, 1056, 64), (64, 4, 6, 528, 64), (32, 2, 6, 2112, 64),
-)  # fmt: skip
-CONSTANTS = ("BLOCK_N", "WARPS", "STAGES", "PROGRAMS", "SPAN")
+SWEPT = {  # (programs, rows of weights, warps, stages) of codes of so many bits
+    4: ((600, 64, 2, 3), (600, 64, 2, 2), (600, 64, 2, 4), (600, 64, 4, 3), (600, 128, 4, 3),
+        (300, 64, 2, 3), (1200, 64, 2, 3), (600, 32, 2, 3)),
+    8: ((256, 64, 4, 5), (256, 64, 4, 3), (256, 64, 4, 8), (256, 64, 2, 5), (256, 128, 4, 5),
+        (128, 64, 4, 5), (512, 64, 4, 5), (256, 32, 2, 5)),
+}  # fmt: skip
 
 
 class Size:
@@ -194,14 +195,13 @@ def torch_kernel(N, K, rows, gpu, small, device) -> dict:
 
 
 def swept(N, K, rule, rows, constants, gpu, small, device) -> dict:
-    saved = {name: getattr(low_bit, name) for name in CONSTANTS}
+    (bits, _), (programs, *way) = RULES[rule], constants
+    ways, wanted = low_bit.WAYS[bits], low_bit.PROGRAMS[bits]
     try:
-        for name, value in zip(CONSTANTS, constants, strict=True):
-            setattr(low_bit, name, value)
+        low_bit.WAYS[bits], low_bit.PROGRAMS[bits] = {64: low_bit.Way(*way)}, programs
         return packed_kernel(N, K, rule, rows, gpu, small, device)
     finally:
-        for name, value in saved.items():
-            setattr(low_bit, name, value)
+        low_bit.WAYS[bits], low_bit.PROGRAMS[bits] = ways, wanted
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,8 +220,7 @@ def decoded(model: GPTModel, size: Size, rows: int, compiled: bool) -> dict:
 
 @torch.no_grad()
 def scored(model: GPTModel, size: Size, gpu, compiled: bool, batch: int) -> dict:
-    inputs, targets = windows(model.config, size, model.device)
-    inputs, targets = (t.repeat(-(-batch // len(t)), 1)[:batch] for t in (inputs, targets))
+    inputs, targets = windows(model.config, size, batch, model.device)
     nll = scoring.nll_function(model, compiled)
     took = seconds_of(lambda: nll(inputs, targets, None), size.passes)
     flops = estimate_flops(model.config, batch, size.window)["forward_causal"]
@@ -250,7 +249,7 @@ def matrix_rate(c: GPTConfig, size: Size, gpu, device) -> dict:
 def peer_scored(c: GPTConfig, size: Size, gpu, device) -> dict:
     release()
     model = peer_model(c, device)
-    inputs, targets = windows(c, size, device)
+    inputs, targets = windows(c, size, size.batch, device)
 
     def loss(ids, wanted):
         logits = model(ids, use_cache=False).logits.float()
@@ -280,10 +279,10 @@ def cases(small: bool, size: Size, device: str, gpu):
             if device == "cuda":
                 yield f"{name}: torch w4 g128", lambda a=(N, K, rows): torch_kernel(*a, *common)
     for rule in ("w8", "w4 g128") if device == "cuda" else ():
-        for constants in SWEPT:
-            for N, K in (s for s in size.shapes if s[0] != 22016):
-                name = f"sweep {rule} {N}x{K}, {', '.join(map(str, constants))}"
-                yield name, lambda a=(N, K, rule, 1, constants): swept(*a, *common)
+        for constants in SWEPT[RULES[rule][0]]:
+            for (N, K), rows in itertools.product(size.shapes, (1, 16, 64)):
+                name = f"sweep {rule} {N}x{K}, {rows} rows, {', '.join(map(str, constants))}"
+                yield name, lambda a=(N, K, rule, rows, constants): swept(*a, *common)
     held: dict = {}
 
     def model(c, rule):

@@ -135,7 +135,7 @@ def _gated_kernel():
         elif KIND == 2:
             y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
         else:
-            y = tl.maximum(x, 0.0)
+            y = tl.where(x < 0.0, 0.0, x)  # a maximum would lose NaN
         y = y.to(gate.dtype).to(tl.float32) * up  # rounded between, as PyTorch does
         tl.store(out + row * F + column, y.to(gate.dtype), mask=inside)
 

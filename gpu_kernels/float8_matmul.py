@@ -48,7 +48,8 @@ def _kernel():
         k = tl.arange(0, BLOCK)
         a = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(a), axis=0) * (1 / MOST), LEAST)
-        a = tl.minimum(tl.maximum(tl.div_rn(a, scale), -MOST), MOST)
+        a = tl.div_rn(a, scale)
+        a = tl.where(a > MOST, MOST, tl.where(a < -MOST, -MOST, a))  # NaN stays NaN
         tl.store(codes + row * K + k, a.to(codes.dtype.element_ty), mask=k < K)
         tl.store(scales + row, scale)
 

@@ -6,10 +6,10 @@
 
 Few rows cost what reading the weights costs, so these are read as they lie and never written. A
 word of 16 bits holds codes that lie SPAN columns apart: shifted and masked, each column of words is
-a column of weights, and no code moves to another thread. On Hopper the unpacked registers are
-themselves an operand of the tensor cores. A weight minus its zero is a small integer, exact in
-bfloat16; its scale multiplies the float32 sum of its group, so no weight is rounded, unless zeros
-are no integers.
+a column of weights, and no code moves to another thread: the unpacked registers are themselves an
+operand of the tensor cores. What a program reads at a time lies side by side in memory. A weight
+minus its zero is a small integer, exact in bfloat16; its scale multiplies the float32 sum of its
+group, so no weight is rounded, unless zeros are no integers.
 
 Programs share the columns of K where rows of weights are too few to occupy the GPU; the last one to
 arrive adds up the parts, in their order. How K is cut depends on the weight's shape alone: a row
@@ -25,23 +25,36 @@ import torch
 import torch.nn.functional as F
 
 SPAN = 32  # columns of one code's place within a word, and words of a row's tile
+ROWS = 64  # of a tile
 BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "e4m3": 8}  # of a code of each kind
 # What a code's bits are as bfloat16, its raw value, less the code: of 4 bits u in 0..15 it is
 # 128 + u, the bits 0x4300 | u; signed codes of 4 bits lie 8 higher, bytes without sign 128 lower
 OFFSET = {"int4": 136.0, "uint4": 128.0, "int8": 0.0, "uint8": -128.0, "e4m3": 0.0}
 MOST_ROWS = 64  # of one product; beyond, dequantised weights and cuBLAS are faster
 
-BLOCK_N, WARPS, STAGES = 128, 4, 4
-PROGRAMS = 528  # that a product is cut into at least, four for each multiprocessor of an H100
+
+class Way(NamedTuple):
+    """How a program takes its part of a product."""
+
+    rows: int  # of weights
+    warps: int
+    stages: int  # tiles on their way at a time, and one in use
+
+
+# By the bits of a code, for up to so many rows of x; measured on an H100 (benchmarks/quantised.py).
+# What a sum is does not depend on it
+WAYS = {4: {32: Way(64, 2, 3), 64: Way(128, 4, 3)}, 8: {64: Way(64, 4, 5)}}
+PROGRAMS = {4: 600, 8: 256}  # of ROWS rows of weights that share a product, at least
+LEAST_ROWS = 8  # of x in a product of the tensor cores
 LEAST_TILES = 4  # of K that one program takes
-DENSE_ROWS, DENSE_WARPS = 64, 4  # of `dequantise`
 
 
 class Packed(NamedTuple):
     """A weight [N, K]: (code - zero) * scale.
 
-    words: int16 [N, tiles * SPAN] as `pack` lays them; scales [G, N]; zeros [G, N] or None:
-    float32; or bfloat16, with OFFSET added, where raw values less these are numbers of bfloat16.
+    words: int16 [blocks, tiles, ROWS, SPAN] as `pack` lays them; scales [G, N]; zeros [G, N] or
+    None: float32; or bfloat16, with OFFSET added, where raw values less these are numbers of
+    bfloat16.
     group: columns that share a scale.
     """
 
@@ -54,7 +67,7 @@ class Packed(NamedTuple):
 
     @property
     def N(self) -> int:
-        return self.words.shape[0]
+        return self.scales.shape[1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -62,10 +75,10 @@ class Packed(NamedTuple):
 
 
 def pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
-    """int16 words [N, tiles * SPAN] of codes [N, K]: int8, uint8, or float8_e4m3fn.
+    """int16 words [blocks, tiles, ROWS, SPAN] of codes [N, K]: int8, uint8, or float8_e4m3fn.
 
-    A tile is a word's codes times SPAN columns; code i of its word j is the tile's column
-    i * SPAN + j. Columns beyond K are filled up with bits 0.
+    A tile is ROWS rows of a word's codes times SPAN columns, side by side in memory; code i of a
+    row's word j is the tile's column i * SPAN + j. Rows and columns that fill up tiles are bits 0.
     """
     (N, K), each = codes.shape, 16 // BITS[kind]
     values = codes.view(torch.uint8).to(torch.int16)
@@ -73,18 +86,20 @@ def pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
         values = values + 8 & 15
     elif kind == "uint8":
         values = values ^ 128
-    values = F.pad(values, (0, -K % (each * SPAN))).view(N, -1, each, SPAN)
-    words = values[:, :, 0]
+    values = F.pad(values, (0, -K % (each * SPAN), 0, -N % ROWS))
+    values = values.view(-(-N // ROWS), ROWS, -1, each, SPAN)
+    words = values[:, :, :, 0]
     for i in range(1, each):
-        words = words | values[:, :, i] << (BITS[kind] * i)
-    return words.reshape(N, -1)
+        words = words | values[:, :, :, i] << (BITS[kind] * i)
+    return words.transpose(1, 2).contiguous()
 
 
-def raw_values(words: torch.Tensor, kind: str, K: int) -> torch.Tensor:
+def raw_values(words: torch.Tensor, kind: str, N: int, K: int) -> torch.Tensor:
     """float32 [N, K] of `pack`'s words."""
-    bits, tiles = BITS[kind], words.view(len(words), -1, SPAN)
-    parts = [tiles >> shift & (1 << bits) - 1 for shift in range(0, 16, bits)]
-    values = torch.stack(parts, dim=2).reshape(len(words), -1)[:, :K]
+    bits = BITS[kind]
+    parts = [words >> shift & (1 << bits) - 1 for shift in range(0, 16, bits)]
+    values = torch.stack(parts, dim=3).transpose(1, 2)  # [blocks, ROWS, tiles, codes, SPAN]
+    values = values.reshape(len(words) * ROWS, -1)[:N, :K]
     if bits == 4:
         return 128.0 + values.float()
     dtype = torch.float8_e4m3fn if kind == "e4m3" else torch.int8
@@ -94,7 +109,9 @@ def raw_values(words: torch.Tensor, kind: str, K: int) -> torch.Tensor:
 def dequantise_plain(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     """`dequantise` in plain operations."""
     group = torch.arange(packed.K, device=packed.words.device) // packed.group
-    values = raw_values(packed.words, packed.kind, packed.K) - _offset(packed.kind, packed.zeros)
+    values = raw_values(packed.words, packed.kind, packed.N, packed.K) - _offset(
+        packed.kind, packed.zeros
+    )
     if packed.zeros is not None:
         values = values - packed.zeros.float().t()[:, group]
     return (values * packed.scales.float().t()[:, group]).to(dtype)
@@ -162,13 +179,14 @@ def _matmul_kernel():
     def matmul(
         x, words, scales, zeros, bias, y, parts, arrivals, M, N, K, G, tiles_each,
         RAW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, SPAN: tl.constexpr,
-        GROUP: tl.constexpr, ZEROS: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
-        SPLITS: tl.constexpr, SHARE: tl.constexpr, CODES: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        ROWS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, OFFSET: tl.constexpr,
+        BIAS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, CODES: tl.constexpr,
+        FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
         """BLOCK_N rows of weights, one part of K. GROUP 0: one scale a row. ZEROS: none, whole
-        ("bf16") or broken ("fp32") ones. SHARE: spans of a tile that share a scale. The next
-        tile's scales are on their way while this one is multiplied."""
+        ("bf16") or broken ("fp32") ones. SHARE: spans of a tile that share a scale. FULL: no tile
+        reaches beyond K. The next tile's scales and zeros are on their way while this one is
+        multiplied."""
         TILE: tl.constexpr = EACH * SPAN
         ROUND: tl.constexpr = ZEROS == "fp32"  # weights are rounded to bfloat16 before the product
         AHEAD: tl.constexpr = GROUP > 0 and SHARE == EACH
@@ -177,36 +195,43 @@ def _matmul_kernel():
         split, tiles = tl.program_id(1), tl.cdiv(K, TILE)
         low = split * tiles_each
         high = tl.minimum(low + tiles_each, tiles)
-        words_at = words + n[:, None].to(tl.int64) * (tiles * SPAN) + j[None, :]
+        row = tl.minimum(n, N - 1)  # beyond N: a row whose products are not kept
+        row = (row // ROWS).to(tl.int64) * tiles * (ROWS * SPAN) + row % ROWS * SPAN
+        words_at = words + row[:, None] + j[None, :]
+        x_at, wanted = x + m[None, :] * K + j[:, None], m[None, :] < M
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if AHEAD:
-            g = tl.minimum(low * TILE // GROUP, G - 1)
-            scale = tl.load(scales + g * N + n, mask=n < N, other=0.0).to(tl.float32)
+            at = tl.minimum(low * TILE // GROUP, G - 1) * N + n
+            scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
+            if ZEROS != "":
+                zero = tl.load(zeros + at, mask=n < N, other=0.0)
         for tile in range(low, high):
-            word = tl.load(words_at + tile * SPAN, mask=n[:, None] < N, other=0)
+            word = tl.load(words_at + tile * (ROWS * SPAN))
             if AHEAD:
-                g = tl.minimum((tile + 1) * TILE // GROUP, G - 1)
-                next_scale = tl.load(scales + g * N + n, mask=n < N, other=0.0).to(tl.float32)
+                at = tl.minimum((tile + 1) * TILE // GROUP, G - 1) * N + n
+                next_scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
+                if ZEROS != "":
+                    next_zero = tl.load(zeros + at, mask=n < N, other=0.0)
             if GROUP == 0 or ROUND:
                 part = total
             else:
                 part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for i in tl.static_range(EACH):
-                k = tile * TILE + i * SPAN + j
-                xs = tl.load(
-                    x + m[None, :] * K + k[:, None],
-                    mask=(m[None, :] < M) & (k[:, None] < K), other=0.0,
-                )  # fmt: skip
+                k = tile * TILE + i * SPAN
+                inside = wanted if FULL else wanted & (k + j[:, None] < K)
+                xs = tl.load(x_at + k, mask=inside, other=0.0)
                 w = RAW(word, KIND, 16 // EACH * i, tl.constexpr(CODES[i]))
-                g = tl.minimum((tile * TILE + i * SPAN) // (GROUP if GROUP else 1 << 30), G - 1)
-                at = g * N + n
+                at = tl.minimum(k // (GROUP if GROUP else 1 << 30), G - 1) * N + n
                 if OFFSET != 0.0:
                     w = w - OFFSET
                 if ZEROS != "":
-                    w = w - tl.load(zeros + at, mask=n < N, other=0.0)[:, None]
+                    if not AHEAD:
+                        zero = tl.load(zeros + at, mask=n < N, other=0.0)
+                    w = w - zero[:, None]
                 if ROUND:
-                    s = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
-                    w = w.to(tl.float32) * s[:, None]
+                    if not AHEAD:
+                        scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
+                    w = w.to(tl.float32) * scale[:, None]
                 part = tl.dot(w.to(xs.dtype), xs, part)
                 if GROUP > 0 and not ROUND and not AHEAD and (i + 1) % SHARE == 0:
                     s = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
@@ -218,6 +243,8 @@ def _matmul_kernel():
                 total = part
             if AHEAD:
                 scale = next_scale
+                if ZEROS != "":
+                    zero = next_zero
         if GROUP == 0 and not ROUND:
             total = total * tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         inside = (m[None, :] < M) & (n[:, None] < N)
@@ -255,15 +282,13 @@ def _dequantise_kernel():
         ZEROS: tl.constexpr, OFFSET: tl.constexpr, WHOLE: tl.constexpr, CODES: tl.constexpr,
         ROWS: tl.constexpr,
     ):  # fmt: skip
-        """ROWS rows of a tile. WHOLE: no span lies in two groups."""
+        """A tile. WHOLE: no span lies in two groups."""
         TILE: tl.constexpr = EACH * SPAN
-        tile = tl.program_id(0)
-        n, j = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, SPAN)
-        row = n[:, None].to(tl.int64)
-        word = tl.load(
-            words + row * (tl.cdiv(K, TILE) * SPAN) + tile * SPAN + j[None, :],
-            mask=n[:, None] < N, other=0,
-        )  # fmt: skip
+        tile, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        r, j = tl.arange(0, ROWS), tl.arange(0, SPAN)
+        n = block * ROWS + r
+        at = (block * tl.cdiv(K, TILE) + tile) * (ROWS * SPAN)
+        word = tl.load(words + at + r[:, None] * SPAN + j[None, :])
         for i in tl.static_range(EACH):
             first = tile * TILE + i * SPAN
             k = first + j
@@ -279,7 +304,7 @@ def _dequantise_kernel():
             if ZEROS:
                 w = w - tl.load(zeros + at, mask=there, other=0.0).to(tl.float32)
             w = w * tl.load(scales + at, mask=there, other=0.0).to(tl.float32)
-            tl.store(out + row * K + k[None, :], w.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + n[:, None] * K + k[None, :], w.to(out.dtype.element_ty), mask=inside)
 
     return dequantise
 
@@ -314,15 +339,15 @@ def _share(group: int, kind: str) -> int:
 
 def parts_of(N: int, K: int, kind: str) -> tuple[int, int]:
     """(programs that share K, tiles of each) for a weight [N, K]."""
-    tiles = _tiles(K, kind)
-    wanted = max(1, PROGRAMS // -(-N // BLOCK_N))
+    tiles, blocks = _tiles(K, kind), -(-N // ROWS)
+    wanted = -(-PROGRAMS[BITS[kind]] // blocks)
     each = max(LEAST_TILES, -(-tiles // wanted))
     return -(-tiles // each), each
 
 
 def arrivals_of(packed: Packed) -> torch.Tensor:
     """Counters that `low_bit_matmul` finds at 0 and leaves at 0; one product at a time has them."""
-    return packed.words.new_zeros(-(-packed.N // BLOCK_N), dtype=torch.int32)
+    return packed.words.new_zeros(len(packed.words), dtype=torch.int32)
 
 
 def multiplies(x: torch.Tensor, packed: Packed) -> bool:
@@ -342,21 +367,24 @@ def _multiply(
     group: int,
 ) -> torch.Tensor:
     x = x.contiguous()
-    (M, K), N, G = x.shape, len(words), len(scales)
+    (M, K), (G, N) = x.shape, scales.shape
     y = x.new_empty(M, N)
     if not M:
         return y
     splits, tiles_each = parts_of(N, K, kind)
+    way = next(way for most, way in WAYS[BITS[kind]].items() if most >= M)
     parts = x.new_empty((splits, M, N) if splits > 1 else 1, dtype=torch.float32)
-    _matmul_kernel()[(-(-N // BLOCK_N), splits)](
+    _matmul_kernel()[(-(-N // way.rows), splits)](
         x, words, scales, x if zeros is None else zeros, x if bias is None else bias,
         y, parts, arrivals, M, N, K, G, tiles_each,
-        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, GROUP=0 if G == 1 else group,
+        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ROWS=ROWS,
+        GROUP=0 if G == 1 else group,
         ZEROS="" if zeros is None else "bf16" if zeros.dtype == torch.bfloat16 else "fp32",
         OFFSET=_offset(kind, zeros), BIAS=bias is not None, SPLITS=splits,
         SHARE=_share(group, kind), CODES=_assembly(kind, x.device),
-        BLOCK_M=max(16, 1 << (M - 1).bit_length()), BLOCK_N=BLOCK_N,
-        num_warps=WARPS, num_stages=STAGES,
+        FULL=K % (16 // BITS[kind] * SPAN) == 0,
+        BLOCK_M=max(LEAST_ROWS, 1 << (M - 1).bit_length()), BLOCK_N=way.rows,
+        num_warps=way.warps, num_stages=way.stages,
     )  # fmt: skip
     return y
 
@@ -368,7 +396,7 @@ _multiply_operator = torch.library.custom_op(
 
 @_multiply_operator.register_fake
 def _(x, words, scales, zeros, bias, arrivals, kind, group):
-    return x.new_empty(x.shape[0], words.shape[0])
+    return x.new_empty(x.shape[0], scales.shape[1])
 
 
 def low_bit_matmul(
@@ -392,14 +420,13 @@ def _unpack(
     K: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    N, G = len(words), len(scales)
+    G, N = scales.shape
     out = torch.empty(N, K, dtype=dtype, device=words.device)
-    _dequantise_kernel()[(_tiles(K, kind), -(-N // DENSE_ROWS))](
+    _dequantise_kernel()[(_tiles(K, kind), len(words))](
         words, scales, words if zeros is None else zeros, out, N, K, G, group,
         RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ZEROS=zeros is not None,
         OFFSET=_offset(kind, zeros),
-        WHOLE=G == 1 or group % SPAN == 0, CODES=_assembly(kind, words.device), ROWS=DENSE_ROWS,
-        num_warps=DENSE_WARPS,
+        WHOLE=G == 1 or group % SPAN == 0, CODES=_assembly(kind, words.device), ROWS=ROWS,
     )  # fmt: skip
     return out
 
@@ -411,7 +438,7 @@ _unpack_operator = torch.library.custom_op(
 
 @_unpack_operator.register_fake
 def _(words, scales, zeros, kind, group, K, dtype):
-    return scales.new_empty(words.shape[0], K, dtype=dtype)
+    return scales.new_empty(scales.shape[1], K, dtype=dtype)
 
 
 def dequantise(packed: Packed, dtype: torch.dtype) -> torch.Tensor:

@@ -143,6 +143,12 @@ def test_every_floor_names_rooms_that_are_there():
     assert FLOOR.keys() == {room_of(path) for path in ROOMS} - (set(FOLDERS) - FLOOR.keys())
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by name alone: of two of one name, the second could not be collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert not {name for name in names if names.count(name) > 1} - {"__init__.py"}
+
+
 @pytest.mark.parametrize("room", NO_TORCH.split())
 def test_rooms_that_never_load_torch(room):
     code = f"import sys, {room.replace('/', '.')}; sys.exit('torch' in sys.modules)"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_kernels import low_bit_matmul as low_bit
-from gpu_kernels.low_bit_matmul import BITS, OFFSET, SPAN, Packed, pack, raw_values
+from gpu_kernels.low_bit_matmul import BITS, OFFSET, ROWS, SPAN, Packed, pack, raw_values
 
 CODES = {
     "int4": (torch.int8, -8, 8),
@@ -29,20 +29,22 @@ def drawn(kind, N, K):
 
 
 @pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("N", [3, ROWS, ROWS + 1])
 @pytest.mark.parametrize("K", [1, 31, 64, 128, 300])
-def test_each_code_lies_a_span_from_the_next_of_its_word(kind, K):
-    codes = drawn(kind, 3, K)
+def test_each_code_lies_a_span_from_the_next_of_its_word(kind, N, K):
+    codes = drawn(kind, N, K)
     words, bits = pack(codes, kind), BITS[kind]
     tile = 16 // bits * SPAN
-    assert words.dtype == torch.int16 and words.shape == (3, -(-K // tile) * SPAN)
-    for n, k in ((0, 0), (2, K - 1), (1, K // 2)):
+    assert words.dtype == torch.int16 and words.is_contiguous()
+    assert words.shape == (-(-N // ROWS), -(-K // tile), ROWS, SPAN)
+    for n, k in ((0, 0), (N - 1, K - 1), (N // 2, K // 2)):
         t, place = divmod(k, tile)
         i, j = divmod(place, SPAN)
-        found = int(words[n, t * SPAN + j]) >> (bits * i) & (1 << bits) - 1
+        found = int(words[n // ROWS, t, n % ROWS, j]) >> (bits * i) & (1 << bits) - 1
         byte = int(codes[n, k].view(torch.uint8))
         raw = {"int4": byte + 8 & 15, "uint8": byte ^ 128}.get(kind, byte)
         assert found == raw
-    assert torch.equal(raw_values(words, kind, K), codes.float() + OFFSET[kind])
+    assert torch.equal(raw_values(words, kind, N, K), codes.float() + OFFSET[kind])
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
@@ -81,8 +83,8 @@ def test_spans_that_share_a_scale_never_lie_in_two_groups(group):
     ],
 )
 def test_kernels_interpreted(monkeypatch, kind, N, K, group, M, zeros):
-    for name, value in (("PROGRAMS", 4), ("LEAST_TILES", 2), ("BLOCK_N", 64)):
-        monkeypatch.setattr(low_bit, name, value)
+    monkeypatch.setattr(low_bit, "PROGRAMS", {4: 4, 8: 4})
+    monkeypatch.setattr(low_bit, "LEAST_TILES", 2)
     g, G = torch.Generator().manual_seed(0), -(-K // group)
     scales = (torch.rand(G, N, generator=g) + 0.5).half()
     if zeros is not None:
