@@ -313,14 +313,15 @@ def test_sizes_are_those_that_compute_py_tells(shape):
 
 def test_sizes_measured_are_those_computed():
     """To the byte where rows fill the packed words and a row or group has one scale and no zero,
-    but for a counter of 4 bytes for every 128 rows; else memory holds somewhat more."""
+    but for the kernels' counters of arrivals; else memory holds somewhat more."""
     wide = dict(d_model=128, d_ff=256, n_heads=4, n_kv_heads=2)
     for rule in ("rtn-w8", "rtn-w4-g128", "rtn-w4", "fp8", "fp8-g128"):
         model = tiny_model("llama", **wide).for_inference(torch.bfloat16)
-        counters = sum(-(-len(matrix.weight) // 128) for matrix in matrices(model))
         quantise_model(model, rule)
         held = model.quantisation
-        assert held["memory_bytes"] == held["weight_bytes"] + 4 * counters, rule
+        counters = sum(b.nbytes for name, b in model.named_buffers() if name.endswith("arrivals"))
+        assert 0 < counters < 0.01 * held["weight_bytes"]
+        assert held["memory_bytes"] == held["weight_bytes"] + counters, rule
         assert (held["packed"], held["dequantised"]) == (8, 0)
     for rule, changes in (("rtn-w3", {}), ("rtn-w4-tensor-asym", {}), ("rtn-w4", MIXTURE)):
         model = tiny_model("llama", **wide | changes).for_inference(torch.bfloat16)
