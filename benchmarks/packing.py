@@ -78,7 +78,7 @@ def documents_of(n_tokens: int) -> TokenStream:
 
 def measure(config: GPTConfig, batch_size: int, seq_len: int, rounds: int, steps: int) -> dict:
     """Median tokens/s of each side's rounds, which take turns."""
-    dist = Dist(0, 1, 0, torch.device("cuda"))
+    dist = Dist(0, 1, 0, torch.device("cuda", 0))
     amp = torch.autocast("cuda", torch.bfloat16)
     stream, sides, first = documents_of(2**22), {}, {}
     torch.manual_seed(0)

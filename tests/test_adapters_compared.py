@@ -14,6 +14,7 @@ import command
 import eval
 import results
 import sweep
+from distributed import Dist
 from formats import layouts
 
 FLAGS = ["--data-mode", "fineweb_npy", "--seq-len", "32", "--device", "cpu"]
@@ -75,14 +76,14 @@ def test_the_base_is_itself_again(place):
     pairs = [(place / "base-llama-tied", place / "loras/checkpoint-10"), (opt, over)]
     for base, lora in pairs:
         handle = checkpoint.open(base)
-        loader = command.Loader("bfloat16", torch.device("cpu"), keep=True)
-        model = loader.load(handle)
+        loader, dist = command.Loader("bfloat16", keep=True), Dist(0, 1, 0, torch.device("cpu"))
+        model = loader.load(handle, dist)
         before = {name: p.clone() for name, p in model.named_parameters()}
-        changed = loader.load(checkpoint.open(lora, base=handle))
+        changed = loader.load(checkpoint.open(lora, base=handle), dist)
         assert changed is model
         same = [torch.equal(p, before[name]) for name, p in model.named_parameters()]
         assert not all(same) and any(same)
-        assert loader.load(handle) is model
+        assert loader.load(handle, dist) is model
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -72,7 +72,8 @@ OF_A_MODE = {
     "mmlu_eval": OF_A_CHAT,
     "humaneval_eval": OF_A_CHAT,
     "sweep": {"retry_failed", "quiet_seconds"},
-    "train": {"val_max_tokens", "wandb_project", "wandb_run_name"},
+    "train": {"wandb_project", "wandb_run_name", "train_embeddings"}
+    | {"lora_alpha", "lora_dropout", "lora_rs", "lora_targets", "decay_shape", "decay_steps"},
 }
 
 

@@ -22,7 +22,7 @@ class Options:
 
 
 TASK = Evaluation("mmlu", __file__, Options, None, None, None)
-ENTRIES = [Entry(TASK, Options(n), None, f"mmlu shots={n}") for n in (0, 5)]
+ENTRIES = [Entry(TASK, Options(n), None, label=f"mmlu shots={n}") for n in (0, 5)]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from costs.memory import estimate_memory
 from dataset import open_stream
 from formats import native
 from training import lora
-from training.batches import TrainBatches
+from training.batches import Chopped, TrainBatches
 from training.options import LoraOptions, parse
 
 CPU = torch.device("cpu")
@@ -248,10 +248,10 @@ def test_steps_are_pefts_with_adamw(flags_of, bases, tmp_path):
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     stream = open_stream("fineweb_npy", [flags_of.data / "train.npy"], None)
-    batches = TrainBatches(len(stream), 32, 4, 42)
+    batches = TrainBatches([Chopped(stream, 32)], 4, 42)
     for step in range(5):
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 2)
-        inputs, targets = (torch.from_numpy(x) for x in batches.batch(stream, step))
+        inputs, targets = (torch.from_numpy(x) for x in batches.batch(step)[:2])
         out = theirs(input_ids=inputs).logits
         F.cross_entropy(out.flatten(0, 1), targets.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
