@@ -41,7 +41,7 @@ def both(place):
 def through(script, url, place, folder, *flags):
     """(the record that a command leaves of the endpoint, its arrays)"""
     words = ["--endpoint", url, "--tokenizer-name", place, "--results-dir", folder, "--log-samples"]
-    words = words[:-1] if script is humaneval_eval else words
+    words = words if script is mmlu_eval else words[:-1]
     script.main([*map(str, [*words, *flags])])
     (record,) = results.load_records(folder)
     return record, results.load_arrays(record)
