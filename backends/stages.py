@@ -35,9 +35,8 @@ class StageRows(CachedRows):
         self.pipe, self.buffers = model.pipe, Buffers(model, capacity.rows)
         # what the last rank drew, and how many ranks have failed
         self.drawn = torch.zeros(capacity.rows + 1, dtype=torch.int64, device=model.device)
-        self.pending: tuple[int, Callable[[], None]] | None = (
-            None  # a step whose tokens are awaited
-        )
+        # a step whose tokens are awaited
+        self.pending: tuple[int, Callable[[], None]] | None = None
         super().__init__(model, capacity, features, compiled, None)
 
     def prepare(self) -> None:

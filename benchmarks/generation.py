@@ -339,6 +339,27 @@ def line(name, result) -> str:
     return "  ".join(words)
 
 
+def measure_cases(cases, wanted, args, report, line) -> None:
+    """Run the cases (name, function) that are wanted, until the budget is spent: each is printed
+    and written with those before it, and one that fails stops no other."""
+    for name, run in cases:
+        if not wanted(name):
+            continue
+        if time.perf_counter() - START > args.budget:
+            print(f"{name:44}  skipped: the budget of {args.budget:g} s is spent", flush=True)
+            continue
+        start = time.perf_counter()
+        try:
+            result = run()
+        except Exception as error:  # an edge: the other cases still have something to say
+            traceback.print_exc()
+            result = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
+        result["whole_s"] = time.perf_counter() - start
+        report["cases"][name] = result
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(line(name, result), f" [{result['whole_s']:.0f} s]", flush=True)
+
+
 def main(argv=None):
     p = cli.parser(__doc__)
     p.add_argument("--out", type=Path, required=True)
@@ -355,22 +376,8 @@ def main(argv=None):
     report["gpu"] = torch.cuda.get_device_name() if device == "cuda" else None
     report["cases"] = {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for name, run in cases(args.small, size, device):
-        if args.only not in name:
-            continue
-        if time.perf_counter() - START > args.budget:
-            print(f"{name:44}  skipped: the budget of {args.budget:g} s is spent", flush=True)
-            continue
-        start = time.perf_counter()
-        try:
-            result = run()
-        except Exception as error:  # an edge: the other cases still have something to say
-            traceback.print_exc()
-            result = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
-        result["whole_s"] = time.perf_counter() - start
-        report["cases"][name] = result
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(line(name, result), f" [{result['whole_s']:.0f} s]", flush=True)
+    wanted = cases(args.small, size, device)
+    measure_cases(wanted, lambda name: args.only in name, args, report, line)
     summary(report["cases"])
 
 

@@ -20,8 +20,6 @@ import itertools
 import json
 import statistics
 import sys
-import time
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from experts import seconds_of, windows  # noqa: E402
-from generation import measure, peer_model, random_model, release  # noqa: E402
+from generation import measure, measure_cases, peer_model, random_model, release  # noqa: E402
 
 import cli  # noqa: E402
 from backends import Sampling, scoring  # noqa: E402
@@ -44,7 +42,6 @@ from modeling.mlp import Linear  # noqa: E402
 from quantisation.codes import Codes  # noqa: E402
 from quantisation.linear import pack_model, packed_of, weight_bytes  # noqa: E402
 
-START = time.perf_counter()
 STD = 0.02  # of the weights that random codes stand for
 RULES = {"w8": (8, None), "w4 g128": (4, 128), "fp8": (0, None)}  # bits (0: e4m3), group
 SWEPT = {  # (programs, rows of weights, warps, stages) of codes of so many bits
@@ -382,22 +379,8 @@ def main(argv=None):
         same = all(before[key] == report[key] for key in ("gpu", "torch", "small"))
         report["cases"] = before["cases"] if same else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for case, run in cases(args.small, Size(args.small), device, find_gpu(name)):
-        if not any(part in case for part in args.only):
-            continue
-        if time.perf_counter() - START > args.budget:
-            print(f"{case:44}  skipped: the budget of {args.budget:g} s is spent", flush=True)
-            continue
-        start = time.perf_counter()
-        try:
-            result = run()
-        except Exception as error:  # an edge: the other cases still have something to say
-            traceback.print_exc()
-            result = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
-        result["whole_s"] = time.perf_counter() - start
-        report["cases"][case] = result
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(line(case, result), f" [{result['whole_s']:.0f} s]", flush=True)
+    found = cases(args.small, Size(args.small), device, find_gpu(name))
+    measure_cases(found, lambda case: any(part in case for part in args.only), args, report, line)
     summary(report["cases"])
 
 
