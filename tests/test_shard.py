@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import saved_adapter, saved_base
-from builders import CONFIGS, saved_checkpoint, small_humaneval, small_mmlu, token_shard, torchrun
+from builders import saved_checkpoint, small_humaneval, small_mmlu, token_shard, torchrun
 from small_sweeps import flags as sweep_flags
 from small_sweeps import small_data, small_run
 
@@ -17,7 +17,6 @@ import eval
 from backends import parallel
 from backends.pipe import Pipe
 from distributed import Dist
-from quantisation.apply import quantise_model
 
 MODEL = ["--tokenizer-name", "byte", "--device", "cpu"]
 
@@ -159,14 +158,6 @@ def test_a_model_of_transformers_is_not_cut(tmp_path):
     parts = Dist(0, 2, 0, torch.device("cpu"), pipe=Pipe(dist, 2))
     with pytest.raises(ValueError, match="is run by transformers, whose models --shard does not"):
         parallel.load(checkpoint.open(base), "float32", parts)
-
-
-def test_a_part_of_a_model_is_not_rounded():
-    dist = Dist(1, 2, 1, torch.device("cpu"))
-    stage = parallel.Stage.of(CONFIGS["llama"], Pipe(dist, 2), "float32")
-    stage.allocate(torch.float32, "cpu")
-    with pytest.raises(ValueError, match="several processes hold between them is not rounded"):
-        quantise_model(stage, "rtn-w8")
 
 
 def test_flag_of_every_evaluation_and_not_with_an_endpoint(root):
