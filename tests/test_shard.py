@@ -54,6 +54,10 @@ def commands(root) -> dict[str, list]:
     mmlu = ["mmlu_eval.py", "--data-path", root / "mmlu"]
     return {
         "eval": ["eval.py", *shard, "--batch-size", 4],
+        "rounded": [
+            *("eval.py", *shard, "--batch-size", 4, "--reference", "first"),
+            *("--quantise", "fp32", "rtn-w4-g16-asym", "fp8", "--quantise-embeddings"),
+        ],
         "mmlu": [*mmlu, "--num-few-shot", 2, "--template", "lm_eval", "continuation"],
         "letters": [*mmlu, "--scoring", "generate", "letter"],
         "humaneval": ["humaneval_eval.py", "--data-path", root / "problems.jsonl", *drawing],
@@ -66,7 +70,7 @@ def run(root, name, n, *more, results_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eval", "mmlu", "letters", "humaneval"])
+@pytest.mark.parametrize("name", ["eval", "rounded", "mmlu", "letters", "humaneval"])
 def test_one_record_whatever_the_groups(root, tmp_path, name):
     run(root, name, 1, results_dir=tmp_path / "one")
     wanted = numbers(tmp_path / "one")
