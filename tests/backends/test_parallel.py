@@ -41,7 +41,7 @@ for path in {paths!r}:
             say("same", n, size, path)
 """
 FEW = (Quantisation("rtn-w4-g16", embeddings=True, skip=("blocks.4.*",)),)
-EVERY = (*FEW, *map(Quantisation, ("bf16", "rtn-w8", "fp8", "gguf-q8_0", "rtn-w8a8", "fp8-a8")))
+EVERY = (*FEW, *map(Quantisation, ("bf16", "rtn-w8", "fp8-b16", "rtn-w8a8", "fp8-a8")))
 # whose activations are not rounded: mixtures and latent attention
 WHOLE = [kind for kind in KINDS if tiny(kind).n_experts or tiny(kind).kv_lora_rank is not None]
 
@@ -63,7 +63,7 @@ def test_two_ranks_to_a_model_have_the_bits_of_one(tmp_path):
 @pytest.mark.parametrize("kinds", [KINDS[part::3] for part in range(3)], ids="abc")
 @pytest.mark.parametrize("n, sizes", [(2, (2,)), (4, (1, 2, 4))])
 def test_every_family_in_groups_of_every_size(tmp_path, n, sizes, kinds):
-    compare(tmp_path, kinds, n, sizes, EVERY)
+    compare(tmp_path, kinds, n, sizes, EVERY if n == 2 else FEW)
 
 
 # ---------------------------------------------------------------------------------------------
