@@ -1,14 +1,34 @@
 """--shard from the command line: records of any number of ranks and groups are one, interrupted
 work goes on at another number, and what cannot be cut is refused in one line."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from adapter_files import saved_adapter, saved_base
-from builders import saved_checkpoint, small_humaneval, small_mmlu, token_shard, torchrun
+from builders import (
+    PATIENCE,
+    command,
+    descendants,
+    is_there,
+    save_model,
+    saved_checkpoint,
+    small_humaneval,
+    small_mmlu,
+    started,
+    tiny_model,
+    token_shard,
+    torchrun,
+    wait_for,
+)
 from small_sweeps import flags as sweep_flags
 from small_sweeps import small_data, small_run
 
@@ -103,6 +123,90 @@ def test_journals_go_on_at_another_number_of_ranks_to_a_model(root, tmp_path):
         assert numbers(place) == wanted
         (record,) = records(place)
         assert 0 < record["cost"]["samples_resumed"] < 12
+
+
+def ranks_of(process) -> list[int]:
+    """Processes below torchrun, in the order of their ranks."""
+
+    def rank(pid):
+        for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if word.startswith(b"RANK="):
+                return int(word[5:])
+        return -1
+
+    return [pid for _, pid in sorted((rank(p), p) for p in descendants(process.pid)) if _ >= 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGINT to torchrun", "SIGKILL to a rank"])
+def test_what_was_drawn_before_the_end_is_kept(root, tmp_path, how):
+    """A run of two groups that ends in the midst of its work leaves no process and no record, names
+    the rank that died, and goes on in one group of four, whose record is an undisturbed run's."""
+    more = ["--num-samples", 16, "--max-new-tokens", 40]
+    run(root, "humaneval", 0, *more, results_dir=tmp_path / "whole")
+    place = tmp_path / "ended"
+    words = [*commands(root)["humaneval"], "--checkpoint-path", root / "run", *MODEL, *more]
+    words = command(4, *words, "--results-dir", place, "--shard", 2)
+    with started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for(lambda: sum(p.stat().st_size for p in place.rglob("journal-*")) > 500)
+        pids = ranks_of(process)
+        assert len(pids) == 4
+        if how == "SIGKILL to a rank":
+            os.kill(pids[2], signal.SIGKILL)
+        else:
+            process.send_signal(getattr(signal, how.split()[0]))
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0 and not any(map(is_there, pids)) and not records(place)
+    assert ("rank      : 2 (local_rank: 2)" in err) == ("rank" in how), err
+    run(root, "humaneval", 4, *more, "--shard", 4, results_dir=place)
+    assert numbers(place) == numbers(tmp_path / "whole")
+    assert 0 < records(place)[0]["cost"]["samples_resumed"] < 48
+
+
+@pytest.mark.slow
+def test_a_group_over_two_nodes(root, tmp_path):
+    """Two agents of torchrun that meet on the loopback: four ranks hold one model, then two."""
+    run(root, "eval", 0, results_dir=tmp_path / "one")
+    for size in (4, 2):
+        place = tmp_path / str(size)
+        words = [*commands(root)["eval"], "--checkpoint-path", root / "run", *MODEL]
+        words = command(2, *words, "--results-dir", place, "--shard", size)
+        assert words[3] == "--standalone"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        nodes = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+        nodes += [f"--rdzv-id={size}", "--local-addr=127.0.0.1"]
+        with contextlib.ExitStack() as stack:
+            agents = [
+                stack.enter_context(
+                    started([*words[:3], *nodes, *words[4:]], stderr=subprocess.PIPE)
+                )
+                for _ in range(2)
+            ]
+            for agent in agents:
+                _, err = agent.communicate(timeout=PATIENCE)
+                assert agent.returncode == 0, err
+        assert numbers(place) == numbers(tmp_path / "one")
+        cost = records(place)[0]["cost"]
+        assert (cost["world_size"], cost["shard"]) == (4, size)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_rank_cannot_read_is_not_the_last(tmp_path):
+    """In a sweep of groups: of a damaged tensor only the rank that needs it learns, and all go on
+    with the next checkpoint."""
+    data, run_dir = small_data(tmp_path), small_run(tmp_path / "run")
+    broken = tiny_model(seed=3)
+    broken.blocks[1].mlp.fc2.weight.data[0, 0] = torch.nan
+    save_model(broken, run_dir, 20)
+    out = torchrun(
+        2, "sweep.py", *sweep_flags(run_dir, data, "two", "--shard", "2"), code=1, cold=True
+    )
+    assert out.stdout.count("1 of 28 tensors hold NaN") == 2, out.stdout
+    made = sorted((r["status"], r["checkpoint"]["name"]) for r in records(tmp_path / "two"))
+    wanted = [("failed", "checkpoint-20"), ("ok", "checkpoint-10"), ("ok", "checkpoint-30")]
+    assert made == sorted(2 * wanted), made
 
 
 @pytest.mark.slow
