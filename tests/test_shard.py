@@ -125,16 +125,16 @@ def test_journals_go_on_at_another_number_of_ranks_to_a_model(root, tmp_path):
         assert 0 < record["cost"]["samples_resumed"] < 12
 
 
-def ranks_of(process) -> list[int]:
-    """Processes below torchrun, in the order of their ranks."""
-
-    def rank(pid):
-        for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            if word.startswith(b"RANK="):
-                return int(word[5:])
-        return -1
-
-    return [pid for _, pid in sorted((rank(p), p) for p in descendants(process.pid)) if _ >= 0]
+def ranks_of(process) -> dict[int, int]:
+    """{rank: pid} of torchrun's workers; what they start themselves comes and goes."""
+    found: dict[int, int] = {}
+    for pid in descendants(process.pid):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            rank = next((int(word[5:]) for word in words if word.startswith(b"RANK=")), None)
+            if rank is not None:
+                found.setdefault(rank, pid)  # the parents come first
+    return found
 
 
 @pytest.mark.slow
@@ -150,13 +150,13 @@ def test_what_was_drawn_before_the_end_is_kept(root, tmp_path, how):
     with started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for(lambda: sum(p.stat().st_size for p in place.rglob("journal-*")) > 500)
         pids = ranks_of(process)
-        assert len(pids) == 4
+        assert sorted(pids) == [0, 1, 2, 3]
         if how == "SIGKILL to a rank":
             os.kill(pids[2], signal.SIGKILL)
         else:
             process.send_signal(getattr(signal, how.split()[0]))
         _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode != 0 and not any(map(is_there, pids)) and not records(place)
+    assert process.returncode != 0 and not any(map(is_there, pids.values())) and not records(place)
     assert ("rank      : 2 (local_rank: 2)" in err) == ("rank" in how), err
     run(root, "humaneval", 4, *more, "--shard", 4, results_dir=place)
     assert numbers(place) == numbers(tmp_path / "whole")
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_one_rank_cannot_read_is_not_the_last(tmp_path):
     out = torchrun(
         2, "sweep.py", *sweep_flags(run_dir, data, "two", "--shard", "2"), code=1, cold=True
     )
-    assert out.stdout.count("1 of 28 tensors hold NaN") == 2, out.stdout
+    assert out.stdout.count("hold NaN or Inf: transformer.h.1.mlp.c_proj.weight") == 2, out.stdout
     made = sorted((r["status"], r["checkpoint"]["name"]) for r in records(tmp_path / "two"))
     wanted = [("failed", "checkpoint-20"), ("ok", "checkpoint-10"), ("ok", "checkpoint-30")]
     assert made == sorted(2 * wanted), made

@@ -77,6 +77,8 @@ def numbers(model, facts, dist, stream, batch=4) -> dict:
         found[name] = sorted(sample for part in dist.gather(mine) for sample in part)
         found[f"{name} batch"] = local.ran()["batch_size"]
         assert len(found[name]) == 3 * len(prompts()) - 2, "each sample once"
+    mine = [s.token_ids for s in local.generate(prompts()[:1], SAMPLING, 3, batch_size=batch)]
+    found["of one prompt"] = sorted(ids for part in dist.gather(mine) for ids in part)
     return found
 
 

@@ -11,9 +11,12 @@ from small_models import KINDS, tiny
 
 import checkpoint
 from backends import parallel
+from backends.engine import default_batch_size
+from backends.pipe import Pipe
 from config import load_config
 from costs.gpus import find_gpu
 from costs.memory import estimate_memory, usable_memory
+from costs.shards import shares, weight_bytes
 from formats import conversion
 from model import GPTModel
 from quantisation.names import Quantisation
@@ -203,6 +206,20 @@ def test_auto_is_the_least_that_compute_says_fits(monkeypatch, shape, wanted):
     peaks = [estimate_memory(config, 1, 4096, shard=n, **setup)["peak_bytes"] for n in (1, 2)]
     fits = [peak <= usable_memory(find_gpu("h100")) for peak in peaks]
     assert fits == [wanted == 1, True]
+
+
+def test_rows_of_a_batch_leave_room_for_those_that_take_turns(monkeypatch):
+    """A 70B on two GPUs of 80 GB, of which its weights leave 13 each."""
+    card = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    config, gpu = load_config("llama3-70b"), torch.device("cuda", 0)
+    stage = parallel.Stage.of(config, Pipe(Rank(0, 2, 0, gpu), 2), "bfloat16")
+    stage._dtype = torch.bfloat16
+    held = max(weight_bytes(*share) for share in shares(config, stage._setup))
+    for prompt, new, least in ((600, 424, 8), (4000, 96, 2)):
+        rows = default_batch_size(stage, prompt, new)
+        kept = 2 * rows * (prompt + new) * 40 * 2 * config.n_kv_heads * config.head_dim * 2
+        assert rows >= least and held + kept < 0.93 * card.total_memory, rows
 
 
 READS = r"""
