@@ -7,7 +7,8 @@
 All ranks of a group make the same calls in the same order. What the first makes of some tokens
 goes to the second, which works on it while the first begins with the next ones. A rank reads its
 own layers' weights, and nobody has all of them. torch.distributed.pipelining was considered: it
-brings schedules for training, of which scoring needs none.
+brings schedules for training, of which scoring needs none; and FSDP2, which gathers each layer for
+each batch: a 70B on two GPUs of 80 GB had no room for that, and between hosts it wants a fast link.
 """
 
 from collections.abc import Callable, Sequence
