@@ -45,12 +45,16 @@ def prompts():
 
 
 class Seen:
-    """A consumer of logits: their sum by place."""
+    """Makes a consumer of logits: their sum by place."""
 
     def __init__(self, n):
-        self.sums = torch.zeros(n, dtype=torch.float64)
+        self.n = n
 
-    def __call__(self, logits, targets, places):
+    def __call__(self):
+        self.sums = torch.zeros(self.n, dtype=torch.float64)
+        return self.see
+
+    def see(self, logits, targets, places):
         self.sums[places] = logits.double().sum(-1)
 
 

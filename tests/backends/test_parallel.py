@@ -128,7 +128,7 @@ def test_memory_that_runs_out_on_one_rank_of_a_group(tmp_path, n):
     """All ranks agree on half the batch, those of another group too, and what comes out is what
     half the batch gives."""
     path = saved(tmp_path, "llama")
-    body = SHORT_OF_MEMORY.format(path=str(path), shard=str(shard_of(tmp_path)), spared=3)
+    body = SHORT_OF_MEMORY.format(path=str(path), shard=str(shard_of(tmp_path)), spared=6 // n)
     out = run_ranks(n, tmp_path, body)
     lines = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("found")]
     wanted = [  # batches of windows; of two kinds of rows; of samples
