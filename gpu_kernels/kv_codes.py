@@ -41,7 +41,7 @@ class Codes:
         values, largest = x.float(), LARGEST[dtype]
         absmax = values.abs().amax(-1)
         # by a tensor: CUDA would multiply by the inverse of a plain number, which is not the same
-        scales = absmax / absmax.new_full((1,), largest)
+        scales = absmax / absmax.new_full((), largest)
         codes = values / torch.where(scales > 0, scales, 1.0)[..., None]
         # the cast alone may make NaN of what is beyond 448, and anything of what is beyond 127
         codes = codes.clamp(-largest, largest)
