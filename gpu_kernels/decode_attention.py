@@ -28,8 +28,9 @@ PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer are spli
 MAX_SPLITS = 16
 MANY_QUERIES = 64  # query rows of one tile where many rows share a prompt; 16 where few do,
 WIDE = 256  # or where values are wider than this: each query's mixture of them lies in registers
-BLOCK_BYTES = 16384  # keys of one step of the kernel's loop
+BLOCK_BYTES = 16384  # keys of one step of the kernel's loop, in the queries' dtype
 WARPS, STAGES = 4, 2
+CODE_BYTES, CODE_WARPS, CODE_STAGES = 16384, 4, 2  # the same where keys and values are codes
 LOG2_E = 1.4426950408889634
 
 
@@ -199,8 +200,10 @@ def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, s
     (B, H, D), E = q.shape, new[1].shape[-1]
     (G, S), latent = k.shape[1:3], D - E if v is None else 0
     (heads, groups), rows = _heads(H // G, E), 1 if own else tiles.shape[1] - 1
-    block_d = _power_of_2(D - latent)
-    block_n = max(16, min(128, BLOCK_BYTES // (block_d * q.element_size())))
+    block_d, size, warps, stages = _power_of_2(D - latent), BLOCK_BYTES, WARPS, STAGES
+    if k_scales is not None:
+        size, warps, stages = CODE_BYTES, CODE_WARPS, CODE_STAGES
+    block_n = max(16, min(128, size // (block_d * q.element_size())))
     _kernel()[(n_tiles, G * groups, splits)](
         q, *new, k, k_scales, k if v is None else v, v_scales, lengths, tiles, first, out, lse,
         q.stride(0), new[0].stride(0), new[1].stride(0),
@@ -208,7 +211,7 @@ def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, s
         R=H // G, HEADS=heads, GROUPS=groups, D=D, E=E, LATENT=latent, BLOCK_D=block_d,
         BLOCK_L=_power_of_2(latent), M=_power_of_2(heads * rows), BLOCK_N=block_n, SPLITS=splits,
         OWN=own, WINDOW=first is not None, CAP=softcap > 0,
-        MOST=0 if k_scales is None else LARGEST[k.dtype], num_warps=WARPS, num_stages=STAGES,
+        MOST=0 if k_scales is None else LARGEST[k.dtype], num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

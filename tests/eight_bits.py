@@ -63,5 +63,6 @@ class RoundedAttention:
         return torch.arange(T)[None]
 
     def attend(self, layer, q, k, v, **options):
-        k, v = (torch.from_numpy(dequantised(x.numpy(), self.kv_dtype)) for x in (k, v))
-        return attend(q, k.to(q.dtype), v.to(q.dtype), causal=True, **options)
+        seen = (dequantised(x.float().cpu().numpy(), self.kv_dtype) for x in (k, v))
+        k, v = (torch.from_numpy(x).to(q) for x in seen)
+        return attend(q, k, v, causal=True, **options)
