@@ -382,9 +382,8 @@ def generate(
     random streams, its index unless given. done: (prompt_index, sample_index) pairs not wanted
     again. units: lists of prompt indices instead of plan_units'; with `dist` they are dealt
     round-robin. compile: the decode step through torch.compile; "auto" where the whole job is worth
-    it, on CUDA only. kv_dtype: of the cache (Capacity). A model with `supports_cache` False runs
-    without one. Raises ValueError for a prompt beyond the context; a sequence that reaches its end
-    finishes there.
+    it, on CUDA only. kv_dtype: see Capacity. A model without a cache runs every step from the start.
+    ValueError for a prompt beyond the context; a sequence that reaches its end finishes there.
     """
     longest = model.max_positions
     samplings = by_sample(sampling, len(prompts), n_samples)
@@ -406,7 +405,6 @@ def generate(
     alive = min(B, -(-2 * B // n_samples) + 6, kept)  # prompts at once, stragglers' included
     if compile == "auto":
         compile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
-
     options: dict[str, Any] = {"eos_ids": eos_ids, "compiled": bool(compile)}
     options |= {"features": features_of(distinct), "on_launch": dist.bump if dist else lambda: None}
     capacity = Capacity(B, P, S, alive, own, kv_dtype)

@@ -234,22 +234,20 @@ class Local:
         start = time.perf_counter()
         seconds, drawn = 0.0, set(done)
         while True:
-            fits, job = (
-                True,
-                engine.generate(
-                    self.model,
-                    prompts,
-                    sampling,
-                    tokenizer=tokenizer,
-                    n_samples=n_samples,
-                    eos_ids=self._end_of_text() if end_ids is None else end_ids,
-                    keys=keys,
-                    done=drawn,
-                    batch_size=batch_size,
-                    compile=WITH_COMPILE[self.compile],
-                    kv_dtype=self.cache.kv_dtype,
-                    dist=dist,
-                ),
+            fits = True
+            job = engine.generate(
+                self.model,
+                prompts,
+                sampling,
+                tokenizer=tokenizer,
+                n_samples=n_samples,
+                eos_ids=self._end_of_text() if end_ids is None else end_ids,
+                keys=keys,
+                done=drawn,
+                batch_size=batch_size,
+                compile=WITH_COMPILE[self.compile],
+                kv_dtype=self.cache.kv_dtype,
+                dist=dist,
             )
             batch_size = job.batch_size
             try:
