@@ -382,7 +382,7 @@ def generate(
     random streams, its index unless given. done: (prompt_index, sample_index) pairs not wanted
     again. units: lists of prompt indices instead of plan_units'; with `dist` they are dealt
     round-robin. compile: the decode step through torch.compile; "auto" where the whole job is worth
-    it, on CUDA only. kv_dtype: see Capacity. A model without a cache runs every step from the start.
+    it, on CUDA only. kv_dtype: see Capacity. A model without a cache begins every step anew.
     ValueError for a prompt beyond the context; a sequence that reaches its end finishes there.
     """
     longest = model.max_positions

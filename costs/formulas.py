@@ -230,6 +230,8 @@ INFERENCE = (
     ("W_attention", "s*(8*h + c*w_qkv + (c*(2*kv + widened*a*d + max(widened*a*d, a*dv + h))"
      " if latent else rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d))",
      "byte", "prefill, at the rotation of q, or at the output of latent attention", ""),
+    ("W_rounding", "(c_scale > 0)*s*(8*h + c*w_qkv + rope*c*(a + k)*d + (5 + 4*(c < 4))*k*d)",
+     "byte", "prefill, where keys become codes", ""),
     ("W_dense", "s*(12*h + (2*c*h + c*f if tanh and mlp_bias and c < 4 else c*f*(2 + 2*gated)))",
      "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
     ("W_experts", "s*(16*h + c*h + K*c*(2*h + fe*(2 + 2*gated)))", "byte",
@@ -239,8 +241,8 @@ INFERENCE = (
      ""),
     ("W_logits", "W_decode + s*4*h", "byte", "beside the last hidden states", ""),
     ("W_sent", "(not last)*sent*s*4*h", "byte", "on its way to the next stage", "Huang 2019"),
-    ("W_prefill", "max(W_attention, W_mlp, W_logits) + W_sent", "byte", "workspace of a prefill",
-     ""),
+    ("W_prefill", "max(W_attention, W_rounding, W_mlp, W_logits) + W_sent", "byte",
+     "workspace of a prefill", ""),
     ("W_scoring", "max(W_attention, W_mlp, s*4*h + last*min(s, chunk)*(Vp*c + c*h)) + W_sent",
      "byte", "of scoring.py: logits of a chunk", ""),
 )

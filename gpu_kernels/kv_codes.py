@@ -44,8 +44,8 @@ class Codes:
         scales = absmax / absmax.new_full((), largest)
         codes = values / torch.where(scales > 0, scales, 1.0)[..., None]
         # the cast alone may make NaN of what is beyond 448, and anything of what is beyond 127
-        codes = codes.clamp(-largest, largest)
-        return cls((codes.round() if dtype == torch.int8 else codes).to(dtype), scales)
+        codes.clamp_(-largest, largest)
+        return cls((codes.round_() if dtype == torch.int8 else codes).to(dtype), scales)
 
     @property
     def shape(self) -> torch.Size:

@@ -219,8 +219,11 @@ def test_peak_of_the_loss_under_a_soft_cap(dtype):
     assert live.peak == pytest.approx(v["M_loss_backward"], rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "youtu"])
-def test_peak_of_a_prefill_on_cpu(kind):
+@pytest.mark.parametrize(
+    "kind, kv",
+    [("gpt2", None), ("llama", None), ("youtu", None), ("gpt2", "int8"), ("llama", "fp8")],
+)
+def test_peak_of_a_prefill_on_cpu(kind, kv):
     """Weights, cache and the widest moment of a block; without cuBLAS's fused GELU and RMSNorm."""
     # values as wide as keys, since on CUDA they are widened; attention is the widest moment
     latent = dict(qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=64, kv_lora_rank=48)
@@ -231,12 +234,19 @@ def test_peak_of_a_prefill_on_cpu(kind):
     c = c.replace(norm="layernorm", activation="silu" if c.gated_mlp else "gelu")
     model, (B, T) = GPTModel(c).for_inference(torch.bfloat16), (2, 256)
     ids = torch.randint(0, c.vocab_size, (B, T))
-    estimate = estimate_memory(c, B, T, "bf16", training=False, workspace=0)
+    estimate = estimate_memory(c, B, T, "bf16", training=False, workspace=0, kv_dtype=kv)
     assert estimate["states"]["weights"] == sum(p.nbytes for p in model.parameters())
     with LiveBytes(model) as live, torch.no_grad():
-        cache = DecodeCache(model, n_prompts=B, prompt_len=T, n_rows=B, max_len=0)
+        cache = DecodeCache(model, n_prompts=B, prompt_len=T, n_rows=B, max_len=0, kv_dtype=kv)
         filling = cache.filling(list(range(B)), [T] * B)
         model.logits(model.hidden(ids, cache=filling)[:, -1])
+        kept = [
+            part
+            for k in (*cache.prompt_k.values(), *cache.prompt_v.values())
+            if k is not None
+            for part in ((k.codes, k.scales) if kv else (k,))
+        ]
+    assert estimate["cache_bytes_per_token"] * B * T == sum(part.nbytes for part in kept)
     assert estimate["peak_bytes"] - estimate["load_bytes"] == pytest.approx(live.peak, rel=0.03)
 
 
