@@ -230,8 +230,8 @@ INFERENCE = (
     ("W_attention", "s*(8*h + c*w_qkv + (c*(2*kv + widened*a*d + max(widened*a*d, a*dv + h))"
      " if latent else rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d))",
      "byte", "prefill, at the rotation of q, or at the output of latent attention", ""),
-    ("W_rounding", "(c_scale > 0)*s*(8*h + c*w_qkv + rope*c*(a + k)*d + (5 + 4*(c < 4))*k*d)",
-     "byte", "prefill, where keys become codes", ""),
+    ("W_rounding", "(c_scale > 0)*s*(8*h + c*w_qkv + rope*c*(a + k)*d + (5 + c + 4*(c < 4))*k*d)",
+     "byte", "prefill, where values become codes", ""),
     ("W_dense", "s*(12*h + (2*c*h + c*f if tanh and mlp_bias and c < 4 else c*f*(2 + 2*gated)))",
      "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
     ("W_experts", "s*(16*h + c*h + K*c*(2*h + fe*(2 + 2*gated)))", "byte",
