@@ -119,15 +119,9 @@ def plain_greedy(model, prompt, n, kind):
     return ids[len(prompt) :]
 
 
-WINDOWS = {"sliding_window": 30, "full_attention_layers": (1,), "head_dim": 80}
-
-
-@pytest.mark.parametrize(
-    "kind, compiled, shape",
-    [("int8", False, {}), ("fp8", False, {}), ("int8", False, WINDOWS), ("fp8", True, {})],
-)
-def test_greedy_equals_the_plain_loop_that_rounds(kind, compiled, shape):
-    model, prompts = small_model(std=0.3, **shape), prompts_of(1, 70, 33, 64)
+@pytest.mark.parametrize("kind, compiled", [("int8", False), ("fp8", False), ("fp8", True)])
+def test_greedy_equals_the_plain_loop_that_rounds(kind, compiled):
+    model, prompts = small_model(std=0.3), prompts_of(1, 70, 33, 64)
     lengths = [20, 15, 5, 12]
     options = {"batch_size": 3, "compile": compiled, "n_samples": 2, "kv_dtype": kind}
     samples = by_index(generate(model, prompts, [Sampling(n) for n in lengths], **options))
