@@ -19,7 +19,7 @@ Shapes: M rows, N outputs, K inputs, G groups of `group` columns each (the last 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +147,7 @@ ASSEMBLY = {"int4": NIBBLE, "uint4": NIBBLE, "int8": BYTE, "uint8": BYTE, "e4m3"
 
 
 @functools.cache
-def raw_of_words():
+def raw_of_words() -> Any:
     """A Triton function: raw values, bfloat16, of the codes that lie SHIFT bits up in words."""
     import triton
     import triton.language as tl
