@@ -19,7 +19,7 @@ Shapes: M rows, N outputs, K inputs, G groups of `group` columns each (the last 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +147,7 @@ ASSEMBLY = {"int4": NIBBLE, "uint4": NIBBLE, "int8": BYTE, "uint8": BYTE, "e4m3"
 
 
 @functools.cache
-def raw_of_words() -> Any:
+def _raw():
     """A Triton function: raw values, bfloat16, of the codes that lie SHIFT bits up in words."""
     import triton
     import triton.language as tl
@@ -317,7 +317,7 @@ def _has_pairs(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def assembly_of(kind: str, device: torch.device) -> tuple[str, ...]:
+def _assembly(kind: str, device: torch.device) -> tuple[str, ...]:
     code = ASSEMBLY[kind] if _has_pairs(device) else ""
     return tuple(code.replace("SHIFT", str(shift)) for shift in range(0, 16, BITS[kind]))
 
@@ -377,11 +377,11 @@ def _multiply(
     _matmul_kernel()[(-(-N // way.rows), splits)](
         x, words, scales, x if zeros is None else zeros, x if bias is None else bias,
         y, parts, arrivals, M, N, K, G, tiles_each,
-        RAW=raw_of_words(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ROWS=ROWS,
+        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ROWS=ROWS,
         GROUP=0 if G == 1 else group,
         ZEROS="" if zeros is None else "bf16" if zeros.dtype == torch.bfloat16 else "fp32",
         OFFSET=_offset(kind, zeros), BIAS=bias is not None, SPLITS=splits,
-        SHARE=_share(group, kind), CODES=assembly_of(kind, x.device),
+        SHARE=_share(group, kind), CODES=_assembly(kind, x.device),
         FULL=K % (16 // BITS[kind] * SPAN) == 0,
         BLOCK_M=max(LEAST_ROWS, 1 << (M - 1).bit_length()), BLOCK_N=way.rows,
         num_warps=way.warps, num_stages=way.stages,
@@ -424,9 +424,9 @@ def _unpack(
     out = torch.empty(N, K, dtype=dtype, device=words.device)
     _dequantise_kernel()[(_tiles(K, kind), len(words))](
         words, scales, words if zeros is None else zeros, out, N, K, G, group,
-        RAW=raw_of_words(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ZEROS=zeros is not None,
+        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ZEROS=zeros is not None,
         OFFSET=_offset(kind, zeros),
-        WHOLE=G == 1 or group % SPAN == 0, CODES=assembly_of(kind, words.device), ROWS=ROWS,
+        WHOLE=G == 1 or group % SPAN == 0, CODES=_assembly(kind, words.device), ROWS=ROWS,
     )  # fmt: skip
     return out
 
