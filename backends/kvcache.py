@@ -246,8 +246,8 @@ class DecodeCache:
     For each layer: prompt_k, prompt_v [N, G, P, D], of which prompt_lengths [N] are filled; k, v
     [B, G, S, D], of which lengths [B] are. Latents lie in prompt_k and k, [., 1, ., R + L], and
     there are no v. kv_dtype: of keys and values, "int8" or "fp8", instead of the model's. A decode
-    step is captured once as a CUDA graph: what changes from step to step
-    stays in the same tensors and is changed in place.
+    step is captured once as a CUDA graph: what changes from step to step stays in the same tensors
+    and is changed in place.
     """
 
     def __init__(
