@@ -20,8 +20,11 @@ def softmax_attention(q, keys, values, softcap=None, scale=None):
 
 @pytest.mark.parametrize("N,P,window", [(1, 9, 0), (3, 9, 0), (3, 9, 4), (1, 9, 12), (2, 0, 0)])
 @pytest.mark.parametrize("G,R", [(2, 1), (2, 3)])
-@pytest.mark.parametrize("softcap,scale", [(None, None), (1.5, None), (None, 0.6), (1.5, 0.6)])
-@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
+@pytest.mark.parametrize(
+    "softcap,scale,kind",
+    [(None, None, None), (1.5, None, None), (None, 0.6, None), (1.5, 0.6, None)]
+    + [(None, None, "fp8"), (1.5, 0.6, "int8")],
+)
 def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R, softcap, scale, kind):
     """kind: of the codes that keys and values are stored as, and seen."""
     g, B, S, D = np.random.default_rng(N + window), 5, 7, 8
