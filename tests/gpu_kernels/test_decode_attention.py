@@ -22,8 +22,10 @@ def softmax_attention(q, keys, values, softcap=None, scale=None):
 @pytest.mark.parametrize("G,R", [(2, 1), (2, 3)])
 @pytest.mark.parametrize(
     "softcap,scale,kind",
-    [(None, None, None), (1.5, None, None), (None, 0.6, None), (1.5, 0.6, None)]
-    + [(None, None, "fp8"), (1.5, 0.6, "int8")],
+    [
+        *((None, None, None), (1.5, None, None), (None, 0.6, None), (1.5, 0.6, None)),
+        *((None, None, "fp8"), (1.5, 0.6, "int8")),
+    ],
 )
 def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R, softcap, scale, kind):
     """kind: of the codes that keys and values are stored as, and seen."""
