@@ -92,7 +92,8 @@ class _WithoutInit(TorchFunctionMode):
 
 
 class GPTModel(nn.Module):
-    """See the file's docstring. `activation_checkpointing` recomputes blocks in the backward."""
+    """See the file's docstring. `activation_checkpointing` recomputes blocks in the backward, in
+    deep models a few at a time: less is kept of what goes into them than is held of one more."""
 
     # transformers' models, behind the same interface, say False
     is_native: Literal[True] = True
@@ -263,13 +264,19 @@ class GPTModel(nn.Module):
         before them, if that is not the embeddings; it is taken out, so that nothing holds it."""
         x = came.pop() if came else self.embed(input_ids, positions)
         ropes = self._ropes(positions, x.shape[1] if cache is None else cache.longest)
-        for layer in self.layers:
-            rope, block = ropes.get(self.config.layer_rope(layer)), self.blocks[layer]
-            own = None if mask is None else mask[layer]
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, own, cache, use_reentrant=False)
-            else:
-                x = block(x, rope, own, cache)
+
+        def through(x: Tensor, layers: range) -> Tensor:
+            for layer in layers:
+                own = None if mask is None else mask[layer]
+                x = self.blocks[layer](x, ropes.get(self.config.layer_rope(layer)), own, cache)
+            return x
+
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return through(x, self.layers)
+        n = self.config.recomputed_together
+        for first in self.layers[::n]:
+            layers = range(first, min(first + n, self.layers.stop))
+            x = checkpoint(through, x, layers, use_reentrant=False)
         return x
 
     def within_documents(self, starts: Tensor) -> dict[str, Any]:

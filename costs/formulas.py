@@ -200,7 +200,8 @@ STEP = (
      " + A_dropout + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)"
      " + ours*lora*(c < 4)*c*n_lora",
      "byte", "saved by a block", "Korthikanti 2022"),
-    ("A_kept", "s*A_residual if full_recompute else A_block", "byte", "until the backward",
+    ("A_kept", "s*A_residual if full_recompute else A_block", "byte",
+     "until the backward: of a block, or what goes into several that are recomputed together",
      "Chen 2016"),
     ("A_shared", "s*(16 + drop*hr) + (rope > 0)*4*T*d", "byte", "token ids, dropout, angles", ""),
     ("A_ends", "s*(A_residual + 8 - 4*rms + c*hr)", "byte", "final norm, head's input", ""),

@@ -84,8 +84,9 @@ def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
     }
 
 
-def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int) -> dict:
-    """Of MLPs and mixtures of these widths, which tensor parallelism divides."""
+def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int, together: int = 1) -> dict:
+    """Of MLPs and mixtures of these widths, which tensor parallelism divides. together: blocks that
+    are recomputed at a time."""
     L, E, K = c.n_layers, c.n_experts, c.n_experts_per_token
     moe = sum(c.layer_experts(layer) > 0 for layer in range(L))
 
@@ -93,7 +94,9 @@ def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int) -> dict:
         total = (L - moe) * of_dense + moe * of_moe
         return total // L if total % L == 0 else total / L
 
-    gated, every = bool(c.shared_gate), int(shared > 0)
+    of_moe, every = 0 if c.shared_gate else shared, int(shared > 0)
+    spared = [of_moe if c.layer_experts(layer) else dense for layer in range(L)]
+    ends = {*range(together - 1, L, together), L - 1}
     return {
         "f": dense,
         "fe": expert if E else 0,
@@ -106,7 +109,7 @@ def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int) -> dict:
         "f_held": mean(dense, E * expert + shared),
         "f_met": mean(dense, K * expert + shared),
         "F_met": (L - moe) * dense + moe * (K * expert + shared),
-        "F_spared": (L - moe) * dense + moe * (0 if gated else shared),  # of products unread
+        "F_spared": sum(spared[i] for i in ends),  # of products unread, each a group's last
         "mlps_held": mean(1, E + every),
         "mlps_met": mean(1, K + every),
     }
@@ -181,6 +184,11 @@ class Setup:
         """Whether its weights can: few bits train through LoRA alone."""
         return self.lora_rank > 0 or not (self.quantise or self.dtype in ("int8", "int4"))
 
+    def together(self, model: GPTConfig | None) -> int:
+        """Blocks whose activations are recomputed at a time."""
+        ours = model is not None and self.implementation == "roseval" and self.recompute == "full"
+        return model.recomputed_together if ours and model else 1
+
     def symbols(self, model: GPTConfig | None = None) -> dict:
         """Bytes per number and switches (0 or 1), as the formulas name them; those of `quantise`
         depend on the model."""
@@ -207,6 +215,7 @@ class Setup:
             "adam": int(self.optimizer == "adamw"),
             "fused": int(self.fused),
             "full_recompute": int(self.recompute == "full"),
+            "together": self.together(model),
             "math": int(self.attention == "math" and self.recompute == "none"),
             "flash": int(self.attention == "flash"),
             "held": int(self.held_logits),
@@ -229,12 +238,13 @@ def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tu
     """(title, rows, values) of every table: FLOPs of the whole model, memory of one GPU."""
     whole, t = model_symbols(c, batch_size, seq_len) | setup.symbols(c), setup.tp
     widths = c.d_ff, c.d_ff_expert, c.d_ff_shared
+    whole |= mlp_symbols(c, *widths, setup.together(c))
     if c.n_heads % t or any(width % t for width in widths):
         raise ValueError(f"tp {t} does not divide n_heads {c.n_heads} and d_ff {c.d_ff}")
     shard: dict[str, float] = {
         "a": c.n_heads // t,
         "k": max(c.n_kv_heads // t, 1),
-        **mlp_symbols(c, *(width // t for width in widths)),
+        **mlp_symbols(c, *(width // t for width in widths), setup.together(c)),
     }
     shard |= {"V": -(-c.vocab_size // t)}
     if setup.sequence_parallel:
