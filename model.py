@@ -271,12 +271,11 @@ class GPTModel(nn.Module):
                 x = self.blocks[layer](x, ropes.get(self.config.layer_rope(layer)), own, cache)
             return x
 
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return through(x, self.layers)
-        n = self.config.recomputed_together
+        again = self.activation_checkpointing and torch.is_grad_enabled()
+        n = self.config.recomputed_together if again else 1  # one, so that no older x is held
         for first in self.layers[::n]:
             layers = range(first, min(first + n, self.layers.stop))
-            x = checkpoint(through, x, layers, use_reentrant=False)
+            x = checkpoint(through, x, layers, use_reentrant=False) if again else through(x, layers)
         return x
 
     def within_documents(self, starts: Tensor) -> dict[str, Any]:

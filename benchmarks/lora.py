@@ -48,7 +48,7 @@ def main(argv=None):
     p.add_argument("--quantise", metavar="RULE", help="ours over weights that are packed so, too")
     p.add_argument("--seconds", type=float, default=120, help="a side may take (120)")
     p.add_argument("--peft", help="folder to import PEFT from")
-    p.add_argument("--side", choices=OURS + PEERS, help=argparse.SUPPRESS)  # the script calling itself
+    p.add_argument("--side", choices=OURS + PEERS, help=argparse.SUPPRESS)  # calls itself
     args = p.parse_args(argv)
     if args.side:
         print(json.dumps(ours(args) if args.side in OURS else peer(args)))
@@ -97,8 +97,6 @@ def save_base(args: argparse.Namespace) -> None:
 def ours(args: argparse.Namespace) -> dict:
     """train.py's own loop, in this process so that its peak of memory can be asked for."""
     import tempfile
-
-    import torch
 
     import train
 

@@ -125,7 +125,7 @@ def training_timeline(v: dict, setup: Setup) -> list[tuple[str, dict]]:
         again = (i - 1) % v["together"] + 1  # blocks that were recomputed and are still there
         parts["activations"] += again * v["A_block"] - v["A_kept"]
         parts["loss"] = v["M_held"]
-        parts["backward"] = v["A_backward"] + v["M_scattered"]
+        parts["backward"] = v["A_backward"] + v["M_scattered"] + v["M_dense"]
         events.append((f"backward of block {i}", parts))
     step = idle | {"gradients": v["M_gradients"], "loss": v["M_held"]}
     step["rounding"] += full * v["R_g"]

@@ -7,6 +7,7 @@ for title, rows, values in tables(config, batch_size, seq_len, Setup()): ...
 from dataclasses import dataclass
 
 from config import VOCAB_MULTIPLE, GPTConfig
+from costs.adapters import adapter_symbols
 from costs.formulas import (
     ACTIVATIONS,
     FLOPS,
@@ -111,6 +112,8 @@ def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int, together: in
         "F_met": (L - moe) * dense + moe * (K * expert + shared),
         "F_spared": sum(spared[i] for i in ends),  # of products unread, each a group's last
         "mlps_held": mean(1, E + every),
+        "mlps_lora": mean(1, every),  # experts have no adapters
+        "f_lora": mean(dense, shared),
         "mlps_met": mean(1, K + every),
     }
 
@@ -136,6 +139,7 @@ class Setup:
     implementation: str = "roseval"
     accumulate: bool = False  # gradients of earlier micro-batches live through the forward
     lora_rank: int = 0
+    lora_targets: tuple[str, ...] | None = None  # modules that have adapters; None: all but experts
     train_embeddings: bool = False  # with the head, in full, beside adapters
     dp: int = 1
     zero: int = 0  # 3 is FSDP
@@ -175,6 +179,9 @@ class Setup:
             raise ValueError(f"lora_rank must be 0 or more, not {self.lora_rank}")
         if self.train_embeddings and not self.lora_rank:
             raise ValueError("train_embeddings goes with a LoRA rank")
+        if self.lora_targets and not self.lora_rank:
+            raise ValueError("lora_targets goes with a LoRA rank")
+        adapter_symbols(self.lora_targets)  # which knows their names
         if self.training and not self.trains:
             kind = self.quantise or self.dtype
             raise ValueError(f"{kind} weights do not train: add a LoRA rank")
@@ -226,6 +233,8 @@ class Setup:
             "ours": int(ours),  # PEFT keeps the frozen embeddings beside those that it trains
             "headed": int(not self.lora_rank or self.train_embeddings),  # the head has a gradient
             "r": self.lora_rank,
+            **adapter_symbols(self.lora_targets),
+            "packed": int(self.dtype in ("int8", "int4") or self.quantise not in (None, *CASTS)),
             "n": self.dp,
             "zero": self.zero,
             "n_w": self.dp if self.zero == 3 else 1,
@@ -238,13 +247,16 @@ def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tu
     """(title, rows, values) of every table: FLOPs of the whole model, memory of one GPU."""
     whole, t = model_symbols(c, batch_size, seq_len) | setup.symbols(c), setup.tp
     widths = c.d_ff, c.d_ff_expert, c.d_ff_shared
-    whole |= mlp_symbols(c, *widths, setup.together(c))
+    whole |= mlp_symbols(c, *widths, together=setup.together(c))
+    if setup.lora_targets and c.kv_lora_rank is not None:
+        raise ValueError("lora_targets: matrices of latent attention are counted together")
     if c.n_heads % t or any(width % t for width in widths):
         raise ValueError(f"tp {t} does not divide n_heads {c.n_heads} and d_ff {c.d_ff}")
+    each = c.d_ff // t, c.d_ff_expert // t, c.d_ff_shared // t
     shard: dict[str, float] = {
         "a": c.n_heads // t,
         "k": max(c.n_kv_heads // t, 1),
-        **mlp_symbols(c, *(width // t for width in widths), setup.together(c)),
+        **mlp_symbols(c, *each, together=setup.together(c)),
     }
     shard |= {"V": -(-c.vocab_size // t)}
     if setup.sequence_parallel:

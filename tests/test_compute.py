@@ -10,7 +10,7 @@ from builders import ROOT, torchrun
 
 import compute
 from config import load_config
-from costs import flops, formulas, gpus, memory, time
+from costs import flops, formulas, gpus, memory, printed, time
 
 
 def compute_command(*arguments):
@@ -104,7 +104,7 @@ def test_numbers_that_mean_nothing(flag, values, capsys):
 def test_numbers_of_parameters(text, value, capsys):
     compute.main(["--params", text])
     said = capsys.readouterr().out
-    assert f"Rules of thumb for {compute.amount(value)} parameters" in said
+    assert f"Rules of thumb for {printed.amount(value)} parameters" in said
 
 
 def test_a_gpu_of_ones_own(tmp_path, capsys):

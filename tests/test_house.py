@@ -36,8 +36,8 @@ FLOORS = [
     "endpoints/completions endpoints/chats endpoints/native endpoints/probing",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/formulas costs/quantised costs/symbols costs/shards costs/flops "
-    "costs/memory costs/time costs/pipeline costs/plot "
+    "sandbox/judge costs/adapters costs/formulas costs/quantised costs/symbols costs/shards "
+    "costs/flops costs/memory costs/time costs/pipeline costs/plot costs/printed "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
     "formats/archives formats/naming formats/quantised model",

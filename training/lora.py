@@ -112,6 +112,8 @@ class Adapters:
         """From a directory that `write` filled. ValueError where it is of another adapter."""
         opened = adapters.open(path)
         said, ours = opened.adapter.config, self.settings
+        if said.dora:
+            raise ValueError(f"{path} has use_dora: only plain LoRA is trained on")
         now = ours["r"], ours["lora_alpha"], ours["use_rslora"], set(ours["target_modules"])
         then = said.r, said.alpha, said.rslora, set(said.targets)
         both = (*now, set(ours["modules_to_save"] or ())), (*then, set(said.saved))
@@ -149,7 +151,7 @@ def adapted(
         quantise_model(model, wanted, device=device)
         model.materialize_buffers(device)
     found = adapt(model, layout, options)
-    found.base, found.quantisation = path, wanted and wanted.protocol
+    found.base, found.quantisation = path, wanted.protocol if wanted else None
     return model, found
 
 

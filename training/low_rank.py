@@ -39,7 +39,8 @@ class LowRank(Linear):
     ):
         nn.Module.__init__(self)  # nn.Linear's would make other weights
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.product_dtype, self.bias = base.dtype, base.bias
+        self.product_dtype = base.dtype
+        self.register_parameter("bias", base.bias)
         if isinstance(base, PackedLinear):
             self.packed = _in_one_piece(base)
         else:
@@ -103,6 +104,7 @@ class _WithLowRank(torch.autograd.Function):
         ends = [end for span in spans for end in span]
         to_y = _to_y_operator if torch.compiler.is_compiling() else _to_y
         y = to_y(x.flatten(0, -2), list(held), kind, group, bias, h, B, ends, scale)
+        seen = seen if spans else seen[:0]  # which A's gradient alone asks for
         ctx.save_for_backward(seen, A, B, h, *held)
         ctx.how, ctx.shape, ctx.dropped = how, x.shape, dropped is not None
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -126,7 +128,7 @@ class _WithLowRank(torch.autograd.Function):
             grad_x = to_x(grad, held, kind, group, low, A).view(ctx.shape)
         if ctx.dropped and ctx.needs_input_grad[1]:
             grad_dropped = (grad_h @ A).view(ctx.shape)
-        grad_A = grad_h.t() @ seen
+        grad_A = grad_h.t() @ seen if spans else None
         return grad_x, grad_dropped, None, grad_A, grad_B, None, *(None for _ in held)
 
 
