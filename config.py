@@ -329,9 +329,10 @@ class GPTConfig:
 
     @property
     def recomputed_together(self) -> int:
-        """Blocks whose activations are recomputed at a time, where they are: of L blocks, what L/n
-        groups keep, and n blocks recomputed, is least for n^2 = L/10, a block keeping about ten
-        times what goes into it."""
+        """Blocks of a frozen model whose activations are recomputed at a time, where they are: of L
+        blocks, what L/n groups keep, and n blocks recomputed, is least for n^2 = L/10, a block
+        keeping about ten times what goes into it. Where all is trained, gradients are there in the
+        end instead of what groups keep, and one is best."""
         return max(1, round((self.n_layers / 10) ** 0.5))
 
     def to_dict(self) -> dict:

@@ -92,8 +92,10 @@ class _WithoutInit(TorchFunctionMode):
 
 
 class GPTModel(nn.Module):
-    """See the file's docstring. `activation_checkpointing` recomputes blocks in the backward, in
-    deep models a few at a time: less is kept of what goes into them than is held of one more."""
+    """See the file's docstring. `activation_checkpointing`: of how many blocks at a time the
+    activations are recomputed in the backward; 0 or False: they are kept."""
+
+    activation_checkpointing: int
 
     # transformers' models, behind the same interface, say False
     is_native: Literal[True] = True
@@ -271,11 +273,10 @@ class GPTModel(nn.Module):
                 x = self.blocks[layer](x, ropes.get(self.config.layer_rope(layer)), own, cache)
             return x
 
-        again = self.activation_checkpointing and torch.is_grad_enabled()
-        n = self.config.recomputed_together if again else 1  # one, so that no older x is held
-        for first in self.layers[::n]:
-            layers = range(first, min(first + n, self.layers.stop))
-            x = checkpoint(through, x, layers, use_reentrant=False) if again else through(x, layers)
+        n = self.activation_checkpointing if torch.is_grad_enabled() else 0
+        for first in self.layers[:: n or 1]:  # one by one, so that no older x is held
+            layers = range(first, min(first + (n or 1), self.layers.stop))
+            x = checkpoint(through, x, layers, use_reentrant=False) if n else through(x, layers)
         return x
 
     def within_documents(self, starts: Tensor) -> dict[str, Any]:

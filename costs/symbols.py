@@ -193,8 +193,8 @@ class Setup:
 
     def together(self, model: GPTConfig | None) -> int:
         """Blocks whose activations are recomputed at a time."""
-        ours = model is not None and self.implementation == "roseval" and self.recompute == "full"
-        return model.recomputed_together if ours and model else 1
+        frozen = self.implementation == "roseval" and self.recompute == "full" and self.lora_rank
+        return model.recomputed_together if frozen and model else 1
 
     def symbols(self, model: GPTConfig | None = None) -> dict:
         """Bytes per number and switches (0 or 1), as the formulas name them; those of `quantise`

@@ -306,13 +306,13 @@ def _into(kept):
     return lambda t: kept.append(t) or t
 
 
-@pytest.mark.parametrize("n_layers, together", [(2, 1), (23, 2), (65, 3)])
+@pytest.mark.parametrize("n_layers, together", [(2, 1), (7, 2), (5, 3)])
 def test_activation_checkpointing_changes_no_gradient(n_layers, together):
     """Of the stream is kept what each group of blocks begins with."""
     model = GPTModel(GPTConfig(V, 64, n_layers=n_layers, n_heads=4, d_model=64, d_ff=96))
     gradients, streams = [], set()
-    assert model.config.recomputed_together == together and model.config.dropout
-    for model.activation_checkpointing in (False, True):
+    assert model.config.dropout
+    for model.activation_checkpointing in (0, together):
         torch.manual_seed(3)  # dropout's
         model.zero_grad()
         kept: list = []
