@@ -58,13 +58,13 @@ class LowRank(Linear):
     def dtype(self) -> torch.dtype:
         return self.product_dtype
 
-    def held(self) -> tuple[tuple[str, int], list[Tensor]]:
-        """((kind, group), tensors) of the frozen weight: those of `Packed`, or "" and itself."""
+    def held(self) -> tuple[tuple[str, int], tuple[Tensor, Tensor | None, Tensor | None]]:
+        """((kind, group), tensors) of the frozen weight: words, scales and zeros of `Packed`; or
+        "" and itself."""
         if "weight" in self._parameters:
-            return ("", 0), [self.weight]
+            return ("", 0), (self.weight, None, None)
         packed = self.packed.packed
-        zeros = [] if packed.zeros is None else [packed.zeros]
-        return (packed.kind, packed.group), [packed.words, packed.scales, *zeros]
+        return (packed.kind, packed.group), (packed.words, packed.scales, packed.zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.product_dtype
@@ -73,11 +73,10 @@ class LowRank(Linear):
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
         dropped = F.dropout(x, self.drop) if self.drop and self.training else None
         A, B = self.A.flatten(0, 1).to(dtype), self.B.to(dtype)
-        form, held = self.held()
-        if form[0] == "":
-            held = [held[0].to(dtype)]
+        form, (weight, scales, zeros) = self.held()
+        weight = weight.to(dtype) if form[0] == "" else weight
         how = form, self.spans, self.scale
-        return _WithLowRank.apply(x, dropped, bias, A, B, how, *held)
+        return _WithLowRank.apply(x, dropped, bias, A, B, how, weight, scales, zeros)
 
     def part(self, i: int) -> tuple[Tensor, Tensor]:
         """A and B of a part: views."""
@@ -97,13 +96,14 @@ class _WithLowRank(torch.autograd.Function):
     W and b get no gradient."""
 
     @staticmethod
-    def forward(ctx, x, dropped, bias, A, B, how, *held):
+    def forward(ctx, x, dropped, bias, A, B, how, weight, scales, zeros):
         (kind, group), spans, scale = how
+        held = [tensor for tensor in (weight, scales, zeros) if tensor is not None]
         seen = (x if dropped is None else dropped).flatten(0, -2)
         h = seen @ A.t()  # [N, P r]
         ends = [end for span in spans for end in span]
         to_y = _to_y_operator if torch.compiler.is_compiling() else _to_y
-        y = to_y(x.flatten(0, -2), list(held), kind, group, bias, h, B, ends, scale)
+        y = to_y(x.flatten(0, -2), held, kind, group, bias, h, B, ends, scale)
         seen = seen if spans else seen[:0]  # which A's gradient alone asks for
         ctx.save_for_backward(seen, A, B, h, *held)
         ctx.how, ctx.shape, ctx.dropped = how, x.shape, dropped is not None
@@ -129,7 +129,7 @@ class _WithLowRank(torch.autograd.Function):
         if ctx.dropped and ctx.needs_input_grad[1]:
             grad_dropped = (grad_h @ A).view(ctx.shape)
         grad_A = grad_h.t() @ seen if spans else None
-        return grad_x, grad_dropped, None, grad_A, grad_B, None, *(None for _ in held)
+        return grad_x, grad_dropped, None, grad_A, grad_B, None, None, None, None
 
 
 def _rows(B: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
