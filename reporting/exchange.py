@@ -18,8 +18,8 @@ from reporting.tables import interval_text
 
 def since(groups: list[Group], base: str, domain: str | None = None) -> dict[str, Any]:
     """{title, header, rows, best, notes}, checkpoints in the order of tokens seen. base: a
-    checkpoint's name, its run's where that has one, or run/name; domain: a word in the name of a group's data. ValueError where
-    there is no such base, or domain."""
+    checkpoint's name, its run's where that has one, or run/name; domain: a word in the name of a
+    group's data. ValueError where there is no such base, or domain."""
     columns = [(group, own) for group in groups if (own := _base_of(group, base)) is not None]
     columns = [(group, own) for group, own in columns if len(group) > 1 and metric_names(group)]
     if not columns:

@@ -58,13 +58,13 @@ class LowRank(Linear):
     def dtype(self) -> torch.dtype:
         return self.product_dtype
 
-    def held(self) -> tuple[tuple[str, int], tuple[Tensor, Tensor | None, Tensor | None]]:
-        """((kind, group), tensors) of the frozen weight: words, scales and zeros of `Packed`; or
-        "" and itself."""
+    def held(self) -> tuple[tuple[str, list[int]], tuple[Tensor, Tensor | None, Tensor | None]]:
+        """(form, tensors) of the frozen weight: of `Packed` the kind and the numbers, and words,
+        scales and zeros; or "" and itself."""
         if "weight" in self._parameters:
-            return ("", 0), (self.weight, None, None)
-        packed = self.packed.packed
-        return (packed.kind, packed.group), (packed.words, packed.scales, packed.zeros)
+            return ("", []), (self.weight, None, None)
+        words, scales, zeros, kind, *numbers = self.packed.packed
+        return (kind, numbers), (words, scales, zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.product_dtype
@@ -97,13 +97,13 @@ class _WithLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dropped, bias, A, B, how, weight, scales, zeros):
-        (kind, group), spans, scale = how
+        form, spans, scale = how
         held = [tensor for tensor in (weight, scales, zeros) if tensor is not None]
         seen = (x if dropped is None else dropped).flatten(0, -2)
         h = seen @ A.t()  # [N, P r]
         ends = [end for span in spans for end in span]
         to_y = _to_y_operator if torch.compiler.is_compiling() else _to_y
-        y = to_y(x.flatten(0, -2), held, kind, group, bias, h, B, ends, scale)
+        y = to_y(x.flatten(0, -2), held, *form, bias, h, B, ends, scale)
         seen = seen if spans else seen[:0]  # which A's gradient alone asks for
         ctx.save_for_backward(seen, A, B, h, *held)
         ctx.how, ctx.shape, ctx.dropped = how, x.shape, dropped is not None
@@ -111,7 +111,7 @@ class _WithLowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (kind, group), spans, scale = ctx.how
+        form, spans, scale = ctx.how
         seen, A, B, h, *held = ctx.saved_tensors
         grad = grad.flatten(0, -2)
         grad_h, grad_B = torch.empty_like(h), torch.empty_like(B)
@@ -125,7 +125,7 @@ class _WithLowRank(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = _to_x_operator if torch.compiler.is_compiling() else _to_x
             low = None if ctx.dropped else grad_h
-            grad_x = to_x(grad, held, kind, group, low, A).view(ctx.shape)
+            grad_x = to_x(grad, held, *form, low, A).view(ctx.shape)
         if ctx.dropped and ctx.needs_input_grad[1]:
             grad_dropped = (grad_h @ A).view(ctx.shape)
         grad_A = grad_h.t() @ seen if spans else None
@@ -145,19 +145,19 @@ def _parts(h: Tensor, B: Tensor, spans: Sequence[tuple[int, int]]):
 # The two products of the frozen weight, and what is added to each
 
 
-def _dense(held: Sequence[Tensor], kind: str, group: int, K: int, dtype: torch.dtype) -> Tensor:
-    """The frozen weight [out, K]."""
+def _dense(held: Sequence[Tensor], kind: str, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The frozen weight [out, in]."""
     if kind == "":
         return held[0]
     words, scales, *zeros = held
-    return dequantise(Packed(words, scales, zeros[0] if zeros else None, kind, group, K), dtype)
+    return dequantise(Packed(words, scales, zeros[0] if zeros else None, kind, *numbers), dtype)
 
 
 def _to_y(
     x: Tensor,
     held: Sequence[Tensor],
     kind: str,
-    group: int,
+    numbers: Sequence[int],
     bias: Tensor | None,
     h: Tensor,
     B: Tensor,
@@ -165,7 +165,7 @@ def _to_y(
     scale: float,
 ) -> Tensor:
     """[N, out] of x [N, in] and h [N, P r]. ends: of the parts' rows, first and last in turn."""
-    y = F.linear(x, _dense(held, kind, group, x.shape[1], x.dtype), bias)
+    y = F.linear(x, _dense(held, kind, numbers, x.dtype), bias)
     spans = list(zip(ends[::2], ends[1::2]))
     for (start, stop), part, own in _parts(h, B, spans):
         y[:, start:stop].addmm_(part, own.t(), alpha=scale)
@@ -173,10 +173,15 @@ def _to_y(
 
 
 def _to_x(
-    grad: Tensor, held: Sequence[Tensor], kind: str, group: int, grad_h: Tensor | None, A: Tensor
+    grad: Tensor,
+    held: Sequence[Tensor],
+    kind: str,
+    numbers: Sequence[int],
+    grad_h: Tensor | None,
+    A: Tensor,
 ) -> Tensor:
     """[N, in] of the gradients grad [N, out] and grad_h [N, P r]."""
-    grad_x = grad @ _dense(held, kind, group, A.shape[1], grad.dtype)
+    grad_x = grad @ _dense(held, kind, numbers, grad.dtype)
     return grad_x if grad_h is None else grad_x.addmm_(grad_h, A)
 
 
@@ -185,10 +190,10 @@ _to_x_operator = torch.library.custom_op("roseval::low_rank_to_x", mutates_args=
 
 
 @_to_y_operator.register_fake
-def _(x, held, kind, group, bias, h, B, ends, scale):
+def _(x, held, kind, numbers, bias, h, B, ends, scale):
     return x.new_empty(x.shape[0], (held[0] if kind == "" else held[1].t()).shape[0])
 
 
 @_to_x_operator.register_fake
-def _(grad, held, kind, group, grad_h, A):
+def _(grad, held, kind, numbers, grad_h, A):
     return grad.new_empty(grad.shape[0], A.shape[1])

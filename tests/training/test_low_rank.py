@@ -133,10 +133,8 @@ def test_compiled_blocks_give_the_same_gradients(rule, base):
 
 def test_a_part_may_stay_dense_and_ends_train_whole(base):
     model, adapters = ours(base, quantise="rtn-w4", quantise_skip=("*.fc1",), train_embeddings=True)
-    kinds = {type(m.held()[1][0].dtype) for m in model.modules() if isinstance(m, LowRank)}
-    assert kinds == {torch.dtype}
     for block in model.blocks:
-        assert block.mlp.fc1.held()[0] == ("", 0) and block.mlp.fc2.held()[0][0] == "int4"
+        assert block.mlp.fc1.held()[0] == ("", []) and block.mlp.fc2.held()[0][0] == "int4"
     model(IDS, labels=IDS)[1].backward()
     assert all(p.grad is not None for p in adapters.parameters())
     assert adapters.quantisation == {
