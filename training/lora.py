@@ -112,8 +112,11 @@ class Adapters:
         """From a directory that `write` filled. ValueError where it is of another adapter."""
         opened = adapters.open(path)
         said, ours = opened.adapter.config, self.settings
-        if said.dora:
-            raise ValueError(f"{path} has use_dora: only plain LoRA is trained on")
+        odd = [name for name in ("dora", "rank_pattern", "alpha_pattern") if getattr(said, name)]
+        if odd:
+            raise ValueError(f"{path} has {odd[0]}: only plain LoRA of one rank is trained on")
+        if lacks := {*self.places} ^ ({*opened.adapter.modules} - {*self.saved}):
+            raise ValueError(f"{path} has other modules than these flags adapt: {min(lacks)}")
         now = ours["r"], ours["lora_alpha"], ours["use_rslora"], set(ours["target_modules"])
         then = said.r, said.alpha, said.rslora, set(said.targets)
         both = (*now, set(ours["modules_to_save"] or ())), (*then, set(said.saved))

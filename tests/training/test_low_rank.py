@@ -160,11 +160,19 @@ def test_flags_that_do_not_go(flags, said):
         parse(["--checkpoint-path", "x", "--init-from", "y", *flags.split()], "")
 
 
-def test_a_dora_adapter_is_not_gone_on_from(base, tmp_path):
-    """Its magnitudes would be lost."""
-    save(adapted(base, target_modules=list(ALL), use_dora=True, lora_alpha=8), tmp_path)
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"use_dora": True}, "has dora"),
+        ({"rank_pattern": {"q_proj": 2}}, "has rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "has alpha_pattern"),
+        ({"layers_to_transform": [1]}, "other modules than these flags adapt: model.layers.0"),
+    ],
+)
+def test_what_would_be_lost_is_not_gone_on_from(options, said, base, tmp_path):
+    save(adapted(base, target_modules=list(ALL), lora_alpha=8, **options), tmp_path)
     _, adapters = ours(base, lora_alpha=8)
-    with pytest.raises(ValueError, match="use_dora"):
+    with pytest.raises(ValueError, match=said):
         adapters.load(tmp_path)
 
 
