@@ -104,7 +104,7 @@ MANY_PARAMETERS: dict[str, str] = {
     "gpu_kernels/decode_attention._decode_triton": "an operator's schema knows tensors alone",
     "gpu_kernels/decode_attention._launch": "a Triton kernel's arguments",
     "gpu_kernels/decode_attention.decode_attention": "one step's tensors, and attention's terms",
-    "training/low_rank.forward": "torch.compile miscounts a Function's *arguments",
+    "training/low_rank._WithLowRank.forward": "torch.compile miscounts a Function's *arguments",
     "training/low_rank._to_y": "an operator's schema knows tensors and numbers alone",
     "training/low_rank._": "the operator's shapes: the operator's own parameters",
     "results.new_record": "the fields of a record, by name",
