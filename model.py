@@ -92,16 +92,15 @@ class _WithoutInit(TorchFunctionMode):
 
 
 class GPTModel(nn.Module):
-    """See the file's docstring. `activation_checkpointing`: of how many blocks at a time the
-    activations are recomputed in the backward; 0 or False: they are kept."""
-
-    activation_checkpointing: int
+    """See the file's docstring. `activation_checkpointing` recomputes blocks in the backward,
+    `recomputed_together` of them at a time."""
 
     # transformers' models, behind the same interface, say False
     is_native: Literal[True] = True
     supports_cache: Literal[True] = True
     # whether the embeddings, and the head, are here: not where ranks hold a model between them
     is_first, is_last = True, True
+    recomputed_together = 1
     quantisation: dict | None = None  # how the weights were rounded: quantisation/apply.py
 
     def __init__(self, config: GPTConfig):
@@ -273,10 +272,11 @@ class GPTModel(nn.Module):
                 x = self.blocks[layer](x, ropes.get(self.config.layer_rope(layer)), own, cache)
             return x
 
-        n = self.activation_checkpointing if torch.is_grad_enabled() else 0
-        for first in self.layers[:: n or 1]:  # one by one, so that no older x is held
-            layers = range(first, min(first + (n or 1), self.layers.stop))
-            x = checkpoint(through, x, layers, use_reentrant=False) if n else through(x, layers)
+        again = self.activation_checkpointing and torch.is_grad_enabled()
+        n = self.recomputed_together if again else 1  # one, so that no older x is held
+        for first in self.layers[::n]:
+            layers = range(first, min(first + n, self.layers.stop))
+            x = checkpoint(through, x, layers, use_reentrant=False) if again else through(x, layers)
         return x
 
     def within_documents(self, starts: Tensor) -> dict[str, Any]:

@@ -144,8 +144,7 @@ def build_model(
         model = GPTModel(config)
         if given.init_from:
             checkpoint.load_weights(given.init_from, model)
-    at_a_time = config.recomputed_together if adapters else 1
-    model.activation_checkpointing = given.use_activation_checkpoint * at_a_time
+    model.activation_checkpointing = given.use_activation_checkpoint
     return model.to(device), adapters
 
 

@@ -312,7 +312,8 @@ def test_activation_checkpointing_changes_no_gradient(n_layers, together):
     model = GPTModel(GPTConfig(V, 64, n_layers=n_layers, n_heads=4, d_model=64, d_ff=96))
     gradients, streams = [], set()
     assert model.config.dropout
-    for model.activation_checkpointing in (0, together):
+    model.recomputed_together = together
+    for model.activation_checkpointing in (False, True):
         torch.manual_seed(3)  # dropout's
         model.zero_grad()
         kept: list = []

@@ -174,6 +174,7 @@ def adapt(model: GPTModel, layout: str, options: LoraOptions) -> Adapters:
     chosen = _chosen([theirs for theirs, _, _ in there], options.lora_targets, layout)
     matrices = [name for name, part in layouts.parts(whole, layout) if part.tensor.dim() == 2]
     model.requires_grad_(False)
+    model.recomputed_together = model.config.recomputed_together
     rank, alpha = options.lora_rank, options.lora_alpha
     assert rank is not None
     alpha = 2 * rank if alpha is None else alpha

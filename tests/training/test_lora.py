@@ -208,6 +208,19 @@ def test_experts_have_no_adapters(kind):
         lora.adapt(GPTModel(tiny(kind)), naming.of_family(kind), LoraOptions(3, None, 0.0, ("w1",)))
 
 
+def test_deep_frozen_models_recompute_blocks_by_twos():
+    """As compute.py has it: half of what blocks begin with is kept, and a block more is held."""
+    config, held = tiny("llama", n_layers=24), []
+    model = GPTModel(config)
+    lora.adapt(model, "llama", LoraOptions(lora_rank=3))
+    assert model.recomputed_together == 2
+    for n in (26, 24):
+        run = {"lora_rank": 3, "recompute": "full"}
+        found = estimate_memory(config.replace(n_layers=n), 2, 64, "bf16", **run)
+        held.append(found["parts"]["activations"])
+    assert held[0] - held[1] == 2 * 64 * 4 * config.d_model  # one stream for two blocks
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
