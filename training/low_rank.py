@@ -150,7 +150,8 @@ def _dense(held: Sequence[Tensor], kind: str, numbers: Sequence[int], dtype: tor
     if kind == "":
         return held[0]
     words, scales, *zeros = held
-    return dequantise(Packed(words, scales, zeros[0] if zeros else None, kind, *numbers), dtype)
+    fields = words, scales, zeros[0] if zeros else None, kind, *numbers
+    return dequantise(Packed._make(fields), dtype)
 
 
 def _to_y(
