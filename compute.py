@@ -20,7 +20,7 @@ FLOPs with the full attention mask.
 import contextlib
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +45,7 @@ from costs.printed import (
 from costs.symbols import DTYPE_NAMES, DTYPES, Setup
 from costs.time import TRAINING_MFU, Ceilings, pass_seconds, roofline, training_time, turning_batch
 from families.llama import number
+from quantisation.names import KV_DTYPES
 
 __all__ = [
     "GPU",
@@ -154,6 +155,7 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--lora-rank", type=rank, default=0)
     add("--lora-targets", nargs="+", metavar="NAME", help="as train.py's; default: all it adapts")
     add("--quantise", metavar="RULE", help="as the evaluations round weights: rtn-w4-g128, say")
+    add("--kv-dtype", choices=tuple(KV_DTYPES), help="as generation keeps keys and values")
     add("--train-embeddings", action="store_true", help="with the head, beside LoRA's adapters")
     add("--dp", type=cli.positive_int, default=1, help="data-parallel GPUs")
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
@@ -176,23 +178,9 @@ def read_setup(args: Namespace) -> Setup:
     """The flags that say how a model is run; ValueError where they contradict each other."""
     if args.fsdp and args.zero not in (0, 3):
         raise ValueError(f"--fsdp is ZeRO stage 3 and contradicts --zero {args.zero}")
-    return Setup(
-        dtype=args.dtype,
-        training=args.training,
-        optimizer=args.optimizer,
-        fused=not args.foreach,
-        precision=args.precision,
-        recompute=args.recompute,
-        implementation=args.implementation,
-        lora_rank=args.lora_rank,
-        lora_targets=args.lora_targets and tuple(args.lora_targets),
-        quantise=args.quantise,
-        train_embeddings=args.train_embeddings,
-        dp=args.dp,
-        zero=3 if args.fsdp else args.zero,
-        tp=args.tp,
-        shard=args.shard,
-    )
+    given = vars(args) | {"fused": not args.foreach, "zero": 3 if args.fsdp else args.zero}
+    given |= {"lora_targets": args.lora_targets and tuple(args.lora_targets)}
+    return Setup(**{f.name: given[f.name] for f in fields(Setup) if f.name in given})
 
 
 def time_report(
@@ -254,7 +242,9 @@ def main(argv=None) -> None:
     print_model(c, flops, batch_size, seq_len)
     if not args.training:
         whose = f" of the fullest of {setup.shard} GPUs" if setup.shard > 1 else ""
-        print_memory(f"Memory of inference{whose}, {setup.quantise or setup.dtype}", memory, gpu)
+        how = setup.quantise or setup.dtype
+        how += f", keys and values {setup.kv_dtype}" if setup.kv_dtype else ""
+        print_memory(f"Memory of inference{whose}, {how}", memory, gpu)
     if setup.shard > 1:
         return print_shards(c, gpu, batch_size, seq_len, setup)
     if setup.trains:

@@ -154,7 +154,7 @@ def print_shards(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: S
 
 def weights_of(setup: Setup) -> dict:
     """What of it a pass without training depends on."""
-    return {"dtype": setup.dtype, "quantise": setup.quantise}
+    return {name: getattr(setup, name) for name in ("dtype", "quantise", "kv_dtype")}
 
 
 def print_fits(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup) -> None:
