@@ -307,6 +307,7 @@ def measure_checkpoint(
         return made
 
     planned = background.submit(make_plans)
+    background.submit(evaluation.code_version, *ckpt.rooms, *rooms)  # remembered for the record
     model = loader.load(ckpt, dist, quantisation)
     made = planned.result()
     load_seconds = time.perf_counter() - start

@@ -185,7 +185,7 @@ def sweep(planner: Planner, dist: Dist) -> int:
     """Work until nothing is left to do; returns how many evaluations failed. Rank 0 decides, and
     what it decides or runs into, every rank learns."""
     on_main(dist, planner.open)
-    ahead = ReadAhead()
+    ahead = ReadAhead(planner.models)
     try:
         while work := on_main(dist, planner.next_work):
             if dist.local_rank == 0:
@@ -273,10 +273,11 @@ def evaluate(
 
 
 class ReadAhead:
-    """Reads the next checkpoint's weights into the page cache, so that loading finds them there."""
+    """Reads the next checkpoint's weights into the page cache, so that loading finds them there,
+    and hashes them, so that its fingerprint is remembered."""
 
-    def __init__(self):
-        self.thread = None
+    def __init__(self, models: ModelOptions):
+        self.models, self.thread = models, None
 
     def start(self, path: Path | None) -> None:
         if path and not (self.thread and self.thread.is_alive()):
@@ -292,6 +293,8 @@ class ReadAhead:
                     with open(file, "rb", buffering=0) as f:
                         while f.read(2**23):
                             pass
+        with contextlib.suppress(Exception):  # an edge: what is wrong is said when it is its turn
+            self.models.opened(path).fingerprint  # noqa: B018
 
 
 def available_memory() -> int:

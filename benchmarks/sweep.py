@@ -12,6 +12,7 @@ first one's, which are those of start, tokens and compiler too, stand alone. A s
 same checkpoints, into other results, tells what a start costs once the compiler's cache is there.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -102,7 +103,7 @@ def swept(args, n: int) -> dict[str, Any]:
 
 def beyond_scoring(saved: list[float], costs: list[dict]) -> dict[str, Any]:
     """Medians over all checkpoints but the first. saved: when each record was there."""
-    walls = [after - before for before, after in zip(saved, saved[1:])]
+    walls = [after - before for before, after in itertools.pairwise(saved)]
     if not walls:
         return {}
     medians = {
