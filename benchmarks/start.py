@@ -86,8 +86,10 @@ def cases(args) -> Iterator[tuple[str, str, list[str]]]:
     shared += ["--tokenizer-name", args.tokenizer, *small]
     tokens, limit = ("2000", ["--limit", "1"]) if args.small else ("1000000", [])
     own = {
-        "eval.py": ["--data-mode", "fineweb_npy", "--val-npy", str(args.data), "--max-tokens"]
-        + [tokens, "--seq-len", "1024", "--batch-size", "32"],
+        "eval.py": [
+            *("--data-mode", "fineweb_npy", "--val-npy", str(args.data), "--max-tokens", tokens),
+            *("--seq-len", "1024", "--batch-size", "32"),
+        ],
         "mmlu_eval.py": ["--data-path", str(args.mmlu), "--num-few-shot", "5", *limit],
     }
     for script in args.cases:
