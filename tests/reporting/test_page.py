@@ -2,22 +2,13 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 
 import pytest
 from builders import PATIENCE
-from made_up_records import HOSTILE, odd_records, run_report, save, synthetic
+from made_up_records import HOSTILE, odd_records, page_parts, run_report, save, synthetic
 
 import results
-
-
-def page_parts(path):
-    """(html, data) of a written page."""
-    html = Path(path).read_text()
-    start = html.index('<script type="application/json" id="data">')
-    start = html.index(">", start) + 1
-    return html, json.loads(html[start : html.index("</script>", start)])
 
 
 def test_page_data_is_what_the_records_say(tmp_path):
