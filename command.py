@@ -89,9 +89,6 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
     keep = evaluation.samples == "always" or getattr(args, "log_samples", False)
     variants = evaluation.variants(options)
     with headstart.loading(where.device):
-        evaluation.code_version()  # parses sources, which takes a while, and is remembered
-        if models.tokenizer_name:
-            frame.open_tokenizer(models.tokenizer_name)  # likewise
         evaluation.check(options)
         import checkpoint
         import distributed

@@ -2,6 +2,7 @@
 
     python benchmarks/report.py                             # 1,000 checkpoints x 3 evaluations
     python benchmarks/report.py --checkpoints 36 --keep DIR # a small one to look at
+    python benchmarks/report.py --checkpoints 3334 --browser  # 10,000 records; opens the page
 
 The records have the sizes of real ones (14,042 questions, 164 tasks, 1,000 windows) and plausible
 learning curves; examples have difficulties of their own, so paired comparisons mean something.
@@ -9,8 +10,11 @@ Prints one JSON object.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -194,17 +198,55 @@ def make_results(directory, checkpoints: int, runs: int = 3, questions: int = 14
     save_record(directory, new_record("perplexity", {}, {"window": 1024}, **common))
 
 
+def opened(page: Path) -> dict[str, float]:
+    """Seconds until a headless Chromium shows the page's tables, its first figures and all of them;
+    and the processor seconds that its renderer had used by then."""
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)))
+    figure = ".js-plotly-plot .main-svg"
+    waits = {"tables": "main section", "first_figures": figure, "all": "html[data-figures]"}
+    with sync_playwright() as p, tempfile.TemporaryDirectory() as profile:
+        flags = ["--no-sandbox", "--disable-gpu"]
+        browser = p.chromium.launch_persistent_context(
+            profile, executable_path=program, args=flags, headless=True
+        )
+        tab, found, start = browser.pages[0], {}, time.perf_counter()
+        tab.goto(page.absolute().as_uri(), wait_until="commit", timeout=0)
+        for name, selector in waits.items():
+            tab.wait_for_selector(selector, state="attached", timeout=0)
+            found[name] = round(time.perf_counter() - start, 2)
+            found[f"{name}_cpu"] = renderer_seconds(profile)
+        browser.close()
+    return found
+
+
+def renderer_seconds(profile: str) -> float:
+    """Processor seconds of the busiest renderer of the browser with this profile."""
+    used = [0.0]
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_text()
+            if profile in words and "--type=renderer" in words:
+                fields = (process / "stat").read_text().rpartition(")")[2].split()
+                used.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+    return max(used)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoints", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--questions", type=int, default=14_042)
-    parser.add_argument("--keep", help="make the directory here, and leave it")
+    parser.add_argument("--keep", help="make the directory here, or take what is there")
+    parser.add_argument("--browser", action="store_true", help="open the page, too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(args.keep or temporary) / "results"
         start = time.perf_counter()
-        make_results(directory, args.checkpoints, args.runs, args.questions)
+        if not directory.exists():  # kept
+            make_results(directory, args.checkpoints, args.runs, args.questions)
         made = time.perf_counter() - start
         command = [sys.executable, str(ROOT / "report.py"), str(directory)]
         times, cpu = [], []
@@ -215,9 +257,12 @@ def main():
             now = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu.append(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime)
         size = (directory / "report.html").stat().st_size
+        pages = [opened(directory / "report.html") for _ in range(3)] if args.browser else []
     out = {"checkpoints": args.checkpoints, "records": 3 * args.checkpoints + 1}
     out |= {"report_seconds": [round(t, 2) for t in times], "page_bytes": size}
     out["cpu_seconds"] = [round(t, 2) for t in cpu]
+    out |= {"opened": pages} if pages else {}
+    out["load"] = os.getloadavg()[0]  # of others too: they share these processors
     print(json.dumps(out | {"making_seconds": round(made, 1)}))
 
 

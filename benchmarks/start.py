@@ -6,8 +6,8 @@
     python benchmarks/start.py … --small          # a CPU's rehearsal, on a tiny model
 
 From outside: seconds from the launch until the first line of the result can be read, and until the
-command has ended, medians of --repeat runs after one that warms the disk, by plain Python and under
-torchrun with one rank. From inside: the same command once more with a stamp after each phase
+command has ended, medians of --repeat runs, by plain Python, after one that warms the disk, and
+under torchrun with one rank. From inside: the same command once more with a stamp after each phase
 (PHASES), by a clock that both share; what a phase is given is the time since the stamp before it,
 so phases that run side by side show as the one that ends last. --root times another checkout.
 """
@@ -63,12 +63,17 @@ def main(argv=None):
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--repeat", type=cli.positive_int, default=3)
     p.add_argument("--cases", nargs="+", choices=FIRST_LINES, default=list(FIRST_LINES))
+    p.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
     p.add_argument("--root", type=Path, default=ROOT, help="time the commands of this checkout")
     p.add_argument("--small", action="store_true", help="a tiny model, little work")
     args = p.parse_args(argv)
     report: dict[str, Any] = {"machine": machine(), "phases": PHASES, "cases": {}}
     for script, launcher, command in cases(args):
-        runs = [timed(command, args.root, FIRST_LINES[script]) for _ in range(args.repeat + 1)][1:]
+        warming = launcher == args.launchers[0]
+        runs = [
+            timed(command, args.root, FIRST_LINES[script]) for _ in range(args.repeat + warming)
+        ]
+        runs = runs[warming:]
         case = report["cases"][f"{script}, {launcher}"] = {
             name: statistics.median(run[name] for run in runs) for name in runs[0]
         }
@@ -93,8 +98,8 @@ def cases(args) -> Iterator[tuple[str, str, list[str]]]:
         "mmlu_eval.py": ["--data-path", str(args.mmlu), "--num-few-shot", "5", *limit],
     }
     for script in args.cases:
-        for name, launcher in LAUNCHERS.items():
-            yield script, name, [*launcher, script, *shared, *own[script]]
+        for name in args.launchers:
+            yield script, name, [*LAUNCHERS[name], script, *shared, *own[script]]
 
 
 def save_model(args) -> Path:

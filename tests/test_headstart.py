@@ -4,7 +4,6 @@ import gc
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from builders import ROOT
@@ -33,20 +32,8 @@ class Driver:
         return 0
 
 
-class Linker:
-    """A libc that writes down what it would link."""
-
-    def __init__(self):
-        self.opened = []
-
-    def dlopen(self, path, mode):
-        self.opened.append(Path(path.decode()))
-
-
-def asked_of(driver, device, monkeypatch, linker=None, **environment) -> list[int]:
+def asked_of(driver, device, monkeypatch, **environment) -> list[int]:
     def load(name):
-        if name is None:
-            return linker or Linker()
         if driver is None:
             raise OSError(f"{name}: cannot open shared object file")
         return driver
@@ -80,21 +67,6 @@ RANK_1 = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a",
 )
 def test_the_context_of_this_ranks_gpu(driver, device, environment, wanted, monkeypatch):
     assert asked_of(driver, device, monkeypatch, **environment) == wanted
-
-
-def test_the_libraries_are_those_that_torch_has_loaded(monkeypatch):
-    linker = Linker()
-    asked_of(None, "cpu", monkeypatch, linker)
-    there = {path.name: path for path in map(Path, libraries_of_this_process())}
-    ours = [path for path in linker.opened if path.exists()]
-    assert {path.name for path in ours} >= {"libtorch_cpu.so", "libtorch_python.so"}
-    for path in ours:
-        assert path.samefile(there[path.name])
-
-
-def libraries_of_this_process() -> set[str]:
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    return {words[5] for line in maps if len(words := line.split()) > 5}
 
 
 def test_the_collector_is_back_after_an_error():

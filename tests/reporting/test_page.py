@@ -164,6 +164,10 @@ def test_a_thousand_checkpoints(browser, tmp_path):
         loss.locator(".plot").element_handle(),
     )
     assert sorted(points) == [333] * 4  # every checkpoint, and the level at each step
+    rows = page.locator("#checkpoints tbody tr")
+    assert rows.count() == 500  # the table's first
+    page.click("button:text-is('show all 1,000 checkpoints')")
+    assert rows.count() == 1000 and not page.locator("button:has-text('show all')").is_visible()
     page.click("button.chip:has-text('baseline')")
     drawn(page)
     assert troubles == []
