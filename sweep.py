@@ -288,7 +288,8 @@ class ReadAhead:
     and hashes them, so that its fingerprint is remembered."""
 
     def __init__(self, models: ModelOptions):
-        self.models, self.thread = models, None
+        self.models = models
+        self.thread: threading.Thread | None = None
 
     def start(self, path: Path | None) -> None:
         if path and not (self.thread and self.thread.is_alive()):
