@@ -34,6 +34,7 @@ import torch.distributed as torch_dist
 
 import cli
 import launcher
+from durable import cache_folder
 
 if TYPE_CHECKING:
     from backends.pipe import Pipe
@@ -184,6 +185,7 @@ def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
     ranks that cannot find each other (launcher.check_launch).
     """
     rank, world_size, local_rank, launched = launcher.check_launch()
+    _keep_compiled()
     chosen = _pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -204,6 +206,15 @@ def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
         watch.stop()
     torch_dist.destroy_process_group()
     MADE.clear()
+
+
+def _keep_compiled() -> None:
+    """What torch.compile makes is kept for the next run. Torch's own place is below /tmp, which is
+    emptied, and in a container gone with it."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (
+        kept := cache_folder("inductor", make=True)
+    ):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
 
 
 def _pick_device(name: str | None, local_rank: int) -> torch.device:

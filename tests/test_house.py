@@ -23,7 +23,7 @@ FLOORS = [
     "families/dense "
     "tokenizing/byte_bpe plain_yaml "
     "tasks/answers tasks/corpus_scores certainty",
-    "resampling cli recording/identity families/mixtures tokenizing/chat_templates "
+    "resampling cli headstart recording/identity families/mixtures tokenizing/chat_templates "
     "tokenizing/pieces formats/pickles formats/gguf_file formats/vocabularies",
     "families/convert quantisation/names",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
@@ -75,6 +75,7 @@ FLOORS = [
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
+NO_TORCH += " headstart eval mmlu_eval sweep"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
 NO_TORCH += " costs/shards costs/pipeline"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
