@@ -50,6 +50,7 @@ from formats import (
     merging,
     naming,
     native,
+    row_shards,
     stored,
     training_state,
 )
@@ -229,6 +230,11 @@ class Checkpoint:
                 "embedding: set tie_embeddings to false"
             )
         self._check_fits(gpt)
+        if self.base and row_shards.is_sharded(gpt):
+            raise ValueError(
+                f"{self.path} is an adapter, which --fsdp does not merge: merge it first "
+                "(checkpoint.py convert)"
+            )
         self._fill(gpt)
         self.merge_into(gpt)
 
@@ -245,7 +251,8 @@ class Checkpoint:
         assert self.layout is not None, "names of no layout do not fit"
         with _readable(self.path):
             self._check_unchanged()
-            layouts.fill(model, self.tensors, self.layout, self.path)
+            fill = row_shards.fill if row_shards.is_sharded(model) else layouts.fill
+            fill(model, self.tensors, self.layout, self.path)
             self._check_unchanged()
 
     def _check_fits(self, model: GPTModel) -> None:
@@ -289,13 +296,14 @@ def fingerprint(path: str | Path) -> str:
     return open(path).fingerprint
 
 
-def load_training_state(path: str | Path) -> dict[str, Any]:
-    """optimizer, scheduler, epoch, step, loss and extra of a checkpoint; None what it has not."""
+def load_training_state(path: str | Path, whole: bool = True) -> dict[str, Any]:
+    """optimizer, scheduler, epoch, step, loss and extra of a checkpoint; None what it has not.
+    whole: see training_state.read."""
     path = Path(path)
     with _readable(path):
         reader_of(path)  # says what is wrong with a path that is no checkpoint
         native.check_manifest(path)
-        return training_state.read(path)
+        return training_state.read(path, whole)
 
 
 def load_checkpoint(
