@@ -1,8 +1,8 @@
 """What training goes on from: optimizer, scheduler, epoch, step, loss, and what the caller added.
 
 Ours is trainer_state.pt in a checkpoint's directory; others keep theirs in the file of the weights.
-Where ranks had rows of each moment, rank k of n wrote its own to trainer_state-{k}-of-{n}.moments, a
-file in the form of safetensors under a name that nobody takes for weights.
+Where ranks had rows of each moment, rank k of n wrote its own to trainer_state-{k}-of-{n}.moments:
+safetensors, under a name that nobody takes for weights.
 """
 
 import os

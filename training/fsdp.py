@@ -7,8 +7,8 @@
 A block is gathered when its turn comes and let go after it, in the forward and in the backward; the
 embeddings, the last norm and the head are gathered as long as a pass lasts. No rank ever has a
 whole model: fresh weights are drawn one tensor at a time, of which each rank keeps its rows, and a
-checkpoint's are read by rows (formats/row_shards.py). The random numbers are those of a model that is
-not sharded, so its first weights have the same bits on any number of ranks.
+checkpoint's are read by rows (formats/row_shards.py). The random numbers are those of a model that
+is not sharded: first weights have the same bits on any number of ranks.
 
 In float32 the losses are those of DDP but for the order of sums. In bfloat16 all weights are
 gathered in bfloat16, the masters and the sums of gradients being float32: DDP's autocast rounds the

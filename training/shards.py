@@ -3,10 +3,10 @@
 entries = write(state, directory, dist)         # on all ranks; directory: rank 0's, else None
 resume(state, path)                             # this rank's rows of weights and moments
 
-Weights are whole tensors in Hugging Face's layout, as of any other run: gathered one parameter at a
-time, each by all ranks and written by the one whose file it is in. Moments stay where they are: each
-rank writes its rows to a file of its own (formats/training_state.py). All ranks must see the same
-directory: with several hosts, on a file system that they share.
+Weights are whole tensors in Hugging Face's layout, as of any other run: gathered one parameter at
+a time, each by all ranks and written by the one whose file it is in. Moments stay where they are:
+each rank writes its rows to a file of its own (formats/training_state.py). All ranks must see the
+same directory: with several hosts, on a file system that they share.
 """
 
 from pathlib import Path

@@ -77,7 +77,7 @@ def resume(state: TrainingState, path: Path) -> None:
 def save(
     state: TrainingState, batches: TrainBatches, loss: float, run: RunOptions, dist: Dist
 ) -> None:
-    """checkpoint-{step}, by rank 0, for which the others wait, or if the model is sharded by all."""
+    """checkpoint-{step}, by rank 0, for which the others wait; by all if the model is sharded."""
     sharded = fsdp.is_sharded(state.model)
     if sharded and not dist.is_main:
         shards.write(state, None, dist)

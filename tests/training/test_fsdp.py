@@ -1,0 +1,195 @@
+"""train.py --fsdp against DDP: losses, weights and moments of the same steps on the same ranks;
+what it saves, taken up sharded or whole; first weights and files by rows."""
+
+import json
+
+import pytest
+import small_models
+import torch
+from builders import CONFIGS, error_of, run_ranks, save_model, token_shard
+
+import checkpoint
+from distributed import Dist
+from formats.row_shards import rows_of_rank
+from model import GPTModel
+from training import fsdp
+
+# Run in one process group: command lines of train.py, and copies of folders between them.
+COMMANDS = """
+import contextlib, json, pathlib, shutil
+import train
+train.distributed.setup = lambda *args: contextlib.nullcontext(dist)
+for words in json.loads(pathlib.Path({cases!r}).read_text()):
+    if words[0] == "copy":
+        dist.is_main and shutil.copytree(*words[1:])
+        dist.barrier()
+    else:
+        train.main(words)
+"""
+ROUTED = small_models.tiny("mixtral").replace(router_loss=0.3, dropout=0.1)
+KINDS = {
+    "llama": CONFIGS["llama"],
+    "mixture": ROUTED.replace(vocab_size=257, max_position_embeddings=256),
+    "gpt2": CONFIGS["gpt"].replace(dropout=0.1),  # tied, and its matrices turned on disk
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fsdp")
+    token_shard(root / "train.npy", 20_000)
+    token_shard(root / "val.npy", 700, seed=1)  # eleven batches, of which one rank has five
+    for name, config in KINDS.items():
+        (root / f"{name}.yaml").write_text(json.dumps(config.to_dict()))
+    return root
+
+
+def words(root, kind, out, *more):
+    flags = ["--config", root / f"{kind}.yaml", "--data-mode", "fineweb_npy", "--device", "cpu"]
+    flags += ["--tokenizer-name", "byte", "--seq-len", 32, "--train-npy", root / "train.npy"]
+    flags += ["--val-npy", root / "val.npy", "--batch-size", 2, "--warmup-steps", 2]
+    flags += ["--lr", "1e-2", "--log-steps", 1, "--num-steps", 4, "--eval-steps", 2]
+    return [str(word) for word in (*flags, "--checkpoint-path", root / out, *more)]
+
+
+def run_all(root, tmp_path, n, commands, cold=False):
+    (tmp_path / "cases.json").write_text(json.dumps(commands))
+    return run_ranks(n, tmp_path, COMMANDS.format(cases=str(tmp_path / "cases.json")), cold=cold)
+
+
+def log_of(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in e.items() if k != "tokens_per_second"} for e in lines]
+
+
+def state_of(path):
+    """(weights by name, moments and steps, what else the optimizer says)"""
+    model = checkpoint.load_model(path, "float32")
+    optimizer = checkpoint.load_training_state(path)["optimizer"]
+    return dict(model.named_parameters()), optimizer["state"], optimizer["param_groups"]
+
+
+def assert_same(one, two, atol=0.0):
+    """Of two checkpoints: all that training goes on from."""
+    (weights, moments, groups), (others, other_moments, other_groups) = map(state_of, (one, two))
+    assert weights.keys() == others.keys() and moments.keys() == other_moments.keys()
+    assert groups == other_groups
+    for name, p in weights.items():
+        torch.testing.assert_close(p, others[name], rtol=0, atol=atol, msg=name)
+    for i, own in moments.items():
+        for key, value in own.items():
+            torch.testing.assert_close(value, other_moments[i][key], rtol=0, atol=atol)
+
+
+# On two ranks the order of a sum is no question, but that of squares in the gradients' norm, and of
+# passes that add up, is: Adam makes steps of --lr of gradients that are nearly 0 whatever they are.
+CASES = {
+    "llama": (["--grad-accum-steps", 2, "--lr", "1e-4"], 1e-6),
+    "mixture": (["--use-activation-checkpoint", "--grad-clip-norm", 0], 0.0),
+    "gpt2": (["--grad-clip-norm", 0], 0.0),
+}
+
+
+def test_the_same_steps_as_ddp_and_taken_up_by_either(root, tmp_path):
+    commands = []
+    for kind, (more, _) in CASES.items():
+        commands.append(words(root, kind, f"ddp-{kind}", *more))
+        commands.append(words(root, kind, f"fsdp-{kind}", *more, "--fsdp"))
+    resumed = {"fsdp-fsdp": "mixture", "fsdp-ddp": "gpt2", "ddp-fsdp": "gpt2"}
+    for names, kind in resumed.items():
+        before, after = names.split("-")
+        half = root / f"{before}-{kind}/checkpoint-2"
+        commands.append(["copy", str(half), str(root / names / "checkpoint-2")])
+        more = [*CASES[kind][0], "--resume", *(["--fsdp"] if after == "fsdp" else [])]
+        commands.append(words(root, kind, names, *more))
+    out = run_all(root, tmp_path, 2, commands)
+    assert out.stdout.count("checkpoint-2, step 2") == 3
+    for kind, (_, atol) in CASES.items():
+        one, two = (root / f"{how}-{kind}" for how in ("ddp", "fsdp"))
+        for entry, other in zip(log_of(one), log_of(two), strict=True):
+            assert other == pytest.approx(entry, rel=1e-6)
+        assert len(log_of(one)) == 6
+        for step in (2, 4):
+            assert_same(one / f"checkpoint-{step}", two / f"checkpoint-{step}", atol)
+    for names, kind in resumed.items():
+        assert_same(root / f"fsdp-{kind}/checkpoint-4", root / names / "checkpoint-4")
+        for entry, other in zip(log_of(root / names), log_of(root / f"fsdp-{kind}")[3:]):
+            assert entry == (other if names == "fsdp-fsdp" else pytest.approx(other, rel=1e-6))
+    check_directory(root / "fsdp-gpt2/checkpoint-4", 2)
+
+
+def check_directory(path, ranks):
+    """That of any other run, which transformers opens; each rank's moments beside it."""
+    transformers = pytest.importorskip("transformers")
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert {p.name for p in path.iterdir()} == {*files, "manifest.json"}
+    assert sum(name.endswith(".moments") for name in files) == ranks
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    ids = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = checkpoint.load_model(path, "float32")(ids)[0]
+        assert (ours - theirs(ids).logits).abs().max() < 1e-5
+    checkpoint.main(["inspect", str(path), "--verify"])
+
+
+@pytest.mark.parametrize("kind", small_models.KINDS)
+def test_first_weights_are_those_of_a_model_that_is_not_sharded(kind):
+    world_size, config = 3, small_models.tiny(kind)
+    torch.manual_seed(3)
+    model, parts = GPTModel(config), []
+    for rank in range(world_size):
+        torch.manual_seed(3)
+        on_meta, rows = fsdp.drawn(config, Dist(rank, world_size, rank, torch.device("cpu")))
+        assert all(p.is_meta for p in on_meta.parameters())
+        parts.append(rows)
+    for name, p in model.named_parameters():
+        assert torch.equal(torch.cat([rows.pop(name) for rows in parts]), p), name
+    assert not any(parts)
+
+
+def test_rows_are_dealt_as_torch_does():
+    for n in range(1, 12):
+        for world_size in range(1, 6):
+            chunks = list(torch.arange(n).chunk(world_size))
+            chunks += [torch.arange(0)] * (world_size - len(chunks))
+            for rank, chunk in enumerate(chunks):
+                assert list(rows_of_rank(n, rank, world_size)) == chunk.tolist()
+
+
+def test_what_does_not_go_with_it(root):
+    line = error_of("train.py", *words(root, "llama", "no", "--fsdp"), "--lora-rank", 4,
+                    "--init-from", "x")  # fmt: skip
+    assert "--fsdp shards models that train in full" in line
+
+
+# ---------------------------------------------------------------------------------------------
+# Real launches, each of which takes its seconds
+
+LOADS = """
+import pathlib
+import checkpoint, train
+from model import GPTModel
+from training import fsdp
+for path in sorted(pathlib.Path({folder!r}).glob("*/checkpoint-1")):
+    whole = checkpoint.load_model(path, "float32")
+    loss_fn = fsdp.shard(train.Loss(GPTModel.on_meta(whole.config)), "float32", dist)
+    checkpoint.load_weights(path, loss_fn.model)
+    for (name, p), (_, q) in zip(fsdp.named_shards(loss_fn.model), whole.named_parameters()):
+        assert torch.equal(p.full_tensor(), q), (path, name)
+        assert p.to_local().numel() <= -(-len(q) // dist.world_size) * q[0].numel()
+    if dist.is_main:
+        say("loaded", path.parent.name)
+"""
+
+
+@pytest.mark.slow
+def test_each_family_is_read_by_rows(tmp_path):
+    """On three ranks, which cut heads, pairs of rotary channels and experts."""
+    for kind in small_models.KINDS:
+        torch.manual_seed(1)
+        model = GPTModel(small_models.tiny(kind))
+        for p in model.parameters():
+            torch.nn.init.normal_(p)
+        save_model(model, tmp_path / kind, 1, tokenizer=None)
+    out = run_ranks(3, tmp_path, LOADS.format(folder=str(tmp_path)))
+    assert out.stdout.count("loaded") == len(small_models.KINDS)
