@@ -43,8 +43,8 @@ FLOORS = [
     "formats/archives formats/naming formats/quantised model",
     "backends/pipe backends/parallel",
     "dataset transformers_model quantisation/apply formats/layouts formats/row_shards "
-    "formats/fingerprints formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
-    "formats/bitsandbytes "
+    "formats/fingerprints formats/huggingface formats/gptq formats/awq formats/compressed "
+    "formats/fp8 formats/bitsandbytes "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion formats/extension "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "

@@ -2,11 +2,26 @@
 what it saves, taken up sharded or whole; first weights and files by rows."""
 
 import json
+import random
+import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import small_models
 import torch
-from builders import CONFIGS, error_of, run_ranks, save_model, token_shard
+from builders import (
+    CONFIGS,
+    PATIENCE,
+    ROOT,
+    error_of,
+    run_ranks,
+    save_model,
+    started,
+    token_shard,
+    torchrun,
+)
 
 import checkpoint
 from distributed import Dist
@@ -193,3 +208,104 @@ def test_each_family_is_read_by_rows(tmp_path):
         save_model(model, tmp_path / kind, 1, tokenizer=None)
     out = run_ranks(3, tmp_path, LOADS.format(folder=str(tmp_path)))
     assert out.stdout.count("loaded") == len(small_models.KINDS)
+
+
+# train.py whose rank {rank} dies, or stops, at a moment that {doom} chooses
+DOOMED = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import builders, cli, train
+if cli.rank() == {rank}:
+    {doom}
+cli.run(train.main)
+"""
+AFTER_A_STEP = """
+    class DoomedLog(train.Log):
+        def step(self, step, *args):
+            super().step(step, *args)
+            if step == 3:
+                os.kill(os.getpid(), signal.{signal})
+    train.Log = DoomedLog
+"""
+
+
+def doomed(tmp_path, rank, doom):
+    script = tmp_path / "doomed.py"
+    script.write_text(DOOMED.format(root=str(ROOT), rank=rank, doom=doom.strip()))
+    return script
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """An uninterrupted run on two ranks, with a save at each step."""
+    run_all(root, tmp_path_factory.mktemp("whole"), 2, [words(root, *WHOLE)])
+    return root / "whole"
+
+
+EACH = ["--save-steps", 1, "--keep", 2, "--fsdp"]
+WHOLE = ["gpt2", "whole", *EACH]
+
+
+@pytest.mark.slow
+def test_killed_inside_of_saves_the_run_ends_in_the_same_bits(root, whole, tmp_path):
+    """Rank 0 or 1 is killed at a file operation on what it saves: making, writing, renaming and
+    removing. What is there then is whole, and the next one goes on from it."""
+    dice, begun = random.Random(0), 0
+    for n in range(8):
+        doom = f"builders.die_at_file_operation({dice.randint(1, 25)})"
+        script = doomed(tmp_path, n % 2, doom)
+        done = torchrun(2, script, *words(root, "gpt2", "cut", *EACH, "--resume"), code=None)
+        assert done.returncode in (0, 1), done.stderr
+        for path in (root / "cut").glob("checkpoint-*"):
+            checkpoint.main(["inspect", str(path), "--verify"])
+            begun += 1
+    assert begun
+    torchrun(2, "train.py", *words(root, "gpt2", "cut", *EACH, "--resume"))
+    for step in (3, 4):
+        assert_same(whole / f"checkpoint-{step}", root / f"cut/checkpoint-{step}")
+    assert log_of(whole) == log_of(root / "cut")
+    assert not list((root / "cut").glob(".*"))
+
+
+@pytest.mark.slow
+def test_killed_between_saves_and_taken_up_by_other_ranks(root, tmp_path):
+    """By two ranks with the same bits; by four or a process alone up to the order of sums."""
+    more = ["--fsdp", "--lr", "1e-4"]
+    run_all(root, tmp_path, 2, [words(root, "llama", "straight", *more)])
+    script = doomed(tmp_path, 1, AFTER_A_STEP.format(signal="SIGKILL"))
+    torchrun(2, script, *words(root, "llama", "broken", *more), code=1)
+    assert [p.name for p in (root / "broken").glob("checkpoint-*")] == ["checkpoint-2"]
+    for n, batch in ((2, 2), (4, 1), (0, 4)):
+        shutil.copytree(root / "broken", root / f"on-{n}")
+        again = words(root, "llama", f"on-{n}", *more, "--resume", "--batch-size", batch)
+        torchrun(n, "train.py", *again, cold=n == 4)
+        pair = root / "straight/checkpoint-4", root / f"on-{n}/checkpoint-4"
+        assert_same(*pair, 0.0 if n == 2 else 1e-5)
+        check_directory(pair[1], n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named(root, tmp_path, rank):
+    script = doomed(tmp_path, rank, AFTER_A_STEP.format(signal="SIGSTOP"))
+    flags = words(root, "llama", f"stopped-{rank}", "--fsdp", "--timeout", 8)
+    done = torchrun(2, script, *flags, code=1, cold=True)
+    assert f"error: rank {rank} made no progress for 8 s; the run ends here" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_agents_of_one_rank_each(root, whole):
+    """As on two hosts, which share a file system: by torchrun's rendezvous on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launch += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=fsdp"]
+    launch += [str(ROOT / "train.py"), *words(root, "gpt2", "agents", *EACH)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started(launch, **pipes) as one, started(launch, **pipes) as two:
+        outs = [agent.communicate(timeout=PATIENCE) for agent in (one, two)]
+    assert [one.returncode, two.returncode] == [0, 0], outs
+    assert sorted(out.count("step 4: saved") for out, _ in outs) == [0, 1]
+    assert_same(whole / "checkpoint-4", root / "agents/checkpoint-4")
+    assert log_of(whole) == log_of(root / "agents")
