@@ -230,11 +230,6 @@ class Checkpoint:
                 "embedding: set tie_embeddings to false"
             )
         self._check_fits(gpt)
-        if self.base and row_shards.is_sharded(gpt):
-            raise ValueError(
-                f"{self.path} is an adapter, which --fsdp does not merge: merge it first "
-                "(checkpoint.py convert)"
-            )
         self._fill(gpt)
         self.merge_into(gpt)
 
@@ -251,8 +246,7 @@ class Checkpoint:
         assert self.layout is not None, "names of no layout do not fit"
         with _readable(self.path):
             self._check_unchanged()
-            fill = row_shards.fill if row_shards.is_sharded(model) else layouts.fill
-            fill(model, self.tensors, self.layout, self.path)
+            row_shards.fill(model, self.tensors, self.layout, self.path)
             self._check_unchanged()
 
     def _check_fits(self, model: GPTModel) -> None:
@@ -297,8 +291,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def load_training_state(path: str | Path, whole: bool = True) -> dict[str, Any]:
-    """optimizer, scheduler, epoch, step, loss and extra of a checkpoint; None what it has not.
-    whole: see training_state.read."""
+    """`training_state.read` of a checkpoint: what training goes on from."""
     path = Path(path)
     with _readable(path):
         reader_of(path)  # says what is wrong with a path that is no checkpoint
@@ -336,8 +329,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def is_complete(path: str | Path) -> bool:
-    """Whether a checkpoint's files are all there and whole, as far as sizes and tables of contents
-    tell. For a watcher: ours are whole when they appear, others grow under their final name."""
+    """Whether all files are there and whole as far as headers tell: others grow in place."""
     path = formats.named(path)
     try:  # without an adapter's base, which may be known to others alone
         reader_of(path).open(path)

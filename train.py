@@ -38,6 +38,7 @@ from costs.flops import estimate_flops
 from dataset import TokenStream, Windows, build_tokenizer
 from distributed import Dist
 from durable import check_writable
+from formats import row_shards
 from gpu_kernels.cross_entropy import IGNORE
 from model import GPTModel
 from modeling.mlp import balance_loss
@@ -265,7 +266,10 @@ def wrap(loss_fn: Loss, compile: str, dist: Dist) -> nn.Module:
     """A loss, compiled if wanted, under DDP where there are several ranks that it is not sharded
     over."""
     model = loss_fn.model
-    sharded, frozen = fsdp.is_sharded(model), not next(model.blocks.parameters()).requires_grad
+    sharded, frozen = (
+        row_shards.is_sharded(model),
+        not next(model.blocks.parameters()).requires_grad,
+    )
     if compile == "on" or (compile == "auto" and dist.device.type == "cuda"):
         if frozen or sharded:  # large models, for which one compilation serves all blocks
             scoring.compile_blocks(model, True)
@@ -354,7 +358,7 @@ def validate(
         with amp:
             return loss_fn.run(nll, input_ids, targets, *more)
 
-    if fsdp.is_sharded(model):
+    if row_shards.is_sharded(model):
         dist = fsdp.in_step(dist)
     nothing = torch.zeros(model.vocab_size, dtype=torch.int64)
     totals = scoring.score_windows(

@@ -1,7 +1,7 @@
 """Weights straight from files to the ranks of a sharded model, each of which has rows of every
 parameter (training/fsdp.py): nobody reads, or holds, what is others'.
 
-fill(model, tensors, layout, path)      # as layouts.fill, of a model of DTensors
+fill(model, tensors, layout, path)      # as layouts.fill, of a model of DTensors too
 
 A tensor of theirs is a view of our parameter, which may be turned or in another order
 (formats/layouts.py). What of it lies in this rank's rows is a view of these, and the rest of the
@@ -40,7 +40,11 @@ def own_rows(p: Tensor) -> range:
 
 @torch.no_grad()
 def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -> None:
-    """From files into this rank's rows. ValueError as layouts.fill, on the rank that finds it."""
+    """From files into a model: all of it, or where it is sharded this rank's rows. ValueError as
+    layouts.fill, on the rank that finds it."""
+    if not is_sharded(model):
+        layouts.fill(model, tensors, layout, path)
+        return
     parameters: dict[str, Part | Picked] = {}
     table: dict[str, Stored] = {}
     small: list[tuple[Tensor, Tensor]] = []
@@ -90,7 +94,7 @@ def _within(
     `own`, which are `mine`, with what is to be read for it; nothing if nothing does."""
     view, order = part.tensor, part.order
     along = next((d for d in range(view.dim()) if view.stride(d) == row), None)
-    first, within_row = divmod(view.storage_offset(), row)
+    first, within_row = divmod(int(view.storage_offset()), row)
     count = 1 if along is None else view.shape[along]
     begin, end = max(own.start, first), min(own.stop, first + count)
     if begin >= end:

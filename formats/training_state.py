@@ -40,7 +40,7 @@ def read(path: Path, whole: bool = True) -> dict[str, Any]:
     if source.checked:
         tensorfiles.check_crc(file, [record.name for record in source.records.values()])
     contents = tensorfiles.load_torch(source, mapped=not whole)
-    state = {
+    state: dict[str, Any] = {
         ours: next((contents[name] for name in theirs if name in contents), None)
         for ours, theirs in STATE_NAMES.items()
     }

@@ -61,11 +61,6 @@ def shard(loss_fn: LossModule, dtype: str, dist: Dist) -> LossModule:
     return loss_fn
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` made it, or it lies in what shard made."""
-    return any(isinstance(p, DTensor) for p in module.parameters())
-
-
 def let_go(loss_fn: nn.Module) -> None:
     """Of what is gathered as long as a pass lasts, where no backward has let it go."""
     if isinstance(loss_fn, FSDPModule):

@@ -15,10 +15,10 @@ import torch
 import checkpoint
 import cli
 from distributed import Dist, print0
-from formats import native
+from formats import native, row_shards
 from model import GPTModel
 from tokenizer import Tokenizer
-from training import fsdp, shards
+from training import shards
 from training.batches import TrainBatches
 from training.lora import Adapters
 from training.options import RunOptions
@@ -65,7 +65,7 @@ def find_latest(run: RunOptions, dist: Dist) -> Path | None:
 def resume(state: TrainingState, path: Path) -> None:
     """Load a checkpoint, which find_latest found."""
     parts = state.optimizer, state.scheduler
-    if fsdp.is_sharded(state.model):
+    if row_shards.is_sharded(state.model):
         state.step = shards.resume(state, path)
     elif state.adapters:
         state.step = state.adapters.resume(path, *parts)
@@ -78,7 +78,7 @@ def save(
     state: TrainingState, batches: TrainBatches, loss: float, run: RunOptions, dist: Dist
 ) -> None:
     """checkpoint-{step}, by rank 0, for which the others wait; by all if the model is sharded."""
-    sharded = fsdp.is_sharded(state.model)
+    sharded = row_shards.is_sharded(state.model)
     if sharded and not dist.is_main:
         shards.write(state, None, dist)
     if dist.is_main:

@@ -24,6 +24,8 @@ from builders import (
 )
 
 import checkpoint
+from costs.memory import estimate_memory
+from costs.symbols import Setup, solve_all
 from distributed import Dist
 from formats.row_shards import rows_of_rank
 from model import GPTModel
@@ -171,7 +173,7 @@ def test_rows_are_dealt_as_torch_does():
                 assert list(rows_of_rank(n, rank, world_size)) == chunk.tolist()
 
 
-def test_what_does_not_go_with_it(root):
+def test_what_does_not_go_with_it(root, tmp_path):
     line = error_of("train.py", *words(root, "llama", "no", "--fsdp"), "--lora-rank", 4,
                     "--init-from", "x")  # fmt: skip
     assert "--fsdp shards models that train in full" in line
@@ -309,3 +311,64 @@ def test_two_agents_of_one_rank_each(root, whole):
     assert sorted(out.count("step 4: saved") for out, _ in outs) == [0, 1]
     assert_same(whole / "checkpoint-4", root / "agents/checkpoint-4")
     assert log_of(whole) == log_of(root / "agents")
+
+
+HELD = """
+import json, pathlib
+import train
+from config import GPTConfig
+from model import GPTModel
+from training import fsdp
+for words in json.loads(pathlib.Path({cases!r}).read_text()):
+    model, rows = fsdp.drawn(GPTConfig(**words), dist)
+    loss_fn = fsdp.shard(train.Loss(model), "bfloat16", dist)
+    fsdp.put(model, rows)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    seen = []
+
+    def gathered(block, *args):
+        plain = [p for p in loss_fn.parameters() if not hasattr(p, "to_local")]
+        own = [id(p) for p in block.parameters()]
+        sizes = [p.numel() * p.itemsize for p in plain]
+        seen.append((sum(sizes), sum(n for p, n in zip(plain, sizes) if id(p) in own)))
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(gathered)
+    ids = torch.arange(64).view(2, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_fn(ids, ids)[0].backward()
+    optimizer.step()
+
+    def held(tensors):
+        return sum(t.to_local().numel() * t.itemsize for t in tensors if hasattr(t, "to_local"))
+
+    states = optimizer.state.values()
+    parts = [held(parameters), held(p.grad for p in parameters if p.grad is not None)]
+    parts.append(held(t for own in states for t in own.values()))
+    if dist.is_main:
+        say("held", json.dumps({{"parts": parts, "gathered": seen}}))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_rank_holds_is_what_compute_py_says(tmp_path):
+    """Rows of weights, gradients and moments; and at each block the ends and that block, gathered
+    in 16 bits."""
+    kinds = ("llama", "gpt2", "mixtral", "qwen2_moe", "youtu", "gemma2")
+    configs = [small_models.tiny(kind) for kind in kinds]
+    # experts are dealt whole
+    configs = [c.replace(n_experts=6) if c.n_experts else c for c in configs]
+    (tmp_path / "cases.json").write_text(json.dumps([config.to_dict() for config in configs]))
+    out = run_ranks(2, tmp_path, HELD.format(cases=str(tmp_path / "cases.json")))
+    found = [json.loads(line[5:]) for line in out.stdout.splitlines() if line.startswith("held ")]
+    for config, held in zip(configs, found, strict=True):
+        setup = Setup(dtype="bf16", dp=2, zero=3)
+        states = estimate_memory(config, 2, 32, dtype="bf16", dp=2, zero=3)["states"]
+        wanted = [states[name] for name in ("weights", "gradients", "optimizer")]
+        assert held["parts"] == pytest.approx(wanted, rel=0.01)
+        values = solve_all(config, 2, 32, setup)
+        most = max(own for _, own in held["gathered"])
+        assert most == 2 * values["n_largest"]
+        ends = {everything - own for everything, own in held["gathered"]}
+        assert ends == {values["M_gathered_ends"] + 2 * values["n_ends"]}
