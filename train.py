@@ -143,6 +143,8 @@ def build_model(
         )
     torch.manual_seed(options.run.seed)
     adapters, rows, sharded = None, None, options.run.fsdp and dist.world_size > 1
+    if options.run.fsdp and not sharded:
+        cli.note("--fsdp on one rank: there is nothing to share")
     if options.lora.lora_rank is not None:
         assert given.init_from, "options.py asks for it"
         model, adapters = adapted(given.init_from, config, options.lora, dtype, dist.device)

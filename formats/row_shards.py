@@ -8,7 +8,7 @@ A tensor of theirs is a view of our parameter, which may be turned or in another
 file is left unread, but for matrices of [in, out], which are read whole and dropped in part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +21,15 @@ from formats.stored import Stored, rows
 from model import GPTModel
 
 
+def dim_of(shape: Sequence[int], world_size: int) -> int:
+    """The dimension along which a parameter is dealt: its first; of stacked experts the rows of
+    each, where the ranks do not divide the experts' number, but do that of their rows."""
+    stacked = len(shape) == 3 and shape[0] % world_size and shape[1] % world_size == 0
+    return 1 if stacked else 0
+
+
 def rows_of_rank(n: int, rank: int, world_size: int) -> range:
-    """The rows of n that are a rank's, as DTensor's Shard(0) deals them."""
+    """The rows of n that are a rank's, as DTensor's Shard deals them."""
     each = -(-n // world_size)
     return range(min(rank * each, n), min((rank + 1) * each, n))
 
@@ -32,10 +39,10 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "to_local") for p in model.parameters())
 
 
-def own_rows(p: Tensor) -> range:
-    """The rows of a DTensor that are this rank's."""
-    mesh = p.device_mesh  # type: ignore[attr-defined]
-    return rows_of_rank(len(p), mesh.get_local_rank(), mesh.size())
+def own_rows(p: Tensor) -> tuple[int, range]:
+    """(dimension, places along it) of a DTensor that are this rank's."""
+    mesh, dim = p.device_mesh, p.placements[0].dim  # type: ignore[attr-defined]
+    return dim, rows_of_rank(p.shape[dim], mesh.get_local_rank(), mesh.size())
 
 
 @torch.no_grad()
@@ -49,7 +56,7 @@ def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -
     table: dict[str, Stored] = {}
     small: list[tuple[Tensor, Tensor]] = []
     for name, p in model.named_parameters():
-        mine, own = p.to_local(), own_rows(p)  # type: ignore[attr-defined]
+        mine, (dim, own) = p.to_local(), own_rows(p)  # type: ignore[attr-defined]
         if p.dim() < 2 or p.shape[1:].numel() == 1:  # read whole: norms and biases
             whole = torch.empty(p.shape, dtype=p.dtype)
             small.append((mine, whole[own.start : own.stop]))
@@ -58,7 +65,7 @@ def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -
             continue
         whole = torch.empty(p.shape, dtype=p.dtype, device="meta")
         for theirs, part in layouts.parts_of(model.config, layout, name, whole):
-            for found in _within(part, tensors[theirs], whole.stride(0), mine, own):
+            for found in _within(part, tensors[theirs], whole, mine, (dim, own)):
                 parameters[theirs], table[theirs] = found
     layouts.put(parameters, table, path)
     for mine, values in small:
@@ -88,13 +95,15 @@ class Picked(NamedTuple):
 
 
 def _within(
-    part: Part, stored: Stored, row: int, mine: Tensor, own: range
+    part: Part, stored: Stored, whole: Tensor, mine: Tensor, where: tuple[int, range]
 ) -> Iterator[tuple[Part | Picked, Stored]]:
-    """What of `part`, a view of a whole parameter whose rows have `row` numbers, lies in its rows
-    `own`, which are `mine`, with what is to be read for it; nothing if nothing does."""
-    view, order = part.tensor, part.order
+    """What of `part`, a view of a whole parameter, lies in the rows that are `mine`, with what is
+    to be read for it; nothing if nothing does. where: own_rows."""
+    (dim, own), view, order = where, part.tensor, part.order
+    row, stack = whole.stride(dim), whole.stride(0) if dim else whole.numel()
+    expert, rest = divmod(int(view.storage_offset()), stack)
+    first, within_row = divmod(rest, row)
     along = next((d for d in range(view.dim()) if view.stride(d) == row), None)
-    first, within_row = divmod(int(view.storage_offset()), row)
     count = 1 if along is None else view.shape[along]
     begin, end = max(own.start, first), min(own.stop, first + count)
     if begin >= end:
@@ -102,7 +111,9 @@ def _within(
     shape = list(view.shape)
     if along is not None:
         shape[along] = end - begin
-    ours = mine.as_strided(shape, view.stride(), within_row + (begin - own.start) * row)
+    strides = [mine.stride(0) if dim and stride == stack else stride for stride in view.stride()]
+    at = expert * mine.stride(0) + within_row + (begin - own.start) * row
+    ours = mine.as_strided(shape, strides, at)
     if along is None:
         yield Part(ours, order, part.dim), stored
         return

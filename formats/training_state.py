@@ -44,7 +44,7 @@ def read(path: Path, whole: bool = True) -> dict[str, Any]:
         ours: next((contents[name] for name in theirs if name in contents), None)
         for ours, theirs in STATE_NAMES.items()
     }
-    for name, moment in _moments(path, contents.get("ranks")).items():
+    for name, moment in _moments(path, contents.get("moments")).items():
         index, _, key = name.partition(".")
         own = state["optimizer"]["state"].setdefault(int(index), {})
         own[key] = stored.read_whole(moment) if whole else moment
@@ -56,21 +56,23 @@ def moments_file(directory: Path, rank: int, world_size: int) -> Path:
     return directory / f"trainer_state-{rank + 1:05d}-of-{world_size:05d}.moments"
 
 
-def _moments(path: Path, ranks: Any) -> dict[str, Stored]:
-    """By "{number of the parameter}.{name of the moment}", of the files of so many ranks."""
-    if not isinstance(ranks, int):
+def _moments(path: Path, about: dict[str, Any] | None) -> dict[str, Stored]:
+    """By "{number of the parameter}.{name of the moment}". about: how many "files", and the "dims"
+    along which those are cut that are not by rows."""
+    if about is None:
         return {}
-    tables = [tensorfiles.open_safetensors(moments_file(path, r, ranks)) for r in range(ranks)]
+    n, dims = about["files"], about["dims"]
+    tables = [tensorfiles.open_safetensors(moments_file(path, rank, n)) for rank in range(n)]
     names = dict.fromkeys(name for table in tables for name in table)
     return {
-        name: stored.beside(name, [table[name] for table in tables if name in table])
+        name: stored.beside(name, [t[name] for t in tables if name in t], dims.get(name, 0))
         for name in names
     }
 
 
 def write(state: dict[str, Any], directory: Path) -> None:
-    """trainer_state.pt. ValueError if it could not be loaded again. "ranks" in it: how many files
-    of moments lie beside it."""
+    """trainer_state.pt. ValueError if it could not be loaded again. "moments" in it: what
+    lies beside it (_moments)."""
     file = directory / "trainer_state.pt"
     torch.save(state, file)
     foreign = [n for n in tensorfiles.open_torch(file).names if not inert.is_plain(n)]

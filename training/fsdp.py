@@ -27,12 +27,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 
 from config import GPTConfig
 from distributed import Dist
-from formats.row_shards import rows_of_rank
+from formats.row_shards import dim_of, rows_of_rank
 from model import GPTModel
 from modeling.norms import Norm
 
@@ -50,9 +50,12 @@ def shard(loss_fn: LossModule, dtype: str, dist: Dist) -> LossModule:
         cast_forward_inputs=False,  # the residual stream stays float32
     )
     mesh = init_device_mesh(dist.device.type, (dist.world_size,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(loss_fn, mesh=mesh, mp_policy=policy)
+
+    def placed(p: nn.Parameter) -> Shard:
+        return Shard(dim_of(p.shape, dist.world_size))
+
+    for module in (*model.blocks, loss_fn):
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placed)
     register_fsdp_forward_method(loss_fn, "run")
     model.to_empty(device=dist.device)
     if tied:  # which to_empty does not know
@@ -88,6 +91,13 @@ def whole_norm(norm: Tensor) -> Tensor:
 # Fresh weights
 
 
+def part_of(whole: Tensor, rank: int, world_size: int) -> Tensor:
+    """What of a parameter is a rank's."""
+    dim = dim_of(whole.shape, world_size)
+    own = rows_of_rank(whole.shape[dim], rank, world_size)
+    return whole.narrow(dim, own.start, len(own))
+
+
 class _Drawing(TorchFunctionMode):
     """What torch.nn.init does to tensors of meta within, it does to a tensor of the CPU, one at a
     time; rows of it are kept. Whatever is drawn and not kept takes its random numbers too."""
@@ -104,8 +114,7 @@ class _Drawing(TorchFunctionMode):
         tensor = args[0] if args else kwargs.pop("tensor")
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         func(whole, *args[1:], **kwargs)
-        rows = rows_of_rank(len(whole), *self.ranks)
-        self.kept[id(tensor)] = tensor, whole[rows.start : rows.stop].clone()
+        self.kept[id(tensor)] = tensor, part_of(whole, *self.ranks).clone()
         return tensor
 
 
@@ -118,15 +127,15 @@ def drawn(config: GPTConfig, dist: Dist) -> tuple[GPTModel, dict[str, Tensor]]:
     rows = {}
     for name, p in model.named_parameters():
         module, _, leaf = name.rpartition(".")
-        own = rows_of_rank(len(p), dist.rank, dist.world_size)
+        own = part_of(p, dist.rank, dist.world_size).shape
         if leaf.endswith("bias"):  # GPTModel._init_weights
-            rows[name] = torch.zeros(len(own))
+            rows[name] = torch.zeros(own)
         elif id(p) in drawing.kept:
             rows[name] = drawing.kept[id(p)][1]
         else:
             norm = model.get_submodule(module)
             assert isinstance(norm, Norm), f"{name} is not drawn"
-            rows[name] = torch.full((len(own),), 1.0 - norm.offset)
+            rows[name] = torch.full(own, 1.0 - norm.offset)
     return model, rows
 
 

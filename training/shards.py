@@ -112,15 +112,27 @@ def _shares(parameters: list[tuple[str, DTensor]], n: int) -> list[list[tuple[st
     return [share for share in shares if share]
 
 
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, DTensor]:
+    """By "{number of the parameter}.{name of the moment}", what the ranks have rows of."""
+    return {
+        f"{i}.{key}": value
+        for i, own in optimizer.state_dict()["state"].items()
+        for key, value in own.items()
+        if isinstance(value, DTensor)
+    }
+
+
+def about_moments(optimizer: torch.optim.Optimizer, dist: Dist) -> dict[str, Any]:
+    """How many files they lie in, and along which dimension those are cut that are not by rows."""
+    dims = {name: own_rows(t)[0] for name, t in moments(optimizer).items()}
+    return {"files": dist.world_size, "dims": {name: dim for name, dim in dims.items() if dim}}
+
+
 def _write_moments(state: "TrainingState", folder: Path, dist: Dist) -> Path:
     file = training_state.moments_file(folder, dist.rank, dist.world_size)
-    moments = {
-        f"{i}.{key}": value.to_local()
-        for i, own in state.optimizer.state_dict()["state"].items()
-        for key, value in own.items()
-        if isinstance(value, DTensor) and value.to_local().numel()
-    }
-    tensorfiles.write_safetensors(file, moments, torch.float32)
+    parts = {name: t.to_local() for name, t in moments(state.optimizer).items()}
+    parts = {name: t for name, t in parts.items() if t.numel()}
+    tensorfiles.write_safetensors(file, parts, torch.float32)
     return file
 
 
@@ -146,12 +158,13 @@ def _own_part(value: Any, p: DTensor) -> Any:
     """This rank's rows of what has a parameter's shape; anything else as it is."""
     if not isinstance(value, (Tensor, Stored)) or tuple(value.shape) != tuple(p.shape):
         return value
-    own = own_rows(p)
-    if isinstance(value, Stored):
+    dim, own = own_rows(p)
+    if isinstance(value, Stored) and dim == 0:
         local = read_whole(rows(value, [own]))
     else:
-        local = value[own.start : own.stop].clone()
+        whole = read_whole(value) if isinstance(value, Stored) else value
+        local = whole.narrow(dim, own.start, len(own)).clone()
     return DTensor.from_local(
-        local.to(p.device), p.device_mesh, [Shard(0)], run_check=False, shape=p.shape,
+        local.to(p.device), p.device_mesh, [Shard(dim)], run_check=False, shape=p.shape,
         stride=p.stride(),
     )  # fmt: skip

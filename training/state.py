@@ -95,7 +95,7 @@ def save(
         write: Callable[[Path], native.Entries | None] = state.write
         if sharded:
             values |= {"optimizer": shards.plain_optimizer(state.optimizer)}
-            values |= {"ranks": dist.world_size}
+            values |= {"moments": shards.about_moments(state.optimizer, dist)}
             write = functools.partial(shards.write, state, dist=dist)
         path = native.save_state(values, run.checkpoint_path, write, run.keep)
         print0(f"step {state.step}: saved {cli.printable(path)}")
