@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # Writing
 
 
+@torch.no_grad()
 def write(state: "TrainingState", directory: Path | None, dist: Dist) -> native.Entries:
     """Weights, moments and what lies beside them; what the manifest says of the ranks' files.
     ValueError, on all ranks, where one of them does not see rank 0's directory."""
