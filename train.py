@@ -48,6 +48,7 @@ from training import fsdp
 from training.batches import TrainBatches
 from training.log import Log, mean_loss
 from training.lora import Adapters, adapted
+from training.low_rank import LowRank
 from training.options import (
     ModelOptions,
     OptimizationOptions,
@@ -267,11 +268,8 @@ def of_all_ranks(loads: torch.Tensor) -> torch.Tensor:
 def wrap(loss_fn: Loss, compile: str, dist: Dist) -> nn.Module:
     """A loss, compiled if wanted, under DDP where there are several ranks that it is not sharded
     over."""
-    model = loss_fn.model
-    sharded, frozen = (
-        row_shards.is_sharded(model),
-        not next(model.blocks.parameters()).requires_grad,
-    )
+    model, sharded = loss_fn.model, row_shards.is_sharded(loss_fn)
+    frozen = any(isinstance(m, LowRank) for m in model.modules())
     if compile == "on" or (compile == "auto" and dist.device.type == "cuda"):
         if frozen or sharded:  # large models, for which one compilation serves all blocks
             scoring.compile_blocks(model, True)
@@ -284,6 +282,7 @@ def wrap(loss_fn: Loss, compile: str, dist: Dist) -> nn.Module:
         loss_fn,
         device_ids=[dist.local_rank] if on_cuda else None,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # rotary tables, and packed weights: alike from the start
         # DDP regroups its buckets after the first step, and a resumed run has another first step:
         # looking for unused parameters keeps the groups, and with them the order of summation
         find_unused_parameters=not on_cuda,

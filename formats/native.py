@@ -82,7 +82,7 @@ def stated(opened: Opened, manifest: dict[str, Any]) -> Opened:
     for read in opened.files:
         if read.name not in manifest.get("files", ()):
             raise ValueError(f"{file} does not know {read.name}, which is read")
-    facts = {name: manifest.get(name) for name in ("epoch", "loss", "tokens")}
+    facts = {name: manifest.get(name) for name in ("epoch", "loss", "tokens", "trained_over")}
     step = manifest.get("step")
     return replace(opened, step=step, facts=opened.facts | facts, manifest=file)
 
@@ -96,6 +96,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     manifest = read_object(file)
     if manifest.get("format") != MANIFEST_FORMAT:
         return None  # others use the name too
+    if not isinstance(manifest.get("trained_over"), str | None):
+        raise ValueError(f"{file}: trained_over must be the name of a rule")
     for name, (kinds, least) in STATED.items():
         value: Any = manifest.get(name)
         if value is not None and not (type(value) in kinds and least <= value <= MOST):
@@ -180,7 +182,10 @@ def save_state(
     final = output / f"checkpoint-{state['step']}"
     about = {name: state[name] for name in ("epoch", "step", "loss")}
     known: Entries = {}
-    with appearing(final, about | {"tokens": state["extra"].get("tokens")}, known) as directory:
+    about |= {"tokens": state["extra"].get("tokens")}
+    if rounded := state["extra"].get("quantisation"):  # of the frozen weights below an adapter
+        about["trained_over"] = rounded["rule"]
+    with appearing(final, about, known) as directory:
         known |= write(directory) or {}
         training_state.write(state, directory)
     if keep is not None:

@@ -83,7 +83,7 @@ def save(
         shards.write(state, None, dist)
     if dist.is_main:
         tokens = batches.tokens(state.step)
-        base = {"base": state.adapters.base_fingerprint} if state.adapters else {}
+        base = state.adapters.frozen if state.adapters else {}
         values = {
             "epoch": int(batches.epochs(state.step)[0]),
             "step": state.step,
