@@ -42,9 +42,9 @@ FLOORS = [
     "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
     "formats/archives formats/naming formats/quantised model",
     "backends/pipe backends/parallel",
-    "dataset transformers_model quantisation/apply formats/layouts formats/fingerprints "
-    "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
-    "formats/bitsandbytes "
+    "dataset transformers_model quantisation/apply formats/layouts formats/row_shards "
+    "formats/fingerprints formats/huggingface formats/gptq formats/awq formats/compressed "
+    "formats/fp8 formats/bitsandbytes "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion formats/extension "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
@@ -63,7 +63,8 @@ FLOORS = [
     "tasks/drawing tasks/harness",
     "evaluation training/packing training/best_fit training/mixing training/neighbours "
     "training/packing_index training/batches training/log training/options training/plans "
-    "training/sources training/schedule training/low_rank training/lora training/state",
+    "training/sources training/schedule training/low_rank training/lora training/fsdp "
+    "training/shards training/state",
     "command",
     "reporting/groups reporting/by_bytes reporting/compare reporting/quantised reporting/tables "
     "reporting/exchange reporting/page reporting/charts",

@@ -243,6 +243,9 @@ class RunOptions:
     wandb_run_name: str | None = option(None, "default: as the directory of checkpoints")
     tensorboard: str | None = option(None, "also log there", metavar="DIR")
     seed: int = option(42, "of weights, dropout and the order of the data (42)", type=int)
+    fsdp: bool = option(
+        False, "parameters, gradients and moments over all ranks, rows of each (FSDP2)"
+    )
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
 
 
@@ -284,6 +287,8 @@ def parse(argv: list[str] | None, description: str) -> Options:
     if options.lora.lora_rank is not None:
         if not options.model.init_from:
             p.error("--lora-rank needs --init-from PATH, the weights that stay frozen")
+        if options.run.fsdp:
+            p.error("--fsdp shards models that train in full: it does not go with --lora-rank")
     elif options.run.resume and options.model.init_from:
         p.error("--resume and --init-from contradict each other: give one of them")
     return with_toy_data(options) if options.data.use_toy_data else options

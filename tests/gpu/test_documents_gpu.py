@@ -65,7 +65,7 @@ def test_compiled_steps_follow_the_documents(kind, changes):
     model = tiny_model(kind, std=0.1, **changes)
     reference = tiny_model(kind, std=0.1, **changes)
     model = model.cuda()
-    loss_fn = train.wrap(model, "on", Dist(0, 1, 0, torch.device("cuda")))
+    loss_fn = train.wrap(train.Loss(model), "on", Dist(0, 1, 0, torch.device("cuda")))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     frames = []
