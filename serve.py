@@ -99,13 +99,13 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     from backends import engine
     from backends.local import facts_of
     from backends.rows import Capacity
-    from quantisation.apply import quantise_model
+    from quantisation.apply import Rounding
     from serving.asked import Served
     from serving.service import Service
     from serving.texts import Texts
     from tasks.drawing import end_tokens
 
-    rounding = options.quantise and Quantisation(options.quantise)
+    rule = options.quantise and Quantisation(options.quantise)
     models = ModelOptions(
         config=options.config, base=options.base, tokenizer_name=options.tokenizer_name
     )
@@ -116,9 +116,10 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     assert tokenizer is not None, "needed"
     facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
     evaluation.check_vocabulary(max(tokenizer.encode("a")), facts)
-    model = ckpt.load(dtype, dist.device)
+    rounding = Rounding(rule) if rule else None
+    model = ckpt.load(dtype, dist.device, rounding=rounding)
     if rounding:
-        quantise_model(model, rounding)
+        rounding.finish(model)
     context = read_context(options.context, facts.context)
     new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
     rows = options.max_rows or (
@@ -136,7 +137,7 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         compiled=options.compile == "on",
     )
     served = Served(
-        name=options.model_name or "-".join([ckpt.name, *([rounding.rule] if rounding else [])]),
+        name=options.model_name or "-".join([ckpt.name, *([rule.rule] if rule else [])]),
         texts=texts,
         context=context,
         new_tokens=new_tokens,

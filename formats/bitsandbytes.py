@@ -8,9 +8,9 @@
     and where those scales are quantised too, absmax in uint8, .nested_absmax, .nested_quant_map
 
 An int8 weight is code * SCB / 127 in the order of its own dequantiser, whose second product rounds
-in float32 again: Codes, whose scale is one number, can differ from that in the last bit. A 4-bit
-one is quant_map[code] * absmax in float32, as its CUDA kernels have it; no Codes say that. LLM.int8
-quantises activations too, but for columns of large ones; here none are.
+in float32 again. A 4-bit one is quant_map[code] * absmax in float32, as its CUDA kernels have it.
+No Codes, whose scale is one number, say either to the last bit: both are dequantised as they are
+read. LLM.int8 quantises activations too, but for columns of large ones; here none are.
 """
 
 import math
@@ -24,7 +24,6 @@ from formats import Opened, huggingface, quantised
 from formats.quantised import Matrix, Module, Settings, reshaped, values
 from formats.stored import Stored
 from inputs import parse_object
-from quantisation.codes import Codes
 
 FORMAT = "formats/bitsandbytes.py"
 PER_CODE = 7.874015718698502e-3  # 1 / 127, as its dequantiser has it
@@ -76,14 +75,10 @@ def _int8(module: Module) -> Matrix:
         if math.prod(order.shape) != 1 or values(order).item() != 0:
             raise module.error("weight_format", "is not 0: its numbers do not lie row by row")
 
-    def codes(first: int, last: int) -> Codes:
-        scales = values(largest, first, last)[:, None] * PER_CODE
-        return Codes("bnb-int8-row", 8, values(weight, first, last), scales)
-
     def dense(first: int, last: int) -> torch.Tensor:
         return values(weight, first, last) * values(largest, first, last)[:, None] * PER_CODE
 
-    return Matrix("bnb-int8-row", 8, (N, K), (weight, largest), codes, dense)
+    return Matrix("bnb-int8-row", 8, (N, K), (weight, largest), None, dense)
 
 
 # ---------------------------------------------------------------------------------------------

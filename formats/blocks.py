@@ -24,6 +24,8 @@ class Blocks(NamedTuple):
     numbers: int
     bytes: int
     decode: Callable[[Tensor], Tensor]  # uint8 [n, bytes] -> float32 [n, numbers]
+    # where a number is code * scale: int8 codes [n, numbers], float16 scales [n, 1], bits of a code
+    coded: tuple[Callable[[Tensor], tuple[Tensor, Tensor]], int] | None = None
 
     def size_of(self, numbers: int) -> int:
         """Bytes of so many numbers, of whole blocks."""
@@ -86,6 +88,22 @@ def _q8_0(raw: Tensor) -> Tensor:
     return _signed(raw[:, 2:]) * _halves(raw, 0)
 
 
+def _scale(raw: Tensor) -> Tensor:
+    return raw[:, :2].contiguous().view(torch.float16)
+
+
+def _q4_0_codes(raw: Tensor) -> tuple[Tensor, Tensor]:
+    return _digits(raw[:, 2:], 16, 4).to(torch.int8) - 8, _scale(raw)
+
+
+def _q5_0_codes(raw: Tensor) -> tuple[Tensor, Tensor]:
+    return _five_bits(raw[:, 2:]).to(torch.int8) - 16, _scale(raw)
+
+
+def _q8_0_codes(raw: Tensor) -> tuple[Tensor, Tensor]:
+    return raw[:, 2:].contiguous().view(torch.int8), _scale(raw)
+
+
 # ---------------------------------------------------------------------------------------------
 # Blocks of 256
 
@@ -131,8 +149,9 @@ def _plain_less_one(raw: Tensor) -> Tensor:
     return raw.contiguous().view(torch.float32) - 1
 
 
+CODED = {"Q4_0": (_q4_0_codes, 4), "Q5_0": (_q5_0_codes, 5), "Q8_0": (_q8_0_codes, 8)}
 TYPES = {
-    name: Blocks(name, numbers, size, decode)
+    name: Blocks(name, numbers, size, decode, CODED.get(name))
     for name, numbers, size, decode in (
         ("Q4_0", 32, 18, _q4_0),
         ("Q4_1", 32, 20, _q4_1),

@@ -3,13 +3,14 @@
     settings = settings_of(path)              # quantization_config, or a file that says the same
     tensors, facts = dense(table, ("qweight", "scales"), matrix, settings)
     tensors["model.layers.0.mlp.up_proj.weight"]    # a Stored [N, K], unpacked as it is read
-    codes_of(stored)                                # what a layer keeps that stays packed
+    codes_of(stored)                                # what a layer keeps that stays packed, or None
 
 A format (gptq.py, awq.py, …) says where the codes of a matrix lie; what all have in common is here.
 The numbers are those of Codes, in float32 and rounded once, to the dtype of the model. Activations
 are never quantised, whatever a file asks for: `facts` say so.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -21,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from formats import shown
-from formats.stored import Box, Stored, read_whole, rows
+from formats.blocks import TYPES, Blocks
+from formats.stored import Box, Piece, Stored, read_whole, rows
 from inputs import read_object
 from quantisation.codes import Codes
 
@@ -191,13 +193,52 @@ class Matrix:
         return sum(sizes)
 
 
-def codes_of(stored: Stored) -> Codes | None:
-    """The codes of a whole matrix, in memory; None for one that is not quantised, or whose numbers
-    are no codes times scales (nf4, fp4)."""
-    matrix = stored.packed
-    if not isinstance(matrix, Matrix) or matrix.codes is None:
+def is_quantised(stored: Stored) -> bool:
+    """Whether a tensor's numbers are codes and scales in its file."""
+    in_blocks = (piece.blocks for piece in stored.pieces if piece.blocks)
+    return stored.packed is not None or any(how.name in TYPES for how in in_blocks)
+
+
+def has_codes(stored: Stored) -> bool:
+    """Whether its numbers are those of Codes, bit for bit: not those of bitsandbytes, nor of GGUF's
+    types with minima or with scales of scales."""
+    if stored.packed is not None:
+        return isinstance(stored.packed, Matrix) and stored.packed.codes is not None
+    lie = (piece.blocks and piece.blocks.coded and len(piece.shape) == 2 for piece in stored.pieces)
+    return bool(stored.pieces) and all(lie)
+
+
+def codes_of(stored: Stored) -> list[Codes] | None:
+    """The codes of a whole matrix, in memory, of some rows after the others where they lie in
+    several ways; None where it `has_codes` not."""
+    if not has_codes(stored):
         return None
-    return matrix.codes(0, matrix.shape[matrix.along])
+    matrix = stored.packed
+    if isinstance(matrix, Matrix) and matrix.codes is not None:
+        return [matrix.codes(0, matrix.shape[matrix.along])]
+    pieces = sorted(stored.pieces, key=lambda piece: piece.start)
+    runs = itertools.groupby(pieces, key=lambda piece: piece.blocks)
+    return [_codes_of_blocks(list(run), how) for how, run in runs if how]
+
+
+def _codes_of_blocks(pieces: list[Piece], how: Blocks) -> Codes:
+    """Of rows that lie in blocks of one kind, read as the bytes that they are."""
+    assert how.coded, how.name
+    (codes_in, bits), K = how.coded, pieces[0].shape[1]
+    first, width = pieces[0].start[0], how.size_of(K)
+    lines = tuple(
+        p._replace(
+            start=(p.start[0] - first, 0),
+            shape=(p.shape[0], width),
+            strides=p.strides and (how.size_of(p.strides[0]), 1),
+            blocks=None,
+        )
+        for p in pieces
+    )
+    N = sum(p.shape[0] for p in pieces)
+    raw = read_whole(Stored(torch.uint8, (N, width), lines))
+    codes, scales = codes_in(raw.view(-1, how.bytes))
+    return Codes(f"gguf-{how.name}", bits, codes.view(N, K), scales.view(N, -1))
 
 
 def values(stored: Stored, first: int = 0, last: int | None = None) -> torch.Tensor:

@@ -41,6 +41,18 @@ class Codes:
             return values[:, self.groups]
         return values.repeat_interleave(self.group_size, dim=1)
 
+    def to(self, device: torch.device | str) -> "Codes":
+        """The same on a device."""
+        zeros, groups = (t if t is None else t.to(device) for t in (self.zeros, self.groups))
+        codes, scales = self.codes.to(device), self.scales.to(device)
+        return Codes(self.rule, self.bits, codes, scales, zeros, groups)
+
+    def rows(self, order: torch.Tensor) -> "Codes":
+        """Those rows, in that order."""
+        codes = self.codes.view(torch.uint8)[order].view(self.codes.dtype)
+        zeros = None if self.zeros is None else self.zeros[order]
+        return Codes(self.rule, self.bits, codes, self.scales[order], zeros, self.groups)
+
     def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[N, K], computed in float32 and rounded once."""
         weight = self.codes.float()

@@ -44,6 +44,7 @@ from reporting.groups import (
 # of a protocol: what two rules may differ in, and are compared all the same
 APART: tuple[str, ...] = (
     "quantisation",
+    "packing",
     "tokenizer",
     "tokenizer_fingerprint",
     "compiled",

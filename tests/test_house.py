@@ -42,7 +42,8 @@ FLOORS = [
     "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
     "formats/archives formats/naming formats/quantised model",
     "backends/pipe backends/parallel",
-    "dataset transformers_model quantisation/apply formats/layouts formats/fingerprints "
+    "dataset transformers_model quantisation/apply formats/layouts formats/filling "
+    "formats/fingerprints "
     "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
     "formats/bitsandbytes "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
