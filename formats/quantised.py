@@ -200,11 +200,10 @@ def is_quantised(stored: Stored) -> bool:
 
 
 def has_codes(stored: Stored) -> bool:
-    """Whether its numbers are those of Codes, bit for bit: not those of bitsandbytes, nor of GGUF's
-    types with minima or with scales of scales."""
+    """Whether its numbers are those of Codes, bit for bit: not those of bitsandbytes."""
     if stored.packed is not None:
         return isinstance(stored.packed, Matrix) and stored.packed.codes is not None
-    lie = (piece.blocks and piece.blocks.coded and len(piece.shape) == 2 for piece in stored.pieces)
+    lie = (piece.blocks and piece.blocks.codes and len(piece.shape) == 2 for piece in stored.pieces)
     return bool(stored.pieces) and all(lie)
 
 
@@ -223,8 +222,8 @@ def codes_of(stored: Stored) -> list[Codes] | None:
 
 def _codes_of_blocks(pieces: list[Piece], how: Blocks) -> Codes:
     """Of rows that lie in blocks of one kind, read as the bytes that they are."""
-    assert how.coded, how.name
-    (codes_in, bits), K = how.coded, pieces[0].shape[1]
+    assert how.codes, how.name
+    N, K = sum(p.shape[0] for p in pieces), pieces[0].shape[1]
     first, width = pieces[0].start[0], how.size_of(K)
     lines = tuple(
         p._replace(
@@ -235,10 +234,11 @@ def _codes_of_blocks(pieces: list[Piece], how: Blocks) -> Codes:
         )
         for p in pieces
     )
-    N = sum(p.shape[0] for p in pieces)
     raw = read_whole(Stored(torch.uint8, (N, width), lines))
-    codes, scales = codes_in(raw.view(-1, how.bytes))
-    return Codes(f"gguf-{how.name}", bits, codes.view(N, K), scales.view(N, -1))
+    codes, scales, minima = how.codes(raw.view(-1, how.bytes))
+    minima = None if minima is None else minima.view(N, -1)
+    rule, codes, scales = f"gguf-{how.name}", codes.view(N, K), scales.view(N, -1)
+    return Codes(rule, how.bits, codes, scales, minima, added=minima is not None)
 
 
 def values(stored: Stored, first: int = 0, last: int | None = None) -> torch.Tensor:

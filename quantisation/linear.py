@@ -29,15 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_kernels.float8_matmul import E4M3, aligned, float8_matmul, padded
-from gpu_kernels.low_bit_matmul import (
-    OFFSET,
-    Packed,
-    arrivals_of,
-    dequantise,
-    low_bit_matmul,
-    multiplies,
-    pack,
-)
+from gpu_kernels.low_bit_matmul import arrivals_of, dequantise, low_bit_matmul, multiplies
+from gpu_kernels.packed_weights import OFFSET, Packed, pack
 from quantisation.codes import Codes
 
 PartsByName = Mapping[str, Sequence[Codes]] | Iterable[tuple[str, Sequence[Codes]]]
@@ -103,7 +96,7 @@ class PackedWeight(nn.Module):
     def __init__(self, codes: Codes):
         super().__init__()
         packed, order = packed_of(codes)
-        self.kind, self.group, self.K = packed.kind, packed.group, packed.K
+        self.kind, self.group, self.K, self.added = packed[3:]
         for name in ("words", "scales", "zeros"):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("order", order)
@@ -111,7 +104,8 @@ class PackedWeight(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        return Packed(self.words, self.scales, self.zeros, self.kind, self.group, self.K)
+        how = self.kind, self.group, self.K, self.added
+        return Packed(self.words, self.scales, self.zeros, *how)
 
     def multiplies(self, rows: Tensor) -> bool:
         """Whether the kernel takes rows [M, K], and the weight need not be made."""
@@ -184,6 +178,7 @@ def _alike(a: Codes, b: Codes) -> bool:
     same = same and (a.scales.shape[1], a.scales.dtype) == (b.scales.shape[1], b.scales.dtype)
     if (a.zeros is None) != (b.zeros is None) or (a.groups is None) != (b.groups is None):
         return False
+    same = same and a.added == b.added
     if a.zeros is not None and b.zeros is not None:
         same = same and a.zeros.dtype == b.zeros.dtype
     return same and (a.groups is None or b.groups is None or torch.equal(a.groups, b.groups))
@@ -194,7 +189,8 @@ def _below(a: Codes, b: Codes) -> Codes:
     zeros = None
     if a.zeros is not None and b.zeros is not None:
         zeros = torch.cat((a.zeros, b.zeros))
-    return Codes(a.rule, a.bits, codes, torch.cat((a.scales, b.scales)), zeros, a.groups)
+    scales = torch.cat((a.scales, b.scales))
+    return Codes(a.rule, a.bits, codes, scales, zeros, a.groups, a.added)
 
 
 def packed_of(codes: Codes) -> tuple[Packed, Tensor | None]:
@@ -208,8 +204,11 @@ def packed_of(codes: Codes) -> tuple[Packed, Tensor | None]:
     if q.dtype != E4M3:
         kind = "int" if q.dtype == torch.int8 else "uint"
         kind += "4" if codes.bits <= 4 else "8"
-    zeros = None if codes.zeros is None else _zeros(codes.zeros.t().float(), kind)
-    return Packed(pack(q, kind), codes.scales.t().contiguous(), zeros, kind, group, K), order
+    zeros = None if codes.zeros is None else codes.zeros.t().contiguous()
+    if zeros is not None and not codes.added:
+        zeros = _zeros(zeros.float(), kind)
+    words, scales = pack(q, kind), codes.scales.t().contiguous()
+    return Packed(words, scales, zeros, kind, group, K, codes.added), order
 
 
 def can_pack(codes: Codes) -> bool:

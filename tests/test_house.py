@@ -28,7 +28,7 @@ FLOORS = [
     "families/convert quantisation/names",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
-    "gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
+    "gpu_kernels/packed_weights gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
     "formats quantisation/comparison modeling/rotary modeling/mlp modeling/norms endpoints",
     "modeling/attention quantisation/codes quantisation/rules quantisation/linear "
@@ -41,8 +41,8 @@ FLOORS = [
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
     "formats/archives formats/naming formats/quantised model",
-    "backends/pipe backends/parallel",
-    "dataset transformers_model quantisation/apply formats/layouts formats/filling "
+    "backends/pipe backends/parallel quantisation/apply",
+    "dataset transformers_model formats/layouts formats/filling "
     "formats/fingerprints "
     "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
     "formats/bitsandbytes "
@@ -105,6 +105,8 @@ MANY_PARAMETERS: dict[str, str] = {
     "gpu_kernels/decode_attention._decode_triton": "an operator's schema knows tensors alone",
     "gpu_kernels/decode_attention._launch": "a Triton kernel's arguments",
     "gpu_kernels/decode_attention.decode_attention": "one step's tensors, and attention's terms",
+    "gpu_kernels/low_bit_matmul._": "the operator's shapes: the operator's own parameters",
+    "gpu_kernels/low_bit_matmul._multiply": "an operator's schema knows tensors alone",
     "results.new_record": "the fields of a record, by name",
 }
 LINES, FUNCTION_LINES, PARAMETERS = 450, 60, 8

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_kernels import low_bit_matmul as low_bit
-from gpu_kernels.low_bit_matmul import BITS, OFFSET, ROWS, SPAN, Packed, pack, raw_values
+from gpu_kernels.packed_weights import BITS, OFFSET, ROWS, SPAN, Packed, pack, raw_values
 
 CODES = {
     "int4": (torch.int8, -8, 8),
