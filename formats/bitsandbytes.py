@@ -34,19 +34,11 @@ MAX_STATE = 4096  # bytes of JSON
 BYTE, FLOAT = (torch.uint8,), (torch.float32,)
 
 
-def recognises(path: Path) -> bool:
-    """By what its config says."""
-    return huggingface.recognises(path) and quantised.method_of(path) == "bitsandbytes"
-
-
-def glance(path: Path) -> tuple[str, int | None]:
-    """(kind, step)."""
-    return "bitsandbytes", None
-
-
-def open(path: Path, config: GPTConfig | None = None) -> Opened:
+def open(
+    path: Path, config: GPTConfig | None = None, values: dict[str, Any] | None = None
+) -> Opened:
     """As huggingface.open."""
-    return huggingface.open(path, config, _dense, FORMAT)
+    return huggingface.open(path, config, _dense, FORMAT, values)
 
 
 def _dense(

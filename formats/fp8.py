@@ -25,19 +25,11 @@ SCALES = ("weight_scale_inv", "weight_scale")
 LEAVES = "weight_scale_inv|weight_scale weight input_scale activation_scale input_scale_ub"
 
 
-def recognises(path: Path) -> bool:
-    """By what its config says."""
-    return huggingface.recognises(path) and quantised.method_of(path) in METHODS
-
-
-def glance(path: Path) -> tuple[str, int | None]:
-    """(kind, step)."""
-    return quantised.method_of(path) or "fp8", None
-
-
-def open(path: Path, config: GPTConfig | None = None) -> Opened:
+def open(
+    path: Path, config: GPTConfig | None = None, values: dict[str, Any] | None = None
+) -> Opened:
     """As huggingface.open."""
-    return huggingface.open(path, config, _dense, FORMAT)
+    return huggingface.open(path, config, _dense, FORMAT, values)
 
 
 def _dense(

@@ -1,6 +1,6 @@
 """Matrices that somebody quantised: codes in one tensor of a module, scales and zeros in others.
 
-    settings = settings_of(path)              # quantization_config, or a file that says the same
+    settings = settings_of(path, config)      # quantization_config, or a file that says the same
     tensors, facts = dense(table, ("qweight", "scales"), matrix, settings)
     tensors["model.layers.0.mlp.up_proj.weight"]    # a Stored [N, K], unpacked as it is read
     codes_of(stored)                                # what a layer keeps that stays packed, or None
@@ -85,10 +85,10 @@ class Settings(NamedTuple):
                 )
 
 
-def settings_of(path: Path) -> Settings | None:
-    """Of a directory; None where nothing is said. ValueError for a damaged file."""
-    file = path / "config.json"
-    config = read_object(file) if file.is_file() else {}
+def settings_of(path: Path, config: dict[str, Any] | None) -> Settings | None:
+    """Of a directory with this config.json; None where nothing is said. ValueError for a damaged
+    file."""
+    file, config = path / "config.json", config or {}
     inner = config.get("text_config")
     for values in (config, inner if isinstance(inner, dict) else {}):
         for key in KEYS:
@@ -109,15 +109,6 @@ def _method(values: dict[str, Any], usual: str) -> str:
         usual = "bitsandbytes"
     said = values.get("quant_method") or values.get("method") or usual
     return str(said or "nobody that it names")[:60].lower()
-
-
-def method_of(path: Path) -> str | None:
-    """By whom the weights of a directory were quantised, None if they were not or nobody says."""
-    try:
-        settings = settings_of(path)
-    except ValueError:  # whoever opens it says what is wrong
-        return None
-    return settings and settings.method
 
 
 # ---------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ FLOORS = [
     "dataset transformers_model formats/layouts formats/filling "
     "formats/fingerprints "
     "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
-    "formats/bitsandbytes "
+    "formats/bitsandbytes formats/directories "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion formats/extension "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
