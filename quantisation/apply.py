@@ -189,11 +189,13 @@ class Weights:
         self.device = next(model.parameters()).device
         self._now: Quantisation | None = None
         self._restore: Callable[..., None] = lambda home=True: None
-        if rounding is not None:
-            self._now, self._restore = rounding.wanted, rounding.finish(model)
+        self._begun = rounding
 
     def under(self, wanted: Quantisation | None) -> "Model":
         """The model, its weights as they were loaded and then rounded so."""
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            self._now, self._restore = begun.wanted, begun.finish(self.model)
         if wanted != self._now:
             packs = wanted is not None and parse(wanted.rule).kind != "cast"
             self._restore(home=not packs)
