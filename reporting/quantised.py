@@ -234,7 +234,7 @@ def _of_rules(families: list[Family]) -> dict:
     base = families[0].base
     of = f"{printable(base['run'])}/{printable(base['checkpoint'].get('name'))}"
     title = f"Rules of quantisation: {of}"
-    return {"title": title, "header": header, "rows": [*rows.values()], "best": set(), "notes": []}
+    return {"title": title, "header": header, "rows": [*rows.values()], "best": [], "notes": []}
 
 
 def _rows_of(family: Family) -> Iterator[tuple[tuple[str, str], Record, Weights]]:

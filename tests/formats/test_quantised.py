@@ -3,7 +3,6 @@ quantised, against the weights that they dequantise (tests/fixtures/make_quantis
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from quantised_files import NAMES, changed, dense, one_line, source, wanted
 from safetensors.torch import load_file
 
 import checkpoint
-import inputs
 from formats import quantised, stored
 
 KINDS = {"gptq": "gptq", "awq": "awq", "bnb": "bitsandbytes", "fp8": "fp8"}
@@ -217,23 +215,6 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors became shorter"):
         stored.read_whole(tensor)
     one_line(path, r"truncated|became|changed")
-
-
-@pytest.mark.parametrize("name", ["gptq-4bit-v1", "fp8-block", "bnb-4bit", "plain"])
-def test_a_config_is_read_once(name, tmp_path, monkeypatch):
-    """Whoever quantised the weights, or nobody."""
-    path, seen, read = tmp_path, [], inputs.read_small
-    if name == "plain":
-        checkpoint.convert(source("gptq-4bit-v1"), tmp_path / "m")
-        path = tmp_path / "m"
-        (path / "manifest.json").unlink()
-    else:
-        path = changed(tmp_path, name)
-    monkeypatch.setattr(
-        inputs, "read_small", lambda p, *a: seen.append(Path(p).name) or read(p, *a)
-    )
-    assert checkpoint.open(path).config is not None
-    assert seen.count("config.json") == 1, seen
 
 
 def test_a_quantised_matrix_beside_a_plain_one(tmp_path):
