@@ -146,13 +146,16 @@ def pack(model: GPTModel, table: Table, dtype: torch.dtype, device: torch.device
 def tell(model: GPTModel, table: Table) -> None:
     """`model.packing`, and to people: how many of our matrices, fused ones as one, lie in memory as
     codes, how many as the numbers that codes of the file stand for, and bytes of all weights."""
+    again = model.config.tie_embeddings and model.is_last and not model.is_first
+    copy = {"token_embedding.weight"} if again else set()  # of the first rank's, which counts it
     dense = {
         name
         for name, p in model.named_parameters()
         for their, _ in layouts.parts_of(model.config, table.layout, name, p.data)
-        if quantised.is_quantised(table.tensors[their])
+        if name not in copy and quantised.is_quantised(table.tensors[their])
     }
-    packed, size = sum(isinstance(m, PackedLinear) for m in model.modules()), weight_bytes(model)
+    packed = sum(isinstance(module, PackedLinear) for module in model.modules())
+    size = weight_bytes(model) - sum(model.get_parameter(name).nbytes for name in copy)
     model.packing = {"packed": packed, "dequantised": len(dense), "memory_bytes": size}
     cli.note(
         f"{table.path.name}: of its quantised matrices {packed:,} stay packed, {len(dense):,} are "
