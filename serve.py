@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import cli
 import evaluation
 import launcher
-from backends import BATCH_TOKENS
+from backends import BATCH_TOKENS, CacheOptions
 from evaluation import ModelOptions
 from quantisation.names import Quantisation
 
@@ -88,6 +88,7 @@ class Options:
     quantise: str | None = cli.option(
         None, "the rule by which weights are rounded, as evaluations do", metavar="RULE"
     )
+    cache: CacheOptions = CacheOptions()  # noqa: RUF009
     compile: str = cli.option(
         "off", "torch.compile of the decode step: a minute's start", choices=("on", "off")
     )
@@ -122,22 +123,25 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         rounding.finish(model)
     context = read_context(options.context, facts.context)
     new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
+    kv_dtype = options.cache.kv_dtype
     rows = options.max_rows or (
         CPU_ROWS
         if dist.device.type == "cpu"
-        else engine.default_batch_size(model, context, new_tokens)
+        else engine.default_batch_size(model, context, new_tokens, kv_dtype=kv_dtype)
     )
     texts = Texts(tokenizer, facts.vocab_size, evaluation.resolve_bos(options.bos, tokenizer))
     logprobs = min(options.max_logprobs, facts.vocab_size)
+    rounded = [*([rule.rule] if rule else []), *([f"kv-{kv_dtype}"] if kv_dtype else [])]
+    capacity = Capacity(rows, context, new_tokens, kv_dtype=kv_dtype)
     service = Service(
-        *(model, texts, Capacity(rows, context, new_tokens), end_tokens(facts)),
+        *(model, texts, capacity, end_tokens(facts)),
         queue_size=options.max_queue,
         logprobs=logprobs,
         batch_tokens=BATCH_TOKENS[dist.device.type],
         compiled=options.compile == "on",
     )
     served = Served(
-        name=options.model_name or "-".join([ckpt.name, *([rule.rule] if rule else [])]),
+        name=options.model_name or "-".join([ckpt.name, *rounded]),
         texts=texts,
         context=context,
         new_tokens=new_tokens,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import cli
-from quantisation.names import Quantisation
+from quantisation.names import KV_DTYPES, Quantisation
 
 if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
     import numpy as np
@@ -125,6 +125,24 @@ class Sampling:
             "max_new_tokens": self.max_new_tokens,
             "seed": None if greedy else self.seed,
         }
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How keys and values are kept while tokens are drawn: flags of every script that draws."""
+
+    kv_dtype: str | None = cli.option(
+        None,
+        "keys and values of what is drawn in 8 bits, so that about twice the rows fit: int8 (scale "
+        "absmax/127) or fp8 (e4m3, absmax/448), a float32 scale for each token and head; every "
+        "query sees them so, which changes numbers. What is scored keeps the model's own (default)",
+        choices=tuple(KV_DTYPES),
+    )
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What of it decides what is drawn; records without any of it keep their names."""
+        return {} if self.kv_dtype is None else {"kv_dtype": KV_DTYPES[self.kv_dtype]}
 
 
 @dataclass(frozen=True)

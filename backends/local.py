@@ -15,7 +15,16 @@ import numpy as np
 import torch
 
 import cli
-from backends import BATCH_TOKENS, Facts, Sample, Sampling, continuations, engine, scoring
+from backends import (
+    BATCH_TOKENS,
+    CacheOptions,
+    Facts,
+    Sample,
+    Sampling,
+    continuations,
+    engine,
+    scoring,
+)
 from costs import gpus
 from costs.flops import count_parameters, estimate_flops
 from costs.shards import part
@@ -77,8 +86,9 @@ def facts_in_memory(model: Model, tokenizer: Tokenizer | None) -> Facts:
 class Local:
     """See the file's docstring; the verbs are those of backends.Backend.
 
-    compile: "auto" (on CUDA, if the work is long enough to repay it), "on" or "off". n_jobs: how
-    many jobs like each one will share a compilation, for "auto". Whether a verb compiles is decided
+    compile: "auto" (on CUDA, if the work is long enough to repay it), "on" or "off". cache: of
+    `generate` (kvcache.py). n_jobs: how many jobs like each one will share a compilation,
+    for "auto". Whether a verb compiles is decided
     from the whole job, so that every rank and every world size agree.
     """
 
@@ -90,9 +100,11 @@ class Local:
         facts: Facts | None = None,
         dist: Dist | None = None,
         compile: str = "auto",
+        cache: CacheOptions = CacheOptions(),  # noqa: B008
         n_jobs: float = 1,
     ):
         self.model, self.compile, self.n_jobs = model, compile, n_jobs
+        self.cache = cache
         self.facts = facts or facts_in_memory(model, tokenizer)
         self.dist = dist or Dist(0, 1, 0, next(model.parameters()).device)
         self.config = model.config if model.is_native else None
@@ -222,21 +234,20 @@ class Local:
         start = time.perf_counter()
         seconds, drawn = 0.0, set(done)
         while True:
-            fits, job = (
-                True,
-                engine.generate(
-                    self.model,
-                    prompts,
-                    sampling,
-                    tokenizer=tokenizer,
-                    n_samples=n_samples,
-                    eos_ids=self._end_of_text() if end_ids is None else end_ids,
-                    keys=keys,
-                    done=drawn,
-                    batch_size=batch_size,
-                    compile=WITH_COMPILE[self.compile],
-                    dist=dist,
-                ),
+            fits = True
+            job = engine.generate(
+                self.model,
+                prompts,
+                sampling,
+                tokenizer=tokenizer,
+                n_samples=n_samples,
+                eos_ids=self._end_of_text() if end_ids is None else end_ids,
+                keys=keys,
+                done=drawn,
+                batch_size=batch_size,
+                compile=WITH_COMPILE[self.compile],
+                kv_dtype=self.cache.kv_dtype,
+                dist=dist,
             )
             batch_size = job.batch_size
             try:

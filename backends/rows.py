@@ -35,13 +35,15 @@ PREFILL_TOKENS = 8192  # padded tokens of prompts computed in one call
 class Capacity:
     """What an engine has room for: rows at a time, tokens of a prompt and new ones of a sample,
     prompts kept at a time (0: one a row), and how many tokens of its prompt a row keeps itself, the
-    others being those that several prompts begin with (1: the last, the first step's input)."""
+    others being those that several prompts begin with (1: the last, the first step's input).
+    kv_dtype: in which keys and values are kept (kvcache.py), the model's own unless given."""
 
     rows: int
     prompt_tokens: int
     new_tokens: int
     prompts: int = 0
     own_prompt_tokens: int = 1
+    kv_dtype: str | None = None
 
 
 @dataclass(eq=False)
@@ -151,7 +153,7 @@ class CachedRows:
         P = min(-(-P // self.bucket) * self.bucket, model.max_positions)
         longest = capacity.prompt_tokens - 1 + capacity.new_tokens  # the bucket apart
         slots, S = capacity.prompts or B, capacity.own_prompt_tokens - 1 + capacity.new_tokens
-        self.cache = DecodeCache(model, slots, P, B, S, longest)
+        self.cache = DecodeCache(model, slots, P, B, S, longest, capacity.kv_dtype)
         self.lag, self.patience = LAG if self.cuda else 0, max(1, B // 16)
         self.slot_of: dict[tuple[int, ...], int] = {}  # by what is kept there
         self.running: list[Sequence | None] = [None] * B  # on the device

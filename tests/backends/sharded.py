@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from backends import Sampling
+from backends import CacheOptions, Sampling
 from backends.continuations import Continuations
 from backends.local import Local, facts_of
 from backends.parallel import in_groups, load
@@ -65,7 +65,10 @@ def numbers(model, facts, dist, stream, batch=4) -> dict:
         parts = scores.choices, scores.targets, scores.tokens, scores.greedy, scores.likeliest
         found[name] = [part.tobytes() for part in parts] + [dist.sum(seen.sums).tobytes()]
         found[f"{name} batch"] = local.ran()["batch_tokens"]
-    for name, sampling in (("drawn", SAMPLING), ("greedy", Sampling(max_new_tokens=7))):
+    ways = [("drawn", SAMPLING, None), ("greedy", Sampling(max_new_tokens=7), None)]
+    if model.config.kv_lora_rank is None:
+        ways.append(("of 8 bits", SAMPLING, "int8"))
+    for name, sampling, local.cache in ((*way, CacheOptions(kind)) for *way, kind in ways):
         mine = local.generate(prompts(), sampling, 3, batch_size=batch, done={(0, 1), (3, 2)})
         mine = [(s.prompt_index, s.sample_index, s.token_ids, s.finish_reason) for s in mine]
         found[name] = sorted(sample for part in dist.gather(mine) for sample in part)
