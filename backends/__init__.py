@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
     import numpy as np
 
     from backends.continuations import Continuations, RowScores
-    from backends.scoring import Consumer, WindowTotals
+    from backends.scoring import Consumers, WindowTotals
     from dataset import TokenStream
     from distributed import Dist
     from formats.documents import Mark
@@ -190,7 +190,7 @@ class Backend(Protocol):
         batch_size: int = 8,
         *,
         per_token: bool = False,
-        consumer: Consumer | None = None,
+        consumer: Consumers | None = None,
     ) -> WindowTotals:
         """scoring.WindowTotals of windows over a token stream."""
 
@@ -201,7 +201,7 @@ class Backend(Protocol):
         max_rows: int | None = None,
         *,
         greedy: bool = False,
-        consumer: Consumer | None = None,
+        consumer: Consumers | None = None,
     ) -> RowScores:
         """continuations.RowScores of rows that go on from shared prefixes. max_tokens: padded ones
         of a batch, BATCH_TOKENS unless given; a server has its own."""

@@ -323,6 +323,8 @@ def default_batch_size(
     token = n_layers * token_bytes(model.config, model.dtype, kv_dtype)
     total = torch.cuda.get_device_properties(model.device).total_memory
     room = 0.85 * total - weights - 4e9  # logits, activations of a prefill
+    if isinstance(model, Stage):  # whose weights may leave little, and as many batches take turns
+        room = (0.92 * total - weights - 2e9) / model.pipe.size
     rows = int((room - token * kept) // (token * (longest_prompt + max_new_tokens)))
     return max(1, min(256, rows // 8 * 8 or rows))
 

@@ -21,7 +21,7 @@ import torch
 
 from config import GPTConfig
 from formats import Opened, huggingface, quantised
-from formats.quantised import Matrix, Module, Settings, reshaped, values
+from formats.quantised import Matrix, Module, Settings, is_size, reshaped, values
 from formats.stored import Stored
 from inputs import parse_object
 
@@ -84,7 +84,7 @@ def _four_bits(module: Module) -> Matrix:
         raise module.error(state, f"has {stored.shape[0]:,} bytes")
     said = parse_object(values(stored).numpy().tobytes(), f"{stored.pieces[0].file}: {state}")
     shape, size = said.get("shape"), said.get("blocksize")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, (*shape, size)))):
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(is_size, (*shape, size)))):
         raise module.error(state, f"says shape {shape!r:.60} and blocksize {size!r:.60}")
     N, K = (int(n) for n in shape)
     assert isinstance(size, int)
@@ -104,10 +104,6 @@ def _four_bits(module: Module) -> Matrix:
     return Matrix(rule, 4, (N, K), (weight, table, *parts), None, dense, step=2)
 
 
-def _is_size(found: Any) -> bool:
-    return type(found) is int and 0 < found < 2**31
-
-
 def _bytes(module: Module, numbers: int) -> Stored:
     """The weight as bytes, in whatever type it is kept for the sake of FSDP."""
     kinds = (*BYTE, torch.bfloat16, torch.float16, torch.float32)
@@ -125,7 +121,7 @@ def _absmax(module: Module, state: str, said: dict[str, Any], blocks: int) -> tu
         plain = module.tensor("weight.absmax", FLOAT, (blocks,))
         return lambda first, last: values(plain, first, last), (plain,)
     size, offset = said.get("nested_blocksize"), said.get("nested_offset")
-    if not (_is_size(size) and isinstance(offset, float) and math.isfinite(offset)):
+    if not (is_size(size) and isinstance(offset, float) and math.isfinite(offset)):
         raise module.error(
             state, f"says nested_blocksize {size!r:.60}, nested_offset {offset!r:.60}"
         )

@@ -75,8 +75,8 @@ def open(
     if settings is not None and dense is None:
         read = "GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes"
         raise ValueError(
-            f"{settings.file}: the model is quantised ({settings.method}), which is not read (read "
-            f"are {read}): name the original"
+            f"{settings.file}: the model is quantised ({shown(settings.method)}), which is not "
+            f"read (read are {read}): name the original"
         )
     index = weight_file(path)
     if index is None:

@@ -71,7 +71,7 @@ class Settings(NamedTuple):
     def group_size(self, *names: str) -> int | None:
         """Columns that share a scale; None for a whole row."""
         value = self.value(*names)
-        if value is not None and (type(value) is not int or not (value == -1 or value > 0)):
+        if value is not None and not (value == -1 or is_size(value)):
             raise ValueError(f"{self.file}: {names[0]} must be -1 or a size, not {value!r:.60}")
         return None if value in (None, -1) else value
 
@@ -83,6 +83,11 @@ class Settings(NamedTuple):
                     f"{self.file}: {name} is {self.values[name]!r:.60}, which is not read of "
                     f"{self.method}: name the original"
                 )
+
+
+def is_size(found: Any) -> bool:
+    """Whether it is a number of rows, columns or bytes that a tensor may have."""
+    return type(found) is int and 0 < found < 2**31
 
 
 def settings_of(path: Path, config: dict[str, Any] | None) -> Settings | None:

@@ -155,6 +155,23 @@ def test_methods_that_are_not_read_are_named(method, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gptq-4bit-v2-act-order", {"group_size": 2**64}),
+        ("awq-gemm", {"group_size": 10**30}),
+        ("fp8-block", {"weight_block_size": [128, 2**63]}),
+        ("bnb-4bit", {"quant_method": "\x1b[2J\n\0"}),
+    ],
+)
+def test_settings_beyond_all_measure_are_one_line(name, said, tmp_path):
+    """Sizes that no tensor has, and a name that would move a terminal's cursor."""
+    path = changed(tmp_path, name, said)
+    with pytest.raises(ValueError) as error:
+        checkpoint.open(path).load("float32")
+    assert str(path) in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
     "name", ["gptq-4bit-v1", "awq-gemm", "bnb-4bit", "bnb-int8", "fp8-block", "compressed-packed"]
 )
 def test_a_config_that_stayed_behind_and_one_that_is_lost(name, tmp_path):
