@@ -174,7 +174,7 @@ class Checkpoint:
 
     def describe(self) -> dict[str, Any]:
         """results.py's `checkpoint`: what a record says of what it was measured on."""
-        base, quantisation = self.base, self.facts.get("quantisation")
+        base, told = self.base, ("quantisation", "trained_over")
         return {
             "path": str(self.path),
             "name": self.name,
@@ -184,7 +184,7 @@ class Checkpoint:
             "config": self.config and self.config.to_dict(),
             "module": "GPTModel" if self.native else "transformers",
             **({"base": {"path": str(base.path), "fingerprint": base.fingerprint}} if base else {}),
-            **({"quantisation": quantisation} if quantisation else {}),
+            **{name: self.facts[name] for name in told if self.facts.get(name)},
         }
 
     def load(

@@ -45,6 +45,7 @@ from tokenizer import Tokenizer
 from training.batches import TrainBatches
 from training.log import Log, mean_loss
 from training.lora import Adapters, adapted
+from training.low_rank import LowRank
 from training.options import (
     ModelOptions,
     OptimizationOptions,
@@ -242,7 +243,7 @@ def of_all_ranks(loads: torch.Tensor) -> torch.Tensor:
 
 def wrap(model: GPTModel, compile: str, dist: Dist) -> nn.Module:
     """Loss(model), compiled if wanted, under DDP where there are several ranks."""
-    loss_fn, frozen = Loss(model), not next(model.blocks.parameters()).requires_grad
+    loss_fn, frozen = Loss(model), any(isinstance(m, LowRank) for m in model.modules())
     if compile == "on" or (compile == "auto" and dist.device.type == "cuda"):
         if frozen:  # large models, for which one compilation serves all blocks
             scoring.compile_blocks(model, True)
@@ -255,6 +256,7 @@ def wrap(model: GPTModel, compile: str, dist: Dist) -> nn.Module:
         loss_fn,
         device_ids=[dist.local_rank] if on_cuda else None,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # rotary tables, and packed weights: alike from the start
         # DDP regroups its buckets after the first step, and a resumed run has another first step:
         # looking for unused parameters keeps the groups, and with them the order of summation
         find_unused_parameters=not on_cuda,

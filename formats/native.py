@@ -81,7 +81,7 @@ def stated(opened: Opened, manifest: dict[str, Any]) -> Opened:
     for read in opened.files:
         if read.name not in manifest.get("files", ()):
             raise ValueError(f"{file} does not know {read.name}, which is read")
-    facts = {name: manifest.get(name) for name in ("epoch", "loss", "tokens")}
+    facts = {name: manifest.get(name) for name in ("epoch", "loss", "tokens", "trained_over")}
     step = manifest.get("step")
     return replace(opened, step=step, facts=opened.facts | facts, manifest=file)
 
@@ -95,6 +95,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     manifest = read_object(file)
     if manifest.get("format") != MANIFEST_FORMAT:
         return None  # others use the name too
+    if not isinstance(manifest.get("trained_over"), str | None):
+        raise ValueError(f"{file}: trained_over must be the name of a rule")
     for name, (kinds, least) in STATED.items():
         value: Any = manifest.get(name)
         if value is not None and not (type(value) in kinds and least <= value <= MOST):
@@ -175,7 +177,10 @@ def save_state(
     _remove_leftovers(output)
     final = output / f"checkpoint-{state['step']}"
     about = {name: state[name] for name in ("epoch", "step", "loss")}
-    with appearing(final, about | {"tokens": state["extra"].get("tokens")}) as directory:
+    about |= {"tokens": state["extra"].get("tokens")}
+    if rounded := state["extra"].get("quantisation"):  # of the frozen weights below an adapter
+        about["trained_over"] = rounded["rule"]
+    with appearing(final, about) as directory:
         write(directory)
         training_state.write(state, directory)
     if keep is not None:

@@ -36,8 +36,8 @@ FLOORS = [
     "endpoints/completions endpoints/chats endpoints/native endpoints/probing",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/formulas costs/quantised costs/symbols costs/shards costs/flops "
-    "costs/memory costs/time costs/pipeline costs/plot "
+    "sandbox/judge costs/adapters costs/formulas costs/quantised costs/symbols costs/shards "
+    "costs/flops costs/memory costs/time costs/pipeline costs/plot costs/printed "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
     "formats/archives formats/naming formats/quantised model",
@@ -64,7 +64,7 @@ FLOORS = [
     "tasks/drawing tasks/harness",
     "evaluation training/packing training/best_fit training/mixing training/neighbours "
     "training/packing_index training/batches training/log training/options training/plans "
-    "training/sources training/schedule training/lora training/state",
+    "training/sources training/schedule training/low_rank training/lora training/state",
     "command",
     "reporting/groups reporting/by_bytes reporting/compare reporting/quantised reporting/tables "
     "reporting/exchange reporting/page reporting/charts",
@@ -107,6 +107,9 @@ MANY_PARAMETERS: dict[str, str] = {
     "gpu_kernels/decode_attention.decode_attention": "one step's tensors, and attention's terms",
     "gpu_kernels/low_bit_matmul._": "the operator's shapes: the operator's own parameters",
     "gpu_kernels/low_bit_matmul._multiply": "an operator's schema knows tensors alone",
+    "training/low_rank._WithLowRank.forward": "torch.compile miscounts a Function's *arguments",
+    "training/low_rank._to_y": "an operator's schema knows tensors and numbers alone",
+    "training/low_rank._": "the operator's shapes: the operator's own parameters",
     "results.new_record": "the fields of a record, by name",
 }
 LINES, FUNCTION_LINES, PARAMETERS = 450, 60, 8

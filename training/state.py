@@ -64,7 +64,7 @@ def save(
     """checkpoint-{step}, by rank 0, for which the others wait."""
     if dist.is_main:
         tokens = batches.tokens(state.step)
-        base = {"base": state.adapters.base_fingerprint} if state.adapters else {}
+        base = state.adapters.frozen if state.adapters else {}
         values = {
             "epoch": int(batches.epochs(state.step)[0]),
             "step": state.step,
