@@ -17,11 +17,10 @@ Read: what the files of formats/ say (formats/readers.py lists them). Written:
 `checkpoint-{step}/`, a Hugging Face directory plus trainer_state.pt and manifest.json.
 
 Every format (READERS) is opened as a table, name -> where the bytes lie (formats/stored.py), under
-the names of a layout (formats/naming.py). The model is built without memory, the table checked with
-it (formats/layouts.py), and each tensor goes from the file to its place, dtype and device.
+the names of a layout (formats/naming.py). A model is built without memory, the table checked with
+it (formats/layouts.py), and each tensor put in its place, dtype and device (formats/filling.py).
 """
 
-import argparse
 import contextlib
 import errno
 import json
@@ -41,6 +40,7 @@ from config import GPTConfig, load_config
 from formats import (
     adapters,
     conversion,
+    filling,
     finding,
     fingerprints,
     foreign,
@@ -58,6 +58,7 @@ from formats.finding import CheckpointInfo, find_tokenizer
 from formats.readers import READERS, is_run, place_of
 from model import GPTModel
 from packed import require_file
+from quantisation.apply import Rounding
 from transformers_model import Model, TransformersModel, load_transformers, transformers_sizes
 
 # ---------------------------------------------------------------------------------------------
@@ -192,10 +193,15 @@ class Checkpoint:
         dtype: str | torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
         part: Callable[[GPTConfig], GPTModel] | None = None,
+        *,
+        packed: bool | None = None,
+        rounding: Rounding | None = None,
     ) -> GPTModel | TransformersModel:
         """The model in evaluation mode, frozen: matrices in `dtype`, norms in float32. GPTModel, or
-        what `part` makes of its config on meta; else transformers' behind the same interface."""
-        dtype = layouts.as_dtype(dtype)
+        what `part` makes of its config on meta; else transformers' behind the same interface.
+        packed: whether layers keep the codes of a quantised file; None: on a GPU. rounding: takes
+        layers as they are read; the caller finishes it."""
+        dtype, adapted = layouts.as_dtype(dtype), self.base is not None
         if not self.native:
             self._check_unchanged()
             other = load_transformers((self.base or self).path, dtype, device, self.config)
@@ -204,10 +210,14 @@ class Checkpoint:
         assert self.config is not None, "a native one has a config, or says why not"
         model = GPTModel.on_meta(self.config)
         self._check_fits(model)
-        (model := part(self.config) if part else model).allocate(dtype, device)
-        self._fill(model)
+        model, rounding = part(self.config) if part else model, None if adapted else rounding
+        with self._reading():
+            filling.load(model, self._table, dtype, device, False if adapted else packed, rounding)
         self.merge_into(model)
-        return model.for_inference(dtype)
+        model.for_inference(dtype)
+        if "quantisation" in self.facts and rounding is None:
+            filling.tell(model, self._table)
+        return model
 
     def merge_into(self, model: Model, keep: bool = False) -> Callable[[], None]:
         """Of an adapter: into a model of its config that holds its base's weights. keep: what is
@@ -230,7 +240,8 @@ class Checkpoint:
                 "embedding: set tie_embeddings to false"
             )
         self._check_fits(gpt)
-        self._fill(gpt)
+        with self._reading():
+            row_shards.fill(gpt, self._table)
         self.merge_into(gpt)
 
     def _tied_as_stored(self, config: GPTConfig, layout: str) -> GPTConfig:
@@ -241,12 +252,17 @@ class Checkpoint:
             return config
         return config.replace(tie_embeddings=stored.equal(head, embedding))
 
-    def _fill(self, model: GPTModel) -> None:
-        """Refuses files that are not those that were opened. After _check_fits."""
+    @property
+    def _table(self) -> filling.Table:
         assert self.layout is not None, "names of no layout do not fit"
+        return filling.Table(self.tensors, self.layout, self.path)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Refuses files that are not those that were opened."""
         with _readable(self.path):
             self._check_unchanged()
-            row_shards.fill(model, self.tensors, self.layout, self.path)
+            yield
             self._check_unchanged()
 
     def _check_fits(self, model: GPTModel) -> None:
@@ -254,8 +270,7 @@ class Checkpoint:
 
     def _state_of_files(self) -> list[tuple]:
         files = self._opened.files + (self.base._opened.files if self.base else ())
-        states = [file.stat() for file in files]
-        return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in states]
+        return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, files)]
 
     def _check_unchanged(self) -> None:
         with _readable(self.path):
@@ -404,12 +419,7 @@ def main(argv=None):
     inspecting = jobs.add_parser("inspect", help="what a checkpoint holds")
     inspecting.add_argument("path")
     inspecting.add_argument("--verify", action="store_true", help="read all of it and check sha256")
-    converting = jobs.add_parser("convert", help="to a Hugging Face directory")
-    converting.add_argument("source")
-    converting.add_argument("destination")
-    converting.add_argument("--to", choices=("roseval", "hf"), default="roseval", help="whose form")
-    converting.add_argument("--dtype", choices=sorted(cli.DTYPES), help="with --to hf")
-    converting.add_argument("--max-shard-size", help="with --to hf: 5GB, 500MB, 2GiB", metavar="N")
+    converting = conversion.add_job(jobs)
     extending = extension.add_job(jobs)
     for job in (inspecting, converting, extending):
         job.add_argument("--config", help="preset or YAML file, for files that hold no config")
@@ -423,9 +433,9 @@ def main(argv=None):
     path = args.path if args.job == "inspect" else args.source
     if args.base and info_of(Path(path)).kind != "adapter":
         raise ValueError(f"{path} is no adapter: --base does not go with it")
-    if args.job == "convert":
-        return print(cli.printable(_convert(args, config)))
     ckpt = open(path, config, args.base)
+    if args.job == "convert":
+        return print(cli.printable(conversion.run(ckpt, args)))
     if args.job == "extend-vocab":
         return print(extension.run(ckpt, args))
     for key, value in inspection.inspect(ckpt).items():
@@ -434,16 +444,6 @@ def main(argv=None):
         native.check_manifest(Path(args.path), content=True)
         ckpt.load("float32")
         print("verified: checksums hold, every weight is a finite number")
-
-
-def _convert(args: argparse.Namespace, config: GPTConfig | None) -> Path:
-    if args.to == "roseval":
-        if args.dtype or args.max_shard_size:
-            raise ValueError("--dtype and --max-shard-size go with --to hf")
-        return convert(args.source, args.destination, config, args.base)
-    size = conversion.bytes_of(args.max_shard_size or conversion.MAX_SHARD_SIZE)
-    ckpt = open(args.source, config, args.base)
-    return conversion.to_hf(ckpt, Path(args.destination), args.dtype, size)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from recording.runs import called
 if TYPE_CHECKING:  # these load torch
     from checkpoint import Checkpoint
     from distributed import Dist
-    from quantisation.apply import Weights
+    from quantisation.apply import Rounding, Weights
     from transformers_model import Model
 
 
@@ -104,7 +104,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
     ):
         of_path = (1 + len(adapters)) * len(rules)
         n_models, keep_base = len(paths) * of_path, of_path > (1 if rules[0] else 2)
-        loader = Loader(frame.set_precision(precision, dist), keep_base)
+        loader = Loader(frame.set_precision(precision, dist), keep_base, packs=not adapters)
         plans, done, pairs = [Plans(evaluation, variant) for variant in variants], [], []
         for path in paths:
             first: list[Result] = []
@@ -204,10 +204,11 @@ def open_with_adapters(models: ModelOptions, path: Path, adapters: list[Path]) -
 class Loader:
     """The models of one handle after another. An adapter over the base that is in memory is merged
     into it there, and taken out again for the next; so are weights rounded and put back: none are
-    read twice. keep: there will be a next one of the same base."""
+    read twice. keep: there will be a next one of the same base. packs: codes of quantised files may
+    stay codes, into which no adapter can be merged."""
 
-    def __init__(self, dtype: str, keep: bool):
-        self.dtype, self.keep = dtype, keep
+    def __init__(self, dtype: str, keep: bool, packs: bool = True):
+        self.dtype, self.keep, self.packs = dtype, keep, packs
         self.model: Model | None = None
         self.holds: Checkpoint | None = None  # whose weights these are, but for what `undo` undoes
         self.merged: Checkpoint | None = None  # what `undo` takes out, or `holds` itself
@@ -217,33 +218,46 @@ class Loader:
     def load(self, ckpt: Checkpoint, dist: Dist, quantisation: Quantisation | None = None) -> Model:
         """The model of a handle, or this rank's part of it; it lasts until the next is asked
         for."""
-        if self.weights is not None:
-            self.weights.under(None)  # before an adapter is taken out of them
-            self.weights = None
-        model = self._whole(ckpt, dist)
-        if quantisation is None:
-            return model
-        from quantisation.apply import Weights
-
-        self.weights = Weights(model, self.keep)
-        return self.weights.under(quantisation)
-
-    def _whole(self, ckpt: Checkpoint, dist: Dist) -> Model:
-        """The model with the weights that the files say."""
-        from backends import parallel
-
+        if self.weights is not None and self.merged is ckpt:
+            return self.weights.under(quantisation)
         shares = ckpt.base is not None and ckpt.config == ckpt.base.config
         wanted = ckpt.base if shares and ckpt.base else ckpt
-        if self.model is not None and self.merged is ckpt:
+        held, rounding = self.model is not None and self.holds is wanted, None
+        if held and self.weights is not None:
+            self.weights.under(None)  # before an adapter is taken out of them
+        self.weights = None
+        if quantisation is not None and not held and ckpt.base is None:
+            from quantisation.apply import Rounding
+
+            rounding = Rounding(quantisation, self.keep)  # layer by layer, as they are read
+        if self.model is None or self.merged is not ckpt:
+            self._put(ckpt, wanted, dist, rounding)
+        assert self.model is not None, "it was put there"
+        if quantisation is None:
             return self.model
+        from quantisation.apply import Weights
+
+        self.weights = Weights(self.model, self.keep, rounding)
+        return self.weights.under(quantisation)
+
+    def _put(
+        self, ckpt: Checkpoint, wanted: Checkpoint, dist: Dist, rounding: Rounding | None
+    ) -> None:
+        """Weights as the files say, or rounded as they are read. wanted: whose they are, the base
+        of an adapter that is merged into them here."""
+        from backends import parallel
+
         if self.model is not None and self.holds is wanted:
             self.undo()
         else:
             self.model = self.holds = None  # before memory is taken for another
-            self.model, self.holds = parallel.load(wanted, self.dtype, dist), wanted
-        self.undo = ckpt.merge_into(self.model, self.keep) if shares else lambda: None
+            packed = None if self.packs else False
+            self.model = parallel.load(wanted, self.dtype, dist, packed, rounding)
+            self.holds = wanted
+        self.undo = lambda: None
+        if wanted is not ckpt:
+            self.undo = ckpt.merge_into(self.model, self.keep)
         self.merged = ckpt
-        return self.model
 
 
 def check_results_dir(models: ModelOptions, paths: Iterable[Path]) -> None:

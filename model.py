@@ -11,7 +11,7 @@ Numerics: the residual stream, the norms and the softmax are float32. Linear lay
 run in their weights' dtype (`for_inference` casts the weights once) or, in training, autocast's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -102,6 +102,7 @@ class GPTModel(nn.Module):
     is_first, is_last = True, True
     recomputed_together = 1
     quantisation: dict | None = None  # how the weights were rounded: quantisation/apply.py
+    packing: dict | None = None  # how those lie that a file has quantised: formats/packing.py
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -202,13 +203,16 @@ class GPTModel(nn.Module):
             name: torch.float32 if stays(name) else dtype for name, _ in self.named_parameters()
         }
 
-    def allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
+    def allocate(
+        self, dtype: torch.dtype, device: torch.device | str, later: Collection[str] = ()
+    ) -> None:
         """Room on `device` for the weights of a model that was built on meta, each once and in its
-        dtype of evaluation."""
+        dtype of evaluation. later: layers whose weights stay there, in that dtype."""
         dtypes = self.inference_dtypes(dtype)
         for name, p in list(self.named_parameters()):
             module, _, leaf = name.rpartition(".")
-            place = torch.empty(p.shape, dtype=dtypes[name], device=device)
+            where = "meta" if leaf == "weight" and module in later else device
+            place = torch.empty(p.shape, dtype=dtypes[name], device=where)
             setattr(self.get_submodule(module), leaf, nn.Parameter(place, requires_grad=False))
         if self.config.tie_embeddings and self.is_last:
             self.lm_head.weight = self.token_embedding.weight

@@ -26,7 +26,7 @@ from reporting.compare import compare, compare_text, pairs_of
 from reporting.exchange import since
 from reporting.groups import groups_of, metric_names, read
 from reporting.page import page, page_data
-from reporting.quantised import families_of, table_of_family
+from reporting.quantised import families_of, table_of_family, tables_of_rules
 from reporting.tables import csv_text, markdown, table_of, terminal
 from results import utc_now
 
@@ -87,7 +87,8 @@ def drawn(
 ) -> tuple[list[dict], dict, dict[str, str]]:
     """(tables, the page's data, {file: text}) of what `groups.read` found."""
     tables = [table_of(group, sort, rows) for group in groups_of(found["ok"])]
-    tables += map(table_of_family, families_of(found["ok"]))
+    families = families_of(found["ok"])
+    tables += [*map(table_of_family, families), *tables_of_rules(families)]
     files = {
         "report.csv": csv_text(found["ok"] + found["failed"]),
         "report.md": markdown(tables, found),

@@ -96,7 +96,8 @@ protocol        how it was obtained: window, stride, bos, template, template_has
                 seed, batch_size, compiled, truncated, limit, sandbox tier, quantisation {rule,
                 embeddings, skip, weight_bytes, bits_per_weight, memory_bytes, packed?,
                 dequantised?} where weights were rounded: bytes as the rule stores them and as
-                they lay in memory, and how many of its matrices lay there in which way, ...
+                they lay in memory, and how many of its matrices lay there in which way; packing
+                {packed, dequantised, memory_bytes}, the same of what the file has quantised, ...
 data            {files, hash, tokens, bytes}
 cost            {seconds, tokens_per_second, mfu, peak_memory_bytes, gpu, world_size, shard}; shard:
                 ranks that held one model between them, where several did

@@ -100,13 +100,13 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     from backends import engine
     from backends.local import facts_of
     from backends.rows import Capacity
-    from quantisation.apply import quantise_model
+    from quantisation.apply import Rounding
     from serving.asked import Served
     from serving.service import Service
     from serving.texts import Texts
     from tasks.drawing import end_tokens
 
-    rounding = options.quantise and Quantisation(options.quantise)
+    rule = options.quantise and Quantisation(options.quantise)
     models = ModelOptions(
         config=options.config, base=options.base, tokenizer_name=options.tokenizer_name
     )
@@ -117,9 +117,10 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     assert tokenizer is not None, "needed"
     facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
     evaluation.check_vocabulary(max(tokenizer.encode("a")), facts)
-    model = ckpt.load(dtype, dist.device)
+    rounding = Rounding(rule) if rule else None
+    model = ckpt.load(dtype, dist.device, rounding=rounding)
     if rounding:
-        quantise_model(model, rounding)
+        rounding.finish(model)
     context = read_context(options.context, facts.context)
     new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
     kv_dtype = options.cache.kv_dtype
@@ -130,7 +131,7 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     )
     texts = Texts(tokenizer, facts.vocab_size, evaluation.resolve_bos(options.bos, tokenizer))
     logprobs = min(options.max_logprobs, facts.vocab_size)
-    rounded = [*([rounding.rule] if rounding else []), *([f"kv-{kv_dtype}"] if kv_dtype else [])]
+    rounded = [*([rule.rule] if rule else []), *([f"kv-{kv_dtype}"] if kv_dtype else [])]
     capacity = Capacity(rows, context, new_tokens, kv_dtype=kv_dtype)
     service = Service(
         *(model, texts, capacity, end_tokens(facts)),

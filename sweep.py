@@ -247,15 +247,18 @@ def load(planner: Planner, work: Work, dist: Dist) -> tuple[Weights, Checkpoint,
     """(weights, of the model or of this rank's part of it, handle, plans by label). There is no
     collective in here."""
     from backends import parallel
-    from quantisation.apply import Weights
+    from quantisation.apply import Rounding, Weights
 
     ckpt = planner.models.opened(work.path)
-    model = parallel.load(ckpt, planner.dtype, dist)
+    rules = {planner.entries[label].quantisation for label in work.pending}
+    only = next(iter(rules)) if len(rules) == 1 and ckpt.base is None else None
+    rounding = Rounding(only) if only else None
+    packed = None if rules == {None} else False
+    model = parallel.load(ckpt, planner.dtype, dist, packed, rounding)
     plans = {label: planner.plan_of(planner.entries[label], ckpt) for label in work.pending}
     if ckpt.fingerprint != work.info["fingerprint"]:
         raise ValueError(f"{work.path} was replaced while it was read")
-    several = len({planner.entries[label].quantisation for label in plans}) > 1
-    return Weights(model, keep=several), ckpt, plans
+    return Weights(model, len(rules) > 1, rounding), ckpt, plans
 
 
 def evaluate(

@@ -39,6 +39,7 @@ class TransformersModel(nn.Module):
     is_native: Literal[False] = False
     supports_cache: Literal[False] = False
     quantisation: dict | None = None  # how the weights were rounded: quantisation/apply.py
+    packing: dict | None = None  # how those lie that a file has quantised: formats/packing.py
 
     def __init__(self, causal_lm: "PreTrainedModel", config: GPTConfig | None):
         super().__init__()

@@ -296,8 +296,14 @@ class Local:
 
     def ran(self) -> dict:
         """How the last verb ran, for a record's protocol, and on which weights."""
-        held = getattr(self.model, "quantisation", None)
-        return self._ran | ({"quantisation": held} if held else {})
+        rounded = getattr(self.model, "quantisation", None)
+        if rounded:
+            return self._ran | {"quantisation": rounded}
+        packing = getattr(self.model, "packing", None)
+        if packing and self.dist.pipe:  # of this rank's layers: all that hold the model, together
+            each = self.dist.gather(packing)[: self.dist.pipe.size]
+            packing = {name: sum(part[name] for part in each) for name in packing}
+        return self._ran | ({"packing": packing} if packing else {})
 
     # -- Inside -------------------------------------------------------------------------------
 

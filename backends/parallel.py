@@ -11,7 +11,7 @@ brings schedules for training, of which scoring needs none; and FSDP2, which gat
 each batch: a 70B on two GPUs of 80 GB had no room for that, and between hosts it wants a fast link.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ from modeling.attention import Cache
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
+    from quantisation.apply import Rounding
     from transformers_model import Model
 
 T = TypeVar("T")
@@ -100,8 +101,10 @@ class Stage(GPTModel):
         layers = max(config.n_layers for config, _ in each)
         return layers, max(weight_bytes(*one) for one in each)
 
-    def allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().allocate(dtype, device)
+    def allocate(
+        self, dtype: torch.dtype, device: torch.device | str, later: Collection[str] = ()
+    ) -> None:
+        super().allocate(dtype, device, later)
         self._dtype = dtype
 
     def hidden(
@@ -174,17 +177,27 @@ class Buffers:
 # Of a checkpoint
 
 
-def load(ckpt: "Checkpoint", dtype: str, dist: Dist) -> "Model":
-    """The model of a checkpoint, or this rank's part of it."""
+def load(
+    ckpt: "Checkpoint",
+    dtype: str,
+    dist: Dist,
+    packed: bool | None = None,
+    rounding: "Rounding | None" = None,
+) -> "Model":
+    """The model of a checkpoint, or this rank's part of it. packed, rounding: see there."""
     pipe = dist.pipe
     if pipe is None:
-        return ckpt.load(dtype, dist.device)
+        return ckpt.load(dtype, dist.device, packed=packed, rounding=rounding)
     if not ckpt.native:
         raise ValueError(
             f"{ckpt.path} is run by transformers, whose models --shard does not cut: each process "
             "needs memory for all of it"
         )
-    return ckpt.load(dtype, dist.device, lambda config: Stage.of(config, pipe, dtype))
+
+    def part(config: GPTConfig) -> Stage:
+        return Stage.of(config, pipe, dtype)
+
+    return ckpt.load(dtype, dist.device, part, packed=packed, rounding=rounding)
 
 
 def in_groups(dist: Dist, asked: int | str, config: GPTConfig | None, dtype: str) -> Dist:

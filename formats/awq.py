@@ -26,19 +26,11 @@ BITS, WORD = 4, 8  # numbers of so many bits, so many of them a word
 ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word the i-th of them is
 
 
-def recognises(path: Path) -> bool:
-    """By what its config says."""
-    return huggingface.recognises(path) and quantised.method_of(path) == "awq"
-
-
-def glance(path: Path) -> tuple[str, int | None]:
-    """(kind, step)."""
-    return "awq", None
-
-
-def open(path: Path, config: GPTConfig | None = None) -> Opened:
+def open(
+    path: Path, config: GPTConfig | None = None, values: dict[str, Any] | None = None
+) -> Opened:
     """As huggingface.open."""
-    return huggingface.open(path, config, _dense, FORMAT)
+    return huggingface.open(path, config, _dense, FORMAT, values)
 
 
 def _dense(

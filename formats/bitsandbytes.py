@@ -8,9 +8,9 @@
     and where those scales are quantised too, absmax in uint8, .nested_absmax, .nested_quant_map
 
 An int8 weight is code * SCB / 127 in the order of its own dequantiser, whose second product rounds
-in float32 again: Codes, whose scale is one number, can differ from that in the last bit. A 4-bit
-one is quant_map[code] * absmax in float32, as its CUDA kernels have it; no Codes say that. LLM.int8
-quantises activations too, but for columns of large ones; here none are.
+in float32 again. A 4-bit one is quant_map[code] * absmax in float32, as its CUDA kernels have it.
+No Codes, whose scale is one number, say either to the last bit: both are dequantised as they are
+read. LLM.int8 quantises activations too, but for columns of large ones; here none are.
 """
 
 import math
@@ -21,10 +21,9 @@ import torch
 
 from config import GPTConfig
 from formats import Opened, huggingface, quantised
-from formats.quantised import Matrix, Module, Settings, reshaped, values
+from formats.quantised import Matrix, Module, Settings, is_size, reshaped, values
 from formats.stored import Stored
 from inputs import parse_object
-from quantisation.codes import Codes
 
 FORMAT = "formats/bitsandbytes.py"
 PER_CODE = 7.874015718698502e-3  # 1 / 127, as its dequantiser has it
@@ -35,19 +34,11 @@ MAX_STATE = 4096  # bytes of JSON
 BYTE, FLOAT = (torch.uint8,), (torch.float32,)
 
 
-def recognises(path: Path) -> bool:
-    """By what its config says."""
-    return huggingface.recognises(path) and quantised.method_of(path) == "bitsandbytes"
-
-
-def glance(path: Path) -> tuple[str, int | None]:
-    """(kind, step)."""
-    return "bitsandbytes", None
-
-
-def open(path: Path, config: GPTConfig | None = None) -> Opened:
+def open(
+    path: Path, config: GPTConfig | None = None, values: dict[str, Any] | None = None
+) -> Opened:
     """As huggingface.open."""
-    return huggingface.open(path, config, _dense, FORMAT)
+    return huggingface.open(path, config, _dense, FORMAT, values)
 
 
 def _dense(
@@ -76,14 +67,10 @@ def _int8(module: Module) -> Matrix:
         if math.prod(order.shape) != 1 or values(order).item() != 0:
             raise module.error("weight_format", "is not 0: its numbers do not lie row by row")
 
-    def codes(first: int, last: int) -> Codes:
-        scales = values(largest, first, last)[:, None] * PER_CODE
-        return Codes("bnb-int8-row", 8, values(weight, first, last), scales)
-
     def dense(first: int, last: int) -> torch.Tensor:
         return values(weight, first, last) * values(largest, first, last)[:, None] * PER_CODE
 
-    return Matrix("bnb-int8-row", 8, (N, K), (weight, largest), codes, dense)
+    return Matrix("bnb-int8-row", 8, (N, K), (weight, largest), None, dense)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -97,7 +84,7 @@ def _four_bits(module: Module) -> Matrix:
         raise module.error(state, f"has {stored.shape[0]:,} bytes")
     said = parse_object(values(stored).numpy().tobytes(), f"{stored.pieces[0].file}: {state}")
     shape, size = said.get("shape"), said.get("blocksize")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, (*shape, size)))):
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(is_size, (*shape, size)))):
         raise module.error(state, f"says shape {shape!r:.60} and blocksize {size!r:.60}")
     N, K = (int(n) for n in shape)
     assert isinstance(size, int)
@@ -117,10 +104,6 @@ def _four_bits(module: Module) -> Matrix:
     return Matrix(rule, 4, (N, K), (weight, table, *parts), None, dense, step=2)
 
 
-def _is_size(found: Any) -> bool:
-    return type(found) is int and 0 < found < 2**31
-
-
 def _bytes(module: Module, numbers: int) -> Stored:
     """The weight as bytes, in whatever type it is kept for the sake of FSDP."""
     kinds = (*BYTE, torch.bfloat16, torch.float16, torch.float32)
@@ -138,7 +121,7 @@ def _absmax(module: Module, state: str, said: dict[str, Any], blocks: int) -> tu
         plain = module.tensor("weight.absmax", FLOAT, (blocks,))
         return lambda first, last: values(plain, first, last), (plain,)
     size, offset = said.get("nested_blocksize"), said.get("nested_offset")
-    if not (_is_size(size) and isinstance(offset, float) and math.isfinite(offset)):
+    if not (is_size(size) and isinstance(offset, float) and math.isfinite(offset)):
         raise module.error(
             state, f"says nested_blocksize {size!r:.60}, nested_offset {offset!r:.60}"
         )

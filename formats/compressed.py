@@ -64,19 +64,11 @@ class Scheme(NamedTuple):
         return math.ceil(N / (self.block[0] or N)), math.ceil(K / (self.block[1] or K))
 
 
-def recognises(path: Path) -> bool:
-    """By what its config says."""
-    return huggingface.recognises(path) and quantised.method_of(path) == METHOD
-
-
-def glance(path: Path) -> tuple[str, int | None]:
-    """(kind, step)."""
-    return METHOD, None
-
-
-def open(path: Path, config: GPTConfig | None = None) -> Opened:
+def open(
+    path: Path, config: GPTConfig | None = None, values: dict[str, Any] | None = None
+) -> Opened:
     """As huggingface.open."""
-    return huggingface.open(path, config, _dense, FORMAT)
+    return huggingface.open(path, config, _dense, FORMAT, values)
 
 
 def _dense(

@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import shutil
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,27 @@ def to_hf(ckpt: "Checkpoint", final: Path, dtype: str | None, max_shard_size: in
         _write_shards(directory, views, dtypes, max_shard_size)
         _copy_tokenizer(ckpt, directory)
     return final
+
+
+def add_job(jobs: Any) -> ArgumentParser:
+    """`checkpoint.py convert` among the subparsers of its command line."""
+    job = jobs.add_parser("convert", help="to a Hugging Face directory")
+    job.add_argument("source")
+    job.add_argument("destination")
+    job.add_argument("--to", choices=("roseval", "hf"), default="roseval", help="whose form")
+    job.add_argument("--dtype", choices=sorted(cli.DTYPES), help="with --to hf")
+    job.add_argument("--max-shard-size", help="with --to hf: 5GB, 500MB, 2GiB", metavar="N")
+    return job
+
+
+def run(ckpt: "Checkpoint", args: Namespace) -> Path:
+    """What `checkpoint.py convert` does."""
+    if args.to == "roseval":
+        if args.dtype or args.max_shard_size:
+            raise ValueError("--dtype and --max-shard-size go with --to hf")
+        return to_native(ckpt, Path(args.destination))
+    size = bytes_of(args.max_shard_size or MAX_SHARD_SIZE)
+    return to_hf(ckpt, Path(args.destination), args.dtype, size)
 
 
 def bytes_of(size: str) -> int:

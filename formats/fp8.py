@@ -25,19 +25,11 @@ SCALES = ("weight_scale_inv", "weight_scale")
 LEAVES = "weight_scale_inv|weight_scale weight input_scale activation_scale input_scale_ub"
 
 
-def recognises(path: Path) -> bool:
-    """By what its config says."""
-    return huggingface.recognises(path) and quantised.method_of(path) in METHODS
-
-
-def glance(path: Path) -> tuple[str, int | None]:
-    """(kind, step)."""
-    return quantised.method_of(path) or "fp8", None
-
-
-def open(path: Path, config: GPTConfig | None = None) -> Opened:
+def open(
+    path: Path, config: GPTConfig | None = None, values: dict[str, Any] | None = None
+) -> Opened:
     """As huggingface.open."""
-    return huggingface.open(path, config, _dense, FORMAT)
+    return huggingface.open(path, config, _dense, FORMAT, values)
 
 
 def _dense(
@@ -49,7 +41,7 @@ def _dense(
     settings.refuse("kv_cache_scheme", "kv_cache_quant_method")
     block = settings.value("weight_block_size")
     sides = block if isinstance(block, list) else [block] * 2
-    if block is not None and not (len(sides) == 2 and all(type(n) is int and n > 0 for n in sides)):
+    if block is not None and not (len(sides) == 2 and all(map(quantised.is_size, sides))):
         raise ValueError(f"{settings.file}: weight_block_size must be two sizes, not {block!r:.60}")
     tile = (sides[0], sides[1]) if block is not None else None
     tensors, facts = quantised.dense(table, LEAVES, lambda m: _matrix(m, tile), settings)

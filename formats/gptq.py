@@ -27,19 +27,11 @@ BITS = (2, 3, 4, 8)
 FORMS = ("gptq", "gptq_v2")
 
 
-def recognises(path: Path) -> bool:
-    """By what its config says."""
-    return huggingface.recognises(path) and quantised.method_of(path) == "gptq"
-
-
-def glance(path: Path) -> tuple[str, int | None]:
-    """(kind, step)."""
-    return "gptq", None
-
-
-def open(path: Path, config: GPTConfig | None = None) -> Opened:
+def open(
+    path: Path, config: GPTConfig | None = None, values: dict[str, Any] | None = None
+) -> Opened:
     """As huggingface.open."""
-    return huggingface.open(path, config, _dense, FORMAT)
+    return huggingface.open(path, config, _dense, FORMAT, values)
 
 
 def _dense(

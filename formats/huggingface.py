@@ -65,16 +65,19 @@ def open(
     config: GPTConfig | None = None,
     dense: Callable[[Table, quantised.Settings], tuple[Table, dict[str, Any]]] | None = None,
     format: str = FORMAT,
+    values: dict[str, Any] | None = None,
 ) -> Opened:
     """The headers of all shards, and config.json. dense: for a format that knows how the weights
-    were quantised, the table with one tensor for each matrix, and facts."""
+    were quantised, the table with one tensor for each matrix, and facts. values: config.json's,
+    where they are known."""
     refuse_strange_files(path)
-    settings = quantised.settings_of(path) if os.path.isdir(path) else None
+    values = config_values(path) if values is None else values
+    settings = quantised.settings_of(path, values)
     if settings is not None and dense is None:
         read = "GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes"
         raise ValueError(
-            f"{settings.file}: the model is quantised ({settings.method}), which is not read (read "
-            f"are {read}): name the original"
+            f"{settings.file}: the model is quantised ({shown(settings.method)}), which is not "
+            f"read (read are {read}): name the original"
         )
     index = weight_file(path)
     if index is None:
@@ -94,7 +97,7 @@ def open(
         table, facts = dense(table, settings)
         beside = settings.file.name != "config.json" and bool(facts)
         files += [settings.file] if beside else []
-    said = config_beside(path, config, table)
+    said = config_beside(path, config, table, values)
     tensors, layout = naming.identify(table, said.model_types)
     return Opened(
         path=path,
@@ -239,13 +242,26 @@ class ConfigBeside(NamedTuple):
     token_ids: dict[str, int | None]
 
 
-def config_beside(path: Path, given: GPTConfig | None, tensors: dict[str, Stored]) -> ConfigBeside:
-    """`given`, else what the config.json in a directory, or beside a file, says."""
+def config_values(path: Path) -> dict[str, Any] | None:
+    """What the config.json of a directory says; None where there is none. ValueError for a damaged
+    one."""
+    file = path / "config.json"
+    return read_object(file) if file.is_file() else None
+
+
+def config_beside(
+    path: Path,
+    given: GPTConfig | None,
+    tensors: dict[str, Stored],
+    values: dict[str, Any] | None = None,
+) -> ConfigBeside:
+    """`given`, else what the config.json in a directory, or beside a file, says. values: its, where
+    they are known."""
     directory = os.path.isdir(path)
     file = (path if directory else path.parent) / "config.json"
-    config, problem, native, values = given, "", True, {}
+    config, problem, native, values = given, "", True, values or {}
     try:
-        values = read_json(file) if os.path.lexists(file) else {}
+        values = values or (read_json(file) if os.path.lexists(file) else {})
         if given is None and values:
             _refuse_too_large(values, tensors, file)
             config = GPTConfig.from_json(values, str(file))

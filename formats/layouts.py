@@ -3,8 +3,7 @@
     for name, view in views(model, "gpt2"):      # a key of naming.LAYOUTS
         view.copy_(theirs[name])                 # loads
         theirs[name] = view                      # saves
-    check_fits(model, tensors, layout, path)     # then, of a file's table:
-    fill(model, tensors, layout, path)
+    check_fits(model, tensors, layout, path)     # of a file's table, which filling.py then reads
 
 A fused projection of ours can be several modules of theirs, and GPT-2's Conv1D keeps matrices as
 [in, out]: both are views of our parameter, so neither direction needs a second copy of the model.
@@ -12,12 +11,8 @@ Rows can lie in another order: GPT-NeoX fuses head by head, and rotary pairs can
 are permuted as they are read and written, which changes scores by their order of summation alone.
 """
 
-import math
-import os
 import re
-import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
@@ -26,13 +21,11 @@ from torch import nn
 
 import cli
 from config import GPTConfig
-from formats import foreign, shown, tensorfiles
+from formats import foreign, shown
 from formats.naming import LAYOUTS, Layout, head_name, theirs_of, whose
-from formats.stored import FLOATS, Staging, Stored, check_sums, read
+from formats.stored import FLOATS, Stored
 from model import GPTModel
 from modeling.mlp import Linear
-
-READERS = min(8, os.cpu_count() or 1)  # of one checkpoint's files, side by side
 
 # Ours of their R rotary channels: pairs (2i, 2i + 1), or (i + R/2, i), which turn the other way
 PAIRS = {
@@ -75,9 +68,14 @@ class Place(Protocol):
     def put(self, where: tuple[slice, ...], values: torch.Tensor) -> None: ...
 
 
-def parts(model: GPTModel, layout: str) -> Iterator[tuple[str, Part]]:
-    """(their name, the part of our parameter that it is), over the whole GPTModel."""
+def parts(
+    model: GPTModel, layout: str, without: Collection[str] = ()
+) -> Iterator[tuple[str, Part]]:
+    """(their name, the part of our parameter that it is), over the whole GPTModel, without some
+    parameters."""
     for name, p in model.named_parameters():
+        if name in without:
+            continue
         sharded = hasattr(p, "to_local")  # whose shapes can be asked for, and no more
         whole = torch.empty(p.shape, dtype=p.dtype, device="meta") if sharded else p.data
         yield from parts_of(model.config, layout, name, whole)
@@ -267,7 +265,7 @@ def check_fits(
 
 
 # ---------------------------------------------------------------------------------------------
-# From a table into a model
+# What they are put into
 
 
 def bare(model: nn.Module) -> GPTModel:
@@ -288,66 +286,3 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(cli.DTYPES)}, not {dtype!r}")
     return dtype
-
-
-def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -> None:
-    """From files into a GPTModel, in its dtypes and on its device. ValueError for a wrong checksum,
-    NaN and Inf."""
-    put(dict(parts(model, layout)), tensors, path)
-
-
-@torch.no_grad()
-def put(parameters: Mapping[str, Place], tensors: dict[str, Stored], path: Path) -> None:
-    """`fill` of these parts, by their names."""
-    records: dict[Path, set[str]] = {}
-    for piece in (piece for name in parameters for piece in tensors[name].pieces):
-        if piece.record:
-            records.setdefault(piece.file, set()).add(piece.record)
-    for file, names in records.items():
-        tensorfiles.check_crc(file, names)
-    check_sums(piece for name in parameters for piece in tensors[name].pieces)
-    extremes = {}
-    with cli.progress(len(parameters), f"loading {path.name}", "tensor") as bar:
-        for name, found in _put_all(parameters, tensors):
-            extremes[name] = found
-            bar.update(1)
-    for name in tensorfiles.nonfinite(extremes):
-        _refuse_overflow(name, tensors[name], parameters[name].tensor.dtype, path)
-    tensorfiles.refuse_nonfinite(extremes, path)
-
-
-def _put_all(
-    parts: Mapping[str, Place], tensors: dict[str, Stored]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Fill each part from its tensor, several at a time: (name, its extremes) of each. Reading and
-    copying leave Python alone meanwhile, and one thread alone is far from the speed of a disk, of
-    a page cache, or of the bus to a GPU."""
-    own = threading.local()
-
-    @torch.no_grad()
-    def put(name):
-        part = parts[name]
-        if not hasattr(own, "staging"):
-            if part.tensor.is_cuda:  # a new thread's GPU is the first, whichever this rank's is
-                torch.cuda.set_device(part.tensor.device)
-            own.staging = Staging(pinned=part.tensor.is_cuda)
-        for where, values in read(tensors[name], own.staging):
-            part.put(where, values)
-        return tensorfiles.extremes(part.tensor)
-
-    threads = ThreadPoolExecutor(READERS)
-    try:
-        yield from zip(parts, threads.map(put, parts), strict=True)
-    finally:  # after an error nobody waits for the rest
-        threads.shutdown(cancel_futures=True)
-
-
-def _refuse_overflow(name: str, stored: Stored, dtype: torch.dtype, path: Path) -> None:
-    """Where the file's numbers are finite, it is not the file that is damaged."""
-    largest = max(values.abs().amax().item() for _, values in read(stored))
-    if math.isfinite(largest):
-        dtypes = [str(d).removeprefix("torch.") for d in (dtype, stored.dtype)]
-        raise ValueError(
-            f"{path}: {shown(name)} holds {largest:g}, which overflows {dtypes[0]}; the file has "
-            f"it in {dtypes[1]}: load it as that or as bfloat16"
-        )

@@ -1,15 +1,16 @@
 """Matrices that somebody quantised: codes in one tensor of a module, scales and zeros in others.
 
-    settings = settings_of(path)              # quantization_config, or a file that says the same
+    settings = settings_of(path, config)      # quantization_config, or a file that says the same
     tensors, facts = dense(table, ("qweight", "scales"), matrix, settings)
     tensors["model.layers.0.mlp.up_proj.weight"]    # a Stored [N, K], unpacked as it is read
-    codes_of(stored)                                # what a layer keeps that stays packed
+    codes_of(stored)                                # what a layer keeps that stays packed, or None
 
 A format (gptq.py, awq.py, …) says where the codes of a matrix lie; what all have in common is here.
 The numbers are those of Codes, in float32 and rounded once, to the dtype of the model. Activations
 are never quantised, whatever a file asks for: `facts` say so.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -21,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from formats import shown
-from formats.stored import Box, Stored, read_whole, rows
+from formats.blocks import TYPES, Blocks
+from formats.stored import Box, Piece, Stored, read_whole, rows
 from inputs import read_object
 from quantisation.codes import Codes
 
@@ -69,7 +71,7 @@ class Settings(NamedTuple):
     def group_size(self, *names: str) -> int | None:
         """Columns that share a scale; None for a whole row."""
         value = self.value(*names)
-        if value is not None and (type(value) is not int or not (value == -1 or value > 0)):
+        if value is not None and not (value == -1 or is_size(value)):
             raise ValueError(f"{self.file}: {names[0]} must be -1 or a size, not {value!r:.60}")
         return None if value in (None, -1) else value
 
@@ -83,10 +85,15 @@ class Settings(NamedTuple):
                 )
 
 
-def settings_of(path: Path) -> Settings | None:
-    """Of a directory; None where nothing is said. ValueError for a damaged file."""
-    file = path / "config.json"
-    config = read_object(file) if file.is_file() else {}
+def is_size(found: Any) -> bool:
+    """Whether it is a number of rows, columns or bytes that a tensor may have."""
+    return type(found) is int and 0 < found < 2**31
+
+
+def settings_of(path: Path, config: dict[str, Any] | None) -> Settings | None:
+    """Of a directory with this config.json; None where nothing is said. ValueError for a damaged
+    file."""
+    file, config = path / "config.json", config or {}
     inner = config.get("text_config")
     for values in (config, inner if isinstance(inner, dict) else {}):
         for key in KEYS:
@@ -107,15 +114,6 @@ def _method(values: dict[str, Any], usual: str) -> str:
         usual = "bitsandbytes"
     said = values.get("quant_method") or values.get("method") or usual
     return str(said or "nobody that it names")[:60].lower()
-
-
-def method_of(path: Path) -> str | None:
-    """By whom the weights of a directory were quantised, None if they were not or nobody says."""
-    try:
-        settings = settings_of(path)
-    except ValueError:  # whoever opens it says what is wrong
-        return None
-    return settings and settings.method
 
 
 # ---------------------------------------------------------------------------------------------
@@ -191,13 +189,52 @@ class Matrix:
         return sum(sizes)
 
 
-def codes_of(stored: Stored) -> Codes | None:
-    """The codes of a whole matrix, in memory; None for one that is not quantised, or whose numbers
-    are no codes times scales (nf4, fp4)."""
-    matrix = stored.packed
-    if not isinstance(matrix, Matrix) or matrix.codes is None:
+def is_quantised(stored: Stored) -> bool:
+    """Whether a tensor's numbers are codes and scales in its file."""
+    in_blocks = (piece.blocks for piece in stored.pieces if piece.blocks)
+    return stored.packed is not None or any(how.name in TYPES for how in in_blocks)
+
+
+def has_codes(stored: Stored) -> bool:
+    """Whether its numbers are those of Codes, bit for bit: not those of bitsandbytes."""
+    if stored.packed is not None:
+        return isinstance(stored.packed, Matrix) and stored.packed.codes is not None
+    lie = (piece.blocks and piece.blocks.codes and len(piece.shape) == 2 for piece in stored.pieces)
+    return bool(stored.pieces) and all(lie)
+
+
+def codes_of(stored: Stored) -> list[Codes] | None:
+    """The codes of a whole matrix, in memory, of some rows after the others where they lie in
+    several ways; None where it `has_codes` not."""
+    if not has_codes(stored):
         return None
-    return matrix.codes(0, matrix.shape[matrix.along])
+    matrix = stored.packed
+    if isinstance(matrix, Matrix) and matrix.codes is not None:
+        return [matrix.codes(0, matrix.shape[matrix.along])]
+    pieces = sorted(stored.pieces, key=lambda piece: piece.start)
+    runs = itertools.groupby(pieces, key=lambda piece: piece.blocks)
+    return [_codes_of_blocks(list(run), how) for how, run in runs if how]
+
+
+def _codes_of_blocks(pieces: list[Piece], how: Blocks) -> Codes:
+    """Of rows that lie in blocks of one kind, read as the bytes that they are."""
+    assert how.codes, how.name
+    N, K = sum(p.shape[0] for p in pieces), pieces[0].shape[1]
+    first, width = pieces[0].start[0], how.size_of(K)
+    lines = tuple(
+        p._replace(
+            start=(p.start[0] - first, 0),
+            shape=(p.shape[0], width),
+            strides=p.strides and (how.size_of(p.strides[0]), 1),
+            blocks=None,
+        )
+        for p in pieces
+    )
+    raw = read_whole(Stored(torch.uint8, (N, width), lines))
+    codes, scales, minima = how.codes(raw.view(-1, how.bytes))
+    minima = None if minima is None else minima.view(N, -1)
+    rule, codes, scales = f"gguf-{how.name}", codes.view(N, K), scales.view(N, -1)
+    return Codes(rule, how.bits, codes, scales, minima, added=minima is not None)
 
 
 def values(stored: Stored, first: int = 0, last: int | None = None) -> torch.Tensor:

@@ -6,16 +6,11 @@ from types import ModuleType
 
 from formats import (
     adapters,
-    awq,
-    bitsandbytes,
-    compressed,
     dcp,
     dcp_safetensors,
     deepspeed,
-    fp8,
+    directories,
     gguf,
-    gptq,
-    huggingface,
     lightning,
     litgpt,
     llama2c,
@@ -29,7 +24,7 @@ from formats import (
 )
 
 READERS: tuple[ModuleType, ...] = (native, dcp_safetensors)
-READERS += (gptq, awq, compressed, fp8, bitsandbytes, huggingface, litgpt, olmo_core)
+READERS += (directories, litgpt, olmo_core)
 READERS += (megatron, dcp, deepspeed, meta, lightning, llama2c, llmc, gguf, nanochat)
 READERS += (pt_files, adapters)
 

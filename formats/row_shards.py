@@ -1,7 +1,7 @@
 """Weights straight from files to the ranks of a sharded model, each of which has rows of every
 parameter (training/fsdp.py): nobody reads, or holds, what is others'.
 
-fill(model, tensors, layout, path)      # as layouts.fill, of a model of DTensors too
+fill(model, table)      # as filling.fill, of a model of DTensors too
 
 A tensor of theirs is a view of our parameter, which may be turned or in another order
 (formats/layouts.py). What of it lies in this rank's rows is a view of these, and the rest of the
@@ -9,13 +9,13 @@ file is left unread, but for matrices of [in, out], which are read whole and dro
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from formats import layouts
+from formats import filling, layouts
+from formats.filling import Table
 from formats.layouts import Part
 from formats.stored import Stored, rows
 from model import GPTModel
@@ -46,28 +46,28 @@ def own_rows(p: Tensor) -> tuple[int, range]:
 
 
 @torch.no_grad()
-def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -> None:
+def fill(model: GPTModel, table: Table) -> None:
     """From files into a model: all of it, or where it is sharded this rank's rows. ValueError as
-    layouts.fill, on the rank that finds it."""
+    filling.fill, on the rank that finds it."""
     if not is_sharded(model):
-        layouts.fill(model, tensors, layout, path)
+        filling.fill(model, table)
         return
     parameters: dict[str, Part | Picked] = {}
-    table: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     small: list[tuple[Tensor, Tensor]] = []
     for name, p in model.named_parameters():
         mine, (dim, own) = p.to_local(), own_rows(p)  # type: ignore[attr-defined]
         if p.dim() < 2 or p.shape[1:].numel() == 1:  # read whole: norms and biases
             whole = torch.empty(p.shape, dtype=p.dtype)
             small.append((mine, whole[own.start : own.stop]))
-            for theirs, part in layouts.parts_of(model.config, layout, name, whole):
-                parameters[theirs], table[theirs] = part, tensors[theirs]
+            for theirs, part in layouts.parts_of(model.config, table.layout, name, whole):
+                parameters[theirs], tensors[theirs] = part, table.tensors[theirs]
             continue
         whole = torch.empty(p.shape, dtype=p.dtype, device="meta")
-        for theirs, part in layouts.parts_of(model.config, layout, name, whole):
-            for found in _within(part, tensors[theirs], whole, mine, (dim, own)):
-                parameters[theirs], table[theirs] = found
-    layouts.put(parameters, table, path)
+        for theirs, part in layouts.parts_of(model.config, table.layout, name, whole):
+            for found in _within(part, table.tensors[theirs], whole, mine, (dim, own)):
+                parameters[theirs], tensors[theirs] = found
+    filling.put(parameters, table._replace(tensors=tensors), model.device)
     for mine, values in small:
         mine.copy_(values)
 

@@ -4,12 +4,11 @@
     y = low_bit_matmul(x, packed, arrivals, bias)       # x [M <= 64, K] bfloat16 -> [M, N]
     weight = dequantise(packed, torch.bfloat16)         # [N, K], for products of more rows
 
-Few rows cost what reading the weights costs, so these are read as they lie and never written. A
-word of 16 bits holds codes that lie SPAN columns apart: shifted and masked, each column of words is
-a column of weights, and no code moves to another thread: the unpacked registers are themselves an
-operand of the tensor cores. What a program reads at a time lies side by side in memory. A weight
-minus its zero is a small integer, exact in bfloat16; its scale multiplies the float32 sum of its
-group, so no weight is rounded, unless zeros are no integers.
+Few rows cost what reading the weights costs, so these are read as they lie (packed_weights.py) and
+never written. No code moves to another thread: the unpacked registers are themselves an operand of
+the tensor cores. A weight minus its zero is a small integer, exact in bfloat16; its scale
+multiplies the float32 sum of its group, so no weight is rounded, unless zeros are no integers or
+are added after it.
 
 Programs share the columns of K where rows of weights are too few to occupy the GPU; the last one to
 arrive adds up the parts, in their order. How K is cut depends on the weight's shape alone: a row
@@ -22,14 +21,9 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-SPAN = 32  # columns of one code's place within a word, and words of a row's tile
-ROWS = 64  # of a tile
-BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "e4m3": 8}  # of a code of each kind
-# What a code's bits are as bfloat16, its raw value, less the code: of 4 bits u in 0..15 it is
-# 128 + u, the bits 0x4300 | u; signed codes of 4 bits lie 8 higher, bytes without sign 128 lower
-OFFSET = {"int4": 136.0, "uint4": 128.0, "int8": 0.0, "uint8": -128.0, "e4m3": 0.0}
+from gpu_kernels.packed_weights import BITS, ROWS, SPAN, Packed, dequantise_plain, offset_of
+
 MOST_ROWS = 64  # of one product; beyond, dequantised weights and cuBLAS are faster
 
 
@@ -47,78 +41,6 @@ WAYS = {4: {32: Way(64, 2, 3), 64: Way(128, 4, 3)}, 8: {64: Way(64, 4, 5)}}
 PROGRAMS = {4: 600, 8: 256}  # of ROWS rows of weights that share a product, at least
 LEAST_ROWS = 8  # of x in a product of the tensor cores
 LEAST_TILES = 4  # of K that one program takes
-
-
-class Packed(NamedTuple):
-    """A weight [N, K]: (code - zero) * scale.
-
-    words: int16 [blocks, tiles, ROWS, SPAN] as `pack` lays them; scales [G, N]; zeros [G, N] or
-    None: float32; or bfloat16, with OFFSET added, where raw values less these are numbers of
-    bfloat16.
-    group: columns that share a scale.
-    """
-
-    words: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    kind: str
-    group: int
-    K: int
-
-    @property
-    def N(self) -> int:
-        return self.scales.shape[1]
-
-
-# ---------------------------------------------------------------------------------------------
-# The layout, and the plain twins
-
-
-def pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
-    """int16 words [blocks, tiles, ROWS, SPAN] of codes [N, K]: int8, uint8, or float8_e4m3fn.
-
-    A tile is ROWS rows of a word's codes times SPAN columns, side by side in memory; code i of a
-    row's word j is the tile's column i * SPAN + j. Rows and columns that fill up tiles are bits 0.
-    """
-    (N, K), each = codes.shape, 16 // BITS[kind]
-    values = codes.view(torch.uint8).to(torch.int16)
-    if kind == "int4":
-        values = values + 8 & 15
-    elif kind == "uint8":
-        values = values ^ 128
-    values = F.pad(values, (0, -K % (each * SPAN), 0, -N % ROWS))
-    values = values.view(-(-N // ROWS), ROWS, -1, each, SPAN)
-    words = values[:, :, :, 0]
-    for i in range(1, each):
-        words = words | values[:, :, :, i] << (BITS[kind] * i)
-    return words.transpose(1, 2).contiguous()
-
-
-def raw_values(words: torch.Tensor, kind: str, N: int, K: int) -> torch.Tensor:
-    """float32 [N, K] of `pack`'s words."""
-    bits = BITS[kind]
-    parts = [words >> shift & (1 << bits) - 1 for shift in range(0, 16, bits)]
-    values = torch.stack(parts, dim=3).transpose(1, 2)  # [blocks, ROWS, tiles, codes, SPAN]
-    values = values.reshape(len(words) * ROWS, -1)[:N, :K]
-    if bits == 4:
-        return 128.0 + values.float()
-    dtype = torch.float8_e4m3fn if kind == "e4m3" else torch.int8
-    return values.to(torch.uint8).view(dtype).float()
-
-
-def dequantise_plain(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-    """`dequantise` in plain operations."""
-    group = torch.arange(packed.K, device=packed.words.device) // packed.group
-    values = raw_values(packed.words, packed.kind, packed.N, packed.K) - _offset(
-        packed.kind, packed.zeros
-    )
-    if packed.zeros is not None:
-        values = values - packed.zeros.float().t()[:, group]
-    return (values * packed.scales.float().t()[:, group]).to(dtype)
-
-
-def _offset(kind: str, zeros: torch.Tensor | None) -> float:
-    return 0.0 if zeros is not None and zeros.dtype == torch.bfloat16 else OFFSET[kind]
 
 
 def matmul_plain(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
@@ -184,11 +106,12 @@ def _matmul_kernel():
         FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
         """BLOCK_N rows of weights, one part of K. GROUP 0: one scale a row. ZEROS: none, whole
-        ("bf16") or broken ("fp32") ones. SHARE: spans of a tile that share a scale. FULL: no tile
-        reaches beyond K. The next tile's scales and zeros are on their way while this one is
+        ("bf16"), broken ("fp32") or "added" ones. SHARE: spans of a tile that share a scale. FULL:
+        no tile reaches beyond K. The next tile's scales and zeros come while this one is
         multiplied."""
         TILE: tl.constexpr = EACH * SPAN
-        ROUND: tl.constexpr = ZEROS == "fp32"  # weights are rounded to bfloat16 before the product
+        # weights are rounded to bfloat16 before the product
+        ROUND: tl.constexpr = ZEROS == "fp32" or ZEROS == "added"
         AHEAD: tl.constexpr = GROUP > 0 and SHARE == EACH
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         m, j = tl.arange(0, BLOCK_M), tl.arange(0, SPAN)
@@ -227,11 +150,14 @@ def _matmul_kernel():
                 if ZEROS != "":
                     if not AHEAD:
                         zero = tl.load(zeros + at, mask=n < N, other=0.0)
-                    w = w - zero[:, None]
+                    if ZEROS != "added":
+                        w = w - zero[:, None]
                 if ROUND:
                     if not AHEAD:
                         scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
                     w = w.to(tl.float32) * scale[:, None]
+                    if ZEROS == "added":
+                        w = w + zero.to(tl.float32)[:, None]
                 part = tl.dot(w.to(xs.dtype), xs, part)
                 if GROUP > 0 and not ROUND and not AHEAD and (i + 1) % SHARE == 0:
                     s = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
@@ -282,7 +208,7 @@ def _dequantise_kernel():
         ZEROS: tl.constexpr, OFFSET: tl.constexpr, WHOLE: tl.constexpr, CODES: tl.constexpr,
         ROWS: tl.constexpr,
     ):  # fmt: skip
-        """A tile. WHOLE: no span lies in two groups."""
+        """A tile. WHOLE: no span lies in two groups. ZEROS: "", "taken" or "added"."""
         TILE: tl.constexpr = EACH * SPAN
         tile, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
         r, j = tl.arange(0, ROWS), tl.arange(0, SPAN)
@@ -301,9 +227,11 @@ def _dequantise_kernel():
                 there = inside
             w = RAW(word, KIND, 16 // EACH * i, tl.constexpr(CODES[i])).to(tl.float32)
             w = w - OFFSET
-            if ZEROS:
+            if ZEROS == "taken":
                 w = w - tl.load(zeros + at, mask=there, other=0.0).to(tl.float32)
             w = w * tl.load(scales + at, mask=there, other=0.0).to(tl.float32)
+            if ZEROS == "added":
+                w = w + tl.load(zeros + at, mask=there, other=0.0).to(tl.float32)
             tl.store(out + n[:, None] * K + k[None, :], w.to(out.dtype.element_ty), mask=inside)
 
     return dequantise
@@ -365,6 +293,7 @@ def _multiply(
     arrivals: torch.Tensor,
     kind: str,
     group: int,
+    added: bool,
 ) -> torch.Tensor:
     x = x.contiguous()
     (M, K), (G, N) = x.shape, scales.shape
@@ -374,13 +303,14 @@ def _multiply(
     splits, tiles_each = parts_of(N, K, kind)
     way = next(way for most, way in WAYS[BITS[kind]].items() if most >= M)
     parts = x.new_empty((splits, M, N) if splits > 1 else 1, dtype=torch.float32)
+    whole = zeros is not None and zeros.dtype == torch.bfloat16
     _matmul_kernel()[(-(-N // way.rows), splits)](
         x, words, scales, x if zeros is None else zeros, x if bias is None else bias,
         y, parts, arrivals, M, N, K, G, tiles_each,
         RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ROWS=ROWS,
         GROUP=0 if G == 1 else group,
-        ZEROS="" if zeros is None else "bf16" if zeros.dtype == torch.bfloat16 else "fp32",
-        OFFSET=_offset(kind, zeros), BIAS=bias is not None, SPLITS=splits,
+        ZEROS="" if zeros is None else "added" if added else "bf16" if whole else "fp32",
+        OFFSET=offset_of(kind, None if added else zeros), BIAS=bias is not None, SPLITS=splits,
         SHARE=_share(group, kind), CODES=_assembly(kind, x.device),
         FULL=K % (16 // BITS[kind] * SPAN) == 0,
         BLOCK_M=max(LEAST_ROWS, 1 << (M - 1).bit_length()), BLOCK_N=way.rows,
@@ -395,7 +325,7 @@ _multiply_operator = torch.library.custom_op(
 
 
 @_multiply_operator.register_fake
-def _(x, words, scales, zeros, bias, arrivals, kind, group):
+def _(x, words, scales, zeros, bias, arrivals, kind, group, added):
     return x.new_empty(x.shape[0], scales.shape[1])
 
 
@@ -408,7 +338,7 @@ def low_bit_matmul(
     # eager, the operator would first import torch's compiler, which takes seconds
     run = _multiply_operator if torch.compiler.is_compiling() else _multiply
     tensors = packed.words, packed.scales, packed.zeros, bias, arrivals
-    return run(x, *tensors, packed.kind, packed.group)
+    return run(x, *tensors, packed.kind, packed.group, packed.added)
 
 
 def _unpack(
@@ -418,15 +348,18 @@ def _unpack(
     kind: str,
     group: int,
     K: int,
+    added: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     G, N = scales.shape
     out = torch.empty(N, K, dtype=dtype, device=words.device)
     _dequantise_kernel()[(_tiles(K, kind), len(words))](
         words, scales, words if zeros is None else zeros, out, N, K, G, group,
-        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ZEROS=zeros is not None,
-        OFFSET=_offset(kind, zeros),
+        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN,
+        ZEROS="" if zeros is None else "added" if added else "taken",
+        OFFSET=offset_of(kind, None if added else zeros),
         WHOLE=G == 1 or group % SPAN == 0, CODES=_assembly(kind, words.device), ROWS=ROWS,
+        enable_fp_fusion=False,  # product and sum are rounded one after the other
     )  # fmt: skip
     return out
 
@@ -437,7 +370,7 @@ _unpack_operator = torch.library.custom_op(
 
 
 @_unpack_operator.register_fake
-def _(words, scales, zeros, kind, group, K, dtype):
+def _(words, scales, zeros, kind, group, K, added, dtype):
     return scales.new_empty(scales.shape[1], K, dtype=dtype)
 
 

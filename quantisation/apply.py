@@ -1,16 +1,21 @@
-"""A model's weights rounded by a rule, where they lie.
+"""A model's weights rounded by a rule, where they lie or as they are read.
 
     restore = quantise_model(model, "rtn-w4-g128", keep=True)
     ...                                             # any evaluation: the model says what it holds
     restore()                                       # the weights as they were, bit for bit
 
+    rounding = Rounding(Quantisation("rtn-w4-g128"))
+    model = ckpt.load("bfloat16", "cuda", rounding=rounding)    # a layer at a time
+    restore = rounding.finish(model)
+
 Rounded are the matrices of the blocks, experts among them, each part of a fused one by itself: a
 query's rows and a key's have extremes of their own, as where they lie apart. Left alone are
 embeddings and head unless asked for, norms, biases, and what chooses between experts. A cast is of
-everything. Weights are rounded as they were loaded, in float32. Of linear layers the codes alone
-stay in memory, packed (linear.py); experts, embeddings, heads and layers of transformers' own kinds
-become the numbers that their codes stand for. Weights that are to be put back wait on the host: on
-a GPU one layer is dense at a time, from one rule to the next too.
+everything. Weights are rounded as they were loaded, in float32. On a GPU the codes alone of linear
+layers stay in memory, packed (linear.py); experts, embeddings, heads and layers of transformers'
+own kinds become the numbers that their codes stand for, and on a CPU, where each product would make
+them anew, so do linear layers: the bits are the same. Weights that are to be put back wait on the
+host: on a GPU one layer is dense at a time, from one rule to the next too.
 """
 
 import sys
@@ -18,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +31,7 @@ from torch import Tensor, nn
 from model import GPTModel
 from modeling.mlp import Linear, Stack
 from modeling.norms import Norm
+from quantisation.codes import Codes
 from quantisation.linear import n_weights, pack_model, put, weight_bytes
 from quantisation.names import NORM_BYTES, REST_BYTES, Quantisation, Rule, parse
 from quantisation.rules import CASTS, quantise, round_tokens, rounded
@@ -37,79 +43,167 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Matrix:
     """A weight that a rule is for: its module, where it lies there as [N, K], the names of its
-    parts with their rows, in order, and whether it is an embedding or a head."""
+    parts with their rows, in order, and whether it is an embedding or a head. turned: it lies there
+    as [K, N]."""
 
     name: str
     module: nn.Module
-    weight: Tensor
     parts: tuple[tuple[str, int], ...]
     is_end: bool = False
+    turned: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of its module's."""
+        weight = cast(Tensor, self.module.weight).data
+        return weight.t() if self.turned else weight.flatten(0, -2)
 
 
-@torch.no_grad()
 def quantise_model(
     model: "Model",
     wanted: Quantisation | str,
     keep: bool = False,
     device: torch.device | None = None,
+    packed: bool | None = None,
 ) -> Callable[..., None]:
     """Round the weights of a model in evaluation, and note in `model.quantisation` how, and what
     they take. keep: what is returned, when called, puts them back, and so does a ValueError: for a
     pattern of `skip` that no matrix has, for weights or a model that the rule is not for. device:
-    where the model runs, its own unless given: weights may lie on the host."""
+    where the model runs, its own unless given: weights may lie on the host. packed: as Rounding."""
     wanted = Quantisation(wanted) if isinstance(wanted, str) else wanted
-    rule, sizes = parse(wanted.rule), Sizes()
-    device = device or next(model.parameters()).device
-    assert model.quantisation is None, "a model is rounded once"
-    undo: list[Callable[[], object]] = []
+    return Rounding(wanted, keep, packed).finish(model, device)
 
-    def restore(home: bool = True) -> None:
+
+class Rounding:
+    """Takes the matrices of one model, one after the other. keep: they can be put back. packed:
+    whether linear layers keep their codes alone; where nothing is said, on a GPU."""
+
+    def __init__(self, wanted: Quantisation, keep: bool = False, packed: bool | None = None):
+        self.wanted, self.keep, self.packed = wanted, keep, packed
+        self.rule, self.sizes = parse(wanted.rule), Sizes()
+        self._undo: list[Callable[[], object]] = []
+        self._left: dict[str, Matrix] | None = None  # those still to be taken; None: not begun
+
+    def begin(self, model: "Model", device: torch.device) -> list[str]:
+        """Of a model that runs on that device, whose weights need not be there yet: the layers that
+        `take` packs as soon as theirs are."""
+        self.model, self.device = model, device
+        assert model.quantisation is None, "a model is rounded once"
+        assert not (model.packing or {}).get("packed"), "weights that a file has packed are codes"
+        _check(model, self.rule)
+        chosen = _chosen(model, self.wanted) if self.rule.kind != "cast" else ()
+        self._left = {matrix.name: matrix for matrix in chosen}
+        return [name for name, matrix in self._left.items() if self._packs(matrix)]
+
+    def _packs(self, matrix: Matrix) -> bool:
+        """Of a kind of which nothing is known but that it multiplies, the weight has to be there.
+        Where activations are floats of 8 bits, no Linear does what the layer has to do."""
+        packed = self.device.type == "cuda" if self.packed is None else self.packed
+        packed = packed or _is_float8(self.rule)
+        return packed and type(matrix.module) in (nn.Linear, Linear) and not matrix.is_end
+
+    @torch.no_grad()
+    def take(self, name: str) -> None:
+        """Codes take the place of a matrix, or the numbers that they stand for."""
+        assert self._left is not None, "begun"
+        matrix = self._left.pop(name)
+        packs = self._packs(matrix)
+        if matrix.module not in _copies(self.model):
+            self.sizes.add(matrix, self.rule, packs)
+        rows = matrix.weight.split([n for _, n in matrix.parts])
+        named = zip(matrix.parts, rows, strict=True)
+        codes = [
+            _named(name, quantise, part.to(self.device), self.rule) for (name, _), part in named
+        ]
+        layer, rounds = matrix.module, bool(self.rule.activations) and not matrix.is_end
+        float8 = rounds and _is_float8(self.rule)
+        if packs:
+            layer = self._pack(matrix, codes, "e4m3" if float8 else None)
+        elif float8:
+            kind = type(layer).__name__
+            raise ValueError(f"{name}: {self.rule.name} is for linear layers, not for a {kind}")
+        else:
+            weight = matrix.weight
+            self._undo += _kept(weight, self.keep)
+            weight.copy_(torch.cat([part.dequantise(weight.dtype) for part in codes]))
+        if rounds and not float8:
+            self._undo.append(layer.register_forward_pre_hook(_round_activations).remove)
+
+    def _pack(self, matrix: Matrix, codes: list[Codes], activations: str | None) -> nn.Module:
+        """The layer that takes the place of another."""
+        owner = self.model if isinstance(self.model, GPTModel) else self.model.causal_lm
+        pack_model(owner, {matrix.name: codes}, activations=activations)
+        if self.keep:
+            layer: Any = matrix.module
+            layer.weight.data = layer.weight.data.to("cpu")
+            self._undo.append(partial(put, owner, matrix.name, layer))
+        return owner.get_submodule(matrix.name)
+
+    @torch.no_grad()
+    def finish(self, model: "Model", device: torch.device | None = None) -> Callable[..., None]:
+        """Take all that is left, and note in `model.quantisation` what was done. What is returned
+        puts back what is kept: see quantise_model."""
+        device = device or next(model.parameters()).device
+        try:
+            if self._left is None:
+                self.begin(model, device)
+            assert self._left is not None and model is self.model, "the model that it began with"
+            _check(model, self.rule)  # of whose dtype nothing was known before it was loaded
+            for name, p in _casted(model) if self.rule.kind == "cast" else ():
+                self._undo += _kept(p.data, self.keep)
+                p.data.copy_(_named(name, rounded, p.data, self.rule))
+            for name in list(self._left):
+                self.take(name)
+            _bring_home(model, device)
+        except ValueError:
+            self._restore()
+            raise
+        if self.rule.activations:
+            _forget_compiled()
+        model.quantisation = self.wanted.protocol | self.sizes.of(model, self.rule)
+        return self._restore
+
+    @torch.no_grad()
+    def _restore(self, home: bool = True) -> None:
         """home: onto the device of the model; else what is packed next stays on the host."""
-        for put_back in undo:
+        for put_back in self._undo:
             put_back()
-        if rule.activations:
+        if self.rule.activations:
             _forget_compiled()
         if home:
-            _bring_home(model, device)
-        model.quantisation = None
-
-    try:
-        _check(model, rule)
-        if rule.kind == "cast":
-            for name, p in _casted(model):
-                undo += _kept(p.data, keep)
-                p.data.copy_(_named(name, rounded, p.data, rule))
-        for matrix in _chosen(model, wanted) if rule.kind != "cast" else ():
-            undo += _hold(model, matrix, rule, keep, device)
-            if matrix.module not in _copies(model):
-                sizes.add(matrix, rule)
-        _bring_home(model, device)
-    except ValueError:
-        restore()
-        raise
-    if rule.activations:
-        _forget_compiled()
-    model.quantisation = wanted.protocol | sizes.of(model, rule)
-    return restore
+            _bring_home(self.model, self.device)
+        self.model.quantisation = None
 
 
 class Weights:
     """A model that is rounded by one rule after another, or by none. keep: there will be another
-    one after the first."""
+    one after the first. rounding: what took its layers as they were read. packed: as Rounding."""
 
-    def __init__(self, model: "Model", keep: bool):
-        self.model, self.keep, self.device = model, keep, next(model.parameters()).device
+    def __init__(
+        self,
+        model: "Model",
+        keep: bool,
+        rounding: Rounding | None = None,
+        packed: bool | None = None,
+    ):
+        self.model, self.keep, self.packed = model, keep, packed
+        self.device = next(model.parameters()).device
         self._now: Quantisation | None = None
         self._restore: Callable[..., None] = lambda home=True: None
+        self._begun = rounding
 
     def under(self, wanted: Quantisation | None) -> "Model":
         """The model, its weights as they were loaded and then rounded so."""
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            self._now, self._restore = begun.wanted, begun.finish(self.model)
         if wanted != self._now:
             packs = wanted is not None and parse(wanted.rule).kind != "cast"
             self._restore(home=not packs)
             self._now, self._restore = None, lambda home=True: None
             if wanted is not None:
-                self._restore = quantise_model(self.model, wanted, self.keep, self.device)
+                rounding = Rounding(wanted, self.keep, self.packed)
+                self._restore = rounding.finish(self.model, self.device)
                 self._now = wanted
         return self.model
 
@@ -129,8 +223,7 @@ def matrices(model: "Model", embeddings: bool = False) -> Iterator[Matrix]:
         yield from _of_transformers(model.causal_lm)
         ends = _ends_of(model.causal_lm)
     for name, module in ends if embeddings else ():
-        weight: Tensor = module.weight.data
-        yield Matrix(name, module, weight, ((name, len(weight)),), is_end=True)
+        yield Matrix(name, module, ((name, len(module.weight)),), is_end=True)
 
 
 def _native(model: GPTModel) -> Iterator[Matrix]:
@@ -138,8 +231,7 @@ def _native(model: GPTModel) -> Iterator[Matrix]:
     for name, module in model.blocks.named_modules(prefix="blocks"):
         if not isinstance(module, nn.Linear | Stack) or name.endswith("shared_gate"):
             continue
-        weight = module.weight.data.flatten(0, -2)
-        parts = [("", len(weight))]
+        parts = [("", module.weight.shape[:-1].numel())]
         if name.endswith("qkv_proj"):
             heads = (".q", c.n_heads), (".k", c.n_kv_heads), (".v", c.n_kv_heads)
             parts = [(end, n * c.head_dim) for end, n in heads]
@@ -150,7 +242,7 @@ def _native(model: GPTModel) -> Iterator[Matrix]:
             rows = module.weight.shape[1]
             of_expert = parts if len(parts) > 1 else [("", rows)]
             parts = [(f".{e}{end}", rows) for e in range(n) for end, rows in of_expert]
-        yield Matrix(name, module, weight, tuple((name + end, rows) for end, rows in parts))
+        yield Matrix(name, module, tuple((name + end, rows) for end, rows in parts))
 
 
 def _ends_of(causal_lm: Any) -> list[tuple[str, Any]]:
@@ -174,8 +266,8 @@ def _of_transformers(causal_lm: Any) -> Iterator[Matrix]:
     for name, module in causal_lm.named_modules():
         turned = type(module).__name__ == "Conv1D"
         if (isinstance(module, nn.Linear) or turned) and module not in ends:
-            weight = module.weight.data.t() if turned else module.weight.data
-            yield Matrix(name, module, weight, ((name, len(weight)),))
+            rows = module.weight.shape[1 if turned else 0]
+            yield Matrix(name, module, ((name, rows),), turned=turned)
 
 
 def _chosen(model: "Model", wanted: Quantisation) -> Iterator[Matrix]:
@@ -192,9 +284,7 @@ def _chosen(model: "Model", wanted: Quantisation) -> Iterator[Matrix]:
                 f"{', '.join(names[:3])} … {names[-1]}"
             )
     skipped = {name for name in names if any(fnmatch(name, p) for p in wanted.skip)}
-    found = [matrix for matrix in reversed(found) if matrix.name not in skipped]
-    while found:
-        yield found.pop()  # and let go of it: it may be the last to hold a dense weight
+    yield from (matrix for matrix in found if matrix.name not in skipped)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,38 +328,6 @@ def _named(name: str, function: Callable[[Tensor, Rule], Any], weight: Tensor, r
         raise ValueError(f"{name}: {error} (--quantise-skip leaves it out)") from None
 
 
-def _hold(
-    model: "Model", matrix: Matrix, rule: Rule, keep: bool, device: torch.device
-) -> list[Callable[[], object]]:
-    """Codes take the place of a matrix, or the numbers that they stand for; what puts it back."""
-    rows = matrix.weight.split([n for _, n in matrix.parts])
-    named = zip(matrix.parts, rows, strict=True)
-    codes = [_named(name, quantise, part.to(device), rule) for (name, _), part in named]
-    layer, rounds = matrix.module, bool(rule.activations) and not matrix.is_end
-    if _is_packed(matrix):
-        owner = model if isinstance(model, GPTModel) else model.causal_lm
-        pack_model(owner, {matrix.name: codes}, activations="e4m3" if _is_float8(rule) else None)
-        undo: list[Callable[[], object]] = []
-        if keep:
-            layer.weight.data = layer.weight.data.to("cpu")
-            undo.append(partial(put, owner, matrix.name, layer))
-        layer = owner.get_submodule(matrix.name)
-    elif rounds and _is_float8(rule):
-        kind = type(layer).__name__
-        raise ValueError(f"{matrix.name}: {rule.name} is for linear layers, not for a {kind}")
-    else:
-        undo = _kept(matrix.weight, keep)
-        matrix.weight.copy_(torch.cat([part.dequantise(matrix.weight.dtype) for part in codes]))
-    if rounds and not _is_float8(rule):
-        undo.append(layer.register_forward_pre_hook(_round_activations).remove)
-    return undo
-
-
-def _is_packed(matrix: Matrix) -> bool:
-    """Of a kind of which nothing is known but that it multiplies, the weight has to be there."""
-    return type(matrix.module) in (nn.Linear, Linear) and not matrix.is_end
-
-
 def _is_float8(rule: Rule) -> bool:
     """Whether 8-bit floats meet activations that are rounded alike."""
     return rule.kind == "fp8" and bool(rule.activations)
@@ -302,13 +360,11 @@ class Sizes:
     def __init__(self) -> None:
         self.numbers = self.bytes = self.packed = self.dense = 0
 
-    def add(self, matrix: Matrix, rule: Rule) -> None:
+    def add(self, matrix: Matrix, rule: Rule, packed: bool) -> None:
         self.numbers += matrix.weight.numel()
         self.bytes += sum(rule.size(rows, matrix.weight.shape[1]) for _, rows in matrix.parts)
-        if _is_packed(matrix):
-            self.packed += 1
-        else:
-            self.dense += 1
+        self.packed += packed
+        self.dense += not packed
 
     def of(self, model: "Model", rule: Rule) -> dict[str, Any]:
         """Bytes of all weights as the rule would store them, the rest in 16 bits, norms in 32, and

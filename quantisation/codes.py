@@ -8,7 +8,7 @@ layer keeps them packed (quantisation/linear.py). A block of several rows has it
 once a row, a whole row is one group, a whole tensor is one group a row: so one form holds all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,8 @@ class Codes:
     codes: int8, uint8 or float8_e4m3fn [N, K], one value an element; scales: floating [N, G] in
     the dtype of their file or rule; zeros: [N, G] integer or floating, None for none; groups: int
     [K], the group of each column where they do not lie in order (GPTQ's act-order), else None.
-    `bits` is what a code costs in a file, and `rule` says how they were made.
+    added: zeros are minima instead, added once the code is scaled, as GGUF has them. `bits` is what
+    a code costs in a file, and `rule` says how they were made.
     """
 
     rule: str
@@ -29,6 +30,7 @@ class Codes:
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
     groups: torch.Tensor | None = None
+    added: bool = False
 
     @property
     def group_size(self) -> int:
@@ -41,9 +43,23 @@ class Codes:
             return values[:, self.groups]
         return values.repeat_interleave(self.group_size, dim=1)
 
+    def to(self, device: torch.device | str) -> "Codes":
+        """The same on a device."""
+        names = "codes", "scales", "zeros", "groups"
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: t.to(device) for n, t in tensors.items() if t is not None})
+
+    def rows(self, order: torch.Tensor) -> "Codes":
+        """Those rows, in that order."""
+        codes = self.codes.view(torch.uint8)[order].view(self.codes.dtype)
+        zeros = None if self.zeros is None else self.zeros[order]
+        return replace(self, codes=codes, scales=self.scales[order], zeros=zeros)
+
     def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[N, K], computed in float32 and rounded once."""
         weight = self.codes.float()
-        if self.zeros is not None:
-            weight = weight - self._of_columns(self.zeros.float())
-        return (weight * self._of_columns(self.scales.float())).to(dtype)
+        zeros = None if self.zeros is None else self._of_columns(self.zeros.float())
+        if zeros is not None and not self.added:
+            weight = weight - zeros
+        weight = weight * self._of_columns(self.scales.float())
+        return (weight + zeros if zeros is not None and self.added else weight).to(dtype)

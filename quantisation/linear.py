@@ -12,7 +12,8 @@ stays dense is allocated afterwards.
 
 Few rows (a decode step) are multiplied by the codes as they lie; many (scoring, prefill) by the
 weight in the dtype of the products, which is made anew each time, in memory that the next layer
-uses again. In float32 and on a CPU all products go the second way.
+uses again. In float32 and on a CPU all products go the second way, which has the bits of a dense
+layer with that weight; the first adds up in another order, and does not round the weight.
 
 With activations "e4m3", weights that are e4m3 with one scale a row meet activations that are
 rounded alike, a scale a token, and the tensor cores multiply 8-bit floats.
@@ -28,15 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_kernels.float8_matmul import E4M3, aligned, float8_matmul, padded
-from gpu_kernels.low_bit_matmul import (
-    OFFSET,
-    Packed,
-    arrivals_of,
-    dequantise,
-    low_bit_matmul,
-    multiplies,
-    pack,
-)
+from gpu_kernels.low_bit_matmul import arrivals_of, dequantise, low_bit_matmul, multiplies
+from gpu_kernels.packed_weights import OFFSET, Packed, pack
 from quantisation.codes import Codes
 
 PartsByName = Mapping[str, Sequence[Codes]] | Iterable[tuple[str, Sequence[Codes]]]
@@ -67,18 +61,24 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.to(self.dtype).reshape(-1, self.in_features)
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        if len(self.weights) == 1:
-            (y,) = (weight(rows, bias) for weight in self.weights)
+        if not all(weight.multiplies(rows) for weight in self._parts):
+            y = F.linear(rows, self.weight, bias)  # the very product of a dense layer
+        elif len(self._parts) == 1:
+            y = self._parts[0](rows, bias)
         else:
-            y = torch.cat([weight(rows, None) for weight in self.weights], dim=1)
+            y = torch.cat([weight(rows, None) for weight in self._parts], dim=1)
             y = y if bias is None else y + bias
         return y.view(*x.shape[:-1], self.out_features)
 
     @property
+    def _parts(self) -> "Sequence[PackedWeight | Float8Weight]":
+        return cast("Sequence[PackedWeight | Float8Weight]", self.weights)
+
+    @property
     def weight(self) -> Tensor:
         """[N, K] in the dtype of its products, made anew."""
-        weights = cast("Iterable[PackedWeight | Float8Weight]", self.weights)
-        return torch.cat([weight.dense(self.dtype) for weight in weights])
+        parts = [weight.dense(self.dtype) for weight in self._parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.dtype}"
@@ -96,7 +96,7 @@ class PackedWeight(nn.Module):
     def __init__(self, codes: Codes):
         super().__init__()
         packed, order = packed_of(codes)
-        self.kind, self.group, self.K = packed.kind, packed.group, packed.K
+        self.kind, self.group, self.K, self.added = packed[3:]
         for name in ("words", "scales", "zeros"):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("order", order)
@@ -104,16 +104,17 @@ class PackedWeight(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        return Packed(self.words, self.scales, self.zeros, self.kind, self.group, self.K)
+        how = self.kind, self.group, self.K, self.added
+        return Packed(self.words, self.scales, self.zeros, *how)
+
+    def multiplies(self, rows: Tensor) -> bool:
+        """Whether the kernel takes rows [M, K], and the weight need not be made."""
+        return multiplies(rows, self.packed)
 
     def forward(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """[M, N] of rows [M, K]."""
-        packed = self.packed
-        if self.order is not None:
-            rows = rows[:, self.order]
-        if multiplies(rows, packed):
-            return low_bit_matmul(rows, packed, self.arrivals, bias)
-        return F.linear(rows, dequantise(packed, rows.dtype), bias)
+        """[M, N] of rows [M, K] that it multiplies."""
+        rows = rows if self.order is None else rows[:, self.order]
+        return low_bit_matmul(rows, self.packed, self.arrivals, bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[N, K], its columns as they were."""
@@ -141,6 +142,10 @@ class Float8Weight(nn.Module):
         self.register_buffer("codes", padded(codes.codes, rows, columns))
         scales = F.pad(codes.scales.float(), (0, 0, 0, rows - self.N))
         self.register_buffer("scales", scales.t().contiguous())  # [1, N]
+
+    def multiplies(self, rows: Tensor) -> bool:
+        """Whatever they are."""
+        return True
 
     def forward(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """[M, N] of rows [M, K]."""
@@ -173,6 +178,7 @@ def _alike(a: Codes, b: Codes) -> bool:
     same = same and (a.scales.shape[1], a.scales.dtype) == (b.scales.shape[1], b.scales.dtype)
     if (a.zeros is None) != (b.zeros is None) or (a.groups is None) != (b.groups is None):
         return False
+    same = same and a.added == b.added
     if a.zeros is not None and b.zeros is not None:
         same = same and a.zeros.dtype == b.zeros.dtype
     return same and (a.groups is None or b.groups is None or torch.equal(a.groups, b.groups))
@@ -183,7 +189,8 @@ def _below(a: Codes, b: Codes) -> Codes:
     zeros = None
     if a.zeros is not None and b.zeros is not None:
         zeros = torch.cat((a.zeros, b.zeros))
-    return Codes(a.rule, a.bits, codes, torch.cat((a.scales, b.scales)), zeros, a.groups)
+    scales = torch.cat((a.scales, b.scales))
+    return Codes(a.rule, a.bits, codes, scales, zeros, a.groups, a.added)
 
 
 def packed_of(codes: Codes) -> tuple[Packed, Tensor | None]:
@@ -197,20 +204,36 @@ def packed_of(codes: Codes) -> tuple[Packed, Tensor | None]:
     if q.dtype != E4M3:
         kind = "int" if q.dtype == torch.int8 else "uint"
         kind += "4" if codes.bits <= 4 else "8"
-    zeros = None if codes.zeros is None else _zeros(codes.zeros.t().float(), kind)
-    return Packed(pack(q, kind), codes.scales.t().contiguous(), zeros, kind, group, K), order
+    zeros = None if codes.zeros is None else codes.zeros.t().contiguous()
+    if zeros is not None and not codes.added:
+        zeros = _zeros(zeros.float(), kind)
+    words, scales = pack(q, kind), codes.scales.t().contiguous()
+    return Packed(words, scales, zeros, kind, group, K, codes.added), order
+
+
+def can_pack(codes: Codes) -> bool:
+    """Whether every group has as many columns as the others, the last one fewer perhaps."""
+    return codes.groups is None or _in_rows(codes.groups) is not None
+
+
+def _in_rows(groups: Tensor) -> tuple[int, Tensor] | None:
+    """(columns of a group, the order in which those of each lie together); None where sizes
+    differ."""
+    sorted_groups, order = groups.to(torch.int64).sort(stable=True)
+    size = int(torch.bincount(sorted_groups).max())
+    usual = torch.arange(len(groups), device=groups.device) // size
+    return (size, order) if torch.equal(sorted_groups, usual) else None
 
 
 def _grouped(codes: Codes, K: int) -> tuple[int, Tensor | None]:
     """(columns that share a scale, the order in which the columns of a group lie together)."""
     if codes.groups is None:
         return codes.group_size, None
-    given = codes.groups.to(torch.int64)
-    groups, order = given.sort(stable=True)
-    group = int(torch.bincount(groups).max())
-    if not torch.equal(groups, torch.arange(K, device=groups.device) // group):
+    found = _in_rows(codes.groups)
+    if found is None:
         raise ValueError(f"{codes.rule}: groups of columns of unequal sizes")
-    return group, None if torch.equal(groups, given) else order
+    size, order = found
+    return size, None if torch.equal(order, torch.arange(K, device=order.device)) else order
 
 
 def _zeros(zeros: Tensor, kind: str) -> Tensor:

@@ -20,7 +20,7 @@ from reporting.groups import (
     units_of,
     words_of,
 )
-from reporting.quantised import data_of, families_of
+from reporting.quantised import data_of, families_of, tables_of_rules
 from reporting.tables import SHOWN_DIFFERENCES
 from results import SCHEMA_VERSION, utc_now
 
@@ -135,7 +135,7 @@ def group_data(group: Group, groups: list[Group]) -> dict:
 def page_data(found: dict, title: str, refresh: float | None = None) -> dict:
     """All that the page draws of what `groups.read` found: for each comparable group its protocol
     and, for each run, columns over that run's checkpoints. refresh: seconds between reloads."""
-    groups = groups_of(found["ok"])
+    groups, families = groups_of(found["ok"]), families_of(found["ok"])
     failed = [
         [str(r["run"]), r["checkpoint"].get("name"), r["evaluation"], r.get("reason")]
         for r in found["failed"]
@@ -146,7 +146,8 @@ def page_data(found: dict, title: str, refresh: float | None = None) -> dict:
         "schema_version": SCHEMA_VERSION,
         "refresh": refresh,
         "groups": [group_data(group, groups) for group in groups],
-        "quantised": [data_of(family) for family in families_of(found["ok"])],
+        "quantised": [data_of(family) for family in families],
+        "rules": tables_of_rules(families),
         "differences": [
             d | {"rows": d["rows"][:SHOWN_DIFFERENCES], "total": len(d["rows"])}
             for d in found["differences"]

@@ -2,6 +2,7 @@
 
     for family in families_of(found["ok"]):         # a model's records under one protocol
         table_of_family(family)                     # as tables.terminal and tables.markdown take it
+    tables_of_rules(families)                   # all evaluations of a model in one table
     pareto(family, "loss")                          # rows that none both smaller and better beats
 
 A record says how its weights are quantised in its protocol, if a rule rounded them as they were
@@ -12,7 +13,7 @@ dtype of its protocol. Bytes are those of all weights: of what a file has not qu
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from reporting.groups import (
 # of a protocol: what two rules may differ in, and are compared all the same
 APART: tuple[str, ...] = (
     "quantisation",
+    "packing",
     "tokenizer",
     "tokenizer_fingerprint",
     "compiled",
@@ -195,6 +197,60 @@ def table_of_family(family: Family) -> dict:
     if verdicts:
         notes.append("flips: right to wrong, wrong to right, against the first; p: McNemar, exact")
     return {"title": _title(family), "header": header, "rows": rows, "best": best, "notes": notes}
+
+
+# Of each evaluation, beside its first metric
+OF_ALL = ("perplexity", "bits_per_byte", "kl", "same_top")
+
+
+def tables_of_rules(families: Iterable[Family]) -> list[dict]:
+    """For each model that was asked by several evaluations, a row for each rule: bytes as the rule
+    stores them and as they were measured in memory, the chief metrics of all, and their speeds."""
+    models: dict[str, list[Family]] = {}
+    for family in families:
+        base = family.base
+        of = [base["run"], base["checkpoint"].get("name"), base["checkpoint"].get("fingerprint")]
+        models.setdefault(json.dumps(of), []).append(family)
+    return [_of_rules(found) for found in models.values() if len(found) > 1]
+
+
+def _of_rules(families: list[Family]) -> dict:
+    header, rows = ["checkpoint", "rule", "MB", "MB in memory", "bits"], {}
+    for key, record, weights in (each for family in families for each in _rows_of(family)):
+        held = [f"{weights.bytes / 1e6:,.1f}", _memory(record), f"{weights.bits:.2f}"]
+        rows.setdefault(key, [*key, *held])
+    for family in families:
+        names, units = metric_names(family.records), units_of(family.records)
+        names = [names[0], *(name for name in OF_ALL if name in names[1:])]
+        evaluation = printable(family.base["evaluation"])
+        header += [f"{evaluation}: {printable(name)}" for name in (*names, "tokens/s")]
+        records = {key: record for key, record, _ in _rows_of(family)}
+        for key, row in rows.items():
+            record = records.get(key) or {"metrics": {}, "cost": {}}
+            values = [triple(record["metrics"].get(name))[0] for name in names]
+            row += [_number(v, units.get(name)) for v, name in zip(values, names, strict=True)]
+            rate = real(record["cost"].get("tokens_per_second"))
+            row.append("" if rate is None else f"{rate:,.0f}")
+    base = families[0].base
+    of = f"{printable(base['run'])}/{printable(base['checkpoint'].get('name'))}"
+    title = f"Rules of quantisation: {of}"
+    return {"title": title, "header": header, "rows": [*rows.values()], "best": [], "notes": []}
+
+
+def _rows_of(family: Family) -> Iterator[tuple[tuple[str, str], Record, Weights]]:
+    """((checkpoint, rule), record, weights) of each."""
+    for record, weights in zip(family.records, family.weights):
+        yield (printable(record["checkpoint"].get("name")), weights.rule), record, weights
+
+
+def _memory(record: Record) -> str:
+    """Bytes of the weights as they lay in memory, where they were measured."""
+    for how in ("quantisation", "packing"):
+        said = record["protocol"].get(how)
+        size = real(said.get("memory_bytes")) if isinstance(said, dict) else None
+        if size is not None:
+            return f"{size / 1e6:,.1f}"
+    return ""
 
 
 def _number(value: float | int | None, unit: str | None) -> str:

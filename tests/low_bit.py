@@ -17,8 +17,9 @@ def codes_of(
 ) -> Codes:
     """Round to nearest of weight [N, K], in groups of so many columns (None: a whole row).
 
-    zeros: "none", "whole", or "broken", which are no integers. shuffled: each column belongs to
-    another group than its neighbours, as act-order leaves them. bits 0: e4m3. dtype: of scales.
+    zeros: "none", "whole", "broken", which are no integers, or "added", GGUF's minima. shuffled:
+    each column belongs to another group than its neighbours, as act-order leaves them. bits 0:
+    e4m3. dtype: of scales.
     """
     N, K = weight.shape
     group = group or K
@@ -39,7 +40,7 @@ def codes_of(
         lowest, highest = 0, 2**bits - 1
         scales = ((high - low) / highest).clamp(min=1e-5).to(dtype)
         offset = -low / scales.float()
-        offset = offset if zeros == "broken" else offset.round().to(torch.int32)
+        offset = offset.round().to(torch.int32) if zeros == "whole" else offset
     scaled = weight.float() / scales.float()[:, groups]
     if bits == 0:
         q = scaled.clamp(lowest, highest).to(torch.float8_e4m3fn)
@@ -48,7 +49,10 @@ def codes_of(
         kind = torch.int8 if offset is None else torch.uint8
         q = scaled.round().clamp(lowest, highest).to(kind)
     in_order = not shuffled and K % group == 0
-    return Codes("a test's", bits or 8, q, scales, offset, None if in_order else groups)
+    if zeros == "added":
+        offset = low.to(dtype)
+    groups = None if in_order else groups
+    return Codes("a test's", bits or 8, q, scales, offset, groups, added=zeros == "added")
 
 
 def codes_by_name(model: torch.nn.Module, **terms) -> dict[str, list[Codes]]:

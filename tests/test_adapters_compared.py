@@ -15,7 +15,7 @@ import eval
 import results
 import sweep
 from distributed import Dist
-from formats import layouts
+from formats import filling
 
 FLAGS = ["--data-mode", "fineweb_npy", "--seq-len", "32", "--device", "cpu"]
 
@@ -46,9 +46,9 @@ def test_base_and_adapters_in_one_run(place, capsys, monkeypatch):
     base, loras = place / "base-llama-tied", place / "loras"
     names = ["base-llama-tied", "checkpoint-10", "checkpoint-20", "untied"]
     read = []
-    fill = layouts.fill
+    fill = filling.fill
     with monkeypatch.context() as patch:
-        patch.setattr(layouts, "fill", lambda *args: read.append(args[0].config) or fill(*args))
+        patch.setattr(filling, "fill", lambda *args: read.append(args[0].config) or fill(*args))
         words = ["--checkpoint-path", base, "--adapter", loras, place / "untied"]
         together = run(place, "together", *words)
     assert [config.tie_embeddings for config in read] == [True, False]  # the untied is another's

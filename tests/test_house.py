@@ -28,7 +28,7 @@ FLOORS = [
     "families/convert quantisation/names",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
     "gpu_kernels/kv_codes gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
-    "gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
+    "gpu_kernels/packed_weights gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
     "formats quantisation/comparison modeling/rotary modeling/mlp modeling/norms endpoints",
     "modeling/attention quantisation/codes quantisation/rules quantisation/linear "
@@ -41,10 +41,10 @@ FLOORS = [
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
     "formats/archives formats/naming formats/quantised model",
-    "backends/pipe backends/parallel",
-    "dataset transformers_model quantisation/apply formats/layouts formats/row_shards "
+    "backends/pipe backends/parallel quantisation/apply",
+    "dataset transformers_model formats/layouts formats/filling formats/row_shards "
     "formats/fingerprints formats/huggingface formats/gptq formats/awq formats/compressed "
-    "formats/fp8 formats/bitsandbytes "
+    "formats/fp8 formats/bitsandbytes formats/directories "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion formats/extension "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
@@ -106,6 +106,8 @@ MANY_PARAMETERS: dict[str, str] = {
     "gpu_kernels/decode_attention._decode_triton": "an operator's schema knows tensors alone",
     "gpu_kernels/decode_attention._launch": "a Triton kernel's arguments",
     "gpu_kernels/decode_attention.decode_attention": "one step's tensors, and attention's terms",
+    "gpu_kernels/low_bit_matmul._": "the operator's shapes: the operator's own parameters",
+    "gpu_kernels/low_bit_matmul._multiply": "an operator's schema knows tensors alone",
     "training/low_rank._WithLowRank.forward": "torch.compile miscounts a Function's *arguments",
     "training/low_rank._to_y": "an operator's schema knows tensors and numbers alone",
     "training/low_rank._": "the operator's shapes: the operator's own parameters",

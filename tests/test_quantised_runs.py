@@ -18,7 +18,7 @@ import stats
 import sweep
 from distributed import Dist
 from evaluation import Result
-from formats import layouts
+from formats import filling
 from quantisation import comparison
 from quantisation.apply import quantise_model
 from quantisation.names import rule_of
@@ -47,9 +47,9 @@ def by_rule(folder):
 
 def test_several_rules_over_one_load(place, capsys, monkeypatch):
     """The weights are read once, and each record is that of its rule alone, key and place too."""
-    path, read, fill = place / "run/checkpoint-10", [], layouts.fill
+    path, read, fill = place / "run/checkpoint-10", [], filling.fill
     with monkeypatch.context() as patch:
-        patch.setattr(layouts, "fill", lambda *args: read.append(args) or fill(*args))
+        patch.setattr(filling, "fill", lambda *args: read.append(args) or fill(*args))
         eval.main(argv_of(place, "together", "--checkpoint-path", path, "--quantise", *RULES))
     assert len(read) == 1
     out = capsys.readouterr().out

@@ -151,7 +151,7 @@ def adapted(
     model.allocate(layouts.as_dtype(dtype), "cpu" if wanted else device)
     checkpoint.load_weights(path, model)
     if wanted:  # one dense matrix at a time comes to the device
-        quantise_model(model, wanted, device=device)
+        quantise_model(model, wanted, device=device, packed=True)
         model.materialize_buffers(device)
     found = adapt(model, layout, options)
     found.base, found.quantisation = path, wanted.protocol if wanted else None

@@ -21,7 +21,7 @@ from costs.shards import shares, weight_bytes
 from costs.symbols import Setup
 from dataset import RandomWindows, Windows, open_stream
 from distributed import Dist
-from formats import layouts
+from formats import filling
 from quantisation.apply import Weights
 
 ALONE = Dist(0, 1, 0, torch.device("cpu"))
@@ -96,15 +96,15 @@ def check(path, dist, size, stream) -> int:
     facts = facts_of(ckpt, None, "float32", "cpu")
     wanted = numbers(ckpt.load("float32"), facts, ALONE, stream)
     dist = in_groups(dist, size, ckpt.config, "float32")
-    read, real = set(), layouts.read
+    read, real = set(), filling.read
 
     def noting(stored, *more):
         read.add(next(name for name, tensor in ckpt.tensors.items() if tensor is stored))
         return real(stored, *more)
 
-    layouts.read = noting
+    filling.read = noting
     model = load(ckpt, "float32", dist)
-    layouts.read = real
+    filling.read = real
     check_shares(ckpt, model, dist, dist.gather(read))
     found = numbers(model, facts, dist, stream)
     wrong = [name for name in wanted if found[name] != wanted[name]]

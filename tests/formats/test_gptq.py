@@ -123,7 +123,7 @@ def test_codes_stay_packed_in_their_order(tmp_path):
     full = "model.layers.0.mlp.down_proj.weight"
     for name, ordered in (("gptq-4bit-v1", True), ("gptq-4bit-v2-act-order", False)):
         ckpt = checkpoint.open(changed(tmp_path, name))
-        codes = quantised.codes_of(ckpt.tensors[full])
+        (codes,) = quantised.codes_of(ckpt.tensors[full])
         assert (codes.groups is None) == ordered and codes.bits == 4
         assert codes.codes.dtype == torch.uint8 and codes.scales.dtype == torch.float16
         assert codes.scales.shape == codes.zeros.shape == (32, 3)

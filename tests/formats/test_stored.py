@@ -7,7 +7,7 @@ import torch
 from checkpoint_files import CONFIGS, logits, make_model
 
 import checkpoint
-from formats import layouts, stored, tensorfiles
+from formats import filling, layouts, stored, tensorfiles
 from formats.blocks import TYPES
 from formats.stored import Piece, joined, read, read_whole, whole
 from model import GPTModel
@@ -184,7 +184,7 @@ def test_a_model_fills_from_pieces(tmp_path, name):
         tensors[key] = joined(key, t.dtype, t.shape, pieces)
     again = GPTModel(model.config)
     layouts.check_fits(again, tensors, ckpt.layout, path)
-    layouts.fill(again, tensors, ckpt.layout, path)
+    filling.fill(again, filling.Table(tensors, ckpt.layout, path))
     assert torch.equal(logits(again.eval()), logits(model))
     assert sum(len(t.pieces) for t in tensors.values()) > 2 * len(tensors)
     assert all(where is not None for t in tensors.values() for where, _ in read(t))

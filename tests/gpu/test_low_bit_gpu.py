@@ -43,6 +43,8 @@ TERMS = {
     "uint4 of 64, broken zeros": {"bits": 4, "group": 64, "zeros": "broken"},
     "uint4 of 128, act-order": {"bits": 4, "group": 128, "zeros": "whole", "shuffled": True},
     "int3 of 128": {"bits": 3, "group": 128},
+    "uint4 of 32, minima": {"bits": 4, "group": 32, "zeros": "added", "dtype": torch.float16},
+    "uint5 of 32, minima": {"bits": 5, "group": 32, "zeros": "added"},
     "int8 of a row": {"bits": 8},
     "int8 of 128": {"bits": 8, "group": 128},
     "uint8 of 32, whole zeros": {"bits": 8, "group": 32, "zeros": "whole"},

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_kernels import low_bit_matmul as low_bit
-from gpu_kernels.low_bit_matmul import BITS, OFFSET, ROWS, SPAN, Packed, pack, raw_values
+from gpu_kernels.packed_weights import BITS, OFFSET, ROWS, SPAN, Packed, pack, raw_values
 
 CODES = {
     "int4": (torch.int8, -8, 8),
@@ -69,7 +69,7 @@ def test_spans_that_share_a_scale_never_lie_in_two_groups(group):
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton and TRITON_INTERPRET=1"
 )
-@pytest.mark.parametrize("zeros", [None, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("zeros", [None, torch.bfloat16, torch.float32, "added"], ids=str)
 @pytest.mark.parametrize(
     "kind, N, K, group, M",
     [
@@ -87,13 +87,16 @@ def test_kernels_interpreted(monkeypatch, kind, N, K, group, M, zeros):
     monkeypatch.setattr(low_bit, "LEAST_TILES", 2)
     g, G = torch.Generator().manual_seed(0), -(-K // group)
     scales = (torch.rand(G, N, generator=g) + 0.5).half()
-    if zeros is not None:
+    added = zeros == "added"
+    if added:
+        zeros = torch.randn(G, N, generator=g).half()
+    elif zeros is not None:
         whole = zeros == torch.bfloat16
         zeros = torch.randint(0, 16, (G, N), generator=g).to(zeros) + (OFFSET[kind] if whole else 0)
-    packed = Packed(pack(drawn(kind, N, K), kind), scales, zeros, kind, group, K)
+    packed = Packed(pack(drawn(kind, N, K), kind), scales, zeros, kind, group, K, added)
     x, bias = (torch.randn(n, generator=g) for n in ((M, K), (N,)))
     arrivals = low_bit.arrivals_of(packed)
-    y = low_bit._multiply(x, *packed[:3], bias, arrivals, kind, group)
+    y = low_bit._multiply(x, *packed[:3], bias, arrivals, kind, group, added)
     wanted = low_bit.matmul_plain(x, packed, bias)
     assert (y - wanted).norm() < 1e-5 * wanted.norm() and not arrivals.any()
     dense = low_bit._unpack(*packed, torch.float32)

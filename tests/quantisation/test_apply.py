@@ -125,12 +125,14 @@ def test_a_cast_is_of_everything_that_loading_casts():
 def test_weights_come_back_bit_for_bit():
     """After each rule, and after one that fails half way."""
     model = tiny_model("gpt").for_inference(torch.bfloat16)
-    before, weights = values(model), Weights(model, keep=True)
-    for rule in ("rtn-w4", "bf16", "rtn-w8a8"):
-        weights.under(Quantisation(rule))
-        assert model.quantisation["rule"] == Quantisation(rule).rule
-    assert weights.under(None) is model
-    assert changed(before, model) == set() and model.quantisation is None
+    before = values(model)
+    for packed in (False, True):
+        weights = Weights(model, keep=True, packed=packed)
+        for rule in ("rtn-w4", "bf16", "rtn-w8a8"):
+            weights.under(Quantisation(rule))
+            assert model.quantisation["rule"] == Quantisation(rule).rule
+        assert weights.under(None) is model
+        assert changed(before, model) == set() and model.quantisation is None
     assert not any(m._forward_pre_hooks for m in model.modules())
     with torch.no_grad():
         model.blocks[1].mlp.fc2.weight[0, 0] = torch.inf
@@ -150,20 +152,23 @@ def test_packed_layers_have_the_bits_of_dequantised_ones(dtype):
         of_blocks = "gguf-q8_0" if shape == "gelu" else "rtn-w8"  # rows of 32 and 128
         for rule in (*RULES[:-1], of_blocks, "rtn-w3-g16-asym-range"):
             packed, dense = (tiny_model(kind, **changes).for_inference(dtype) for _ in range(2))
-            quantise_model(packed, rule)
+            plain = tiny_model(kind, **changes).for_inference(dtype)
+            quantise_model(packed, rule, packed=True)
+            quantise_model(plain, rule)  # as a CPU does it unasked
             assert any(isinstance(m, PackedLinear) for m in packed.modules())
+            assert not any(isinstance(m, PackedLinear) for m in plain.modules())
             for matrix in matrices(dense):
                 rows = matrix.weight.split([n for _, n in matrix.parts])
                 matrix.weight.copy_(torch.cat([rounded(part, rule) for part in rows]))
-            found, right = (model.logits(model.hidden(ids)) for model in (packed, dense))
-            assert torch.equal(found, right), (shape, rule)
+            found, unasked, right = (m.logits(m.hidden(ids)) for m in (packed, plain, dense))
+            assert torch.equal(found, right) and torch.equal(unasked, right), (shape, rule)
 
 
 def test_a_single_rule_keeps_nothing_dense():
     """One layer after the other lets go of its weight; several rules get the same ones back."""
     model = tiny_model("llama").for_inference(torch.float32)
     layers = [m.weight for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
-    weights = Weights(model, keep=True)
+    weights = Weights(model, keep=True, packed=True)
     for rule in ("rtn-w4", "fp8", "bf16", "rtn-w8a8"):
         weights.under(Quantisation(rule))
     weights.under(None)
@@ -171,7 +176,7 @@ def test_a_single_rule_keeps_nothing_dense():
     assert all(a is b for a, b in zip(layers, now, strict=True))
     alive = [weakref.ref(weight) for weight in layers]
     del layers, now, weights
-    quantise_model(model, "rtn-w4")
+    quantise_model(model, "rtn-w4", packed=True)
     gc.collect()
     assert len(alive) == 8 and not any(ref() is not None for ref in alive)
 
@@ -231,7 +236,7 @@ def test_activations_are_rounded_before_each_matrix():
     model = tiny_model("gpt").for_inference(torch.float32)
     ids = torch.arange(64).view(2, 32)
     seen = {}
-    quantise_model(model, Quantisation("rtn-w8a8", embeddings=True))
+    quantise_model(model, Quantisation("rtn-w8a8", embeddings=True), packed=True)
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear | torch.nn.Embedding):
             module.register_forward_hook(
@@ -256,7 +261,7 @@ def test_compiled_blocks_see_activations_rounded_and_not_any_more():
     """torch.compile does not look whether hooks came or went: one rule after another must. That
     layers came or went it sees."""
     model, ids = tiny_model("gpt", n_layers=1).for_inference(torch.float32), torch.arange(32)[None]
-    weights = Weights(model, keep=True)
+    weights = Weights(model, keep=True, packed=True)
     for rule in ("rtn-w8", "rtn-w8a8", "rtn-w4-g16", None):
         weights.under(rule and Quantisation(rule))
         with torch.no_grad():
@@ -278,7 +283,7 @@ def test_models_of_transformers(tmp_path):
         *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     }
     before = {m.name: m.weight.clone() for m in matrices(opt)}
-    quantise_model(opt, "rtn-w4-g16")
+    quantise_model(opt, "rtn-w4-g16", packed=True)
     for name, weight in before.items():
         layer = opt.causal_lm.get_submodule(name)
         assert isinstance(layer, PackedLinear)
@@ -317,7 +322,7 @@ def test_sizes_measured_are_those_computed():
     wide = dict(d_model=128, d_ff=256, n_heads=4, n_kv_heads=2)
     for rule in ("rtn-w8", "rtn-w4-g128", "rtn-w4", "fp8", "fp8-g128"):
         model = tiny_model("llama", **wide).for_inference(torch.bfloat16)
-        quantise_model(model, rule)
+        quantise_model(model, rule, packed=True)
         held = model.quantisation
         counters = sum(b.nbytes for name, b in model.named_buffers() if name.endswith("arrivals"))
         assert 0 < counters < 0.01 * held["weight_bytes"]
@@ -326,7 +331,7 @@ def test_sizes_measured_are_those_computed():
     for rule, changes in (("rtn-w3", {}), ("rtn-w4-tensor-asym", {}), ("rtn-w4", MIXTURE)):
         model = tiny_model("llama", **wide | changes).for_inference(torch.bfloat16)
         dense = weight_bytes(model)
-        quantise_model(model, rule)
+        quantise_model(model, rule, packed=True)
         held = model.quantisation
         assert held["weight_bytes"] < held["memory_bytes"] < dense, rule
         assert held["memory_bytes"] == weight_bytes(model)

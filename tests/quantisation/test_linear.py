@@ -30,6 +30,8 @@ TERMS = [
     {"bits": 4, "group": 32, "zeros": "whole"},
     {"bits": 4, "group": 64, "zeros": "broken"},
     {"bits": 4, "group": 16},
+    {"bits": 4, "group": 32, "zeros": "added", "dtype": torch.float16},
+    {"bits": 5, "group": 32, "zeros": "added"},
     {"bits": 4, "zeros": "whole", "shuffled": True, "group": 32},
     {"bits": 3, "group": 128, "zeros": "whole", "dtype": torch.float16},
     {"bits": 2, "group": 32},

@@ -15,7 +15,13 @@ import stats
 from model import GPTModel
 from recording.identity import config_hash
 from reporting.groups import read
-from reporting.quantised import families_of, pareto, table_of_family, weights_of
+from reporting.quantised import (
+    families_of,
+    pareto,
+    table_of_family,
+    tables_of_rules,
+    weights_of,
+)
 from reporting.tables import terminal
 
 CONFIG = CONFIGS["llama"]
@@ -31,7 +37,7 @@ def save(folder, evaluation, metrics, arrays, examples, *, rule=None, file=None,
     protocol = {"window": 32, "dtype": "bfloat16", "batch_size": 8} | more.pop("protocol", {})
     if rule:
         held = {"rule": rule[0], "weight_bytes": N_ALL * rule[1] / 8, "bits_per_weight": rule[1]}
-        protocol["quantisation"] = held
+        protocol["quantisation"] = held | more.pop("held", {})
     name = f"{model}-file" if file else model
     checkpoint = {"name": name, "step": 1, "path": name, "config": CONFIG.to_dict()}
     checkpoint["fingerprint"] = config_hash({"of": name, "file": file and file["rule"]})
@@ -147,6 +153,30 @@ def test_flips_against_the_first(tmp_path):
         lost, won = int((base & ~after).sum()), int((~base & after).sum())
         p = scipy.stats.binomtest(lost, lost + won).pvalue
         assert row[-2:] == [f"{lost} {won}", f"{p:.2g}"]
+
+
+def test_all_evaluations_of_a_model_in_one_table(five):
+    """A row for each rule, measured bytes beside those of the rule, an empty cell where one was not
+    asked; a model that one evaluation asked has its own table alone."""
+    assert tables_of_rules(families(five)) == []
+    right = np.ones(20, np.int64)
+    answers_of(five, right)
+    for n, (rule, bits) in enumerate([("w8-sym", 8.5), ("w3", 3.6)], 1):
+        right[:n] = 0
+        held = {"memory_bytes": 5_000_000 * n} if n == 1 else {}
+        answers_of(five, right, rule=(rule, bits), held=held, cost={"tokens_per_second": 1234.5})
+    [table] = tables_of_rules(families(five))
+    assert table["title"] == "Rules of quantisation: r/m"
+    assert table["header"][:5] == ["checkpoint", "rule", "MB", "MB in memory", "bits"]
+    places = {name: i for i, name in enumerate(table["header"])}
+    assert {"mmlu: accuracy", "mmlu: tokens/s", "perplexity: loss", "perplexity: kl"} <= set(places)
+    rows = {row[1]: row for row in table["rows"]}
+    assert set(rows) == {"bfloat16", *SIZES}
+    accuracy = {rule: row[places["mmlu: accuracy"]] for rule, row in rows.items()}
+    assert accuracy["w8-sym"] == "0.9500" and accuracy["w4-sym"] == "–", accuracy
+    assert rows["w8-sym"][3] == "5.0" and rows["w3"][3] == ""
+    assert rows["w3"][places["mmlu: tokens/s"]] == "1,234"
+    assert "Rules of quantisation: r/m" in run_report(five).stdout
 
 
 def test_without_quantised_records_there_is_nothing(tmp_path):
