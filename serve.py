@@ -121,15 +121,16 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         quantise_model(model, rounding)
     context = read_context(options.context, facts.context)
     new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
+    room = prompt_room(model, context, new_tokens)
     rows = options.max_rows or (
         CPU_ROWS
         if dist.device.type == "cpu"
-        else engine.default_batch_size(model, context, new_tokens)
+        else engine.default_batch_size(model, room or context, new_tokens)
     )
     texts = Texts(tokenizer, facts.vocab_size, evaluation.resolve_bos(options.bos, tokenizer))
     logprobs = min(options.max_logprobs, facts.vocab_size)
     service = Service(
-        *(model, texts, Capacity(rows, context, new_tokens), end_tokens(facts)),
+        *(model, texts, Capacity(rows, context, new_tokens, prompt_room=room), end_tokens(facts)),
         queue_size=options.max_queue,
         logprobs=logprobs,
         batch_tokens=BATCH_TOKENS[dist.device.type],
@@ -146,6 +147,13 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         template=tokenizer.chat_templates.get("default"),
     )
     return served, service
+
+
+def prompt_room(model: Any, context: int, new_tokens: int) -> int:
+    """Tokens of a prompt that are kept beside its rows: what a longer one has more takes room that
+    its answer, which shares the context, leaves in its row. 0: all, as latents need it."""
+    latent = model.supports_cache and model.config.kv_lora_rank is not None
+    return 0 if latent else max(context - new_tokens, context // 2)
 
 
 def read_context(wanted: int | None, own: int | None) -> int:

@@ -114,6 +114,7 @@ class Service:
             eos_ids=self.end_ids,
             compiled=self.compiled,
             logprobs=self.logprobs,
+            steady=True,
         )
 
     # -- The loop's side ----------------------------------------------------------------------
@@ -234,7 +235,10 @@ class Service:
             room = self.capacity.prompt_tokens + 1 - len(job.prompt)
             new_tokens = min(asked.sampling.max_new_tokens, room)
             sampling = replace(asked.sampling, max_new_tokens=new_tokens)
-            self.engine.submit(job, job.prompt, sampling, range(asked.n), job.key, ends=asked.ends)
+            told = bool(asked.logprobs)  # beside the drawn token, whose own is always known
+            self.engine.submit(
+                *(job, job.prompt, sampling, range(asked.n), job.key), ends=asked.ends, told=told
+            )
             self._drawing.add(job)
 
     def _drop(self, job: Job) -> None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from backends.engine import text_of_tokens
+from backends.endings import text_of_tokens
 from serving.fields import Refused
 
 REPLACEMENT = "\ufffd"  # where a character is not whole yet

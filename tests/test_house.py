@@ -53,7 +53,7 @@ FLOORS = [
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/pairs backends/rows "
-    "backends/stages backends/engine backends/wanted",
+    "backends/stages backends/steady backends/endings backends/engine backends/wanted",
     "tasks/divergence tasks/windows",
     "backends/states backends/local backends/endpoint backends/reference tasks/chat "
     "tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
