@@ -1,8 +1,8 @@
 """When a sequence is finished, and what its text is.
 
-    endings = Endings(tokenizer, stop=("\\ndef",), eos_ids=(2,))
-    endings.add(sequence, token)             # "eos", "stop", "length", or None: it goes on
-    endings.sample(sequence)                 # once it has ended
+endings = Endings(tokenizer, stop=("\\ndef",), eos_ids=(2,))
+endings.add(sequence, token)             # "eos", "stop", "length", or None: it goes on
+endings.sample(sequence)                 # once it has ended
 """
 
 import functools

@@ -131,8 +131,8 @@ class Engine:
         one for each index. key: what names the prompt in the random streams, `name` unless given.
         shared: how many of the first tokens other prompts have too (all but the last: only this
         prompt's samples share). ends: whether tokens that end a text end these (else they are like
-        any other). told: whether anybody reads the likeliest tokens. ValueError for a name in use and for what the model or the capacity cannot
-        hold."""
+        any other). told: whether anybody reads the likeliest tokens. ValueError for a name in use
+        and for what the model or the capacity cannot hold."""
         check_prompt(prompt, self.longest, f"prompt {name}")
         if name in self.requests:
             raise ValueError(f"request {name} is already on its way")

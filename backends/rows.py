@@ -326,10 +326,14 @@ class CachedRows:
         self._stage(rows, i)
         if not (self.cuda or self.compiled):
             own = (s.launched + len(s.request.own) for s in self.running if s)
-            self.cache.read_at_most(1 + max(own, default=0))
+            self.cache.read_at_most(self.reach(1 + max(own, default=0)))
         self.launch(i)
         self.n_steps += 1
         return i
+
+    def reach(self, tokens: int) -> int:
+        """How many own tokens a step in plain torch reads of each row, of which so many are."""
+        return tokens
 
     def launch(self, i: int) -> None:
         """The step that goes by this ticket."""

@@ -1,5 +1,5 @@
-"""Rows for prompts of anybody, at any time: what runs beside a request changes no bit of its answer,
-and what prompts begin with alike is computed once.
+"""Rows for prompts of anybody, at any time: what runs beside a request changes no bit of its
+answer, and what prompts begin with alike is computed once.
 
     rows = SteadyRows(model, capacity, features, compiled, logprobs)     # as CachedRows
 
@@ -30,6 +30,7 @@ from modeling.attention import attend, attention_without_plans
 
 PIECE = 256
 CALL = 512  # tokens of a call on a GPU
+BLOCK = 512  # keys that attention on a CPU takes at a time
 SINGLE = ("likeliest", "logprobs")  # of which a lean step tells the drawn token's alone
 
 
@@ -128,15 +129,15 @@ class SteadyRows(rows.CachedRows):
         slots = capacity.prompts or capacity.rows
         self.kept, self.idle_slot = Kept(slots), slots  # the last one: of idle places of a call
         self.lean: dict[int, bool] = {}  # steps, by ticket
-        super().__init__(
-            model, replace(capacity, prompts=slots + 1), features, compiled, logprobs
-        )
+        super().__init__(model, replace(capacity, prompts=slots + 1), features, compiled, logprobs)
 
     # -- Steps --------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         step = rows._compiled_step() if self.compiled else rows._decode_step
-        state = self.state | {name: self.state[name][:, :1] for name in SINGLE if name in self.state}
+        state = self.state | {
+            name: self.state[name][:, :1] for name in SINGLE if name in self.state
+        }
         self._full = self._advance
         self._lean = lambda: step(self.model, self.cache, state, self.staged, frozenset())
 
@@ -149,6 +150,11 @@ class SteadyRows(rows.CachedRows):
         ticket = super().step(at)
         self.lean[ticket] = lean
         return ticket
+
+    def reach(self, tokens: int) -> int:
+        """Whole blocks of keys: where a row's neighbours are longer, more that it does not see."""
+        before = self.cache.prompt_len
+        return min(-(-(before + tokens) // BLOCK) * BLOCK - before, self.cache.max_len)
 
     def look(self, ticket: int) -> dict[str, list]:
         if self.cuda:
@@ -199,7 +205,9 @@ class SteadyRows(rows.CachedRows):
             source = self.kept.find(key) if whole else None
             if source is None:
                 source = slot
-                computed.setdefault(-(-len(ids) // self.bucket) * self.bucket, []).append(members[0])
+                computed.setdefault(-(-len(ids) // self.bucket) * self.bucket, []).append(
+                    members[0]
+                )
             copied += [(source, slot) for slot, _ in members if slot != source]
             for slot, _ in members if whole else ():
                 self.kept.add(slot, key)
