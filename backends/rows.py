@@ -16,6 +16,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -209,8 +210,9 @@ class CachedRows:
         self._advance = self.captured(self._advance)
 
     @torch.no_grad()
-    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
-        """A step as a CUDA graph. All rows are idle, so running it changes nothing."""
+    def captured(self, step: Callable[[], None], pool: Any = None) -> Callable[[], None]:
+        """A step as a CUDA graph. All rows are idle, so running it changes nothing. pool: memory of
+        graphs that are never under way together."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -218,7 +220,7 @@ class CachedRows:
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             step()
         return graph.replay
 

@@ -11,12 +11,13 @@ is over, is copied from there instead, the same bits: few-shot examples and syst
 computed for the first request alone. Places are given away when room is needed, those that nobody
 had use of for longest first.
 
-A step is a graph of its own where all rows are greedy and nobody reads the likeliest tokens.
+A step is a graph of its own where all rows are greedy and nobody reads the likeliest tokens, and so
+is each kind of call, from its first use on.
 """
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,10 @@ PIECE = 256
 CALL = 512  # tokens of a call on a GPU
 BLOCK = 512  # keys that attention on a CPU takes at a time
 SINGLE = ("likeliest", "logprobs")  # of which a lean step tells the drawn token's alone
+
+
+# a call's input_ids, its slots, and what runs it
+Call = tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
 
 
 class Kept:
@@ -75,9 +80,9 @@ class Piece:
 
     of_latents = False
 
-    def __init__(self, cache: DecodeCache, slots: Sequence[int], start: int):
+    def __init__(self, cache: DecodeCache, slots: torch.Tensor, start: int):
         self.k, self.v, self.longest = cache.prompt_k, cache.prompt_v, cache.longest
-        self.slots, self.start = torch.tensor(slots, device=cache.device), start
+        self.slots, self.start = slots, start
 
     def positions(self, T: int) -> torch.Tensor:
         return self.start + torch.arange(T, device=self.slots.device)[None]
@@ -129,6 +134,7 @@ class SteadyRows(rows.CachedRows):
         slots = capacity.prompts or capacity.rows
         self.kept, self.idle_slot = Kept(slots), slots  # the last one: of idle places of a call
         self.lean: dict[int, bool] = {}  # steps, by ticket
+        self.calls: dict[tuple[int, int], Call] = {}  # by their start and their length
         super().__init__(model, replace(capacity, prompts=slots + 1), features, compiled, logprobs)
 
     # -- Steps --------------------------------------------------------------------------------
@@ -143,6 +149,15 @@ class SteadyRows(rows.CachedRows):
 
     def _capture(self) -> None:
         self._full, self._lean = self.captured(self._full), self.captured(self._lean)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def captures(self) -> bool:
+        """Whether calls become graphs: not where attention is compiled for each shape, nor where
+        the host asks how many tokens an expert has."""
+        c = self.model.config
+        compiled = c.sliding_window, c.attention_softcap
+        return self.cuda and not any((*compiled, c.n_experts, c.kv_lora_rank))
 
     def step(self, at: list[rows.Sequence | None]) -> int:
         lean = not any(s and (s.sampling.temperature or s.request.told) for s in at)
@@ -220,13 +235,25 @@ class SteadyRows(rows.CachedRows):
 
     @torch.no_grad()
     def _compute(self, start: int, T: int, some: list[tuple[int, list[int]]], places: int) -> None:
-        slots, ids = [slot for slot, _ in some], [own for _, own in some]
-        idle = places - len(some)
-        T = min(T, self.cache.prompt_len - start)
-        padded = torch.from_numpy(pad_rows([*ids, *[[0]] * idle], T)).to(self.device)
-        view = Piece(self.cache, [*slots, *[self.idle_slot] * idle], start)
-        with attention_without_plans():
-            self.model.hidden(padded, cache=view)
+        own, idle = [ids for _, ids in some], places - len(some)
+        padded = pad_rows([*own, *[[0]] * idle], min(T, self.cache.prompt_len - start))
+        ids, slots, run = self.calls.get((start, T)) or self._make_call(start, padded.shape)
+        if self.captures:
+            self.calls[start, T] = ids, slots, run
+        ids.copy_(torch.from_numpy(padded))
+        slots.copy_(torch.tensor([slot for slot, _ in some] + [self.idle_slot] * idle))
+        run()
+
+    def _make_call(self, start: int, shape: tuple[int, ...]) -> Call:
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        slots = torch.full(shape[:1], self.idle_slot, device=self.device)
+        view = Piece(self.cache, slots, start)
+
+        def run():
+            with attention_without_plans():
+                self.model.hidden(ids, cache=view)
+
+        return ids, slots, self.captured(run, self.pool) if self.captures else run
 
     @torch.no_grad()
     def _copy(self, pairs: list[tuple[int, int]], start: int) -> None:

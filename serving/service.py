@@ -11,6 +11,7 @@ tokens of its prompt, its index), so its neighbours do not change it.
 """
 
 import asyncio
+import functools
 import gc
 import hashlib
 import itertools
@@ -28,6 +29,7 @@ import torch
 import cli
 from backends import Sample
 from backends.engine import Engine, Token
+from backends.pairs import in_common
 from backends.rows import Capacity
 from serving.asked import Asked
 from serving.fields import Refused
@@ -69,10 +71,14 @@ class Job:
     def prompt(self) -> list[int]:
         return self.asked.prompts[self.index]
 
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        return np.array(self.prompt, dtype="<u4")
+
     @property
     def key(self) -> str:
         """Names the prompt in the random streams."""
-        return hashlib.sha256(np.array(self.prompt, dtype="<u4").tobytes()).hexdigest()
+        return hashlib.sha256(self.ids.tobytes()).hexdigest()
 
 
 class Service:
@@ -249,12 +255,12 @@ class Service:
 
     def _batch(self) -> int:
         """How many of those that wait for scores are run at once."""
-        n, tokens = 0, 0
+        n, tokens, before = 0, 0, np.zeros(0, dtype=np.int64)
         for job in self._scoring:
-            tokens += len(job.prompt)
+            tokens += len(job.ids) - in_common(before, job.ids)  # those run once
             if n and tokens > self.batch_tokens:
                 break
-            n += 1
+            n, before = n + 1, job.ids
         return n
 
     def _score(self) -> Told:
