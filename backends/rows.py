@@ -308,8 +308,8 @@ class CachedRows:
         for r in changed:
             self.running[r] = s = rows[r]
             values = {"new": 1}
+            self.row_prompt[r] = self.place_of(s, r)
             if s is not None:
-                self.row_prompt[r] = self.slot_of[s.request.prefix]
                 values["own"] = len(s.request.own)
                 values |= {"token": s.request.prompt[-1], "active": 1}
                 values |= {"key0": s.key[0], "key1": s.key[1]}
@@ -320,6 +320,12 @@ class CachedRows:
         self.staged.copy_(self.staged_ring[i], non_blocking=True)
         if (before != self.row_prompt).any():
             self.cache.group_rows(self.row_prompt, self.tiles_ring[i])
+
+    def place_of(self, sequence: Sequence | None, row: int) -> int:
+        """The slot of a row from now on: an idle one stays where it was."""
+        return int(
+            self.row_prompt[row] if sequence is None else self.slot_of[sequence.request.prefix]
+        )
 
     @torch.no_grad()
     def step(self, rows: list[Sequence | None]) -> int:

@@ -159,6 +159,10 @@ class SteadyRows(rows.CachedRows):
         compiled = c.sliding_window, c.attention_softcap
         return self.cuda and not any((*compiled, c.n_experts, c.kv_lora_rank))
 
+    def place_of(self, sequence: rows.Sequence | None, row: int) -> int:
+        """An idle row is on nobody's prompt."""
+        return self.idle_slot if sequence is None else super().place_of(sequence, row)
+
     def step(self, at: list[rows.Sequence | None]) -> int:
         lean = not any(s and (s.sampling.temperature or s.request.told) for s in at)
         self._advance = self._lean if lean else self._full
