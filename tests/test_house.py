@@ -71,7 +71,7 @@ FLOORS = [
     "serving/metrics serving/lightllm serving/routes",
     "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report serve",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
-    "sweeping/planner",
+    "sweeping/planner sweeping/served",
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
