@@ -62,7 +62,7 @@ class Token(NamedTuple):
 
 class Progress(NamedTuple):
     """What a look at the device showed. A Sample's prompt_index is its request's name; the token
-    that ends a text (`eos_ids`) is not among the tokens."""
+    that ends a text (`eos_ids`) is among the tokens of a steady engine alone, and of no sample."""
 
     tokens: list[Token]
     finished: list[Sample]
@@ -93,7 +93,7 @@ class Engine:
         on_launch: Callable[[], None] = lambda: None,
     ):
         self.capacity, self.tokenizer, self.features = capacity, tokenizer, features
-        self.longest, self.on_launch = model.max_positions, on_launch
+        self.longest, self.on_launch, self.steady = model.max_positions, on_launch, steady
         self.rows: CachedRows | PlainRows
         if isinstance(model, Stage):
             assert logprobs is None, "log-probabilities of drawn tokens stay on the last rank"
@@ -199,7 +199,7 @@ class Engine:
             reason = endings.add(sequence, token)
             if "logprobs" in seen:
                 top = seen["likeliest"][i], seen["logprobs"][i]
-            if reason != "eos":
+            if reason != "eos" or self.steady:
                 progress.tokens.append(Token(request.name, sequence.index, token, top))
             if reason:
                 if self.at[i] is sequence:

@@ -13,6 +13,7 @@ keys and values, and once as a row, for the scores of its own tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,13 @@ from backends.pairs import BATCH_COST, share_prefixes
 from backends.sampling import top_logprobs
 from distributed import Dist
 from transformers_model import Model
+
+
+class Ending(NamedTuple):
+    """The token that ended a sample and is no part of it; logprobs: as engine.Token's."""
+
+    sample_index: int
+    logprobs: tuple[Sequence[int], Sequence[float]]
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@
     jobs = service.submit(asked, put)            # put((job, event)) in the loop, as things happen
     service.cancel(jobs)                         # their rows are free
 
-An event is a Token, a Sample, Scores, or Failed. Prompts join the rows that are running. Between
-two steps of those at most one batch of prompts to be scored is run. A sample is drawn by (seed,
-tokens of its prompt, its index), so its neighbours do not change it.
+An event is a Token, an Ending, a Sample, Scores, or Failed. Prompts join the rows that are running.
+Between two steps of those at most one batch of prompts to be scored is run. A sample is drawn by
+(seed, tokens of its prompt, its index), so its neighbours do not change it.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from backends.pairs import in_common
 from backends.rows import Capacity
 from serving.asked import Asked
 from serving.fields import Refused
-from serving.scores import Scores, score_prompts
+from serving.scores import Ending, Scores, score_prompts
 from serving.texts import REPLACEMENT, Texts
 from transformers_model import Model
 
@@ -48,7 +48,7 @@ class Failed(NamedTuple):
     status: int = 500
 
 
-Event = Token | Sample | Scores | Failed
+Event = Token | Ending | Sample | Scores | Failed
 Told = list[tuple["Job", Event]]
 
 
@@ -169,7 +169,7 @@ class Service:
                 self._end(job)
             elif isinstance(event, Token):
                 self.counts["drawn_tokens"] += 1
-            else:
+            elif not isinstance(event, Ending):
                 if isinstance(event, Scores):
                     self.counts["scored_tokens"] += len(job.prompt)
                 job.awaited -= 1
@@ -307,8 +307,10 @@ class Service:
             if math.isnan(token.logprobs[1][0]):
                 self._drop(job)
                 events.append((job, Failed(NAN)))
-            else:
+            elif not (job.asked.ends and token.token_id in self.end_ids):
                 events.append((job, token))
+            elif job.asked.logprobs is not None:
+                events.append((job, Ending(token.sample_index, token.logprobs)))
         for sample in progress.finished:
             job = sample.prompt_index  # the request's name
             if job in self._drawing:
