@@ -35,10 +35,11 @@ def estimate_memory(
     Settings are those of `Setup`.
     """
     setup = Setup(dtype=dtype, training=training, **settings)
-    if setup.shard > 1:  # of the GPU that needs most
+    if setup.shard > 1:  # of the GPU that needs most, which is another one at another time
         each = shares(model_config, setup)
         found = [estimate_memory(c, batch_size, seq_len, **asdict(own)) for c, own in each]
-        return max(found, key=lambda memory: memory["peak_bytes"])
+        fullest = max(found, key=lambda memory: memory["peak_bytes"])
+        return fullest | {k: max(m[k] for m in found) for k in fullest if k.endswith("_bytes")}
     v = tables(model_config, batch_size, seq_len, setup)[-1][2]  # of one GPU's share
     if not training:
         return _inference(v, setup)
@@ -224,7 +225,8 @@ def fewest_shards(
     for n in among:
         if n <= c.n_layers:
             run = asdict(replace(setup, training=False, shard=n))
-            if estimate_memory(c, batch_size, seq_len, **run)["peak_bytes"] <= usable_memory(gpu):
+            memory = estimate_memory(c, batch_size, seq_len, **run)
+            if max(memory["peak_bytes"], memory["scoring_bytes"]) <= usable_memory(gpu):
                 return n
     return None
 

@@ -275,3 +275,11 @@ def test_huge_index_and_config(tmp_path):
     with (path / "config.json").open("ab") as f:
         f.truncate(9 << 20)
     refused(path, r"config\.json has more than 8,388,608 bytes")
+
+
+def test_a_width_that_a_mixture_has_no_layer_for(tmp_path):
+    """Of its dense layers, were there any: no tensor has it, and nothing is too large."""
+    widths = {"n_experts": 4, "n_experts_per_token": 2, "d_ff_expert": 16, "d_ff": 9999}
+    config = CONFIGS["qwen2"].replace(**widths)
+    path = save_checkpoint(make_model(config), None, None, 0, 1, 1.0, tmp_path)
+    assert load_model(path).config.d_ff == 9999

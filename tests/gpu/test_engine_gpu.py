@@ -199,7 +199,7 @@ def test_half_precision_decoding_is_close_to_the_whole_sequence(dtype, monkeypat
     monkeypatch.setattr(rows.CachedRows, "_capture", lambda self: None)
     batch = rows.CachedRows(model, Capacity(2, len(prompt), n), frozenset(), False, None)
     at, tokens = [None, None], []
-    request = rows.Request("a", prompt, 1, len(prompt) - 1)
+    request = rows.Request("a", prompt, 1, shared=len(prompt) - 1)
     batch.admit(at, deque([rows.Sequence(request, 0, Sampling(n), n, (0, 0))]))
     for _ in range(n):
         tokens.append(batch.look(batch.step(at))["token"][0])

@@ -1,5 +1,5 @@
 """Grouped products of experts on CUDA: against the plain loop, with no wait for the host, the same
-bits twice, inside a CUDA graph; and whole mixtures against the CPU.
+bits twice, inside a CUDA graph; and whole mixtures against the CPU, on one GPU and two.
 
 python -m pytest -q tests/gpu/test_experts_gpu.py
 """
@@ -8,7 +8,8 @@ import copy
 
 import pytest
 import torch
-from builders import tiny_model
+from builders import saved_checkpoint, tiny_model
+from on_gpus import commands, run, write_data
 
 from backends import Sampling, engine
 from backends.scoring import nll_function
@@ -198,3 +199,29 @@ def test_a_training_step_on_cuda(dtype):
     assert loss2 == pytest.approx(loss, rel=1e-4 if exact else 1e-2)
     assert (loads - loads2).abs().max() < (1e-3 if exact else 0.05)
     assert (router - router2).norm() / router.norm() < (1e-2 if exact else 0.3)
+
+
+LONG = {"max_position_embeddings": 2048}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mixtures")
+    for name, changes in MIXTURES.items():
+        saved_checkpoint(root / name, 1, "llama", std=0.05, **WIDTHS | changes | LONG)
+    write_data(root)
+    return root
+
+
+COMMANDS = ("eval", "eval compiled", "mmlu", "humaneval", "humaneval compiled")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_one_and_two_gpus_give_the_same_bits(root, tmp_path, name, command):
+    words = [*commands(root)[command], "--checkpoint-path", root / name, "--dtype", "bfloat16"]
+    one, wanted = run(1, tmp_path / "one", words)
+    two, found = run(2, tmp_path / "two", words)
+    assert (one["cost"]["world_size"], two["cost"]["world_size"]) == (1, 2)
+    assert found == wanted

@@ -186,7 +186,7 @@ def test_bfloat16_steps_over_latents_are_as_close_as_one_pass(shape, monkeypatch
     batch = rows.CachedRows(model, Capacity(2, len(prompt), n), frozenset(), False, None)
     assert batch.cache.k[0].shape[-1] == model.config.cache_dim and batch.cache.v[0] is None
     at, tokens = [None, None], []
-    request = rows.Request("a", prompt, 1, len(prompt) - 1)
+    request = rows.Request("a", prompt, 1, shared=len(prompt) - 1)
     batch.admit(at, deque([rows.Sequence(request, 0, Sampling(n), n, (0, 0))]))
     for _ in range(n):
         tokens.append(batch.look(batch.step(at))["token"][0])

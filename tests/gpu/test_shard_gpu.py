@@ -4,12 +4,10 @@
 python -m pytest tests/gpu/test_shard_gpu.py        # two GPUs
 """
 
-import json
-
-import numpy as np
 import pytest
 import torch
-from builders import CONFIGS, save_model, small_humaneval, small_mmlu, token_shard, torchrun
+from builders import CONFIGS, ROOT, save_model, torchrun
+from on_gpus import commands, draws, run, write_data
 
 from costs.memory import estimate_memory
 from costs.shards import shares, weight_bytes
@@ -35,44 +33,14 @@ def root(tmp_path_factory):
         save_model(model.cpu(), root / name, 1)
     del model
     torch.cuda.empty_cache()
-    token_shard(root / "x.npy", n=200_000)
-    small_mmlu(root / "mmlu", n=40)
-    small_humaneval(root / "problems.jsonl", n=8)
+    write_data(root)
     return root
 
 
-def run(root, gpus, size, results, script, *words):
-    """(the record, all that its arrays and metrics hold) of a command."""
-    drawn = script == "humaneval_eval.py" or "generate" in words  # of bytes, or it ends at once
-    model = root / ("bytes" if drawn else "run")
-    words = [script, *words, "--checkpoint-path", model, "--tokenizer-name", "byte"]
-    out = torchrun(gpus, *words, "--shard", size, "--results-dir", results, cold=True)
-    assert "unbatched P2P" not in out.stderr
-    (path,) = results.glob("*/*/*-*.json")
-    record = json.loads(path.read_text())
-    with np.load(path.with_suffix(".npz")) as npz:
-        bits = {name: npz[name].tobytes() for name in npz.files}
-    samples = path.with_suffix("") / "samples.jsonl"
-    return record, bits | {"metrics": record["metrics"]} | (
-        {"samples": samples.read_bytes()} if samples.exists() else {}
-    )
-
-
-def commands(root):
-    eval_words = ["eval.py", "--data-mode", "fineweb_npy", "--val-npy", root / "x.npy"]
-    eval_words += ["--seq-len", "1024", "--batch-size", "4"]
-    draw = ["humaneval_eval.py", "--data-path", root / "problems.jsonl", "--num-samples", "16"]
-    draw += ["--temperature", "0.8", "--max-new-tokens", "64", "--workers", "2", "--k", "1"]
-    draw += ["--batch-size", "16"]
-    mmlu = ["mmlu_eval.py", "--data-path", root / "mmlu", "--num-few-shot", "5"]
-    return {
-        "eval": [*eval_words, "--compile", "off"],
-        "eval compiled": [*eval_words, "--compile", "on"],
-        "mmlu": mmlu,
-        "letters": [*mmlu, "--scoring", "generate"],
-        "humaneval": [*draw, "--compile", "off"],
-        "humaneval compiled": [*draw, "--compile", "on"],
-    }
+def evaluate(root, gpus, size, results, words):
+    # drawn of a model of bytes, or the first token ends the text
+    model = root / ("bytes" if draws(words) else "run")
+    return run(gpus, results, words, "--checkpoint-path", model, "--shard", size)
 
 
 @pytest.mark.parametrize(
@@ -81,17 +49,17 @@ def commands(root):
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_gpus_that_hold_one_model_have_the_bits_of_one(root, tmp_path, name, dtype):
-    script, *words = [*commands(root)[name], "--dtype", dtype]
-    one, wanted = run(root, 1, 1, tmp_path / "one", script, *words)
-    two, found = run(root, 2, 2, tmp_path / "two", script, *words)
+    words = [*commands(root)[name], "--dtype", dtype]
+    one, wanted = evaluate(root, 1, 1, tmp_path / "one", words)
+    two, found = evaluate(root, 2, 2, tmp_path / "two", words)
     assert found == wanted
     assert two["cost"]["shard"] == 2 and two["resume_key"] == one["resume_key"]
     print(name, dtype, *(r["cost"]["tokens_per_second"] for r in (one, two)))
 
 
 def test_memory_is_the_share_that_compute_says(root, tmp_path):
-    words = commands(root)["eval"]
-    record, _ = run(root, 2, 2, tmp_path, *words, "--dtype", "bfloat16")
+    words = [*commands(root)["eval"], "--dtype", "bfloat16"]
+    record, _ = evaluate(root, 2, 2, tmp_path, words)
     setup = Setup(dtype="bf16", training=False, shard=2)
     fullest = max(weight_bytes(*share) for share in shares(CONFIG, setup))
     whole = weight_bytes(CONFIG, Setup(dtype="bf16", training=False))
@@ -103,8 +71,7 @@ def test_memory_is_the_share_that_compute_says(root, tmp_path):
 
 
 def test_auto_takes_one_where_one_is_enough(root, tmp_path):
-    script, *words = commands(root)["eval"]
-    record, _ = run(root, 2, "auto", tmp_path, script, *words)
+    record, _ = evaluate(root, 2, "auto", tmp_path, commands(root)["eval"])
     assert record["cost"]["world_size"] == 2 and "shard" not in record["cost"]
 
 
@@ -139,8 +106,6 @@ def test_memory_that_runs_out_on_one_of_two(root, tmp_path, short):
     places = "import sys\nsys.path[:0] = [{!r}]\nimport torch, cli, distributed\ndef main():\n"
     body = SHORT_OF_MEMORY.format(path=str(root / "run/checkpoint-1"), short=short)
     script = tmp_path / "short.py"
-    from builders import ROOT
-
     lines = "\n".join("    " + line for line in body.strip().splitlines())
     script.write_text(places.format(str(ROOT)) + lines + "\ncli.run(main)\n")
     out = torchrun(2, script, cold=True)
