@@ -129,8 +129,9 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     )
     texts = Texts(tokenizer, facts.vocab_size, evaluation.resolve_bos(options.bos, tokenizer))
     logprobs = min(options.max_logprobs, facts.vocab_size)
+    capacity = Capacity(rows, context, new_tokens, prompt_room=room, steady=True)
     service = Service(
-        *(model, texts, Capacity(rows, context, new_tokens, prompt_room=room), end_tokens(facts)),
+        *(model, texts, capacity, end_tokens(facts)),
         queue_size=options.max_queue,
         logprobs=logprobs,
         batch_tokens=BATCH_TOKENS[dist.device.type],

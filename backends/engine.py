@@ -75,8 +75,7 @@ class Engine:
     tokenizer: for texts and stop strings. eos_ids: tokens that end a sequence. features: what any
     request will need (sampling.features_of). compiled: the decode step through torch.compile.
     logprobs: how many of the likeliest tokens come with each token (0: its own log-probability
-    alone; None: nothing, which costs nothing). steady: prompts of anybody at any time, see
-    backends/steady.py. on_launch: called after each step's launch.
+    alone; None: nothing, which costs nothing). on_launch: called after each step's launch.
     """
 
     def __init__(
@@ -89,17 +88,16 @@ class Engine:
         features: frozenset[str] = frozenset(COLUMNS),
         compiled: bool = False,
         logprobs: int | None = None,
-        steady: bool = False,
         on_launch: Callable[[], None] = lambda: None,
     ):
         self.capacity, self.tokenizer, self.features = capacity, tokenizer, features
-        self.longest, self.on_launch, self.steady = model.max_positions, on_launch, steady
+        self.longest, self.on_launch = model.max_positions, on_launch
         self.rows: CachedRows | PlainRows
         if isinstance(model, Stage):
             assert logprobs is None, "log-probabilities of drawn tokens stay on the last rank"
             self.rows = StageRows(model, capacity, features, compiled)
         elif model.supports_cache:
-            kind = SteadyRows if steady else CachedRows
+            kind = SteadyRows if capacity.steady else CachedRows
             self.rows = kind(model, capacity, features, compiled, logprobs)
         else:
             self.rows = PlainRows(model, capacity, features, logprobs)
@@ -199,7 +197,7 @@ class Engine:
             reason = endings.add(sequence, token)
             if "logprobs" in seen:
                 top = seen["likeliest"][i], seen["logprobs"][i]
-            if reason != "eos" or self.steady:
+            if reason != "eos" or self.capacity.steady:
                 progress.tokens.append(Token(request.name, sequence.index, token, top))
             if reason:
                 if self.at[i] is sequence:

@@ -37,7 +37,8 @@ class Capacity:
     """What an engine has room for: rows at a time, tokens of a prompt and new ones of a sample,
     prompts kept at a time (0: one a row), and how many tokens of its prompt a row keeps itself, the
     others being those that several prompts begin with (1: the last, the first step's input).
-    prompt_room: tokens of a prompt that are kept once (0: all but the last of the longest)."""
+    prompt_room: tokens of a prompt that are kept once (0: all but the last of the longest). steady:
+    prompts are anybody's and come at any time (backends/steady.py)."""
 
     rows: int
     prompt_tokens: int
@@ -45,6 +46,7 @@ class Capacity:
     prompts: int = 0
     own_prompt_tokens: int = 1
     prompt_room: int = 0
+    steady: bool = False
 
     @property
     def kept(self) -> int:

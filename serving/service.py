@@ -120,7 +120,6 @@ class Service:
             eos_ids=self.end_ids,
             compiled=self.compiled,
             logprobs=self.logprobs,
-            steady=True,
         )
 
     # -- The loop's side ----------------------------------------------------------------------

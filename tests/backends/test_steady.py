@@ -42,8 +42,8 @@ def asked_of(n=9, seed=0):
 
 
 def server_of(model, rows=4, room=LONGEST - NEW, logprobs=3):
-    capacity = Capacity(rows, LONGEST, NEW, prompt_room=room)
-    return Engine(model, capacity, logprobs=logprobs, steady=True)
+    capacity = Capacity(rows, LONGEST, NEW, prompt_room=room, steady=True)
+    return Engine(model, capacity, logprobs=logprobs)
 
 
 def answers(engine, asked, g=None):

@@ -39,7 +39,7 @@ def test_an_answer_is_the_same_alone_and_among_others():
         return found
 
     def server():
-        return Engine(model, Capacity(16, 1000, 24, prompt_room=960), logprobs=4, steady=True)
+        return Engine(model, Capacity(16, 1000, 24, prompt_room=960, steady=True), logprobs=4)
 
     alone = {}
     for i in range(0, 40, 5):
