@@ -14,7 +14,7 @@ def model_of(**changes):
     return tiny_model("llama", std=0.1, **changes).for_inference(torch.float32)
 
 
-def questions(n=6, choices=4, examples=300, seed=0):
+def questions(n=3, choices=4, examples=300, seed=0):
     """Choices after questions after examples, as clients of a task ask them, and two others."""
     g = np.random.default_rng(seed)
 

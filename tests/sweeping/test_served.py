@@ -2,8 +2,7 @@
 
 import pytest
 import yaml
-from builders import small_mmlu, tiny_model, token_shard
-from small_sweeps import small_run
+from builders import saved_checkpoint, small_mmlu, tiny_model, token_shard
 from stub_server import StubServer
 
 import mmlu_eval
@@ -50,10 +49,10 @@ def named(records):
 
 
 def test_a_served_model_is_evaluated_beside_checkpoints(model, data, tmp_path, capsys):
-    run_dir = small_run(tmp_path / "run")
+    path = saved_checkpoint(tmp_path / "run")
     with StubServer(model, context=1024) as server:
         asked = data | {"endpoint": {"url": server.url, "tokenizer-name": "byte"}}
-        code, records = run(tmp_path, asked, "--checkpoint-path", run_dir / "checkpoint-10")
+        code, records = run(tmp_path, asked, "--checkpoint-path", path)
         records = named(records)
         assert code == 0 and set(records) == {
             (name, e) for name in ("tiny", "checkpoint-10") for e in ("perplexity", "mmlu")
