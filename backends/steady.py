@@ -188,7 +188,7 @@ class SteadyRows(rows.CachedRows):
     @property
     def piece(self) -> int:
         """Latents go on from nothing: their prompts are one piece."""
-        return self.cache.prompt_len if self.cache.of_latents else PIECE
+        return max(1, self.cache.prompt_len) if self.cache.of_latents else PIECE
 
     def admit(self, at: list[rows.Sequence | None], waiting: deque[rows.Sequence]) -> None:
         for sequence in itertools.islice(waiting, at.count(None)):
