@@ -33,7 +33,7 @@ import command
 import evaluation
 import resampling
 import results
-from backends import Backend, Facts, Sampling
+from backends import Backend, CacheOptions, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks import corpus_scores, drawing
 from tasks.chat import ChatOptions, ends_of, open_chat, starts_with_bos
@@ -93,6 +93,7 @@ class Options:
         None, "rows drawn at a time (what memory holds)", type=cli.positive_int
     )
     compile: str = evaluation.compile_option()
+    cache: CacheOptions = CacheOptions()  # noqa: RUF009
 
     def __post_init__(self):
         if not self.data_path:
@@ -197,6 +198,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "limit": options.limit,
         "batch_size": options.batch_size,
         "compile": options.compile,
+        **options.cache.protocol,
         **facts.protocol,
     }
     files = [Path(path).name for path in (options.data_path, *options.references)]

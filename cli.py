@@ -341,7 +341,7 @@ def _report(error: Exception) -> None:
 def _print_traceback(error: Exception) -> None:
     """Each line with the rank. A rank that only lost its connection to another leaves the word to
     that one: torchrun ends it within a moment."""
-    if rank() and any(text in str(error) for text in LOST_CONNECTION):
+    if launch().world_size > 1 and any(text in str(error) for text in LOST_CONNECTION):
         time.sleep(ENDED_BY_OTHERS)
     text = "".join(traceback.format_exception(error)).rstrip()
     lines = printable(text, lines=True).split("\n")

@@ -129,7 +129,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
 OF_CHECKPOINTS = ["checkpoint_path", "config", "base", "adapter", "dtype", "bf16", "no_amp"]
 OF_CHECKPOINTS += cli.option_names(QuantiseOptions)
 OF_CHECKPOINTS += ["device", "compile", "batch_size", "batch_tokens", "no_prefix_cache", "shard"]
-OF_CHECKPOINTS += ["reference", "reference_dtype"]
+OF_CHECKPOINTS += ["reference", "reference_dtype", "kv_dtype"]
 
 
 def check_unused(

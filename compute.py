@@ -22,7 +22,7 @@ import json
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +36,7 @@ from costs.plot import plot_timeline
 from costs.symbols import CUDA_CONTEXT, DTYPE_NAMES, DTYPES, Setup, tables
 from costs.time import TRAINING_MFU, Ceilings, pass_seconds, roofline, training_time, turning_batch
 from families.llama import number
+from quantisation.names import KV_DTYPES
 
 __all__ = [
     "GPU",
@@ -205,7 +206,7 @@ def print_shards(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: S
 
 def weights_of(setup: Setup) -> dict:
     """What of it a pass without training depends on."""
-    return {"dtype": setup.dtype, "quantise": setup.quantise}
+    return {name: getattr(setup, name) for name in ("dtype", "quantise", "kv_dtype")}
 
 
 def print_fits(c: GPTConfig, gpu: GPU, batch_size: int, seq_len: int, setup: Setup) -> None:
@@ -337,6 +338,7 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     add("--implementation", default="roseval", choices=tuple(ACTIVATIONS))
     add("--lora-rank", type=rank, default=0)
     add("--quantise", metavar="RULE", help="as the evaluations round weights: rtn-w4-g128, say")
+    add("--kv-dtype", choices=tuple(KV_DTYPES), help="as generation keeps keys and values")
     add("--train-embeddings", action="store_true", help="with the head, beside LoRA's adapters")
     add("--dp", type=cli.positive_int, default=1, help="data-parallel GPUs")
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3))
@@ -359,22 +361,8 @@ def read_setup(args: Namespace) -> Setup:
     """The flags that say how a model is run; ValueError where they contradict each other."""
     if args.fsdp and args.zero not in (0, 3):
         raise ValueError(f"--fsdp is ZeRO stage 3 and contradicts --zero {args.zero}")
-    return Setup(
-        dtype=args.dtype,
-        training=args.training,
-        optimizer=args.optimizer,
-        fused=not args.foreach,
-        precision=args.precision,
-        recompute=args.recompute,
-        implementation=args.implementation,
-        lora_rank=args.lora_rank,
-        quantise=args.quantise,
-        train_embeddings=args.train_embeddings,
-        dp=args.dp,
-        zero=3 if args.fsdp else args.zero,
-        tp=args.tp,
-        shard=args.shard,
-    )
+    given = vars(args) | {"fused": not args.foreach, "zero": 3 if args.fsdp else args.zero}
+    return Setup(**{f.name: given[f.name] for f in fields(Setup) if f.name in given})
 
 
 def time_report(
@@ -436,7 +424,9 @@ def main(argv=None) -> None:
     print_model(c, flops, batch_size, seq_len)
     if not args.training:
         whose = f" of the fullest of {setup.shard} GPUs" if setup.shard > 1 else ""
-        print_memory(f"Memory of inference{whose}, {setup.quantise or setup.dtype}", memory, gpu)
+        how = setup.quantise or setup.dtype
+        how += f", keys and values {setup.kv_dtype}" if setup.kv_dtype else ""
+        print_memory(f"Memory of inference{whose}, {how}", memory, gpu)
     if setup.shard > 1:
         return print_shards(c, gpu, batch_size, seq_len, setup)
     if setup.trains:

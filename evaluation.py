@@ -191,11 +191,11 @@ def resume_key(evaluation: Evaluation, plan: Plan, info: dict, *rooms: str) -> s
 def local_backend(
     options: Any, model: Any, facts: Facts, dist: Dist | None = None, n_jobs: float = 1
 ) -> Backend:
-    """A torch model as the verbs, compiled or not as the options say; n_jobs: see Local."""
+    """A torch model as the verbs, as the options say; n_jobs: see Local."""
     from backends.local import Local
 
-    compile = getattr(options, "compile", "auto")
-    return Local(model, facts=facts, dist=dist, compile=compile, n_jobs=n_jobs)
+    how = {name: getattr(options, name) for name in ("compile", "cache") if hasattr(options, name)}
+    return Local(model, facts=facts, dist=dist, n_jobs=n_jobs, **how)
 
 
 def measure(
@@ -299,6 +299,7 @@ def closing_words(protocol: dict) -> tuple[str, ...]:
     return (
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
+        *([f"keys and values {protocol['kv_dtype']}"] if "kv_dtype" in protocol else []),
         *([f"limit {limit}: not a score"] if limit else []),
     )
 

@@ -37,7 +37,7 @@ import command
 import evaluation
 import results
 import stats
-from backends import Backend, Facts, Sampling
+from backends import Backend, CacheOptions, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks import answers, drawing, p_true
 from tasks import confidence as sure
@@ -80,6 +80,7 @@ class Options:
         None, "rows drawn at a time (what memory holds)", type=cli.positive_int
     )
     compile: str = evaluation.compile_option()
+    cache: CacheOptions = CacheOptions()  # noqa: RUF009
 
     def __post_init__(self):
         if not self.data_path:
@@ -155,6 +156,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "limit": options.limit,
         "batch_size": options.batch_size,
         "compile": options.compile,
+        **options.cache.protocol,
         **facts.protocol,
         **({"p_true": load_template("p_true").hash} if options.p_true else {}),
     }

@@ -28,7 +28,7 @@ import command
 import evaluation
 import results
 import stats
-from backends import BATCH_TOKENS, Backend, Facts
+from backends import BATCH_TOKENS, Backend, CacheOptions, Facts
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks.chat import Chat, ChatOptions, open_chat
 
@@ -60,6 +60,7 @@ class Options:
         None, "padded tokens of a batch (32768 on CUDA, 4096 on a CPU)", type=cli.positive_int
     )
     compile: str = evaluation.compile_option()
+    cache: CacheOptions = CacheOptions()  # noqa: RUF009
 
     def __post_init__(self):
         if not self.names:
@@ -103,8 +104,9 @@ def _found(name: str, include_path: str | None, num_few_shot: int | None, gen_kw
 
 def check(options: Options) -> None:
     """lm-eval, and every task's data."""
-    for variant in variants(options):
-        find(variant)
+    drawn = [find(variant).draws() for variant in variants(options)]
+    if options.cache.kv_dtype and not any(drawn):
+        raise ValueError("--kv-dtype is of what is drawn: all of these tasks are scored")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -133,6 +135,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "limit": options.limit,
         "batch_tokens": options.batch_tokens or BATCH_TOKENS.get(facts.device),
         "compile": options.compile,
+        **(options.cache.protocol if asked.draws() else {}),
         **facts.protocol,
     }
     data = {"files": sorted(asked.tasks), "hash": harness.content_hash(asked, options.limit)}

@@ -38,7 +38,7 @@ import cli
 import command
 import evaluation
 import launcher
-from backends import Backend, Facts, Sampling
+from backends import Backend, CacheOptions, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from sandbox.judge import Sandbox
 from tasks import drawing
@@ -91,6 +91,7 @@ class Options:
         None, "rows drawn at a time (what memory holds)", type=cli.positive_int
     )
     compile: str = evaluation.compile_option()
+    cache: CacheOptions = CacheOptions()  # noqa: RUF009
     show: str | None = cli.option(None, "print a failing sample of this task", metavar="TASK")
     judges: JudgeOptions = JudgeOptions()  # noqa: RUF009
 
@@ -188,6 +189,7 @@ def plan(options: Options, facts: Facts) -> Plan:
         "limit": options.limit,
         "batch_size": options.batch_size,
         "compile": options.compile,
+        **options.cache.protocol,
         **facts.protocol,
         **options.judges.protocol(problems),
     }

@@ -34,7 +34,7 @@ import numpy as np
 import cli
 import command
 import evaluation
-from backends import BATCH_TOKENS, Backend, Facts, Sampling
+from backends import BATCH_TOKENS, Backend, CacheOptions, Facts, Sampling
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from tasks.chat import ChatOptions, encode, ends_of, open_chat, starts_with_bos
 from tasks.choice_sets import ChoiceSet, load_set
@@ -114,6 +114,7 @@ class Options:
         type=cli.positive_int,
     )
     batch_size: int | None = cli.option(None, "rows of a batch at most", type=cli.positive_int)
+    cache: CacheOptions = CacheOptions()  # noqa: RUF009
     chat: ChatOptions = ChatOptions()  # noqa: RUF009
 
     def __post_init__(self):
@@ -142,6 +143,14 @@ def variants(options: Options) -> list[Options]:
             )
         found += [replace(options, template=(name,), scoring=(scoring,)) for scoring in possible]
     return found
+
+
+def check(options: Options) -> None:
+    """Questions that can be read, and flags that say something of how they are asked."""
+    generates = any(variant.scoring == ("generate",) for variant in variants(options))
+    if options.cache.kv_dtype and not generates:
+        raise ValueError("--kv-dtype goes with --scoring generate: it is of what is drawn")
+    read_questions(options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -240,6 +249,7 @@ def protocol_of(options: Options, work: Asked) -> dict:
         "prefix_cache": work.share_prefix,
         "batch_tokens": None if generates else batch_tokens,
         "batch_size": options.batch_size,
+        **(options.cache.protocol if generates else {}),
         "examples_hash": work.data.examples_hash,
     }
 
@@ -285,6 +295,7 @@ def words_of(protocol: dict, about: dict, of_chat: tuple[str, ...]) -> tuple[str
         *of_chat,
         *(["BOS"] if protocol["bos"] else []),
         protocol["dtype"],
+        *([f"keys and values {protocol['kv_dtype']}"] if "kv_dtype" in protocol else []),
         *([f"{len(subjects)} subjects only: not a score"] if subjects else []),
         *([f"limit {limit}: not a score"] if limit else []),
     )
@@ -408,7 +419,7 @@ MMLU = Evaluation(
     plan=plan,
     run=run,
     show=show,
-    check=read_questions,
+    check=check,
     variants=variants,
 )
 

@@ -152,6 +152,19 @@ class GPTModel(nn.Module):
         """Those whose blocks are here."""
         return range(self.config.n_layers)
 
+    def whole(self) -> "GPTModel":
+        """The names and shapes of the whole model, whatever part of it is here."""
+        return self
+
+    @property
+    def copies(self) -> Sequence[nn.Module]:
+        """Modules here whose weights another rank has too, and answers for."""
+        return ()
+
+    def of_all_ranks(self, counts: list[int]) -> list[int]:
+        """The sums of what each rank that holds a part counts of its own."""
+        return counts
+
     @property
     def largest_share(self) -> tuple[int, float]:
         """Layers, and bytes of weights, of the rank that has most of them."""

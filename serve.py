@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import cli
 import evaluation
 import launcher
-from backends import BATCH_TOKENS
+from backends import BATCH_TOKENS, CacheOptions
 from evaluation import ModelOptions
 from quantisation.names import Quantisation
 
@@ -88,6 +88,7 @@ class Options:
     quantise: str | None = cli.option(
         None, "the rule by which weights are rounded, as evaluations do", metavar="RULE"
     )
+    cache: CacheOptions = CacheOptions()  # noqa: RUF009
     compile: str = cli.option(
         "off", "torch.compile of the decode step: a minute's start", choices=("on", "off")
     )
@@ -121,15 +122,18 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         quantise_model(model, rounding)
     context = read_context(options.context, facts.context)
     new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
-    room = prompt_room(model, context, new_tokens)
+    room, kv_dtype = prompt_room(model, context, new_tokens), options.cache.kv_dtype
     rows = options.max_rows or (
         CPU_ROWS
         if dist.device.type == "cpu"
-        else engine.default_batch_size(model, room or context, new_tokens)
+        else engine.default_batch_size(model, room or context, new_tokens, kv_dtype=kv_dtype)
     )
     texts = Texts(tokenizer, facts.vocab_size, evaluation.resolve_bos(options.bos, tokenizer))
     logprobs = min(options.max_logprobs, facts.vocab_size)
-    capacity = Capacity(rows, context, new_tokens, prompt_room=room, steady=True)
+    rounded = [*([rounding.rule] if rounding else []), *([f"kv-{kv_dtype}"] if kv_dtype else [])]
+    capacity = Capacity(
+        *(rows, context, new_tokens), prompt_room=room, steady=True, kv_dtype=kv_dtype
+    )
     service = Service(
         *(model, texts, capacity, end_tokens(facts)),
         queue_size=options.max_queue,
@@ -138,7 +142,7 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         compiled=options.compile == "on",
     )
     served = Served(
-        name=options.model_name or "-".join([ckpt.name, *([rounding.rule] if rounding else [])]),
+        name=options.model_name or "-".join([ckpt.name, *rounded]),
         texts=texts,
         context=context,
         new_tokens=new_tokens,

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import cli
-from quantisation.names import Quantisation
+from quantisation.names import KV_DTYPES, Quantisation
 
 if TYPE_CHECKING:  # the verbs' types are those of rooms that load torch
     import numpy as np
 
     from backends.continuations import Continuations, RowScores
-    from backends.scoring import Consumer, WindowTotals
+    from backends.scoring import Consumers, WindowTotals
     from dataset import TokenStream
     from distributed import Dist
     from formats.documents import Mark
@@ -128,6 +128,24 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class CacheOptions:
+    """How keys and values are kept while tokens are drawn: flags of every script that draws."""
+
+    kv_dtype: str | None = cli.option(
+        None,
+        "keys and values of what is drawn in 8 bits, so that about twice the rows fit: int8 (scale "
+        "absmax/127) or fp8 (e4m3, absmax/448), a float32 scale for each token and head; every "
+        "query sees them so, which changes numbers. What is scored keeps the model's own (default)",
+        choices=tuple(KV_DTYPES),
+    )
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What of it decides what is drawn; records without any of it keep their names."""
+        return {} if self.kv_dtype is None else {"kv_dtype": KV_DTYPES[self.kv_dtype]}
+
+
+@dataclass(frozen=True)
 class Sample:
     """text: what follows the prompt, cut before a stop string. token_ids: all that was generated,
     end-of-sequence token excepted. finish_reason: "eos", "stop", or "length"."""
@@ -172,7 +190,7 @@ class Backend(Protocol):
         batch_size: int = 8,
         *,
         per_token: bool = False,
-        consumer: Consumer | None = None,
+        consumer: Consumers | None = None,
     ) -> WindowTotals:
         """scoring.WindowTotals of windows over a token stream."""
 
@@ -183,7 +201,7 @@ class Backend(Protocol):
         max_rows: int | None = None,
         *,
         greedy: bool = False,
-        consumer: Consumer | None = None,
+        consumer: Consumers | None = None,
     ) -> RowScores:
         """continuations.RowScores of rows that go on from shared prefixes. max_tokens: padded ones
         of a batch, BATCH_TOKENS unless given; a server has its own."""

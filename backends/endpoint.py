@@ -120,7 +120,7 @@ class Endpoint:
         batch_size: int = 8,
         *,
         per_token: bool = False,
-        consumer: scoring.Consumer | None = None,
+        consumer: scoring.Consumers | None = None,
     ) -> scoring.WindowTotals:
         """As Local.score_windows; batch_size says nothing here: `concurrency` requests are under
         way at any time."""
@@ -164,7 +164,7 @@ class Endpoint:
         max_rows: int | None = None,
         *,
         greedy: bool = False,
-        consumer: scoring.Consumer | None = None,
+        consumer: scoring.Consumers | None = None,
     ) -> continuations.RowScores:
         """As Local.score_rows; max_tokens and max_rows say nothing here. greedy: ValueError where
         the server does not tell."""

@@ -32,6 +32,7 @@ import torch
 
 from backends import Sample, Sampling
 from backends.endings import Endings
+from backends.kvcache import check_kv_dtype, token_bytes
 from backends.pairs import share_prefixes
 from backends.parallel import Stage
 from backends.rows import CachedRows, Capacity, PlainRows, Request, Sequence
@@ -92,6 +93,7 @@ class Engine:
     ):
         self.capacity, self.tokenizer, self.features = capacity, tokenizer, features
         self.longest, self.on_launch = model.max_positions, on_launch
+        check_kv_dtype(model, capacity.kv_dtype)
         self.rows: CachedRows | PlainRows
         if isinstance(model, Stage):
             assert logprobs is None, "log-probabilities of drawn tokens stay on the last rank"
@@ -243,7 +245,11 @@ def plan_units(n_prompts: int, n_samples: int, batch_size: int) -> list[range]:
 
 
 def default_batch_size(
-    model: Model, longest_prompt: int, max_new_tokens: int, kept: int = 0
+    model: Model,
+    longest_prompt: int,
+    max_new_tokens: int,
+    kept: int = 0,
+    kv_dtype: str | None = None,
 ) -> int:
     """Rows whose cache fits beside the model, at most 256; 16 on a CPU or without a cache.
     longest_prompt: tokens of it that a row needs room for; kept: tokens that lie there once.
@@ -251,11 +257,12 @@ def default_batch_size(
     Computed from the device's size, not from what happens to be free, so that ranks agree."""
     if model.device.type != "cuda" or not model.supports_cache:
         return 16
-    c = model.config
     n_layers, weights = model.largest_share
-    token = n_layers * c.cache_dim * model.dtype.itemsize
+    token = n_layers * token_bytes(model.config, model.dtype, kv_dtype)
     total = torch.cuda.get_device_properties(model.device).total_memory
     room = 0.85 * total - weights - 4e9  # logits, activations of a prefill
+    if isinstance(model, Stage):  # whose weights may leave little, and as many batches take turns
+        room = (0.92 * total - weights - 2e9) / model.pipe.size
     rows = int((room - token * kept) // (token * (longest_prompt + max_new_tokens)))
     return max(1, min(256, rows // 8 * 8 or rows))
 
@@ -304,6 +311,7 @@ def generate(
     batch_size: int | None = None,
     units: abc.Sequence[Collection[int]] | None = None,
     compile: bool | str = "auto",
+    kv_dtype: str | None = None,
     dist: Dist | None = None,
 ) -> Generation:
     """This rank's Samples, each when it is finished (so in no fixed order).
@@ -314,13 +322,14 @@ def generate(
     random streams, its index unless given. done: (prompt_index, sample_index) pairs not wanted
     again. units: lists of prompt indices instead of plan_units'; with `dist` they are dealt
     round-robin. compile: the decode step through torch.compile; "auto" where the whole job is worth
-    it, on CUDA only. A model with `supports_cache` False runs without a cache. Raises ValueError
-    for a prompt beyond the context; a sequence that reaches its end finishes there.
+    it, on CUDA only. kv_dtype: see Capacity. A model without a cache begins every step anew.
+    ValueError for a prompt beyond the context; a sequence that reaches its end finishes there.
     """
     longest = model.max_positions
     samplings = by_sample(sampling, len(prompts), n_samples)
     distinct = list({id(s): s for own in samplings for s in own}.values())
     _check_job(prompts, longest, keys, distinct, tokenizer, batch_size)
+    check_kv_dtype(model, kv_dtype)
     if not prompts:
         return Generation(iter(()), batch_size or 1)
     limits = [token_limit(s, p, longest) for p, own in zip(prompts, samplings) for s in own]
@@ -330,16 +339,16 @@ def generate(
     own = max(len(p) - n for p, n in zip(prompts, shared))
     once = kept * P if kept < len(prompts) / 2 else 0  # else counted with each row
     if batch_size is None:
-        batch_size = default_batch_size(model, own if once else P, S, once)
+        batch_size = default_batch_size(model, own if once else P, S, once, kv_dtype)
     units = plan_units(len(prompts), n_samples, batch_size) if units is None else units
     B = min(batch_size, n_samples * max(map(len, units)))
     alive = min(B, -(-2 * B // n_samples) + 6, kept)  # prompts at once, stragglers' included
     if compile == "auto":
         compile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
-
     options: dict[str, Any] = {"eos_ids": eos_ids, "compiled": bool(compile)}
     options |= {"features": features_of(distinct), "on_launch": dist.bump if dist else lambda: None}
-    engine = functools.partial(Engine, model, Capacity(B, P, S, alive, own), tokenizer, **options)
+    capacity = Capacity(B, P, S, alive, own, kv_dtype)
+    engine = functools.partial(Engine, model, capacity, tokenizer, **options)
 
     def submit(to: Engine, unit: Collection[int]) -> None:
         to.rows.forget()  # or prompts of earlier units would shape this one's prefills

@@ -19,6 +19,10 @@ Latent attention's values have a width of their own, E. In generation only laten
 R + L numbers a token for all heads, and queries come to them absorbed (`LatentAttention`); a shared
 prefix lies expanded, since many tokens go over it and it is there once.
 
+With `kv_dtype` a DecodeCache keeps keys and values in 8 bits (gpu_kernels/kv_codes.py), and every
+token sees them so: those of its own prompt, and its own, too. What a token sees then depends on no
+neighbour, and not on which part of its prompt is shared. Scoring's prefixes are never rounded.
+
 Shapes: B rows, T tokens, N prompts of at most P tokens, S own tokens of a row at most, H query
 heads, G key/value heads, D head_dim
 """
@@ -29,9 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from config import GPTConfig
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
+from gpu_kernels.kv_codes import DTYPES, Codes, Room, read, store
 from model import GPTModel
 from modeling.attention import attend
+from transformers_model import Model
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = None) -> np.ndarray:
@@ -42,27 +49,63 @@ def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int | None = No
     return padded
 
 
-Rooms = dict[int, Any]  # tensors by layer, of those whose blocks are here; None where not needed
+def check_kv_dtype(model: Model, kv_dtype: str | None) -> None:
+    """ValueError where generation cannot keep keys and values in this dtype; None: the model's."""
+    if kv_dtype is None:
+        return
+    reason = None
+    if kv_dtype not in DTYPES:
+        reason = f"there are {', '.join(DTYPES)}"
+    elif not model.supports_cache:
+        reason = "this architecture runs through transformers, without our cache"
+    elif model.config.kv_lora_rank is not None:
+        reason = "latent attention keeps latents, which are not rounded"
+    elif kv_dtype == "fp8" and model.device.type == "cuda" and not _has_float8(model.device):
+        reason = "this GPU has no 8-bit floats: int8 goes with all"
+    if reason:
+        raise ValueError(f"--kv-dtype {kv_dtype}: {reason}")
 
 
-def _room(model: GPTModel, rows: int, heads: int, length: int, width: int) -> Rooms:
+def _has_float8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def token_bytes(c: GPTConfig, dtype: torch.dtype, kv_dtype: str | None) -> int:
+    """Of one token in one layer of a cache, scales included."""
+    if kv_dtype is None:
+        return c.cache_dim * dtype.itemsize
+    return c.cache_dim * DTYPES[kv_dtype].itemsize + 2 * c.n_kv_heads * torch.float32.itemsize
+
+
+Rooms = dict[int, Any]  # `Room`s by layer, of those whose blocks are here; None where not needed
+
+
+def _room(
+    model: GPTModel, shape: tuple[int, ...], kv_dtype: str | None
+) -> dict[int, torch.Tensor] | dict[int, Codes]:
     """Zeros [rows, heads, length, width] for each layer."""
-    shape = rows, heads, length, width
-    return {
-        layer: torch.zeros(shape, dtype=model.dtype, device=model.device) for layer in model.layers
-    }
+    if kv_dtype is not None:
+        return {at: Codes.room(shape, DTYPES[kv_dtype], model.device) for at in model.layers}
+    return {at: torch.zeros(shape, dtype=model.dtype, device=model.device) for at in model.layers}
 
 
-def _rooms(model: GPTModel, rows: int, length: int) -> tuple[Rooms, Rooms]:
+def _rooms(
+    model: GPTModel, rows: int, length: int, kv_dtype: str | None = None
+) -> tuple[Rooms, Rooms]:
     """For keys, and for values."""
     c = model.config
-    k, v = (_room(model, rows, c.n_kv_heads, length, width) for width in (c.head_dim, c.value_dim))
+    shapes = ((rows, c.n_kv_heads, length, width) for width in (c.head_dim, c.value_dim))
+    k, v = (_room(model, shape, kv_dtype) for shape in shapes)
     return k, v
 
 
-def _latent_rooms(model: GPTModel, rows: int, length: int) -> tuple[Rooms, Rooms]:
+def _latent_rooms(
+    model: GPTModel, rows: int, length: int, kv_dtype: str | None = None
+) -> tuple[Rooms, Rooms]:
     """For latents, whose last L numbers are values as well: those are None."""
-    return _room(model, rows, 1, length, model.config.cache_dim), dict.fromkeys(model.layers)
+    assert kv_dtype is None, kv_dtype
+    shape = rows, 1, length, model.config.cache_dim
+    return _room(model, shape, None), dict.fromkeys(model.layers)
 
 
 class Filling:
@@ -94,13 +137,12 @@ class Filling:
         **options: Any,
     ) -> torch.Tensor:
         """latent [n, 1, T, R + L]: what k and v were made of, if they were."""
-        T, values = q.shape[2], self.v[layer]
+        at, values = (self.slots, slice(None), slice(q.shape[2])), self.v[layer]
         if values is None:
             assert latent is not None, "of a model whose cache has no room for values"
-            self.k[layer][self.slots, :, :T] = latent
+            store(self.k[layer], at, latent)
         else:
-            self.k[layer][self.slots, :, :T] = k
-            values[self.slots, :, :T] = v
+            k, v = store(self.k[layer], at, k), store(values, at, v)
         return attend(q, k, v, causal=True, **options)
 
 
@@ -121,7 +163,7 @@ class GoingOn:
 
     def __init__(self, k: Rooms, v: Rooms, longest: int):
         self.k, self.v, self.longest = k, v, longest
-        some = next(iter(k.values()))
+        some: Room = next(iter(k.values()))
         self.prefix_len, self.device = some.shape[2], some.device
 
     def positions(self, T: int) -> torch.Tensor:
@@ -148,7 +190,7 @@ class GoingOn:
         """All queries of all rows see the whole prefix: one product without a mask."""
         B, H, T, D = q.shape
         queries = q.transpose(1, 2).reshape(1, B * T, H, D).transpose(1, 2)  # a view
-        k, v = self.k[layer], self.v[layer]
+        k, v = (read(x[layer], q.dtype) for x in (self.k, self.v))
         out, lse = attend(queries, k, v, causal=False, lse=True, **options)
         out = out.transpose(1, 2).reshape(B, T, H, -1).transpose(1, 2)
         return out, lse.view(H, B, T).transpose(0, 1)
@@ -159,8 +201,8 @@ class GoingOn:
         key = torch.arange(self.prefix_len + T, device=q.device)
         query = key[self.prefix_len :, None]
         seen = (key <= query) & (query - key < window)
-        k = torch.cat((self.k[layer].expand(B, -1, -1, -1), k), dim=2)
-        v = torch.cat((self.v[layer].expand(B, -1, -1, -1), v), dim=2)
+        before = (read(x[layer], q.dtype).expand(B, -1, -1, -1) for x in (self.k, self.v))
+        k, v = (torch.cat(parts, dim=2) for parts in zip(before, (k, v)))
         return attend(q, k, v, causal=False, mask=seen, **options)
 
 
@@ -191,9 +233,8 @@ class GoingOnIn(GoingOn):
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
     ) -> torch.Tensor:
         """`GoingOn.attend`, of which k and v stay."""
-        T = q.shape[2]
-        self.own_k[layer][self.rows, :, :T] = k
-        self.own_v[layer][self.rows, :, :T] = v
+        at = self.rows, slice(None), slice(q.shape[2])
+        k, v = store(self.own_k[layer], at, k), store(self.own_v[layer], at, v)
         return super().attend(layer, q, k, v, **options)
 
 
@@ -204,8 +245,9 @@ class DecodeCache:
 
     For each layer: prompt_k, prompt_v [N, G, P, D], of which prompt_lengths [N] are filled; k, v
     [B, G, S, D], of which lengths [B] are. Latents lie in prompt_k and k, [., 1, ., R + L], and
-    there are no v. A decode step is captured once as a CUDA graph: what changes from step to step
-    stays in the same tensors and is changed in place.
+    there are no v. kv_dtype: of keys and values, "int8" or "fp8", instead of the model's. A decode
+    step is captured once as a CUDA graph: what changes from step to step stays in the same tensors
+    and is changed in place.
     """
 
     def __init__(
@@ -216,6 +258,7 @@ class DecodeCache:
         n_rows: int,
         max_len: int,
         longest: int | None = None,
+        kv_dtype: str | None = None,
     ):
         def integers(n):
             return torch.zeros(n, dtype=torch.int64, device=model.device)
@@ -228,8 +271,8 @@ class DecodeCache:
         rooms = _latent_rooms if self.of_latents else _rooms
         self.n_prompts, self.prompt_len, self.max_len = n_prompts, prompt_len, max_len
         self.read_limit, self.longest = max_len, longest or prompt_len + max_len
-        self.prompt_k, self.prompt_v = rooms(model, n_prompts, prompt_len)
-        self.k, self.v = rooms(model, n_rows, max_len)
+        self.prompt_k, self.prompt_v = rooms(model, n_prompts, prompt_len, kv_dtype)
+        self.k, self.v = rooms(model, n_rows, max_len, kv_dtype)
         self.prompt_lengths = integers(n_prompts)
         self.lengths, self.row_prompt = integers(n_rows), integers(n_rows)
         self.tiles = self._plan_tiles([0] * n_rows).to(model.device)

@@ -15,7 +15,16 @@ import numpy as np
 import torch
 
 import cli
-from backends import BATCH_TOKENS, Facts, Sample, Sampling, continuations, engine, scoring
+from backends import (
+    BATCH_TOKENS,
+    CacheOptions,
+    Facts,
+    Sample,
+    Sampling,
+    continuations,
+    engine,
+    scoring,
+)
 from costs import gpus
 from costs.flops import count_parameters, estimate_flops
 from costs.shards import part
@@ -77,8 +86,9 @@ def facts_in_memory(model: Model, tokenizer: Tokenizer | None) -> Facts:
 class Local:
     """See the file's docstring; the verbs are those of backends.Backend.
 
-    compile: "auto" (on CUDA, if the work is long enough to repay it), "on" or "off". n_jobs: how
-    many jobs like each one will share a compilation, for "auto". Whether a verb compiles is decided
+    compile: "auto" (on CUDA, if the work is long enough to repay it), "on" or "off". cache: of
+    `generate` (kvcache.py). n_jobs: how many jobs like each one will share a compilation,
+    for "auto". Whether a verb compiles is decided
     from the whole job, so that every rank and every world size agree.
     """
 
@@ -90,9 +100,11 @@ class Local:
         facts: Facts | None = None,
         dist: Dist | None = None,
         compile: str = "auto",
+        cache: CacheOptions = CacheOptions(),  # noqa: B008
         n_jobs: float = 1,
     ):
         self.model, self.compile, self.n_jobs = model, compile, n_jobs
+        self.cache = cache
         self.facts = facts or facts_in_memory(model, tokenizer)
         self.dist = dist or Dist(0, 1, 0, next(model.parameters()).device)
         self.config = model.config if model.is_native else None
@@ -109,13 +121,13 @@ class Local:
         batch_size: int = 8,
         *,
         per_token: bool = False,
-        consumer: scoring.Consumer | None = None,
+        consumer: scoring.Consumers | None = None,
         keep_states: scoring.StatesConsumer | None = None,
     ) -> scoring.WindowTotals:
-        """Nats of every window of a dataset.TokenStream; per_token, consumer, keep_states: as in
-        scoring.py. Where a batch does not fit, all begins anew with half of it, and the consumers
-        see everything again from the start: they must write by place, not add up. ValueError where
-        the model gives NaN or infinite losses."""
+        """Nats of every window of a dataset.TokenStream; per_token, keep_states: as in
+        scoring.py. consumer: makes a scoring.Consumer. Where a batch does not fit, all begins anew
+        with half of it, and with another consumer; keep_states sees everything again, and must
+        write by place. ValueError where the model gives NaN or infinite losses."""
         batch_size, device = min(batch_size, len(windows)), self.dist.device
         if windows.mark is not None and self.config is None:
             raise ValueError(
@@ -123,11 +135,12 @@ class Local:
                 "be told where documents end; score it without"
             )
         compiled = self.should_compile(len(windows) * windows.seq_len)
-        nll_fn = scoring.nll_function(self.model, compiled, consumer, keep_states)
         token_bytes, special = scoring.bytes_of_tokens(self.facts)
         seconds = {}
 
         def score(b):
+            see = consumer() if consumer else None
+            nll_fn = scoring.nll_function(self.model, compiled, see, keep_states)
             start = time.perf_counter()
             zeros = torch.zeros(b, windows.seq_len, dtype=torch.int64, device=device)
             scoring.agree_on_memory(lambda: self._warm_up(nll_fn, zeros, windows.mark), self.dist)
@@ -163,21 +176,22 @@ class Local:
         max_rows: int | None = None,
         *,
         greedy: bool = False,
-        consumer: scoring.Consumer | None = None,
+        consumer: scoring.Consumers | None = None,
     ) -> continuations.RowScores:
         """Log-probabilities of rows after shared prefixes, in batches of at most max_tokens padded
-        tokens and max_rows rows; always eager: compiling would cost more than it saves. greedy,
-        consumer: as in continuations.py. Where a batch does not fit, all begins anew with half of
-        it, and the consumer sees logits again from the start: it must write by place, not add up.
-        ValueError where the model gives NaN."""
+        tokens and max_rows rows; always eager: compiling would cost more than it saves. greedy: as
+        in continuations.py. consumer: makes one of its consumers. Where a batch does not fit, all
+        begins anew with half of it, and with another consumer. ValueError where the model gives
+        NaN."""
         overhead = batch_overhead(self.model, self.dist.device)
         max_tokens = max_tokens or BATCH_TOKENS[self.dist.device.type]
 
         def score(most):
             batches = continuations.plan_batches(rows, most, max_rows, overhead)
+            see = consumer() if consumer else None
             with cli.progress(len(rows.ids), "rows", "row") as bar:
                 return batches, continuations.score_continuations(
-                    self.model, rows, batches, self.dist, bar, greedy, consumer
+                    self.model, rows, batches, self.dist, bar, greedy, see
                 )
 
         self._reset_peak()
@@ -222,21 +236,20 @@ class Local:
         start = time.perf_counter()
         seconds, drawn = 0.0, set(done)
         while True:
-            fits, job = (
-                True,
-                engine.generate(
-                    self.model,
-                    prompts,
-                    sampling,
-                    tokenizer=tokenizer,
-                    n_samples=n_samples,
-                    eos_ids=self._end_of_text() if end_ids is None else end_ids,
-                    keys=keys,
-                    done=drawn,
-                    batch_size=batch_size,
-                    compile=WITH_COMPILE[self.compile],
-                    dist=dist,
-                ),
+            fits = True
+            job = engine.generate(
+                self.model,
+                prompts,
+                sampling,
+                tokenizer=tokenizer,
+                n_samples=n_samples,
+                eos_ids=self._end_of_text() if end_ids is None else end_ids,
+                keys=keys,
+                done=drawn,
+                batch_size=batch_size,
+                compile=WITH_COMPILE[self.compile],
+                kv_dtype=self.cache.kv_dtype,
+                dist=dist,
             )
             batch_size = job.batch_size
             try:

@@ -7,7 +7,8 @@
 All ranks of a group make the same calls in the same order. What the first makes of some tokens
 goes to the second, which works on it while the first begins with the next ones. A rank reads its
 own layers' weights, and nobody has all of them. torch.distributed.pipelining was considered: it
-brings schedules for training, of which scoring needs none.
+brings schedules for training, of which scoring needs none; and FSDP2, which gathers each layer for
+each batch: a 70B on two GPUs of 80 GB had no room for that, and between hosts it wants a fast link.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,21 +58,32 @@ class Stage(GPTModel):
         stage.pipe = stage.wire = pipe
         stage._setup = Setup(dtype=dtype, training=False, shard=pipe.size)
         stage._layers = cut(config, pipe.size, stage._setup)[pipe.stage]
-        stage.is_first, stage.is_last = pipe.stage == 0, pipe.stage == pipe.size - 1
+        stage.is_first, stage.is_last = pipe.stage == 0, pipe.is_last
         elsewhere = [f"blocks.{i}" for i in range(config.n_layers) if i not in stage._layers]
         if not stage.is_first:
             elsewhere += ["position_embedding", "ln_embedding"]
             elsewhere += [] if config.tie_embeddings and stage.is_last else ["token_embedding"]
         if not stage.is_last:
             elsewhere += ["ln_f", "lm_head"]
-        for name in elsewhere:
-            if name in dict(stage.named_modules()):
-                stage.set_submodule(name, nn.Identity())
+        _leave_out(stage, elsewhere)
         return stage
 
     @property
     def layers(self) -> range:
         return self._layers
+
+    def whole(self) -> GPTModel:
+        return GPTModel.on_meta(self.config)
+
+    @property
+    def copies(self) -> Sequence[nn.Module]:
+        again = self.config.tie_embeddings and self.is_last and not self.is_first
+        return (self.token_embedding,) if again else ()
+
+    def of_all_ranks(self, counts: list[int]) -> list[int]:
+        every = torch.tensor(counts, dtype=torch.int64, device=self.device)
+        self.pipe.sum(every)()
+        return every.tolist()
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +134,22 @@ class Stage(GPTModel):
         positions = self.positions(input_ids, positions, cache)
         x = self.through_blocks(input_ids, positions, cache, mask, came)
         return self.ln_f(x)  # of all but the last stage, nothing
+
+
+def head_alone(config: GPTConfig) -> GPTModel:
+    """What `logits` needs of a model, without memory."""
+    model = GPTModel.on_meta(config)
+    names = [f"blocks.{i}" for i in range(config.n_layers)]
+    names += ["position_embedding", "ln_embedding", "ln_f"]
+    _leave_out(model, names + ([] if config.tie_embeddings else ["token_embedding"]))
+    return model
+
+
+def _leave_out(model: GPTModel, names: list[str]) -> None:
+    there = dict(model.named_modules())
+    for name in names:
+        if name in there:
+            model.set_submodule(name, nn.Identity())
 
 
 class Buffers:

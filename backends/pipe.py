@@ -74,6 +74,11 @@ class Pipe:
         self._sent: deque[tuple[Any, torch.Tensor]] = deque()
         self._received: torch.cuda.Event | None = None
 
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank makes logits, which the others never see."""
+        return self.stage == self.size - 1
+
     def room(self, *shape: int) -> torch.Tensor:
         """For a float32 tensor that another rank waits for, or sends."""
         x = self.attempt(lambda: torch.empty(shape, device=self.device))

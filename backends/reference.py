@@ -9,12 +9,14 @@ model's logits are taken together with those that the reference's head makes of 
 float32, products of whatever dtype each has, and the softmax over all of the vocabulary in float64.
 Nothing is left out, bounded or rounded further, so a model's divergence from itself is 0.
 
-While the reference runs, both models are in memory; afterwards the reference's head alone.
+While the reference runs, both models are in memory; afterwards the reference's head alone. Where
+ranks hold a model between them (--shard), so they hold the reference, and the last of each group,
+which has the logits, its head.
 """
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from backends import Facts
+from backends import Facts, parallel
 from backends.scoring import WindowTotals
 from backends.states import States
 from checkpoint import Checkpoint
@@ -133,8 +135,6 @@ class Reference:
         the states are kept for the next model; without one they go when this call ends. Every rank
         calls it alike and gets the same bits, on any number of them."""
         dist, T = backend.dist, windows.seq_len
-        if dist.pipe is not None:
-            raise ValueError("--reference does not go with --shard: compare without it")
         found = torch.zeros(len(windows) * T, 5, dtype=torch.float64, device=dist.device)
         with _root(results_dir, dist) as root:
             key = self._key(backend, stream, windows, batch_size)
@@ -143,11 +143,16 @@ class Reference:
             head = self._run(states, backend, stream, batch_size)
 
             def see(logits, targets, places):
+                assert head is not None, "where there are logits"
                 base = head.logits(states.rows(places), exact=True)
                 found[places, :4] = divergences(logits, base, targets)
                 found[places, 4] = 1.0
 
-            totals = backend.score_windows(stream, windows, batch_size, consumer=see)
+            def anew():
+                found.zero_()
+                return see
+
+            totals = backend.score_windows(stream, windows, batch_size, consumer=anew)
         every = dist.sum(found)
         scored = np.flatnonzero(every[:, 4])
         kl, nll, base_nll, same_top, _ = every[scored].T
@@ -175,12 +180,13 @@ class Reference:
         """As the model that is compared, or rounding alone would set them apart."""
         return backend.should_compile(len(windows) * windows.seq_len)
 
-    def _run(self, states: States, backend: "Local", stream, batch_size: int) -> Model:
-        """The head, once all states are there."""
+    def _run(self, states: States, backend: "Local", stream, batch_size: int) -> Model | None:
+        """The head, once all states are there; None where another rank of a group has it."""
         dist, part = backend.dist, states.missing(batch_size)
+        has_head = dist.pipe is None or dist.pipe.is_last
         if part is not None:
             print0(f"{printable(self.ckpt.path)}: the reference's states of {len(part):,} windows")
-            model = self._load(dist.device)
+            model = self._made(lambda: parallel.load(self.ckpt, self.dtype, dist))
             compile = "on" if self._compiled(backend, states.windows) else "off"
             facts = replace(backend.facts, name=self.ckpt.name, dtype=self.dtype)
             # of the same kind, which is not imported: the code of the one that runs counts anyway
@@ -203,19 +209,28 @@ class Reference:
                     f"{states.folder}: what one rank writes there another does not see: "
                     "--results-dir must be a folder that all of them share"
                 )
-            self._head = _head_of(model)
-        elif self._head is None:
-            self._head = _head_of(self._load(torch.device("cpu"))).to(dist.device)
+            self._head = _head_of(model) if has_head else None
+        elif self._head is None and has_head:
+            self._head = self._made(lambda: self._load_head(dist.device))
         return self._head
 
-    def _load(self, device: torch.device) -> Model:
+    def _load_head(self, device: torch.device) -> Model:
+        if self.ckpt.native:
+            return self.ckpt.load(self.dtype, device, parallel.head_alone)
+        return _head_of(self.ckpt.load(self.dtype, "cpu")).to(device)
+
+    def _made(self, load: Callable[[], Model]) -> Model:
         try:
-            return self.ckpt.load(self.dtype, device)
+            return load()
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"--reference {self.ckpt.path}: no memory for it beside the model: --device cpu, "
-                "or a smaller --reference-dtype"
+                "a smaller --reference-dtype, or --shard"
             ) from None
+        except ValueError as error:  # of a model that --shard does not cut, say
+            if str(self.ckpt.path) in str(error):
+                raise
+            raise ValueError(f"--reference {self.ckpt.path}: {error}") from None
 
 
 def _rounded_to(model: Model) -> torch.dtype | None:

@@ -38,13 +38,15 @@ class Capacity:
     prompts kept at a time (0: one a row), and how many tokens of its prompt a row keeps itself, the
     others being those that several prompts begin with (1: the last, the first step's input).
     prompt_room: tokens of a prompt that are kept once (0: all but the last of the longest). steady:
-    prompts are anybody's and come at any time (backends/steady.py)."""
+    prompts are anybody's and come at any time (backends/steady.py). kv_dtype: in which keys and
+    values are kept (kvcache.py), the model's own unless given."""
 
     rows: int
     prompt_tokens: int
     new_tokens: int
     prompts: int = 0
     own_prompt_tokens: int = 1
+    kv_dtype: str | None = None
     prompt_room: int = 0
     steady: bool = False
 
@@ -173,7 +175,7 @@ class CachedRows:
         # the last token of a prompt is the first step's input; the bucket apart
         longest = capacity.prompt_tokens - 1 + capacity.new_tokens
         slots, S = capacity.prompts or B, capacity.row_tokens
-        self.cache = DecodeCache(model, slots, P, B, S, longest)
+        self.cache = DecodeCache(model, slots, P, B, S, longest, capacity.kv_dtype)
         self.lag, self.patience = LAG if self.cuda else 0, max(1, B // 16)
         self.slot_of: dict[bytes, int] = {}  # by what is kept there
         self.running: list[Sequence | None] = [None] * B  # on the device

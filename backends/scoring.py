@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 # What sees logits: called with logits [N, V], their targets [N], and the targets' places [N]
 Consumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+# What makes one, whenever all begins anew: what others saw until then counts no more, for it may be
+# dealt to another rank now, and would be in the sums twice
+Consumers = Callable[[], Consumer]
 # What keeps final hidden states: called with those of a batch [B, T, C], targets and window_ids
 StatesConsumer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 # (input_ids [B, T], targets [B, T], window_ids [B] or None; where no token is to see another

@@ -109,11 +109,12 @@ def draw_by_turns(
             while alone.busy:
                 yield from alone.step().finished
         return
-    engines = dist.attempt(lambda: [engine() for _ in dist.members])
+    shares = {rank: deque(units[rank :: dist.world_size]) for rank in dist.members}
+    shares = {rank: share for rank, share in shares.items() if share}
+    engines = dist.attempt(lambda: [engine() for _ in shares])
     if not all(dist.gather(engines is not None)):
         raise torch.OutOfMemoryError("on a rank that shares the work")
     assert engines is not None, "gathered"
-    shares = {rank: deque(units[rank :: dist.world_size]) for rank in dist.members}
     while any(own.busy for own in engines) or any(shares.values()):
         for own, (rank, share) in zip(engines, shares.items()):
             if share and not own.busy:

@@ -26,6 +26,7 @@ import torch
 from backends import rows
 from backends.kvcache import DecodeCache, merge_attention, pad_rows
 from backends.rows import Capacity, Request
+from gpu_kernels.kv_codes import Codes, read, store
 from model import GPTModel
 from modeling.attention import attend, attention_without_plans
 
@@ -101,15 +102,17 @@ class Piece:
         """q [n, H, T, D] over what the slots hold and k, v [n, G, T, D], which are stored there;
         latent: as Filling's."""
         start, T = self.start, q.shape[2]
-        values = self.v[layer]
-        stored = k if latent is None else latent
-        self.k[layer][self.slots, :, start : start + T] = stored
-        if values is not None:
-            values[self.slots, :, start : start + T] = v
+        keys, values = self.k[layer], self.v[layer]
+        at = self.slots, slice(None), slice(start, start + T)
+        if values is None:
+            assert latent is not None and not start, "latents are filled whole"
+            store(keys, at, latent)
+        else:
+            k, v = store(keys, at, k), store(values, at, v)
         if not start:
             return attend(q, k, v, causal=True, window=window, **options)
-        assert values is not None, "latents are filled whole"
-        before = self.k[layer][self.slots, :, :start], values[self.slots, :, :start]
+        at = self.slots, slice(None), slice(start)
+        before = read(keys[at], q.dtype), read(values[at], q.dtype)
         if window is not None and window < start + T:
             key = torch.arange(start + T, device=q.device)
             ahead = key[start:, None] - key
@@ -264,10 +267,11 @@ class SteadyRows(rows.CachedRows):
         """(from, to): a whole piece."""
         of, to = torch.tensor(pairs, device=self.device).T
         piece = slice(start, start + self.piece)
-        for rooms in (self.cache.prompt_k, self.cache.prompt_v):
-            for room in rooms.values():
-                if room is not None:
-                    room[to, :, piece] = room[of, :, piece]
+        rooms = (*self.cache.prompt_k.values(), *self.cache.prompt_v.values())
+        for room in filter(lambda room: room is not None, rooms):
+            parts = (room.codes, room.scales) if isinstance(room, Codes) else (room,)
+            for part in parts:
+                part[to, :, piece] = part[of, :, piece]
 
     def fill_rows(self, own: list[tuple[int, Request]]) -> None:
         for row, request in own:  # one a call: n samples of a request do not shape it

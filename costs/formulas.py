@@ -10,7 +10,7 @@ of them per token, and an MLP of width fs for all tokens; f_held and f_met are t
 layer holds and a token meets, in the mean of all layers. Latent attention: ql, kl numbers that
 queries, and keys and values, are made of, dr channels of positions, dv of a value. Features that a
 model has or lacks (tied, gated, rope, …) count as 1 or 0. Bytes per number: c computing, w weight,
-g gradient, o optimizer state.
+g gradient, o optimizer state, c_kv a key or value that is kept, c_scale its part of a scale.
 
 Shortcuts that are wrong: 4*B*T^2*h for attention leaves out the projections; 2*s*h*f is one product
 of an MLP that has two or, gated, three; the head runs forward and backward, so it counts three
@@ -223,13 +223,15 @@ STEP = (
 )
 
 INFERENCE = (
-    ("M_cache", "L*kv*c*s", "byte", "keys and values, or the latents that they are made of",
-     "Pope 2022; DeepSeek-AI 2024"),
-    ("R_cache", "slack(L*(2 - latent), kv/(2 - latent)*c*s)", "byte",
+    ("M_cache", "L*kv*(c_kv + c_scale)*s", "byte",
+     "keys and values, or the latents that they are made of", "Pope 2022; DeepSeek-AI 2024"),
+    ("R_cache", "slack(L*(2 - latent), kv/(2 - latent)*c_kv*s, kv/(2 - latent)*c_scale*s)", "byte",
      "rest of the allocator's blocks: the cache", "CUDACachingAllocator"),
     ("W_attention", "s*(8*h + c*w_qkv + (c*(2*kv + widened*a*d + max(widened*a*d, a*dv + h))"
      " if latent else rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d))",
      "byte", "prefill, at the rotation of q, or at the output of latent attention", ""),
+    ("W_rounding", "(c_scale > 0)*s*(8*h + c*w_qkv + rope*c*(a + k)*d + (5 + c + 4*(c < 4))*k*d)",
+     "byte", "prefill, where values become codes", ""),
     ("W_dense", "s*(12*h + (2*c*h + c*f if tanh and mlp_bias and c < 4 else c*f*(2 + 2*gated)))",
      "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
     ("W_experts", "s*(16*h + c*h + K*c*(2*h + fe*(2 + 2*gated)))", "byte",
@@ -239,8 +241,8 @@ INFERENCE = (
      ""),
     ("W_logits", "W_decode + s*4*h", "byte", "beside the last hidden states", ""),
     ("W_sent", "(not last)*sent*s*4*h", "byte", "on its way to the next stage", "Huang 2019"),
-    ("W_prefill", "max(W_attention, W_mlp, W_logits) + W_sent", "byte", "workspace of a prefill",
-     ""),
+    ("W_prefill", "max(W_attention, W_rounding, W_mlp, W_logits) + W_sent", "byte",
+     "workspace of a prefill", ""),
     ("W_scoring", "max(W_attention, W_mlp, s*4*h + last*min(s, chunk)*(Vp*c + c*h)) + W_sent",
      "byte", "of scoring.py: logits of a chunk", ""),
 )
@@ -249,8 +251,8 @@ PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes m
     ("qkv", "2*s*n_qkv", "w_block*n_qkv + c*s*(h + w_qkv + 2*(ql + kl))",
      "1 if not latent else 4 + 2*(ql > 0) + 2*(T == 1)"),
     ("attention", "2*a*P_pass*(2*kl + dr if absorbed else d + dv)",
-     "c*(s*a*(2*kl + dr if absorbed else d + dv) + B*X*(kv if absorbed or not latent else"
-     " a*(d + dv)))",
+     "c*s*a*(2*kl + dr if absorbed else d + dv) + B*X*(c*a*(d + dv) if latent and not absorbed"
+     " else kv*(c_kv + c_scale if T == 1 else c))",
      "10 + 3*(L_window > 0) if T == 1 else 3"),  # decode merges parts of the keys
     ("out", "2*s*a*dv*h", "w_block*a*dv*h + c*s*(a*dv + h)", "1"),
     ("router", "2*s*h*E*m", "m*(w*h*E + s*(6*h + 8*E + K*(6 + c)*h))",  # sorts, sums of experts

@@ -21,7 +21,7 @@ from costs.formulas import (
     solve,
 )
 from costs.quantised import bytes_per_weight
-from quantisation.names import CASTS, parse
+from quantisation.names import CASTS, KV_DTYPES, parse
 
 # ---------------------------------------------------------------------------------------------
 # The symbols
@@ -142,6 +142,7 @@ class Setup:
     last: bool = True  # and the head
     sequence_parallel: bool = False
     quantise: str | None = None  # a rule of quantisation/names.py, of weights that do not train
+    kv_dtype: str | None = None  # of inference: keys and values in 8 bits, by --kv-dtype's words
     workspace: int = 32 * 2**20  # bytes of cuBLAS a handle (Hopper): forward and backward have one
 
     def __post_init__(self):
@@ -155,6 +156,7 @@ class Setup:
             "attention": ("flash", "math"),
             "implementation": tuple(ACTIVATIONS),
             "zero": (0, 1, 2, 3),
+            "kv_dtype": (None, *KV_DTYPES),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -195,11 +197,18 @@ class Setup:
             assert model is not None, "the size of groups depends on the matrices"
             w_block = bytes_per_weight(model, self.quantise)
             w = int(w_block) if self.quantise in CASTS else w  # which are of all matrices
+        kv = {"c_kv": c, "c_scale": 0.0}
+        if self.kv_dtype is not None:
+            assert model is not None, "the share of scales depends on the heads"
+            if model.kv_lora_rank is not None:
+                raise ValueError(f"kv_dtype {self.kv_dtype}: latents are not rounded")
+            kv = {"c_kv": 1, "c_scale": 4 / model.head_dim}
         return {
             "c": c,
             "w": w,
             "w_norm": 4 if ours else w,
             "w_block": w_block,
+            **kv,
             "g": 4 if self.lora_rank or self.gradients else w,
             "o": 4 if self.lora_rank or mixed == "master-weights" else w,
             "autocast": int(mixed == "autocast"),

@@ -8,6 +8,8 @@ tokens. On CUDA one Triton kernel reads both, each for exactly as long as it is 
 read on the device, so that one CUDA graph serves a whole job. Rows that continue the same prompt
 are queries of one matrix product over its keys. Elsewhere plain torch operations do the same.
 Latents, whose last channels are their values too, are given without values and are read once.
+Keys and values of 8 bits (kv_codes.py) are read as they lie: codes are small enough to be exact in
+the queries' dtype, a key's scale multiplies its scores and a value's the weights of them.
 
 Shapes: B rows, H query heads, G key/value heads, R = H / G, D head_dim, E of values, N prompts of
 at most P tokens, S own tokens of a row at most, X parts to be merged
@@ -20,12 +22,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gpu_kernels.kv_codes import LARGEST, Codes, Room, read, store
+
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer are split along the keys
 MAX_SPLITS = 16
 MANY_QUERIES = 64  # query rows of one tile where many rows share a prompt; 16 where few do,
 WIDE = 256  # or where values are wider than this: each query's mixture of them lies in registers
-BLOCK_BYTES = 16384  # keys of one step of the kernel's loop
+BLOCK_BYTES = 16384  # keys of one step of the kernel's loop, in the queries' dtype
 WARPS, STAGES = 4, 2
+CODE_BYTES, CODE_WARPS, CODE_STAGES = 16384, 4, 3  # the same where keys and values are codes
 LOG2_E = 1.4426950408889634
 
 
@@ -36,20 +41,39 @@ def _kernel():
     import triton.language as tl
 
     @triton.jit
+    def keep(room, scales, slot, width, d, x, mask, MOST: tl.constexpr):
+        """kv_codes.store of one key or value x [width] in a slot: x as it is read there."""
+        seen, kept = x.to(tl.float32), x
+        if MOST:
+            scale = tl.div_rn(tl.max(tl.abs(seen), axis=0), tl.full([], MOST, tl.float32))
+            scale += tl.sum(seen * 0.0, axis=0)  # NaN, where a number is NaN or infinite
+            codes = tl.div_rn(seen, tl.where(scale > 0.0, scale, 1.0))
+            codes = tl.minimum(tl.maximum(codes, -MOST), MOST)
+            if MOST == 127:  # to the nearest whole number: beyond 2^23 there are no others
+                codes = (codes + 12582912.0) - 12582912.0
+            kept = codes.to(room.dtype.element_ty)
+            tl.store(scales + slot, scale)
+            seen = kept.to(tl.float32) * scale
+        tl.store(room + slot * width + d, kept, mask=mask)
+        return seen
+
+    @triton.jit
     def attend(
-        q, k_new, v_new, k, v, lengths, tiles, first, out, lse, stride_q, stride_k, stride_v,
+        q, k_new, v_new, k, k_scales, v, v_scales, lengths, tiles, first, out, lse,
+        stride_q, stride_k, stride_v,
         S, H, G, B, tile_width, scale, cap,
         R: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
         E: tl.constexpr, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
         M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr,
-        WINDOW: tl.constexpr, CAP: tl.constexpr,
+        WINDOW: tl.constexpr, CAP: tl.constexpr, MOST: tl.constexpr,
     ):  # fmt: skip
         """One tile of M queries, one key head, HEADS of its R query heads, which are so many
         GROUPS, one part of the keys. OWN: a tile is a row with its own keys, the new one among
         them; otherwise tiles [., 1 + rows]: a prompt, and its rows. LATENT: the first so many
-        channels of a key are scored alone, the others are its value. Scores, and so scale and cap,
-        are in base 2. Long, since Triton keeps no arrays between functions: the running maximum,
-        sum and mixture live in registers from start to end."""
+        channels of a key are scored alone, the others are its value. MOST: the largest of the
+        codes that keys and values are, or 0. Scores, and so scale and cap, are in base 2. Long,
+        since Triton keeps no arrays between functions: the running maximum, sum and mixture, MOST
+        times what it is, live in registers from start to end."""
         tile, split = tl.program_id(0), tl.program_id(2)
         g = tl.program_id(1) // GROUPS
         m, d, e = tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_L)
@@ -88,24 +112,22 @@ def _kernel():
                 slot = base + tl.minimum(n, S - 1).to(tl.int64)
                 new_at = k_new + tile.to(tl.int64) * stride_k + g * D
                 new_k = tl.load(new_at + LATENT + d, mask=in_d, other=0.0)
-                tl.store(k + slot * D + LATENT + d, new_k, mask=in_d)
-                products = queries.to(tl.float32) * new_k.to(tl.float32)[None, :]
-                top = tl.sum(products, axis=1)
+                new_k = keep(k + LATENT, k_scales, slot, D, d, new_k, in_d, MOST)
+                top = tl.sum(queries.to(tl.float32) * new_k[None, :], axis=1)
                 new_v = new_k
                 if LATENT:
                     first_k = tl.load(new_at + e, mask=in_e, other=0.0)
-                    tl.store(k + slot * D + e, first_k, mask=in_e)
-                    products = first_queries.to(tl.float32) * first_k.to(tl.float32)[None, :]
-                    top += tl.sum(products, axis=1)
+                    first_k = keep(k, k_scales, slot, D, e, first_k, in_e, MOST)
+                    top += tl.sum(first_queries.to(tl.float32) * first_k[None, :], axis=1)
                 else:
                     new_at = v_new + tile.to(tl.int64) * stride_v + g * E
                     new_v = tl.load(new_at + d, mask=d < E, other=0.0)
-                    tl.store(v + slot * E + d, new_v, mask=d < E)
+                    new_v = keep(v, v_scales, slot, E, d, new_v, d < E, MOST)
                 top = top * scale
                 if CAP:
                     top = cap * (2.0 * tl.sigmoid(2.0 * top / cap) - 1.0)  # tanh
                 total += 1.0
-                mixed += new_v.to(tl.float32)[None, :]
+                mixed += new_v[None, :] * (MOST or 1)
         for start in range(low, high, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             there = column < high
@@ -113,11 +135,14 @@ def _kernel():
             block = tl.load(
                 k_at + LATENT + d[:, None], mask=there[None, :] & in_d[:, None], other=0.0
             )
-            scores = tl.dot(queries, block, input_precision="ieee")
+            scores = tl.dot(queries, block.to(queries.dtype), input_precision="ieee")
             if LATENT:
                 part = tl.load(k_at + e[:, None], mask=there[None, :] & in_e[:, None], other=0.0)
                 scores += tl.dot(first_queries, part, input_precision="ieee")
             scores = scores * scale
+            if MOST:
+                of_key = tl.load(k_scales + base + column, mask=there, other=0.0)
+                scores = scores * of_key[None, :]
             if CAP:
                 scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
             seen = there[None, :]
@@ -134,15 +159,20 @@ def _kernel():
             else:
                 v_at = v + (base + column[:, None].to(tl.int64)) * E + d[None, :]
                 block = tl.load(v_at, mask=there[:, None] & (d < E)[None, :], other=0.0)
+            if MOST:  # times MOST it is a value's absmax, which no dtype of the queries rounds away
+                of_value = tl.load(v_scales + base + column, mask=there, other=0.0)
+                weights = weights * (of_value * MOST)[None, :]
+            block, weights = block.to(queries.dtype), weights.to(queries.dtype)
             mixed = mixed * fade[:, None]
-            mixed += tl.dot(weights.to(block.dtype), block, input_precision="ieee")
+            mixed += tl.dot(weights, block, input_precision="ieee")
             top = new_top
         seen_any = total > 0.0
         divisor = tl.where(seen_any, total, 1.0)
         at = (split * B + row.to(tl.int64)) * H + head
         tl.store(lse + at, tl.where(seen_any, top + tl.log2(divisor), float("-inf")), mask=real)
         out_at = out + at[:, None] * E + d[None, :]
-        tl.store(out_at, mixed / divisor[:, None], mask=real[:, None] & (d < E)[None, :])
+        mixed = mixed / (divisor * (MOST or 1))[:, None]
+        tl.store(out_at, mixed, mask=real[:, None] & (d < E)[None, :])
 
     return attend
 
@@ -164,20 +194,24 @@ def _heads(R: int, E: int) -> tuple[int, int]:
     return heads, -(-R // heads)
 
 
-def _launch(own, n_tiles, q, new, k, v, lengths, tiles, first, out, lse, splits, scale, softcap):
+def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, softcap):
     """One call of the kernel; its own arguments, which say themselves what they are."""
+    k, k_scales, v, v_scales, lengths = kept
     (B, H, D), E = q.shape, new[1].shape[-1]
     (G, S), latent = k.shape[1:3], D - E if v is None else 0
     (heads, groups), rows = _heads(H // G, E), 1 if own else tiles.shape[1] - 1
-    block_d = _power_of_2(D - latent)
-    block_n = max(16, min(128, BLOCK_BYTES // (block_d * q.element_size())))
+    block_d, size, warps, stages = _power_of_2(D - latent), BLOCK_BYTES, WARPS, STAGES
+    if k_scales is not None:
+        size, warps, stages = CODE_BYTES, CODE_WARPS, CODE_STAGES
+    block_n = max(16, min(128, size // (block_d * q.element_size())))
     _kernel()[(n_tiles, G * groups, splits)](
-        q, *new, k, k if v is None else v, lengths, tiles, first, out, lse,
+        q, *new, k, k_scales, k if v is None else v, v_scales, lengths, tiles, first, out, lse,
         q.stride(0), new[0].stride(0), new[1].stride(0),
         S, H, G, B, tiles.shape[1], scale * LOG2_E, softcap * LOG2_E,
         R=H // G, HEADS=heads, GROUPS=groups, D=D, E=E, LATENT=latent, BLOCK_D=block_d,
         BLOCK_L=_power_of_2(latent), M=_power_of_2(heads * rows), BLOCK_N=block_n, SPLITS=splits,
-        OWN=own, WINDOW=first is not None, CAP=softcap > 0, num_warps=WARPS, num_stages=STAGES,
+        OWN=own, WINDOW=first is not None, CAP=softcap > 0,
+        MOST=0 if k_scales is None else LARGEST[k.dtype], num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -209,8 +243,8 @@ def decode_attention(  # one step's tensors, and the terms that attention.attend
     q: torch.Tensor,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    own: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
-    prompts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
+    own: tuple[Room, Room | None, torch.Tensor],
+    prompts: tuple[Room, Room | None, torch.Tensor],
     row_prompt: torch.Tensor,
     tiles: torch.Tensor,
     read_limit: int,
@@ -219,7 +253,7 @@ def decode_attention(  # one step's tensors, and the terms that attention.attend
     softcap: float | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Store each row's new key and value, and attend to all that the row sees.
+    """Store each row's new key and value, and attend to all that the row sees, as it is stored.
 
     q [B, H, D]; k_new, v_new [B, G, D]; own: k, v [B, G, S, D] and lengths [B], of which so many
     are filled; prompts: the same [N, G, P, D] and [N]; row_prompt [B]: each row's; tiles:
@@ -235,9 +269,22 @@ def decode_attention(  # one step's tensors, and the terms that attention.attend
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # eager, the operator would first import torch's compiler, which takes seconds
     decode = _operator if torch.compiler.is_compiling() else _decode_triton
-    return decode(
-        q, k_new, v_new, *own, *prompts, row_prompt, tiles, window or 0, softcap or 0.0, scale
-    )
+    terms = row_prompt, tiles, window or 0, softcap or 0.0, scale
+    return decode(q, k_new, v_new, *_parts_of(own), *_parts_of(prompts), *terms)
+
+
+Parts = tuple[
+    torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor
+]
+
+
+def _parts_of(kept: tuple[Room, Room | None, torch.Tensor]) -> Parts:
+    """k, its scales, v, its scales, lengths: None for what is not there."""
+    k, v, lengths = kept
+    if isinstance(k, Codes) and isinstance(v, Codes):
+        return k.codes, k.scales, v.codes, v.scales, lengths
+    assert not isinstance(k, Codes) and not isinstance(v, Codes), "both or none"
+    return k, None, v, None, lengths
 
 
 def _decode_triton(
@@ -245,10 +292,14 @@ def _decode_triton(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
     k: torch.Tensor,
+    k_scales: torch.Tensor | None,
     v: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
     lengths: torch.Tensor,
     prompt_k: torch.Tensor,
+    prompt_k_scales: torch.Tensor | None,
     prompt_v: torch.Tensor | None,
+    prompt_v_scales: torch.Tensor | None,
     prompt_lengths: torch.Tensor,
     row_prompt: torch.Tensor,
     tiles: torch.Tensor,
@@ -256,20 +307,22 @@ def _decode_triton(
     softcap: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes k, v in place. Compiled, it is an operator, whose schema knows tensors and numbers
-    only: hence so many. window, softcap 0: none."""
+    """Writes k, v and scales in place. Compiled, it is an operator, whose schema knows tensors and
+    numbers only: hence so many. window, softcap 0: none."""
+    own = k, k_scales, v, v_scales, lengths
+    prompts = prompt_k, prompt_k_scales, prompt_v, prompt_v_scales, prompt_lengths
     q, k_new, v_new = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k_new, v_new))
     n_own, n_prompt = _parts(q, k, prompt_k, tiles, v_new)
     out, lse = _empty(q, v_new, n_own + n_prompt)
     first = lengths - (window - 1) if window else None
     new = (k_new, v_new)
-    _launch(True, len(q), q, new, k, v, lengths, tiles, first, out, lse, n_own, scale, softcap)
+    _launch(True, len(q), q, new, own, tiles, first, out, lse, n_own, scale, softcap)
     if n_prompt:
         if first is not None:
             first = first + prompt_lengths[row_prompt]
         _launch(
-            False, len(tiles), q, new, prompt_k, prompt_v, prompt_lengths, tiles, first,
-            out[n_own:], lse[n_own:], n_prompt, scale, softcap,
+            False, len(tiles), q, new, prompts, tiles, first, out[n_own:], lse[n_own:],
+            n_prompt, scale, softcap,
         )  # fmt: skip
     return out, lse
 
@@ -287,13 +340,13 @@ def _empty(q, v_new, parts):
     return out, q.new_empty(shape, dtype=torch.float32)
 
 
-_operator = torch.library.custom_op("roseval::decode_attention", mutates_args=("k", "v"))(
-    _decode_triton
-)
+_operator = torch.library.custom_op(
+    "roseval::decode_attention", mutates_args=("k", "k_scales", "v", "v_scales")
+)(_decode_triton)
 
 
 @_operator.register_fake
-def _(q, k_new, v_new, k, v, lengths, prompt_k, pv, pl, rp, tiles, window, softcap, scale):
+def _(q, k_new, v_new, k, ks, v, vs, n, prompt_k, pks, pv, pvs, pn, rp, tiles, *terms):
     return _empty(q, v_new, sum(_parts(q, k, prompt_k, tiles, v_new)))
 
 
@@ -303,13 +356,17 @@ def _decode_torch(
     """The same in plain operations, prompt and own keys side by side under a mask."""
     (k, v, lengths), (prompt_k, prompt_v, prompt_lengths) = own, prompts
     (B, H, D), G = q.shape, k.shape[1]
-    rows = torch.arange(B, device=q.device)
-    slots = lengths.clamp(max=k.shape[2] - 1)
-    k[rows, :, slots], E = k_new, v_new.shape[-1]
+    rows, E = torch.arange(B, device=q.device), v_new.shape[-1]
+    at = rows, slice(None), lengths.clamp(max=k.shape[2] - 1)
+    for room, new in ((k, k_new), (v, v_new)):
+        if room is not None:
+            store(room, at, new)
     if v is None:
         v, prompt_v = k[..., D - E :], prompt_k[..., D - E :]
-    else:
-        v[rows, :, slots] = v_new
+    if isinstance(k, Codes):  # which are not rounded to the queries' dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, prompt_k, prompt_v = q.to(wide), read(prompt_k, wide), read(prompt_v, wide)
+        k, v = read(k[:, :, :read_limit], wide), read(v[:, :, :read_limit], wide)
     k, v = k[:, :, :read_limit], v[:, :, :read_limit]
     P, before = prompt_k.shape[2], prompt_lengths[row_prompt][:, None]
     key = torch.arange(P + k.shape[2], device=q.device)

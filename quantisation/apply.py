@@ -14,7 +14,7 @@ a GPU one layer is dense at a time, from one rule to the next too.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -81,7 +81,8 @@ def quantise_model(
                 p.data.copy_(_named(name, rounded, p.data, rule))
         for matrix in _chosen(model, wanted) if rule.kind != "cast" else ():
             undo += _hold(model, matrix, rule, keep, device)
-            sizes.add(matrix, rule)
+            if matrix.module not in _copies(model):
+                sizes.add(matrix, rule)
         _bring_home(model, device)
     except ValueError:
         restore()
@@ -123,6 +124,7 @@ def matrices(model: "Model", embeddings: bool = False) -> Iterator[Matrix]:
         yield from _native(model)
         ends: list[tuple[str, Any]] = [("token_embedding", model.token_embedding)]
         ends += [] if model.config.tie_embeddings else [("lm_head", model.lm_head)]
+        ends = [(name, end) for name, end in ends if not isinstance(end, nn.Identity)]
     else:
         yield from _of_transformers(model.causal_lm)
         ends = _ends_of(model.causal_lm)
@@ -181,7 +183,8 @@ def _chosen(model: "Model", wanted: Quantisation) -> Iterator[Matrix]:
     found = list(matrices(model, wanted.embeddings))
     if not found:
         raise ValueError(f"--quantise {wanted.rule}: the model has no matrices that it knows")
-    names = [matrix.name for matrix in found]
+    whole = model.whole() if isinstance(model, GPTModel) else model
+    names = [matrix.name for matrix in matrices(whole, wanted.embeddings)]
     for pattern in wanted.skip:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(
@@ -199,13 +202,8 @@ def _chosen(model: "Model", wanted: Quantisation) -> Iterator[Matrix]:
 
 
 def _check(model: "Model", rule: Rule) -> None:
-    """The whole model must be here. A cast's numbers must be numbers of the dtype in which it runs.
-    Activations cannot be rounded where a weight is multiplied by without asking its module."""
-    if isinstance(model, GPTModel) and not (model.is_first and model.is_last):
-        raise ValueError(
-            f"--quantise {rule.name}: a model that several processes hold between them is not "
-            "rounded: leave --shard out"
-        )
+    """A cast's numbers must be numbers of the dtype in which the model runs. Activations cannot be
+    rounded where a weight is multiplied by without asking its module."""
     if rule.kind == "cast" and model.dtype not in (CASTS[rule.cast], torch.float32):
         dtype = str(model.dtype).removeprefix("torch.")
         raise ValueError(
@@ -315,13 +313,24 @@ class Sizes:
     def of(self, model: "Model", rule: Rule) -> dict[str, Any]:
         """Bytes of all weights as the rule would store them, the rest in 16 bits, norms in 32, and
         bits a weight; bytes as they lie in memory, measured; and how many of the rule's matrices
-        are packed there, or dequantised."""
-        n_all, norms = n_weights(model), (m for m in model.modules() if isinstance(m, Norm))
+        are packed there, or dequantised. Where ranks hold the model between them, of all of it."""
+        norms = (m for m in model.modules() if isinstance(m, Norm))
         n_norms = sum(p.numel() for p in {p for m in norms for p in m.parameters()})
+        n_all, memory = (
+            count(model) - sum(map(count, _copies(model))) for count in (n_weights, weight_bytes)
+        )
+        counts = [self.numbers, self.bytes, self.packed, self.dense, n_norms, n_all, memory]
+        if isinstance(model, GPTModel):
+            counts = model.of_all_ranks(counts)
+        numbers, size, packed, dense, n_norms, n_all, memory = counts
         rest = rule.bits // 8 if rule.kind == "cast" else REST_BYTES
-        size = self.bytes + NORM_BYTES * n_norms + rest * (n_all - n_norms - self.numbers)
-        held = {"weight_bytes": size, "bits_per_weight": 8 * size / n_all}
-        held["memory_bytes"] = weight_bytes(model)
+        size += NORM_BYTES * n_norms + rest * (n_all - n_norms - numbers)
+        held = {"weight_bytes": size, "bits_per_weight": 8 * size / n_all, "memory_bytes": memory}
         if rule.kind != "cast":
-            held |= {"packed": self.packed, "dequantised": self.dense}
+            held |= {"packed": packed, "dequantised": dense}
         return held
+
+
+def _copies(model: "Model") -> Sequence[nn.Module]:
+    """Modules here whose weights are another rank's, which counts them."""
+    return model.copies if isinstance(model, GPTModel) else ()

@@ -20,7 +20,12 @@ SCALE, of b bits:
                    quotient and zero instead, which differs at ties alone)
 a8: each token that comes into a matrix is rounded to 8 bits as it runs, sym absmax over its
 channels; of fp8 to e4m3, absmax/448, and both sides are multiplied as 8-bit floats where a GPU can;
-its weights have a scale for each row, or one. Everything is computed in float32 and scales stay
+its weights have a scale for each row, or one.
+
+Keys and values of generation (gpu_kernels/kv_codes.py) are rounded by token and head: int8, scale
+absmax/127, or e4m3, absmax/448; a query sees all of them so, its own token's too.
+
+Everything is computed in float32 and scales stay
 float32, but GGUF's, which are float16.
 """
 
@@ -41,6 +46,8 @@ RTN = re.compile(rf"rtn-w([2-8])(a8)?(?:-({GRID}))?{SIGNS}(-a8)?")
 FP8 = re.compile(rf"fp8(?:-e4m3)?(?:-({GRID}))?(-a8)?")
 REST_BYTES = 2  # of a number that a rule leaves alone: all else is held in 16 bits, norms in 32
 NORM_BYTES = 4
+# Of keys and values in generation, by the words of --kv-dtype: their full names
+KV_DTYPES = {"fp8": "fp8-e4m3-token-head", "int8": "int8-token-head-sym-absmax"}
 KNOWN = "bf16, fp16, fp32, rtn-w8, rtn-w4-g128, rtn-w4-g128-asym, rtn-w8a8, fp8, fp8-a8, "
 KNOWN += "fp8-b128, gguf-q4_0, gguf-q8_0, … (quantisation/names.py)"
 

@@ -57,6 +57,11 @@ class Asked:
     def shots(self) -> list[int]:
         return sorted({task.config.num_fewshot or 0 for task in self.tasks.values()})
 
+    def draws(self) -> bool:
+        """Whether any of its answers is a text that the model writes."""
+        kinds = (task.get_config("output_type") for task in self.tasks.values())
+        return "generate_until" in kinds
+
 
 def find_tasks(
     name: str, include_path: str | None, num_few_shot: int | None, gen_kwargs: dict

@@ -68,6 +68,7 @@ def test_wrong_input_gets_one_line_and_exit_2(tmp_path):
         (("--config", "7b", "--gpu", tmp_path / "bad.yaml"), "bf16_flops"),
         (("--config", "7b", "--tp", "5"), "tp 5"),
         (("--config", "7b", "--dtype", "int8", "--training"), "LoRA"),
+        (("--config", "deepseek-v2-lite", "--kv-dtype", "int8"), "latents are not rounded"),
         (("--config", "7b", "--fsdp", "--zero", "1"), "contradicts"),
         ((), "--config"),
     ):

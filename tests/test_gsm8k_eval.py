@@ -221,6 +221,22 @@ def test_an_interrupted_run_goes_on_where_it_stopped(data, tmp_path):
     assert list(again.samples()) == list(whole.samples())
 
 
+def test_a_cache_of_8_bits_is_another_protocol(data, tmp_path):
+    """Which takes up no journal of another's, and says its name; the model's own says none."""
+    model = tiny_model("llama", max_position_embeddings=512).for_inference(torch.float32)
+    options = {"num_few_shot": 0, "max_new_tokens": 4, "results_dir": tmp_path, "info": INFO}
+    found = [
+        evaluate_gsm8k(model, build_tokenizer("byte"), data, kv_dtype=kind, **options)
+        for kind in (None, "int8", "fp8", "int8")
+    ]
+    assert [record["cost"]["samples_resumed"] for record in found] == [0, 0, 0, 3]
+    assert len({record["config_hash"] for record in found}) == 3
+    assert "kv_dtype" not in found[0]["protocol"] and "keys" not in str(found[0]["words"])
+    for record, name in zip(found[1:], ("int8-token-head-sym-absmax", "fp8-e4m3-token-head")):
+        assert record["protocol"]["kv_dtype"] == name
+        assert f"keys and values {name}" in record["words"]
+
+
 def test_the_command_gives_the_same_bits_on_any_number_of_ranks(tmp_path):
     path = saved_checkpoint(tmp_path / "run", max_position_embeddings=512)
     for language in ("de", "zh"):

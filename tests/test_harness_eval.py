@@ -1,16 +1,20 @@
 """harness_eval.py beside lm-evaluation-harness's own model class, on its own task definitions."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from builders import torchrun
+from builders import tiny_model, torchrun
 
 pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed: no oracle")
 from harness_tasks import write_tasks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import harness_eval
+from backends import CacheOptions
+from backends.local import facts_in_memory
+from tokenizer import build_tokenizer
 
 LIMIT, SHOTS, NEW = 3, 2, 12
 
@@ -172,3 +176,13 @@ def test_errors_are_one_line(place, monkeypatch):
     ):
         with pytest.raises(ValueError, match=said):
             HARNESS.check(HARNESS.Options(**{"include_path": tasks} | words))
+    options = HARNESS.Options(
+        tasks=("mmlu_anatomy",), include_path=tasks, cache=CacheOptions("int8")
+    )
+    with pytest.raises(ValueError, match="--kv-dtype is of what is drawn: all of these tasks are"):
+        HARNESS.check(options)
+    both = replace(options, tasks=("mmlu_anatomy", "gsm8k"))
+    HARNESS.check(both)
+    facts = facts_in_memory(tiny_model(), build_tokenizer("byte"))
+    terms = [HARNESS.plan(one, facts).protocol.get("kv_dtype") for one in HARNESS.variants(both)]
+    assert terms == [None, "int8-token-head-sym-absmax"]

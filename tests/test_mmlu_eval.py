@@ -346,6 +346,7 @@ def test_the_command_side_by_side(saved, data_dir, tmp_path):
         ("--template continuation --scoring letter", "shows no letters: --scoring continuation"),
         ("--template zh continuation --scoring letter", "with --template continuation, which"),
         ("--subjects alchemy", "no 'alchemy'"),
+        ("--kv-dtype int8", "--kv-dtype goes with --scoring generate"),
         ("--permute-choices 5", "--permute-choices must be 1 to 4, not 5"),
     ],
 )

@@ -9,12 +9,16 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from builders import command, save_model, saved_checkpoint, started, tiny_model, wait_for
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import cli
 import serve
+from backends import CacheOptions
+from distributed import Dist
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,15 @@ def test_errors_are_one_line(path, tmp_path):
             own = [*map(str, words), *([] if "--port" in words else ["--port", "0"])]
             with pytest.raises((ValueError, OSError), match=re.escape(said)):
                 serve.main([*own, "--device", "cpu"])
+
+
+def test_keys_and_values_of_8_bits(path):
+    """A model of its own name, whose rows keep them so."""
+    options = serve.Options(checkpoint_path=str(path), cache=CacheOptions("int8"))
+    precision = cli.PrecisionOptions()
+    served, service = serve.open_model(options, precision, Dist(0, 1, 0, torch.device("cpu")))
+    assert served.name == "checkpoint-10-kv-int8"
+    assert service.engine.rows.cache.k[0].codes.dtype == torch.int8
 
 
 def test_what_it_needs_is_named(path, monkeypatch):

@@ -1,14 +1,34 @@
 """--shard from the command line: records of any number of ranks and groups are one, interrupted
 work goes on at another number, and what cannot be cut is refused in one line."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from adapter_files import saved_adapter, saved_base
-from builders import CONFIGS, saved_checkpoint, small_humaneval, small_mmlu, token_shard, torchrun
+from builders import (
+    PATIENCE,
+    command,
+    descendants,
+    is_there,
+    save_model,
+    saved_checkpoint,
+    small_humaneval,
+    small_mmlu,
+    started,
+    tiny_model,
+    token_shard,
+    torchrun,
+    wait_for,
+)
 from small_sweeps import flags as sweep_flags
 from small_sweeps import small_data, small_run
 
@@ -17,7 +37,6 @@ import eval
 from backends import parallel
 from backends.pipe import Pipe
 from distributed import Dist
-from quantisation.apply import quantise_model
 
 MODEL = ["--tokenizer-name", "byte", "--device", "cpu"]
 
@@ -55,6 +74,10 @@ def commands(root) -> dict[str, list]:
     mmlu = ["mmlu_eval.py", "--data-path", root / "mmlu"]
     return {
         "eval": ["eval.py", *shard, "--batch-size", 4],
+        "rounded": [
+            *("eval.py", *shard, "--batch-size", 4, "--reference", "first"),
+            *("--quantise", "fp32", "rtn-w4-g16-asym", "fp8", "--quantise-embeddings"),
+        ],
         "mmlu": [*mmlu, "--num-few-shot", 2, "--template", "lm_eval", "continuation"],
         "letters": [*mmlu, "--scoring", "generate", "letter"],
         "humaneval": ["humaneval_eval.py", "--data-path", root / "problems.jsonl", *drawing],
@@ -67,7 +90,7 @@ def run(root, name, n, *more, results_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eval", "mmlu", "letters", "humaneval"])
+@pytest.mark.parametrize("name", ["eval", "rounded", "mmlu", "letters", "humaneval"])
 def test_one_record_whatever_the_groups(root, tmp_path, name):
     run(root, name, 1, results_dir=tmp_path / "one")
     wanted = numbers(tmp_path / "one")
@@ -100,6 +123,90 @@ def test_journals_go_on_at_another_number_of_ranks_to_a_model(root, tmp_path):
         assert numbers(place) == wanted
         (record,) = records(place)
         assert 0 < record["cost"]["samples_resumed"] < 12
+
+
+def ranks_of(process) -> dict[int, int]:
+    """{rank: pid} of torchrun's workers; what they start themselves comes and goes."""
+    found: dict[int, int] = {}
+    for pid in descendants(process.pid):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            rank = next((int(word[5:]) for word in words if word.startswith(b"RANK=")), None)
+            if rank is not None:
+                found.setdefault(rank, pid)  # the parents come first
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGINT to torchrun", "SIGKILL to a rank"])
+def test_what_was_drawn_before_the_end_is_kept(root, tmp_path, how):
+    """A run of two groups that ends in the midst of its work leaves no process and no record, names
+    the rank that died, and goes on in one group of four, whose record is an undisturbed run's."""
+    more = ["--num-samples", 16, "--max-new-tokens", 40]
+    run(root, "humaneval", 0, *more, results_dir=tmp_path / "whole")
+    place = tmp_path / "ended"
+    words = [*commands(root)["humaneval"], "--checkpoint-path", root / "run", *MODEL, *more]
+    words = command(4, *words, "--results-dir", place, "--shard", 2)
+    with started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for(lambda: sum(p.stat().st_size for p in place.rglob("journal-*")) > 500)
+        pids = ranks_of(process)
+        assert sorted(pids) == [0, 1, 2, 3]
+        if how == "SIGKILL to a rank":
+            os.kill(pids[2], signal.SIGKILL)
+        else:
+            process.send_signal(getattr(signal, how.split()[0]))
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0 and not any(map(is_there, pids.values())) and not records(place)
+    assert ("rank      : 2 (local_rank: 2)" in err) == ("rank" in how), err
+    run(root, "humaneval", 4, *more, "--shard", 4, results_dir=place)
+    assert numbers(place) == numbers(tmp_path / "whole")
+    assert 0 < records(place)[0]["cost"]["samples_resumed"] < 48
+
+
+@pytest.mark.slow
+def test_a_group_over_two_nodes(root, tmp_path):
+    """Two agents of torchrun that meet on the loopback: four ranks hold one model, then two."""
+    run(root, "eval", 0, results_dir=tmp_path / "one")
+    for size in (4, 2):
+        place = tmp_path / str(size)
+        words = [*commands(root)["eval"], "--checkpoint-path", root / "run", *MODEL]
+        words = command(2, *words, "--results-dir", place, "--shard", size)
+        assert words[3] == "--standalone"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        nodes = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+        nodes += [f"--rdzv-id={size}", "--local-addr=127.0.0.1"]
+        with contextlib.ExitStack() as stack:
+            agents = [
+                stack.enter_context(
+                    started([*words[:3], *nodes, *words[4:]], stderr=subprocess.PIPE)
+                )
+                for _ in range(2)
+            ]
+            for agent in agents:
+                _, err = agent.communicate(timeout=PATIENCE)
+                assert agent.returncode == 0, err
+        assert numbers(place) == numbers(tmp_path / "one")
+        cost = records(place)[0]["cost"]
+        assert (cost["world_size"], cost["shard"]) == (4, size)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_rank_cannot_read_is_not_the_last(tmp_path):
+    """In a sweep of groups: of a damaged tensor only the rank that needs it learns, and all go on
+    with the next checkpoint."""
+    data, run_dir = small_data(tmp_path), small_run(tmp_path / "run")
+    broken = tiny_model(seed=3)
+    broken.blocks[1].mlp.fc2.weight.data[0, 0] = torch.nan
+    save_model(broken, run_dir, 20)
+    out = torchrun(
+        2, "sweep.py", *sweep_flags(run_dir, data, "two", "--shard", "2"), code=1, cold=True
+    )
+    assert out.stdout.count("hold NaN or Inf: transformer.h.1.mlp.c_proj.weight") == 2, out.stdout
+    made = sorted((r["status"], r["checkpoint"]["name"]) for r in records(tmp_path / "two"))
+    wanted = [("failed", "checkpoint-20"), ("ok", "checkpoint-10"), ("ok", "checkpoint-30")]
+    assert made == sorted(2 * wanted), made
 
 
 @pytest.mark.slow
@@ -159,14 +266,6 @@ def test_a_model_of_transformers_is_not_cut(tmp_path):
     parts = Dist(0, 2, 0, torch.device("cpu"), pipe=Pipe(dist, 2))
     with pytest.raises(ValueError, match="is run by transformers, whose models --shard does not"):
         parallel.load(checkpoint.open(base), "float32", parts)
-
-
-def test_a_part_of_a_model_is_not_rounded():
-    dist = Dist(1, 2, 1, torch.device("cpu"))
-    stage = parallel.Stage.of(CONFIGS["llama"], Pipe(dist, 2), "float32")
-    stage.allocate(torch.float32, "cpu")
-    with pytest.raises(ValueError, match="several processes hold between them is not rounded"):
-        quantise_model(stage, "rtn-w8")
 
 
 def test_flag_of_every_evaluation_and_not_with_an_endpoint(root):

@@ -2,21 +2,27 @@
 
 found = numbers(load(ckpt, "float32", dist), facts, dist)
 check(path, dist, size, stream)             # in groups of `size` ranks, and on this rank alone
+check_rounded(path, dist, size, stream, rules)
 """
+
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import checkpoint
-from backends import Sampling
+from backends import CacheOptions, Sampling
 from backends.continuations import Continuations
 from backends.local import Local, facts_of
 from backends.parallel import in_groups, load
+from backends.reference import open_reference
 from costs.shards import shares, weight_bytes
 from costs.symbols import Setup
 from dataset import RandomWindows, Windows, open_stream
 from distributed import Dist
 from formats import layouts
+from quantisation.apply import Weights
 
 ALONE = Dist(0, 1, 0, torch.device("cpu"))
 T = 32
@@ -39,12 +45,16 @@ def prompts():
 
 
 class Seen:
-    """A consumer of logits: their sum by place."""
+    """Makes a consumer of logits: their sum by place."""
 
     def __init__(self, n):
-        self.sums = torch.zeros(n, dtype=torch.float64)
+        self.n = n
 
-    def __call__(self, logits, targets, places):
+    def __call__(self):
+        self.sums = torch.zeros(self.n, dtype=torch.float64)
+        return self.see
+
+    def see(self, logits, targets, places):
         self.sums[places] = logits.double().sum(-1)
 
 
@@ -65,12 +75,17 @@ def numbers(model, facts, dist, stream, batch=4) -> dict:
         parts = scores.choices, scores.targets, scores.tokens, scores.greedy, scores.likeliest
         found[name] = [part.tobytes() for part in parts] + [dist.sum(seen.sums).tobytes()]
         found[f"{name} batch"] = local.ran()["batch_tokens"]
-    for name, sampling in (("drawn", SAMPLING), ("greedy", Sampling(max_new_tokens=7))):
+    ways = [("drawn", SAMPLING, None), ("greedy", Sampling(max_new_tokens=7), None)]
+    if model.config.kv_lora_rank is None:
+        ways.append(("of 8 bits", SAMPLING, "int8"))
+    for name, sampling, local.cache in ((*way, CacheOptions(kind)) for *way, kind in ways):
         mine = local.generate(prompts(), sampling, 3, batch_size=batch, done={(0, 1), (3, 2)})
         mine = [(s.prompt_index, s.sample_index, s.token_ids, s.finish_reason) for s in mine]
         found[name] = sorted(sample for part in dist.gather(mine) for sample in part)
         found[f"{name} batch"] = local.ran()["batch_size"]
         assert len(found[name]) == 3 * len(prompts()) - 2, "each sample once"
+    mine = [s.token_ids for s in local.generate(prompts()[:1], SAMPLING, 3, batch_size=batch)]
+    found["of one prompt"] = sorted(ids for part in dist.gather(mine) for ids in part)
     return found
 
 
@@ -95,6 +110,31 @@ def check(path, dist, size, stream) -> int:
     wrong = [name for name in wanted if found[name] != wanted[name]]
     assert not wrong, (path, size, wrong)
     return len(wanted)
+
+
+def check_rounded(path, dist, size, stream, rules) -> None:
+    """Weights rounded in groups of `size` ranks are those rounded on this rank alone, under one
+    rule after another and then as they were, and so are their sizes; and so is what sets each apart
+    from a reference, which the ranks of a group hold between them as well."""
+    ckpt = checkpoint.open(path)
+    facts = facts_of(ckpt, None, "float32", "cpu")
+    groups = in_groups(dist, size, ckpt.config, "float32")
+    whole, part = (Weights(load(ckpt, "float32", d), keep=True) for d in (ALONE, groups))
+    windows = Windows(len(stream), T, 12)
+    with tempfile.TemporaryDirectory() as folder:
+        places = Path(folder), Path(dist.broadcast(folder)) / "together"
+        against = [open_reference(str(path), "float32", facts) for _ in places]
+        for rule in (*rules, None):
+            found = []
+            for weights, d, own, place in zip((whole, part), (ALONE, groups), against, places):
+                local = Local(weights.under(rule), facts=facts, dist=d)
+                totals, tokens = own.compare(local, stream, windows, 4, place)
+                rows = local.score_rows(some_rows(), 60)
+                arrays = totals.nll, tokens.kl, tokens.same_top, rows.choices, rows.targets
+                found.append([*(a.tobytes() for a in arrays), local.ran().get("quantisation")])
+            assert found[0] == found[1], (path, size, rule)
+            assert (tokens.kl == 0).all() == (rule is None), (path, rule)
+        dist.barrier()
 
 
 def check_shares(ckpt, model, dist, read) -> None:

@@ -267,8 +267,9 @@ RANKS = f"""
     model = builders.tiny_model("llama", std=0.1, max_position_embeddings=48)
     model = model.for_inference(torch.float32)
     sampling = Sampling(12, temperature=1.0, top_p=0.95, seed=0)
-    samples = list(generate(model, prompts, sampling, n_samples=3, eos_ids=[9, 10], batch_size=4,
-                            dist=dist))
+    samples = [s for kind in (None, "int8") for s in generate(
+        model, prompts, sampling, n_samples=3, eos_ids=[9, 10], batch_size=4, dist=dist,
+        kv_dtype=kind)]
     rows = [[s.prompt_index, s.sample_index, s.token_ids, s.finish_reason] for s in samples]
     everything = dist.gather(rows)
     if dist.is_main:
@@ -282,7 +283,7 @@ def on_ranks(tmp_path, n):
 
 def test_identical_samples_on_1_2_and_3_ranks(tmp_path):
     alone, counts = on_ranks(tmp_path, 1)
-    assert counts == [33] and len({tuple(row[2]) for row in alone}) > 25
+    assert counts == [66] and len({tuple(row[2]) for row in alone}) > 25
     for n in (2, 3):
         together, counts = on_ranks(tmp_path, n)
         assert together == alone

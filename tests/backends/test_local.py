@@ -79,7 +79,9 @@ def test_a_consumer_of_windows_gets_each_scored_position_once(sampled, stream, b
             assert place not in seen
             seen[place] = -row.double().log_softmax(-1)[token].item()
 
-    totals = Local(model, byte).score_windows(stream, windows, 4, per_token=True, consumer=consumer)
+    totals = Local(model, byte).score_windows(
+        stream, windows, 4, per_token=True, consumer=lambda: consumer
+    )
     places = np.flatnonzero(totals.token_nll)
     assert sorted(seen) == places.tolist() and len(seen) == totals.tokens.sum()
     found = np.array([seen[place] for place in places])
@@ -172,7 +174,7 @@ def test_rows_by_brute_force(kind, choice_ids, byte):
             assert place not in seen
             seen[place] = row.double().log_softmax(-1)[token].item()
 
-    found = Local(model, byte).score_rows(rows, 60, greedy=True, consumer=consumer)
+    found = Local(model, byte).score_rows(rows, 60, greedy=True, consumer=lambda: consumer)
     for r, (g, ids, targets) in enumerate(zip(rows.prefix, rows.ids, rows.targets)):
         logs = log_probs(model, [*rows.prefixes[g], *ids])
         if choice_ids:

@@ -187,6 +187,37 @@ def test_sums_of_ranks_have_the_same_bits(stream, tmp_path):
     assert set(np.unique(every[:, 4])) <= {0.0, 1.0}
 
 
+def test_what_was_seen_before_memory_ran_out_counts_once(stream, tmp_path):
+    """Each of two ranks sees a batch of 4, has no memory for the next, and is dealt others of 2."""
+    path, windows = saved_checkpoint(tmp_path, seed=3), Windows(len(stream), T, 12)
+    model = tiny_model(seed=4)
+    against = open_reference(str(path), "float32", facts_in_memory(model, BYTE))
+    _, whole = compare(against, model, stream, windows, tmp_path)
+    hidden, calls, parts = model.hidden, [], []
+
+    def too_large(ids, **more):
+        calls.append(len(ids))
+        if len(ids) > 2 and len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return hidden(ids, **more)
+
+    class Kept(Rank):
+        def sum(self, values):
+            parts.append(super().sum(values))
+            return parts[-1]
+
+    tables = []
+    model.hidden = too_large
+    for rank in range(2):
+        compare(against, model, stream, windows, tmp_path, dist=Kept(rank, 2, 0, CPU))
+        assert calls[:3] == [4, 4, 4] and set(calls[3:]) == {2}
+        tables.append(parts[-1])
+        calls.clear()
+    every = sum(tables)
+    assert set(np.unique(every[:, 4])) == {0.0, 1.0}
+    np.testing.assert_allclose(every[every[:, 4] == 1, :3], columns(whole)[:, :3], atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------
 # States that are kept
 

@@ -41,8 +41,8 @@ def asked_of(n=8, seed=0):
     return found
 
 
-def server_of(model, rows=4, room=LONGEST - NEW, logprobs=3):
-    capacity = Capacity(rows, LONGEST, NEW, prompt_room=room, steady=True)
+def server_of(model, rows=4, room=LONGEST - NEW, logprobs=3, kv_dtype=None):
+    capacity = Capacity(rows, LONGEST, NEW, prompt_room=room, steady=True, kv_dtype=kv_dtype)
     return Engine(model, capacity, logprobs=logprobs)
 
 
@@ -68,10 +68,14 @@ def answers(engine, asked, g=None):
 
 
 @pytest.mark.parametrize(
-    "shape,room",
-    [("gpt2", LONGEST - NEW), ("window-some-layers", LONGEST - NEW), ("llama-gqa", 20)],
+    "shape,room,kv_dtype",
+    [
+        ("gpt2", LONGEST - NEW, None),
+        ("window-some-layers", LONGEST - NEW, "fp8"),
+        ("llama-gqa", 20, None),
+    ],
 )
-def test_an_answer_is_the_same_alone_and_among_others(shape, room):
+def test_an_answer_is_the_same_alone_and_among_others(shape, room, kv_dtype):
     """To the last bit: among others in any order, with beginnings that were computed for it, for
     others before, or that lie there of itself; and it is what `generate` gives."""
     model, asked = model_of(**SHAPES[shape]), []
@@ -83,14 +87,14 @@ def test_an_answer_is_the_same_alone_and_among_others(shape, room):
     assert room > 20 or any(len(one[0]) > 1 + room for _, one in asked)
     alone = {}
     for one in asked:
-        alone |= answers(server_of(model, room=room), [one])
+        alone |= answers(server_of(model, room=room, kv_dtype=kv_dtype), [one])
     for order in (1, -1):
-        engine = server_of(model, room=room)
+        engine = server_of(model, room=room, kv_dtype=kv_dtype)
         together = answers(engine, asked[::order], np.random.default_rng(5))
         assert together == alone
         again = answers(engine, asked, np.random.default_rng(6))  # with what lies there already
         assert again == alone
-    for i, (prompt, sampling, samples, _) in asked:
+    for i, (prompt, sampling, samples, _) in asked if kv_dtype is None else ():
         wanted = generate(model, [prompt], sampling, n_samples=len(samples), keys=[str(prompt)])
         for sample in wanted:
             got = [token for token, _ in alone[i, sample.sample_index]]

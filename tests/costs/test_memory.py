@@ -219,24 +219,35 @@ def test_peak_of_the_loss_under_a_soft_cap(dtype):
     assert live.peak == pytest.approx(v["M_loss_backward"], rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "youtu"])
-def test_peak_of_a_prefill_on_cpu(kind):
+@pytest.mark.parametrize(
+    "kind, kv",
+    [("gpt2", None), ("llama", None), ("youtu", None), ("gpt2", "int8"), ("llama", "fp8")],
+)
+def test_peak_of_a_prefill_on_cpu(kind, kv):
     """Weights, cache and the widest moment of a block; without cuBLAS's fused GELU and RMSNorm."""
-    # values as wide as keys, since on CUDA they are widened; attention is the widest moment
+    # values as wide as keys, since on CUDA they are widened; attention is the widest moment, as
+    # rounding is with a narrow MLP
     latent = dict(qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=64, kv_lora_rank=48)
     latent |= dict(n_heads=12, n_kv_heads=12, d_ff=96)
-    latent = latent if kind == "youtu" else {}
+    latent = latent if kind == "youtu" else dict(d_ff=384) if kv == "int8" else {}
     sizes = dict(d_model=384, d_ff=1536, max_position_embeddings=256, head_dim=None)
     c = tiny(kind, **sizes | latent)
     c = c.replace(norm="layernorm", activation="silu" if c.gated_mlp else "gelu")
     model, (B, T) = GPTModel(c).for_inference(torch.bfloat16), (2, 256)
     ids = torch.randint(0, c.vocab_size, (B, T))
-    estimate = estimate_memory(c, B, T, "bf16", training=False, workspace=0)
+    estimate = estimate_memory(c, B, T, "bf16", training=False, workspace=0, kv_dtype=kv)
     assert estimate["states"]["weights"] == sum(p.nbytes for p in model.parameters())
     with LiveBytes(model) as live, torch.no_grad():
-        cache = DecodeCache(model, n_prompts=B, prompt_len=T, n_rows=B, max_len=0)
+        cache = DecodeCache(model, n_prompts=B, prompt_len=T, n_rows=B, max_len=0, kv_dtype=kv)
         filling = cache.filling(list(range(B)), [T] * B)
         model.logits(model.hidden(ids, cache=filling)[:, -1])
+        kept = [
+            part
+            for k in (*cache.prompt_k.values(), *cache.prompt_v.values())
+            if k is not None
+            for part in ((k.codes, k.scales) if kv else (k,))
+        ]
+    assert estimate["cache_bytes_per_token"] * B * T == sum(part.nbytes for part in kept)
     assert estimate["peak_bytes"] - estimate["load_bytes"] == pytest.approx(live.peak, rel=0.03)
 
 

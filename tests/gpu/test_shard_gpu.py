@@ -57,6 +57,18 @@ def test_two_gpus_that_hold_one_model_have_the_bits_of_one(root, tmp_path, name,
     print(name, dtype, *(r["cost"]["tokens_per_second"] for r in (one, two)))
 
 
+@pytest.mark.parametrize("rule", ["rtn-w4-g128", "fp8-a8"])
+@pytest.mark.parametrize("name", ["eval compiled", "mmlu", "humaneval"])
+def test_packed_weights_too(root, tmp_path, name, rule):
+    """And their sizes in memory are those of the whole."""
+    words = [*commands(root)[name], "--dtype", "bfloat16", "--quantise", rule]
+    one, wanted = evaluate(root, 1, 1, tmp_path / "one", words)
+    two, found = evaluate(root, 2, 2, tmp_path / "two", words)
+    assert found == wanted
+    held = [record["protocol"]["quantisation"] for record in (one, two)]
+    assert held[0] == held[1] and held[0]["packed"] == 4 * one["checkpoint"]["config"]["n_layers"]
+
+
 def test_memory_is_the_share_that_compute_says(root, tmp_path):
     words = [*commands(root)["eval"], "--dtype", "bfloat16"]
     record, _ = evaluate(root, 2, 2, tmp_path, words)

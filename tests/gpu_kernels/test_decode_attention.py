@@ -4,8 +4,10 @@ grouping of rows for the kernel, and merging. tests/gpu/test_engine_gpu.py compa
 import numpy as np
 import pytest
 import torch
+from eight_bits import dequantised
 
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
+from gpu_kernels.kv_codes import DTYPES, Codes, read
 
 
 def softmax_attention(q, keys, values, softcap=None, scale=None):
@@ -18,8 +20,15 @@ def softmax_attention(q, keys, values, softcap=None, scale=None):
 
 @pytest.mark.parametrize("N,P,window", [(1, 9, 0), (3, 9, 0), (3, 9, 4), (1, 9, 12), (2, 0, 0)])
 @pytest.mark.parametrize("G,R", [(2, 1), (2, 3)])
-@pytest.mark.parametrize("softcap,scale", [(None, None), (1.5, None), (None, 0.6), (1.5, 0.6)])
-def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R, softcap, scale):
+@pytest.mark.parametrize(
+    "softcap,scale,kind",
+    [
+        *((None, None, None), (1.5, None, None), (None, 0.6, None), (1.5, 0.6, None)),
+        *((None, None, "fp8"), (1.5, 0.6, "int8")),
+    ],
+)
+def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R, softcap, scale, kind):
+    """kind: of the codes that keys and values are stored as, and seen."""
     g, B, S, D = np.random.default_rng(N + window), 5, 7, 8
     q, new_k, new_v = (g.normal(size=(B, n, D)) for n in (G * R, G, G))
     k, v = (g.normal(size=(B, G, S, D)) for _ in range(2))
@@ -27,8 +36,16 @@ def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R, softca
     lengths, prefix = np.array([0, 3, 6, 1, 5]), g.integers(0, N, B)
     prefix_lengths = np.array([P, P // 2, 0][:N])
     as_torch = [torch.tensor(x) for x in (q, new_k, new_v)]
-    own = [torch.tensor(x) for x in (k, v, lengths)]
-    prompts = [torch.tensor(x) for x in (prefix_k, prefix_v, prefix_lengths)]
+    own, prompts = (
+        [torch.tensor(x) for x in (k, v)],
+        [torch.tensor(prefix_k), torch.tensor(prefix_v)],
+    )
+    if kind:
+        own, prompts = ([Codes.of(x, DTYPES[kind]) for x in rooms] for rooms in (own, prompts))
+        new_k, new_v, k, v, prefix_k, prefix_v = (
+            dequantised(x, kind) for x in (new_k, new_v, k, v, prefix_k, prefix_v)
+        )
+    own, prompts = [*own, torch.tensor(lengths)], [*prompts, torch.tensor(prefix_lengths)]
     where = torch.tensor(prefix), plan_tiles(prefix, N, R, torch.float64), int(lengths.max()) + 1
     terms = {"window": window or None, "softcap": softcap, "scale": scale}
     got = merge_parts(*decode_attention(*as_torch, own, prompts, *where, **terms))
@@ -41,10 +58,11 @@ def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R, softca
             keys, values = (np.concatenate(x)[-window:] for x in (keys, values))
             wanted = softmax_attention(q[b, h], keys, values, softcap, scale)
             np.testing.assert_allclose(got[b, h], wanted, rtol=1e-5, atol=1e-6)
-        assert (own[0][b, :, n].numpy() == new_k[b]).all(), "the new key is stored"
-        assert (own[1][b, :, n].numpy() == new_v[b]).all()
+        kept_k, kept_v = (read(x[b], torch.float64).numpy() for x in own[:2])
+        assert (kept_k[:, n] == new_k[b]).all(), "the new key is stored"
+        assert (kept_v[:, n] == new_v[b]).all()
         others = np.arange(S) != n
-        assert (own[0][b, :, others].numpy() == k[b][:, others]).all(), "and no other touched"
+        assert (kept_k[:, others] == k[b][:, others]).all(), "and no other touched"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
