@@ -50,6 +50,7 @@ from formats import (
     merging,
     naming,
     native,
+    row_shards,
     stored,
     training_state,
 )
@@ -173,7 +174,7 @@ class Checkpoint:
 
     def describe(self) -> dict[str, Any]:
         """results.py's `checkpoint`: what a record says of what it was measured on."""
-        base, quantisation = self.base, self.facts.get("quantisation")
+        base, told = self.base, ("quantisation", "trained_over")
         return {
             "path": str(self.path),
             "name": self.name,
@@ -183,7 +184,7 @@ class Checkpoint:
             "config": self.config and self.config.to_dict(),
             "module": "GPTModel" if self.native else "transformers",
             **({"base": {"path": str(base.path), "fingerprint": base.fingerprint}} if base else {}),
-            **({"quantisation": quantisation} if quantisation else {}),
+            **{name: self.facts[name] for name in told if self.facts.get(name)},
         }
 
     def load(
@@ -245,7 +246,7 @@ class Checkpoint:
         assert self.layout is not None, "names of no layout do not fit"
         with _readable(self.path):
             self._check_unchanged()
-            layouts.fill(model, self.tensors, self.layout, self.path)
+            row_shards.fill(model, self.tensors, self.layout, self.path)
             self._check_unchanged()
 
     def _check_fits(self, model: GPTModel) -> None:
@@ -289,13 +290,13 @@ def fingerprint(path: str | Path) -> str:
     return open(path).fingerprint
 
 
-def load_training_state(path: str | Path) -> dict[str, Any]:
-    """optimizer, scheduler, epoch, step, loss and extra of a checkpoint; None what it has not."""
+def load_training_state(path: str | Path, whole: bool = True) -> dict[str, Any]:
+    """`training_state.read` of a checkpoint: what training goes on from."""
     path = Path(path)
     with _readable(path):
         reader_of(path)  # says what is wrong with a path that is no checkpoint
         native.check_manifest(path)
-        return training_state.read(path)
+        return training_state.read(path, whole)
 
 
 def load_checkpoint(
@@ -328,8 +329,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def is_complete(path: str | Path) -> bool:
-    """Whether a checkpoint's files are all there and whole, as far as sizes and tables of contents
-    tell. For a watcher: ours are whole when they appear, others grow under their final name."""
+    """Whether all files are there and whole as far as headers tell: others grow in place."""
     path = formats.named(path)
     try:  # without an adapter's base, which may be known to others alone
         reader_of(path).open(path)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import cli
 import evaluation as frame
+import headstart
 import launcher
 import stats
 from cli import printable
@@ -87,9 +88,10 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
     where = cli.read_options(cli.RunOptions, args)
     keep = evaluation.samples == "always" or getattr(args, "log_samples", False)
     variants = evaluation.variants(options)
-    evaluation.check(options)
-    import checkpoint
-    import distributed
+    with headstart.loading(where.device):
+        evaluation.check(options)
+        import checkpoint
+        import distributed
 
     paths = checkpoint.expand_paths(models.checkpoint_path)
     adapters = checkpoint.expand_paths(over)
@@ -305,6 +307,7 @@ def measure_checkpoint(
         return made
 
     planned = background.submit(make_plans)
+    background.submit(evaluation.code_version, *ckpt.rooms, *rooms)  # remembered for the record
     model = loader.load(ckpt, dist, quantisation)
     made = planned.result()
     load_seconds = time.perf_counter() - start

@@ -327,6 +327,14 @@ class GPTConfig:
                 changes.setdefault(name, None)
         return replace(self, **changes)
 
+    @property
+    def recomputed_together(self) -> int:
+        """Blocks of a frozen model whose activations are recomputed at a time, where they are: of L
+        blocks, what L/n groups keep, and n blocks recomputed, is least for n^2 = L/10, a block
+        keeping about ten times what goes into it. Where all is trained, gradients are there in the
+        end instead of what groups keep, and one is best."""
+        return max(1, round((self.n_layers / 10) ** 0.5))
+
     def to_dict(self) -> dict:
         """All fields of GPT-2 and of Llama's kin, and of the others those that say something."""
         values = asdict(self) | {name: list(getattr(self, name)) for name in LAYER_LISTS}

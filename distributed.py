@@ -34,6 +34,7 @@ import torch.distributed as torch_dist
 
 import cli
 import launcher
+from durable import cache_folder
 
 if TYPE_CHECKING:
     from backends.pipe import Pipe
@@ -46,6 +47,7 @@ COLLECTIVE_TIMEOUT = timedelta(days=30)
 # torchrun's store is there before its workers are: one that is not reached was killed meanwhile
 # (torch may take twice as long to give up)
 CONNECT_TIMEOUT = timedelta(minutes=1)
+LOOK = 1 << 32  # in a rank's counter: the thread has looked; below it, how often the rank got on
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
     ranks that cannot find each other (launcher.check_launch).
     """
     rank, world_size, local_rank, launched = launcher.check_launch()
+    _keep_compiled()
     chosen = _pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -204,6 +207,15 @@ def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
         watch.stop()
     torch_dist.destroy_process_group()
     MADE.clear()
+
+
+def _keep_compiled() -> None:
+    """What torch.compile makes is kept for the next run. Torch's own place is below /tmp, which is
+    emptied, and in a container gone with it."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (
+        kept := cache_folder("inductor", make=True)
+    ):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
 
 
 def _pick_device(name: str | None, local_rank: int) -> torch.device:
@@ -251,7 +263,8 @@ class Watch:
         )
         self.interval, self.clock = min(2.0, timeout / 8), time.monotonic
         self.bumps, self.seen_bumps, self.resting = 0, 0, True
-        self.last_moves: dict[int, tuple[int, float]] = {}  # rank: (its counter, when it moved)
+        # by rank: how often it had got on, since when; how often it has looked, since when
+        self.last_moves: dict[int, tuple[int, float, int, float]] = {}
         self.meetings, self.store_is_gone = 0, False
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -298,21 +311,29 @@ class Watch:
 
     def silent_rank(self) -> int | None:
         """Say that this rank lives, if it does, and find one whose counter has not moved for
-        `timeout` seconds of this process's clock, which is compared with no other."""
+        `timeout` seconds of this process's clock, which is compared with no other. In training all
+        ranks stand still where one does: it is the one whose process says nothing, if one is."""
         counts, now = self._exchange(), self.clock()
-        for rank, count in enumerate(counts):
-            known, since = self.last_moves.get(rank, (-1, now))
-            if count != known:
-                self.last_moves[rank] = count, now
-            elif now - since > self.timeout:
-                return rank
-        return None
+        silent, stopped = [], []
+        for rank, (moves, looks) in enumerate(counts):
+            known, since, known_looks, seen = self.last_moves.get(rank, (-1, now, -1, now))
+            since = now if moves != known else since
+            seen = now if looks != known_looks else seen
+            self.last_moves[rank] = moves, since, looks, seen
+            if now - since > self.timeout:
+                silent.append(rank)
+            if now - seen > self.timeout / 2:
+                stopped.append(rank)
+        return (stopped or silent)[0] if silent else None
 
-    def _exchange(self) -> list[int]:
+    def _exchange(self) -> list[tuple[int, int]]:
+        """Of each rank, how often it had got on and how often its watch thread has looked: one
+        number in the store."""
         alive = self.resting or self.bumps != self.seen_bumps
         self.seen_bumps = self.bumps
-        self.store.add(str(self.rank), 1 if alive else 0)
-        return [self.store.add(str(r), 0) for r in range(self.world_size)]
+        self.store.add(str(self.rank), LOOK + (1 if alive else 0))
+        counts = [self.store.add(str(r), 0) for r in range(self.world_size)]
+        return [(count % LOOK, count // LOOK) for count in counts]
 
     def _end_run(self, dead: int) -> None:
         if self.store.add("reported", 1) == 1:

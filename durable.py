@@ -50,6 +50,22 @@ def dumps(obj: Any, **options: Any) -> str:
     return json.dumps(plain(obj), ensure_ascii=False, allow_nan=False, **options)
 
 
+def cache_folder(name: str, make: bool = False) -> Path | None:
+    """Where what can be made again is kept between runs: ~/.cache/roseval/NAME. None without a
+    home, as some users of containers are; make: also where it cannot be made and written."""
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if home.startswith("~"):
+        return None
+    folder = Path(home, "roseval", name)
+    if make:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return None
+        return folder if os.access(folder, os.W_OK) else None
+    return folder
+
+
 def fsync(path: Path) -> None:
     """A file or a directory to disk."""
     fd = os.open(path, os.O_RDONLY)

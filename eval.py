@@ -18,23 +18,21 @@ Reference: Hugging Face documents a perplexity of 19.44 for GPT-2 Large on WikiT
 text with windows of 1024 and --stride 1024, and 16.44 with --stride 512.
 """
 
+from __future__ import annotations
+
 import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-import checkpoint
 import cli
 import command
 import evaluation
 import results
 import stats
 from backends import AnyWindows, Backend, Facts
-from backends.reference import Reference, open_reference
-from backends.scoring import WindowTotals
 from cli import printable
-from dataset import RandomWindows, TokenStream, Windows, open_stream
 from evaluation import Evaluation, Folder, Outcome, Plan, Result
 from formats.documents import document_starts, mark_of
 from formats.shards import RAW
@@ -42,8 +40,12 @@ from recording.runs import called
 from tasks import divergence
 from tasks.windows import LENGTHS, Chunks
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these load torch
     from backends.local import Local
+    from backends.reference import Reference
+    from backends.scoring import WindowTotals
+    from dataset import Windows
+    from formats.tokens import TokenStream
 
 # ---------------------------------------------------------------------------------------------
 # Options
@@ -141,6 +143,8 @@ class Scored:
 
 def plan(options: Options, facts: Facts) -> Plan:
     """The data as a model sees it, and what decides its numbers."""
+    from dataset import RandomWindows, Windows, open_stream
+
     tokenizer, published = facts.tokenizer, options.windows in LENGTHS
     seq_len = pick_window(options.seq_len or LENGTHS.get(options.windows), facts.context)
     stream = open_stream(
@@ -211,6 +215,8 @@ def words_of(protocol: dict) -> tuple[str, ...]:
 def plan_reference(options: Options, facts: Facts, stream: TokenStream, seq_len: int) -> Reference:
     """The reference of these options, from its headers. ValueError where it is none for a model
     of these facts."""
+    from backends.reference import open_reference
+
     dtype = cli.DTYPES.get(options.reference_dtype or facts.dtype, facts.dtype)
     reference = open_reference(options.reference or "", dtype, facts)
     own = reference.ckpt.tokenizer
@@ -295,6 +301,8 @@ def metrics_of(
     totals: WindowTotals, windows: AnyWindows, nll: np.ndarray, count: np.ndarray
 ) -> dict:
     """nll, count [n]: of windows or documents, whose losses are taken to be independent."""
+    from dataset import Windows
+
     n = len(nll)
     if not isinstance(windows, Windows):  # rosetrainer's and GPTQ's figure: the mean over windows
         loss, stderr = float((nll / count).mean()), float((nll / count).std(ddof=1) / n**0.5)
@@ -388,6 +396,9 @@ def print_table(records: list[dict]) -> None:
 
 def check(options: Options) -> None:
     """The files are there and readable, whatever the tokenizer, and the reference is one."""
+    import checkpoint
+    from dataset import open_stream
+
     tokenizer, width = evaluation.open_tokenizer("byte"), options.token_dtype
     open_stream(options.data_mode, options.files, tokenizer, max_tokens=1, token_dtype=width)
     if options.reference:
@@ -421,6 +432,8 @@ def main(argv=None):
 def first_as_reference(args: argparse.Namespace) -> None:
     """`--reference first`, as the path of the first checkpoint named."""
     if args.reference == "first" and args.checkpoint_path:
+        import checkpoint
+
         args.reference = str(checkpoint.expand_paths(args.checkpoint_path)[0])
 
 

@@ -92,13 +92,15 @@ class _WithoutInit(TorchFunctionMode):
 
 
 class GPTModel(nn.Module):
-    """See the file's docstring. `activation_checkpointing` recomputes blocks in the backward."""
+    """See the file's docstring. `activation_checkpointing` recomputes blocks in the backward,
+    `recomputed_together` of them at a time."""
 
     # transformers' models, behind the same interface, say False
     is_native: Literal[True] = True
     supports_cache: Literal[True] = True
     # whether the embeddings, and the head, are here: not where ranks hold a model between them
     is_first, is_last = True, True
+    recomputed_together = 1
     quantisation: dict | None = None  # how the weights were rounded: quantisation/apply.py
 
     def __init__(self, config: GPTConfig):
@@ -276,13 +278,18 @@ class GPTModel(nn.Module):
         before them, if that is not the embeddings; it is taken out, so that nothing holds it."""
         x = came.pop() if came else self.embed(input_ids, positions)
         ropes = self._ropes(positions, x.shape[1] if cache is None else cache.longest)
-        for layer in self.layers:
-            rope, block = ropes.get(self.config.layer_rope(layer)), self.blocks[layer]
-            own = None if mask is None else mask[layer]
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, own, cache, use_reentrant=False)
-            else:
-                x = block(x, rope, own, cache)
+
+        def through(x: Tensor, layers: range) -> Tensor:
+            for layer in layers:
+                own = None if mask is None else mask[layer]
+                x = self.blocks[layer](x, ropes.get(self.config.layer_rope(layer)), own, cache)
+            return x
+
+        again = self.activation_checkpointing and torch.is_grad_enabled()
+        n = self.recomputed_together if again else 1  # one, so that no older x is held
+        for first in self.layers[::n]:
+            layers = range(first, min(first + n, self.layers.stop))
+            x = checkpoint(through, x, layers, use_reentrant=False) if again else through(x, layers)
         return x
 
     def within_documents(self, starts: Tensor) -> dict[str, Any]:

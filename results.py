@@ -63,9 +63,11 @@ evaluation      "perplexity" | "mmlu" | "humaneval" | ...: any name
 run             the training run that the checkpoint belongs to
 status          "ok" | "failed"; failed: `reason` says why and metrics is empty
 reason          null | one line
-checkpoint      {path, name, step, tokens, fingerprint, config, module, base?, quantisation?}; step
-                and tokens may be null; module is what ran it: "GPTModel" or "transformers"; base is
-                {path, fingerprint} of the model that an adapter was merged into; quantisation of
+checkpoint      {path, name, step, tokens, fingerprint, config, module, base?, trained_over?,
+                quantisation?}; step and tokens may be null; module is what ran it: "GPTModel" or
+                "transformers"; base is {path, fingerprint} of the model that an adapter was merged
+                into, trained_over the rule that its weights were rounded by while the adapter was
+                trained, if any: they are merged as they lie on disk; quantisation of
                 matrices that are quantised in the file, {rule, matrices, weight_bytes,
                 bits_per_weight, method?, activations?}
 metrics         {name: {value, stderr?, low?, high?, n?, better, unit?}}. The order matters: the

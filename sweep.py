@@ -19,6 +19,8 @@ appears beside the checkpoints or the results. Checkpoints are only ever read.
 Exit codes are cli.py's, and 1 if a checkpoint failed.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 import re
@@ -28,29 +30,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import cli
-import distributed
 import evaluation
-from backends import parallel
+import headstart
 from bleu_eval import BLEU
-from checkpoint import Checkpoint
 from config import load_yaml
-from distributed import Dist
 from eval import PERPLEXITY
 from evaluation import Evaluation, ModelOptions, Result
-from formats import pt_files
 from gsm8k_eval import GSM8K
 from harness_eval import HARNESS
 from humaneval_eval import HUMANEVAL
 from mmlu_eval import MMLU
-from quantisation.apply import Weights
 from quantisation.names import QuantiseOptions
-from sweeping.planner import Entry, Planner, Work
-from sweeping.served import Endpoint, ServedSweep, check_entries, read_endpoints
+
+if TYPE_CHECKING:  # these load torch
+    from checkpoint import Checkpoint
+    from distributed import Dist
+    from quantisation.apply import Weights
+    from sweeping.planner import Entry, Planner, Work
+    from sweeping.served import Endpoint
 
 SERVED = "endpoint"  # in the YAML, beside the evaluations
 ROUNDING = cli.option_names(QuantiseOptions)
@@ -101,11 +101,16 @@ def main(argv=None):
     args = p.parse_args(argv)
     models, shared, options, precision, run = (cli.read_options(kind, args) for kind in kinds)
     cli.check_seconds(p, args, "poll_seconds", "quiet_seconds", "lease_seconds")
-    entries, endpoints = read_entries(options.evaluations, models, shared)
-    if not (models.checkpoint_path or endpoints):
+    if not (models.checkpoint_path or load_yaml(options.evaluations).get(SERVED)):
         p.error(
             "the following arguments are required: --checkpoint-path (or endpoint: in the YAML)"
         )
+    with headstart.loading(run.device):
+        import distributed
+        from backends import parallel
+        from sweeping.planner import Planner
+        from sweeping.served import ServedSweep
+    entries, endpoints = read_entries(options.evaluations, models, shared)
     with distributed.setup(run.device, run.timeout) as dist:
         dtype = evaluation.set_precision(precision, dist)
         models.model_config()  # ValueError now, rather than once for each checkpoint
@@ -147,6 +152,8 @@ def read_entries(
     The model is loaded once for all, so what concerns it is said on this command line; so may be
     --tokenizer-name, --batch-size, --seed and --compile, for evaluations that do not say.
     """
+    from sweeping.served import check_entries, read_endpoints
+
     known, entries = {e.name: e for e in EVALUATIONS}, []
     asked = load_yaml(file)
     served = asked.pop(SERVED, [])
@@ -176,6 +183,8 @@ def entries_of(
     where: str, kind: Evaluation, values: dict, models: ModelOptions, shared: SharedOptions
 ) -> list[Entry]:
     """One for each variant of an evaluation's options, as its script would make of these flags."""
+    from sweeping.planner import Entry
+
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     own = {name: values.pop(name) for name in ("tokenizer_name",) if name in values}
     own = cli.convert_options(ModelOptions, own, where)
@@ -205,7 +214,7 @@ def sweep(planner: Planner, dist: Dist) -> int:
     """Work until nothing is left to do; returns how many evaluations failed. Rank 0 decides, and
     what it decides or runs into, every rank learns."""
     on_main(dist, planner.open)
-    ahead = ReadAhead()
+    ahead = ReadAhead(planner.models)
     try:
         while work := on_main(dist, planner.next_work):
             if dist.local_rank == 0:
@@ -252,12 +261,17 @@ def do(planner: Planner, work: Work, dist: Dist) -> None:
             on_main(dist, planner.fail, work, label, outcome)
     del opened
     if dist.device.type == "cuda":
+        import torch
+
         torch.cuda.empty_cache()
 
 
 def load(planner: Planner, work: Work, dist: Dist) -> tuple[Weights, Checkpoint, dict]:
     """(weights, of the model or of this rank's part of it, handle, plans by label). There is no
     collective in here."""
+    from backends import parallel
+    from quantisation.apply import Weights
+
     ckpt = planner.models.opened(work.path)
     model = parallel.load(ckpt, planner.dtype, dist)
     plans = {label: planner.plan_of(planner.entries[label], ckpt) for label in work.pending}
@@ -293,10 +307,12 @@ def evaluate(
 
 
 class ReadAhead:
-    """Reads the next checkpoint's weights into the page cache, so that loading finds them there."""
+    """Reads the next checkpoint's weights into the page cache, so that loading finds them there,
+    and hashes them, so that its fingerprint is remembered."""
 
-    def __init__(self):
-        self.thread = None
+    def __init__(self, models: ModelOptions):
+        self.models = models
+        self.thread: threading.Thread | None = None
 
     def start(self, path: Path | None) -> None:
         if path and not (self.thread and self.thread.is_alive()):
@@ -304,6 +320,8 @@ class ReadAhead:
             self.thread.start()
 
     def _read(self, path: Path) -> None:
+        from formats import pt_files
+
         files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
         with contextlib.suppress(OSError):  # gone meanwhile
             files = [f for f in files if f.is_file() and not pt_files.NOT_WEIGHTS.fullmatch(f.name)]
@@ -312,6 +330,8 @@ class ReadAhead:
                     with open(file, "rb", buffering=0) as f:
                         while f.read(2**23):
                             pass
+        with contextlib.suppress(Exception):  # an edge: what is wrong is said when it is its turn
+            self.models.opened(path).fingerprint  # noqa: B018
 
 
 def available_memory() -> int:

@@ -4,6 +4,7 @@
         --train-npy 'data/stdlib/stdlib_train_*.npy' --val-npy 'data/stdlib/stdlib_val_*.npy' \\
         --seq-len 256 --num-steps 500 --eval-steps 100 --checkpoint-path checkpoints/nano
     torchrun --nproc-per-node=8 train.py --config gpt2 … --batch-size 32 --compile on
+    torchrun --nproc-per-node=8 train.py --config llama3-8b … --fsdp --use-activation-checkpoint
 
 --packing says which documents share a window, --mix how much of which source comes. rosetrainer's
 flags keep their names; --train-config FILE.yaml sets any of them, and flags on the command line
@@ -37,14 +38,17 @@ from costs.flops import estimate_flops
 from dataset import TokenStream, Windows, build_tokenizer
 from distributed import Dist
 from durable import check_writable
+from formats import row_shards
 from gpu_kernels.cross_entropy import IGNORE
 from model import GPTModel
 from modeling.mlp import balance_loss
 from recording.trackers import trackers
 from tokenizer import Tokenizer
+from training import fsdp
 from training.batches import TrainBatches
 from training.log import Log, mean_loss
 from training.lora import Adapters, adapted
+from training.low_rank import LowRank
 from training.options import (
     ModelOptions,
     OptimizationOptions,
@@ -53,7 +57,7 @@ from training.options import (
 )
 from training.schedule import schedule
 from training.sources import Data, make_batches, open_data
-from training.state import TrainingState, resume, save
+from training.state import TrainingState, find_latest, resume, save
 
 
 def main(argv=None):
@@ -64,13 +68,16 @@ def main(argv=None):
         dtype = choose_dtype(options.precision, dist.device)
         tokenizer = choose_tokenizer(options)
         data = open_data(options.data, tokenizer, options.optimization.seq_len)
-        model, adapters = build_model(options, tokenizer, dtype, dist.device)
+        latest = find_latest(options.run, dist)
+        loss_fn, adapters = build_model(options, tokenizer, dtype, latest, dist)
+        model = loss_fn.model
         data.check_vocab(model.vocab_size)
         trained = adapters.parameters() if adapters else list(model.parameters())
         optimizer, scheduler = make_optimizer(trained, options.optimization)
         state = TrainingState(model, optimizer, scheduler, tokenizer, adapters)
-        resume(state, options.run)
-        train(options, state, data, dtype, dist)
+        if latest:
+            resume(state, latest)
+        train(options, state, loss_fn, data, dtype, dist)
 
 
 def choose_dtype(precision: cli.PrecisionOptions, device: torch.device) -> str:
@@ -115,10 +122,11 @@ def config_given(given: ModelOptions) -> GPTConfig | None:
 
 
 def build_model(
-    options: Options, tokenizer: Tokenizer, dtype: str, device: torch.device
-) -> tuple[GPTModel, Adapters | None]:
-    """Fresh weights, the same on every rank: drawn on the CPU from the seed; or frozen ones and
-    adapters that are. ValueError for a model that is too short for --seq-len."""
+    options: Options, tokenizer: Tokenizer, dtype: str, latest: Path | None, dist: Dist
+) -> tuple["Loss", Adapters | None]:
+    """The loss of a model with fresh weights, the same on every rank: drawn on the CPU from the
+    seed; or of frozen ones, and adapters that are. latest: the checkpoint that the run goes on
+    from. ValueError for a model that is too short for --seq-len."""
     given, seq_len = options.model, options.optimization.seq_len
     config = config_given(given)
     if config is None:
@@ -135,16 +143,27 @@ def build_model(
             f"{config.max_position_embeddings} of the model"
         )
     torch.manual_seed(options.run.seed)
-    adapters = None
+    adapters, rows, sharded = None, None, options.run.fsdp and dist.world_size > 1
+    if options.run.fsdp and not sharded:
+        cli.note("--fsdp on one rank: there is nothing to share")
     if options.lora.lora_rank is not None:
         assert given.init_from, "options.py asks for it"
-        model, adapters = adapted(given.init_from, config, options.lora, dtype, device)
-    else:
+        model, adapters = adapted(given.init_from, config, options.lora, dtype, dist.device)
+    elif not sharded:
         model = GPTModel(config)
-        if given.init_from:
-            checkpoint.load_weights(given.init_from, model)
+    elif given.init_from or latest:  # weights come from there
+        model = GPTModel.on_meta(config)
+    else:
+        model, rows = fsdp.drawn(config, dist)
     model.activation_checkpointing = given.use_activation_checkpoint
-    return model.to(device), adapters
+    loss_fn = Loss(model)
+    if sharded:
+        fsdp.shard(loss_fn, dtype, dist)
+    if rows:
+        fsdp.put(model, rows)
+    if given.init_from and adapters is None:
+        checkpoint.load_weights(given.init_from, model)
+    return loss_fn.to(dist.device), adapters
 
 
 def make_optimizer(
@@ -167,6 +186,7 @@ def make_optimizer(
 def train(
     options: Options,
     state: TrainingState,
+    loss_fn: "Loss",
     data: Data,
     dtype: str,
     dist: Dist,
@@ -177,7 +197,7 @@ def train(
     batches, counts = make_batches(options, data, state.tokenizer, dist)
     steps = range(state.step, last)
     micro_batches = load_micro_batches(batches, steps, dist)
-    loss_fn = wrap(model, run.compile, dist)
+    wrapped = wrap(loss_fn, run.compile, dist)
     amp = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     log = open_log(options, model.config, batches, steps, dist)
     log.packing(steps.start, options.data.packing, counts)
@@ -185,7 +205,7 @@ def train(
     for step in steps:
         # dropout of a step depends on (seed, step, rank) alone, so a resumed run draws the same
         torch.manual_seed((run.seed * 1_000_003 + step) * 65_537 + dist.rank)
-        loss, router_loss, scored = backward(loss_fn, model, micro_batches, accum, amp, dist)
+        loss, router_loss, scored = backward(wrapped, model, micro_batches, accum, amp, dist)
         norm = clip(model, optimization.grad_clip_norm)
         state.optimizer.step()
         state.scheduler.step()
@@ -196,7 +216,7 @@ def train(
 
         val_loss = None
         if data.validation and (done == last or done % optimization.eval_steps == 0):
-            val_loss = validate(model, *data.validation, optimization, amp, dist)
+            val_loss = validate(loss_fn, *data.validation, optimization, amp, dist)
             log.validation(done, val_loss)
             log.restart_clock(done)
         if done == last or done % (run.save_steps or optimization.eval_steps) == 0:
@@ -228,6 +248,11 @@ class Loss(nn.Module):
             return loss, None
         return loss, balance_loss(self.of_all_ranks(self.model.router_loads()))
 
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args), which uses the model: where it is sharded, what lies outside of its
+        blocks is gathered meanwhile."""
+        return function(*args)
+
 
 def of_all_ranks(loads: torch.Tensor) -> torch.Tensor:
     """`Mixture.load` of all layers, [L, 2, E], with the share of tokens that chose an expert taken
@@ -240,21 +265,24 @@ def of_all_ranks(loads: torch.Tensor) -> torch.Tensor:
     return torch.stack((share / torch.distributed.get_world_size(), loads[:, 1]), dim=1)
 
 
-def wrap(model: GPTModel, compile: str, dist: Dist) -> nn.Module:
-    """Loss(model), compiled if wanted, under DDP where there are several ranks."""
-    loss_fn, frozen = Loss(model), not next(model.blocks.parameters()).requires_grad
+def wrap(loss_fn: Loss, compile: str, dist: Dist) -> nn.Module:
+    """A loss, compiled if wanted, under DDP where there are several ranks that it is not sharded
+    over."""
+    model, sharded = loss_fn.model, row_shards.is_sharded(loss_fn)
+    frozen = any(isinstance(m, LowRank) for m in model.modules())
     if compile == "on" or (compile == "auto" and dist.device.type == "cuda"):
-        if frozen:  # large models, for which one compilation serves all blocks
+        if frozen or sharded:  # large models, for which one compilation serves all blocks
             scoring.compile_blocks(model, True)
         else:
             loss_fn.compile(dynamic=False)
-    if dist.world_size == 1:
+    if dist.world_size == 1 or sharded:
         return loss_fn
     on_cuda = dist.device.type == "cuda"
     return DistributedDataParallel(
         loss_fn,
         device_ids=[dist.local_rank] if on_cuda else None,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # rotary tables, and packed weights: alike from the start
         # DDP regroups its buckets after the first step, and a resumed run has another first step:
         # looking for unused parameters keeps the groups, and with them the order of summation
         find_unused_parameters=not on_cuda,
@@ -309,12 +337,13 @@ def backward(
 
 def clip(model: GPTModel, max_norm: float) -> torch.Tensor:
     """The gradients' norm, after which they are clipped to max_norm (0: left alone)."""
-    return nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+    return fsdp.whole_norm(norm)
 
 
 @torch.no_grad()
 def validate(
-    model: GPTModel,
+    loss_fn: Loss,
     stream: TokenStream,
     windows: Windows,
     options: OptimizationOptions,
@@ -322,18 +351,21 @@ def validate(
     dist: Dist,
 ) -> float:
     """Exact loss over the validation stream, the number that eval.py gives."""
-    model.eval()
+    model = loss_fn.model.eval()
     by_block = any(block._compiled_call_impl for block in model.blocks)
     nll = scoring.nll_function(model, compiled=by_block)
 
     def nll_fn(input_ids, targets, *more):
         with amp:
-            return nll(input_ids, targets, *more)
+            return loss_fn.run(nll, input_ids, targets, *more)
 
+    if row_shards.is_sharded(model):
+        dist = fsdp.in_step(dist)
     nothing = torch.zeros(model.vocab_size, dtype=torch.int64)
     totals = scoring.score_windows(
         nll_fn, stream, windows, options.batch_size, dist, nothing, nothing.bool()
     )
+    fsdp.let_go(loss_fn)
     model.train()
     return totals.loss
 

@@ -1,13 +1,14 @@
 """train.py --lora-rank beside PEFT over transformers' model on one GPU: tokens/s, peak memory.
 
     python benchmarks/lora.py --work /dev/shm --out results.json        # 7B, 4 x 2048, rank 64
-    python benchmarks/lora.py --work /dev/shm --peft /tmp/site --peers eager compiled --out …
+    python benchmarks/lora.py --work /dev/shm --peers eager compiled --quantise rtn-w4-g128 --out …
 
 Random weights in bfloat16, adapters in float32 over all seven matrices of a block, autocast, blocks
 recomputed on both sides, fused AdamW, gradients clipped. Ours is train.py itself, its data loading
 and its log included; the peer is PEFT's model in a plain loop over batches that already lie on the
 GPU, with sdpa: eager, as Trainer runs it, and with each of its layers compiled. The median of the
-steps after the first third counts, for all sides alike. --peft: a folder to import PEFT from.
+steps after the first third counts, for all sides alike. --quantise: ours over packed weights too,
+as the side "packed". --peft: a folder to import PEFT from.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import cli  # noqa: E402
 from benchmarks.perplexity import machine  # noqa: E402
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SIDES = ("ours", "eager", "compiled")
+OURS, PEERS = ("ours", "packed"), ("eager", "compiled")
 LR = 2e-4
 
 
@@ -43,17 +44,18 @@ def main(argv=None):
     p.add_argument("--no-recompute", action="store_true")
     p.add_argument("--steps", type=cli.positive_int, default=24)
     p.add_argument("--compile", choices=("auto", "off"), default="auto", help="of ours")
-    p.add_argument("--peers", nargs="*", choices=SIDES[1:], default=["eager"])
+    p.add_argument("--peers", nargs="*", choices=PEERS, default=["eager"])
+    p.add_argument("--quantise", metavar="RULE", help="ours over weights that are packed so, too")
     p.add_argument("--seconds", type=float, default=120, help="a side may take (120)")
     p.add_argument("--peft", help="folder to import PEFT from")
-    p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # the script calling itself
+    p.add_argument("--side", choices=OURS + PEERS, help=argparse.SUPPRESS)  # calls itself
     args = p.parse_args(argv)
     if args.side:
-        print(json.dumps(ours(args) if args.side == "ours" else peer(args)))
+        print(json.dumps(ours(args) if args.side in OURS else peer(args)))
         return
     report = {"machine": machine(), "case": {n: str(v) for n, v in vars(args).items()}}
     save_base(args)
-    for side in ("ours", *args.peers):
+    for side in ("ours", *args.peers, *(["packed"] if args.quantise else [])):
         report[side] = measured(side, sys.argv[1:] if argv is None else argv, args.seconds)
         args.out.write_text(json.dumps(report, indent=1))  # nothing is lost if the next fails
     print_table(report)
@@ -96,8 +98,6 @@ def ours(args: argparse.Namespace) -> dict:
     """train.py's own loop, in this process so that its peak of memory can be asked for."""
     import tempfile
 
-    import torch
-
     import train
 
     run = tempfile.mkdtemp(dir=args.work)
@@ -107,12 +107,13 @@ def ours(args: argparse.Namespace) -> dict:
     words += ["--lora-rank", args.rank, "--lora-targets", *TARGETS, "--compile", args.compile]
     words += ["--num-steps", args.steps, "--log-steps", 1, "--warmup-steps", 2]
     words += ["--eval-steps", args.steps, "--checkpoint-path", run, "--dtype", "bfloat16"]
+    words += ["--quantise", args.quantise] if args.side == "packed" else []
     words += ["--train-embeddings"] * args.train_embeddings
     words += ["--use-activation-checkpoint"] * (not args.no_recompute)
     train.main([str(word) for word in words])
     lines = (Path(run) / "log.jsonl").read_text().splitlines()
     rates = [json.loads(line)["tokens_per_second"] for line in lines]
-    return row_of(rates, torch.cuda.max_memory_allocated())
+    return row_of(rates)
 
 
 def peer(args: argparse.Namespace) -> dict:
@@ -165,10 +166,13 @@ def peer(args: argparse.Namespace) -> dict:
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for all of it
         rates.append(ids.numel() / (time.perf_counter() - start))
-    return row_of(rates, torch.cuda.max_memory_allocated())
+    return row_of(rates)
 
 
-def row_of(rates: list[float], peak: int) -> dict:
+def row_of(rates: list[float]) -> dict:
+    import torch
+
+    peak = torch.cuda.max_memory_allocated()
     return {
         "tokens_per_second": statistics.median(rates[len(rates) // 3 :]),
         "peak_GiB": peak / 2**30,
@@ -178,9 +182,9 @@ def row_of(rates: list[float], peak: int) -> dict:
 
 def print_table(report: dict) -> None:
     for side, row in report.items():
-        if side in SIDES and "error" in row:
+        if side in OURS + PEERS and "error" in row:
             print(f"  {side:<10} {row['error'][-800:]}")
-        elif side in SIDES:
+        elif side in OURS + PEERS:
             rate, peak = row["tokens_per_second"], row["peak_GiB"]
             ratio = report["ours"].get("tokens_per_second", float("nan")) / rate
             print(

@@ -89,7 +89,7 @@ def measure(config: GPTConfig, batch_size: int, seq_len: int, rounds: int, steps
         total = 2 + rounds * steps
         sides[side] = (
             train.load_micro_batches(batches, range(total), dist),
-            train.wrap(model, "on", dist),
+            train.wrap(train.Loss(model), "on", dist),
         )
 
     def run(side, n):

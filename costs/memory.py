@@ -104,7 +104,8 @@ def training_timeline(v: dict, setup: Setup) -> list[tuple[str, dict]]:
     per_block = v["g"] * (v["n_lora"] if v["lora"] else v["n_block"]) / v["n_g"]
 
     def at(blocks, casts, gradients=0.0, head=1, **more):
-        parts = dict(idle, activations=blocks * v["A_kept"] + v["A_shared"] + head * v["A_ends"])
+        kept = -(-blocks // v["together"]) * v["A_kept"]
+        parts = dict(idle, activations=kept + v["A_shared"] + head * v["A_ends"])
         parts["autocast"] = casts * v["M_casts"] + head * v["M_cast_head"]
         parts["gradients"] = accumulated or gradients
         parts["communication"] += v["M_gathered"]
@@ -122,9 +123,10 @@ def training_timeline(v: dict, setup: Setup) -> list[tuple[str, dict]]:
     for i in range(L, 0, -1):
         casts = 1 if v["full_recompute"] else i
         parts = at(i, casts, first + (L - i) * per_block, head=0)
-        parts["activations"] += v["A_block"] - v["A_kept"]  # recomputed
+        again = (i - 1) % v["together"] + 1  # blocks that were recomputed and are still there
+        parts["activations"] += again * v["A_block"] - v["A_kept"]
         parts["loss"] = v["M_held"]
-        parts["backward"] = v["A_backward"] + v["M_scattered"]
+        parts["backward"] = v["A_backward"] + v["M_scattered"] + v["M_dense"]
         events.append((f"backward of block {i}", parts))
     step = idle | {"gradients": v["M_gradients"], "loss": v["M_held"]}
     step["rounding"] += full * v["R_g"]

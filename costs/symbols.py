@@ -7,6 +7,7 @@ for title, rows, values in tables(config, batch_size, seq_len, Setup()): ...
 from dataclasses import dataclass
 
 from config import VOCAB_MULTIPLE, GPTConfig
+from costs.adapters import adapter_symbols
 from costs.formulas import (
     ACTIVATIONS,
     FLOPS,
@@ -84,8 +85,9 @@ def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
     }
 
 
-def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int) -> dict:
-    """Of MLPs and mixtures of these widths, which tensor parallelism divides."""
+def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int, together: int = 1) -> dict:
+    """Of MLPs and mixtures of these widths, which tensor parallelism divides. together: blocks that
+    are recomputed at a time."""
     L, E, K = c.n_layers, c.n_experts, c.n_experts_per_token
     moe = sum(c.layer_experts(layer) > 0 for layer in range(L))
 
@@ -93,7 +95,9 @@ def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int) -> dict:
         total = (L - moe) * of_dense + moe * of_moe
         return total // L if total % L == 0 else total / L
 
-    gated, every = bool(c.shared_gate), int(shared > 0)
+    of_moe, every = 0 if c.shared_gate else shared, int(shared > 0)
+    spared = [of_moe if c.layer_experts(layer) else dense for layer in range(L)]
+    ends = {*range(together - 1, L, together), L - 1}
     return {
         "f": dense,
         "fe": expert if E else 0,
@@ -106,8 +110,10 @@ def mlp_symbols(c: GPTConfig, dense: int, expert: int, shared: int) -> dict:
         "f_held": mean(dense, E * expert + shared),
         "f_met": mean(dense, K * expert + shared),
         "F_met": (L - moe) * dense + moe * (K * expert + shared),
-        "F_spared": (L - moe) * dense + moe * (0 if gated else shared),  # of products unread
+        "F_spared": sum(spared[i] for i in ends),  # of products unread, each a group's last
         "mlps_held": mean(1, E + every),
+        "mlps_lora": mean(1, every),  # experts have no adapters
+        "f_lora": mean(dense, shared),
         "mlps_met": mean(1, K + every),
     }
 
@@ -133,6 +139,7 @@ class Setup:
     implementation: str = "roseval"
     accumulate: bool = False  # gradients of earlier micro-batches live through the forward
     lora_rank: int = 0
+    lora_targets: tuple[str, ...] | None = None  # modules that have adapters; None: all but experts
     train_embeddings: bool = False  # with the head, in full, beside adapters
     dp: int = 1
     zero: int = 0  # 3 is FSDP
@@ -174,6 +181,9 @@ class Setup:
             raise ValueError(f"lora_rank must be 0 or more, not {self.lora_rank}")
         if self.train_embeddings and not self.lora_rank:
             raise ValueError("train_embeddings goes with a LoRA rank")
+        if self.lora_targets and not self.lora_rank:
+            raise ValueError("lora_targets goes with a LoRA rank")
+        adapter_symbols(self.lora_targets)  # which knows their names
         if self.training and not self.trains:
             kind = self.quantise or self.dtype
             raise ValueError(f"{kind} weights do not train: add a LoRA rank")
@@ -182,6 +192,11 @@ class Setup:
     def trains(self) -> bool:
         """Whether its weights can: few bits train through LoRA alone."""
         return self.lora_rank > 0 or not (self.quantise or self.dtype in ("int8", "int4"))
+
+    def together(self, model: GPTConfig | None) -> int:
+        """Blocks whose activations are recomputed at a time."""
+        frozen = self.implementation == "roseval" and self.recompute == "full" and self.lora_rank
+        return model.recomputed_together if frozen and model else 1
 
     def symbols(self, model: GPTConfig | None = None) -> dict:
         """Bytes per number and switches (0 or 1), as the formulas name them; those of `quantise`
@@ -216,6 +231,7 @@ class Setup:
             "adam": int(self.optimizer == "adamw"),
             "fused": int(self.fused),
             "full_recompute": int(self.recompute == "full"),
+            "together": self.together(model),
             "math": int(self.attention == "math" and self.recompute == "none"),
             "flash": int(self.attention == "flash"),
             "held": int(self.held_logits),
@@ -226,6 +242,8 @@ class Setup:
             "ours": int(ours),  # PEFT keeps the frozen embeddings beside those that it trains
             "headed": int(not self.lora_rank or self.train_embeddings),  # the head has a gradient
             "r": self.lora_rank,
+            **adapter_symbols(self.lora_targets),
+            "packed": int(self.dtype in ("int8", "int4") or self.quantise not in (None, *CASTS)),
             "n": self.dp,
             "zero": self.zero,
             "n_w": self.dp if self.zero == 3 else 1,
@@ -238,12 +256,16 @@ def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tu
     """(title, rows, values) of every table: FLOPs of the whole model, memory of one GPU."""
     whole, t = model_symbols(c, batch_size, seq_len) | setup.symbols(c), setup.tp
     widths = c.d_ff, c.d_ff_expert, c.d_ff_shared
+    whole |= mlp_symbols(c, *widths, together=setup.together(c))
+    if setup.lora_targets and c.kv_lora_rank is not None:
+        raise ValueError("lora_targets: matrices of latent attention are counted together")
     if c.n_heads % t or any(width % t for width in widths):
         raise ValueError(f"tp {t} does not divide n_heads {c.n_heads} and d_ff {c.d_ff}")
+    each = c.d_ff // t, c.d_ff_expert // t, c.d_ff_shared // t
     shard: dict[str, float] = {
         "a": c.n_heads // t,
         "k": max(c.n_kv_heads // t, 1),
-        **mlp_symbols(c, *(width // t for width in widths)),
+        **mlp_symbols(c, *each, together=setup.together(c)),
     }
     shard |= {"V": -(-c.vocab_size // t)}
     if setup.sequence_parallel:

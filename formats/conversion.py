@@ -136,13 +136,10 @@ def _write_shards(
         if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > max_bytes:
             shards.append([])
         shards[-1].append(name)
-    files = ["model.safetensors"]
+    files = huggingface.shard_names(len(shards))
     if len(shards) > 1:
-        total = len(shards)
-        files = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
         where = {name: file for file, names in zip(files, shards) for name in names}
-        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
-        _write_json(directory / "model.safetensors.index.json", index)
+        huggingface.write_index(directory, where, sum(size.values()))
     with cli.progress(len(shards), f"writing {directory.name}", "shard") as bar:
         for file, names in zip(files, shards):
             part = {name: views[name] for name in names}

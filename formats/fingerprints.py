@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from durable import cache_folder
 from formats import Opened
 
 PIECE = 64 << 20  # bytes
@@ -77,9 +78,9 @@ def remembered(digest_of: Callable[[Path], str], path: Path) -> str:
     """What `digest_of` makes of a file, from the cache if it is still the one that was hashed."""
     s = path.stat()
     key = f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
-    # without a home, as some users of containers are, it stays "~" and is not there
-    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    cache = Path(home) / "roseval" / digest_of.__name__
+    cache = cache_folder(digest_of.__name__)
+    if cache is None:
+        return digest_of(path)
     memo = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     with contextlib.suppress(OSError, UnicodeDecodeError):
         known = memo.read_text(encoding="ascii")
@@ -87,7 +88,6 @@ def remembered(digest_of: Callable[[Path], str], path: Path) -> str:
             return known
     digest = digest_of(path)
     with contextlib.suppress(OSError):  # a read-only home only costs the next start some time
-        if not home.startswith("~"):
-            cache.mkdir(parents=True, exist_ok=True)
-            memo.write_text(digest, encoding="ascii")
+        cache.mkdir(parents=True, exist_ok=True)
+        memo.write_text(digest, encoding="ascii")
     return digest

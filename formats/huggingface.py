@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import GPTConfig, read_json
+from durable import dumps
 from families.convert import config_to_hf
 from families.llama import UnsupportedArchitecture
 from formats import Opened, layouts, naming, quantised, shown, tensorfiles
@@ -143,6 +144,20 @@ def complete(shards: list[Path], directory: Path) -> list[Path]:
             f"{shown(names)}"
         )
     return shards
+
+
+def shard_names(n: int) -> list[str]:
+    """The files of weights in n parts."""
+    if n == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+
+
+def write_index(directory: Path, where: dict[str, str], total_size: int) -> None:
+    """Which file of several each tensor is in, and the bytes of all of them."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": where}
+    text = dumps(index, indent=2, sort_keys=True) + "\n"
+    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def weight_map(index: Path) -> dict[str, str]:

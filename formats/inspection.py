@@ -34,6 +34,7 @@ def inspect(ckpt: "Checkpoint") -> dict[str, Any]:
         "left_out": ckpt.facts.get("left_out"),
         "parameters": sum(sizes.values()),
         "quantisation": ckpt.facts.get("quantisation"),
+        "trained_over": ckpt.facts.get("trained_over"),
         "dtypes": sorted({kind for t in ckpt.tensors.values() for kind in t.kinds}),
         "layout": ckpt.layout,
         "tokenizer": ckpt.tokenizer and str(ckpt.tokenizer),

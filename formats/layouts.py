@@ -16,10 +16,10 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -66,20 +66,36 @@ class Part(NamedTuple):
         return self.tensor.index_select(self.dim, self.order.to(self.tensor.device))
 
 
+class Place(Protocol):
+    """What their numbers can be put into: a Part, or what of one is here."""
+
+    @property
+    def tensor(self) -> torch.Tensor: ...
+
+    def put(self, where: tuple[slice, ...], values: torch.Tensor) -> None: ...
+
+
 def parts(model: GPTModel, layout: str) -> Iterator[tuple[str, Part]]:
     """(their name, the part of our parameter that it is), over the whole GPTModel."""
-    c, spec = model.config, LAYOUTS[layout]
     for name, p in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
-        inner = block[2] if block else ""
-        theirs = spec.names(f"blocks.{{i}}.{inner}" if block else module)
-        leaf = spec.choice_bias if leaf == "choice_bias" else leaf
-        for i, (their, tensor) in enumerate(_shares(c, inner, theirs, p.data)):
-            if spec.conv1d and block and tensor.dim() == 2:
-                tensor = tensor.t()
-            order, dim = _order(c, spec, inner, i, tensor)
-            yield f"{their.format(i=block and block[1])}.{leaf}", Part(tensor, order, dim)
+        sharded = hasattr(p, "to_local")  # whose shapes can be asked for, and no more
+        whole = torch.empty(p.shape, dtype=p.dtype, device="meta") if sharded else p.data
+        yield from parts_of(model.config, layout, name, whole)
+
+
+def parts_of(c: GPTConfig, layout: str, name: str, p: torch.Tensor) -> Iterator[tuple[str, Part]]:
+    """`parts` of one parameter, of our name and shape."""
+    spec = LAYOUTS[layout]
+    module, _, leaf = name.rpartition(".")
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+    inner = block[2] if block else ""
+    theirs = spec.names(f"blocks.{{i}}.{inner}" if block else module)
+    leaf = spec.choice_bias if leaf == "choice_bias" else leaf
+    for i, (their, tensor) in enumerate(_shares(c, inner, theirs, p)):
+        if spec.conv1d and block and tensor.dim() == 2:
+            tensor = tensor.t()
+        order, dim = _order(c, spec, inner, i, tensor)
+        yield f"{their.format(i=block and block[1])}.{leaf}", Part(tensor, order, dim)
 
 
 def _shares(
@@ -274,11 +290,16 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-@torch.no_grad()
 def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -> None:
     """From files into a GPTModel, in its dtypes and on its device. ValueError for a wrong checksum,
     NaN and Inf."""
-    parameters, records = dict(parts(model, layout)), {}
+    put(dict(parts(model, layout)), tensors, path)
+
+
+@torch.no_grad()
+def put(parameters: Mapping[str, Place], tensors: dict[str, Stored], path: Path) -> None:
+    """`fill` of these parts, by their names."""
+    records: dict[Path, set[str]] = {}
     for piece in (piece for name in parameters for piece in tensors[name].pieces):
         if piece.record:
             records.setdefault(piece.file, set()).add(piece.record)
@@ -296,7 +317,7 @@ def fill(model: GPTModel, tensors: dict[str, Stored], layout: str, path: Path) -
 
 
 def _put_all(
-    parts: dict[str, Part], tensors: dict[str, Stored]
+    parts: Mapping[str, Place], tensors: dict[str, Stored]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Fill each part from its tensor, several at a time: (name, its extremes) of each. Reading and
     copying leave Python alone meanwhile, and one thread alone is far from the speed of a disk, of

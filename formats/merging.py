@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from formats import layouts, naming, shown, tensorfiles
 from formats.adapter_config import AdapterConfig, around
 from formats.layouts import Part
+from formats.row_shards import is_sharded
 from formats.stored import Stored, read_whole
 from model import GPTModel
 
@@ -184,6 +185,11 @@ def merge(adapter: Adapter, model: "Model", base: Path, keep: bool = False) -> d
     """Change the base's weights, in a model of the adapter's config, into those of both together.
     keep: return on the host what is changed, for `restore`. ValueError if a number becomes NaN or
     infinite: then the model is spoilt."""
+    if is_sharded(model):
+        raise ValueError(
+            f"{adapter.file.parent} is an adapter, which --fsdp does not merge: merge it into its "
+            "base first (checkpoint.py convert)"
+        )
     there = places(adapter, model)
     if not isinstance(model, GPTModel):
         _check_untied(adapter, model)

@@ -35,6 +35,7 @@ from model import GPTModel
 FORMAT = "formats/native.py"
 MANIFEST_FORMAT = "roseval checkpoint 1"
 ADAPTER = "adapter_config.json"  # has a reader of its own (adapters.py)
+Entries = dict[str, dict[str, Any]]  # of a manifest's files, by name
 MOST = 2**53  # of a number that all readers of JSON agree about
 STATED: dict[str, tuple[tuple[type, ...], float]] = {  # fields: their types, the least value
     "step": ((int,), 0),
@@ -81,7 +82,7 @@ def stated(opened: Opened, manifest: dict[str, Any]) -> Opened:
     for read in opened.files:
         if read.name not in manifest.get("files", ()):
             raise ValueError(f"{file} does not know {read.name}, which is read")
-    facts = {name: manifest.get(name) for name in ("epoch", "loss", "tokens")}
+    facts = {name: manifest.get(name) for name in ("epoch", "loss", "tokens", "trained_over")}
     step = manifest.get("step")
     return replace(opened, step=step, facts=opened.facts | facts, manifest=file)
 
@@ -95,6 +96,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     manifest = read_object(file)
     if manifest.get("format") != MANIFEST_FORMAT:
         return None  # others use the name too
+    if not isinstance(manifest.get("trained_over"), str | None):
+        raise ValueError(f"{file}: trained_over must be the name of a rule")
     for name, (kinds, least) in STATED.items():
         value: Any = manifest.get(name)
         if value is not None and not (type(value) in kinds and least <= value <= MOST):
@@ -165,18 +168,25 @@ def save_checkpoint(
 
 
 def save_state(
-    state: dict[str, Any], output_dir: str | Path, write: Callable[[Path], None], keep: int | None
+    state: dict[str, Any],
+    output_dir: str | Path,
+    write: Callable[[Path], Entries | None],
+    keep: int | None,
 ) -> Path:
     """`save_checkpoint` of a state (epoch, step, loss, optimizer, scheduler, extra) beside whatever
-    `write` puts into the directory."""
+    `write` puts into the directory; what it returns is said of files that others have flushed."""
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
     output = Path(output_dir)
     _remove_leftovers(output)
     final = output / f"checkpoint-{state['step']}"
     about = {name: state[name] for name in ("epoch", "step", "loss")}
-    with appearing(final, about | {"tokens": state["extra"].get("tokens")}) as directory:
-        write(directory)
+    known: Entries = {}
+    about |= {"tokens": state["extra"].get("tokens")}
+    if rounded := state["extra"].get("quantisation"):  # of the frozen weights below an adapter
+        about["trained_over"] = rounded["rule"]
+    with appearing(final, about, known) as directory:
+        known |= write(directory) or {}
         training_state.write(state, directory)
     if keep is not None:
         _prune(output, keep, newest=final)
@@ -184,15 +194,17 @@ def save_state(
 
 
 @contextlib.contextmanager
-def appearing(final: Path, about: dict[str, Any] | None) -> Iterator[Path]:
+def appearing(
+    final: Path, about: dict[str, Any] | None, known: Entries | None = None
+) -> Iterator[Path]:
     """A directory to fill, which becomes `final`, whole or not at all. about: what its manifest
-    states beyond the files; None: it has none."""
+    states beyond the files; None: it has none. known: of files that are flushed and hashed."""
     temporary = final.parent / f".tmp-{final.name}-{os.getpid()}"
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if about is not None:
-            _write_manifest(temporary, about)
+            _write_manifest(temporary, about, known or {})
         else:
             for path in (*temporary.iterdir(), temporary):
                 fsync(path)
@@ -213,28 +225,46 @@ def write_weights(
     """config.json, model.safetensors and the tokenizer's files: in Hugging Face's layout where an
     architecture has the config, else under our own names. dtype: as the parameters are, unless
     given. about: more fields for config.json."""
+    layout = layout_of(config)
+    views = dict(layouts.views(model, layout))
+    dtype = dtype or next(iter(views.values())).dtype
+    write_about(config, directory, tokenizer, dtype, **about)
+    unrounded = layouts.never_rounded(views, layout)
+    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype, unrounded)
+
+
+def layout_of(config: GPTConfig) -> str:
+    """In which weights are written."""
     hf = config_to_hf(config)
     layout = "native" if hf is None else naming.of_family(hf["model_type"])
     assert layout is not None, hf
-    views = dict(layouts.views(model, layout))
-    dtype = dtype or next(iter(views.values())).dtype
+    return layout
+
+
+def write_about(
+    config: GPTConfig, directory: Path, tokenizer: Any, dtype: torch.dtype, **about: Any
+) -> None:
+    """What lies beside weights: config.json and the tokenizer's files."""
     about["dtype"] = str(dtype).removeprefix("torch.")
-    if hf is None:
+    if layout_of(config) == "native":
         about["note"] = "no Hugging Face architecture computes this: native names, roseval only"
     for key in TOKEN_IDS:  # null if not known: Hugging Face has defaults
         about.setdefault(key, getattr(tokenizer, key, None))
     if tokenizer is not None:
         tokenizer.save(directory)
     config.save_pretrained(directory, **about)
-    unrounded = layouts.never_rounded(views, layout)
-    tensorfiles.write_safetensors(directory / "model.safetensors", views, dtype, unrounded)
 
 
-def _write_manifest(directory: Path, about: dict[str, Any]) -> None:
-    files = {}
-    for path in sorted(directory.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        fsync(path)
+def flushed(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file, which is on disk then."""
+    fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _write_manifest(directory: Path, about: dict[str, Any], known: Entries) -> None:
+    files = {
+        path.name: known.get(path.name) or flushed(path) for path in sorted(directory.iterdir())
+    }
     text = dumps({"format": MANIFEST_FORMAT, **about, "files": files}, indent=2) + "\n"
     (directory / "manifest.json").write_text(text, encoding="utf-8")
     fsync(directory / "manifest.json")

@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,8 +252,9 @@ def number(source: TorchFile, value: Any) -> int | float | None:
     return value if type(value) in (int, float) and -1e300 < value < 1e300 else None
 
 
-def load_torch(source: TorchFile) -> Any:
-    """torch.load of tensors and plain values; anything else in the file is named and refused."""
+def load_torch(source: TorchFile, mapped: bool = False) -> Any:
+    """torch.load of tensors and plain values; anything else in the file is named and refused.
+    mapped: a tensor's numbers are read when they are used."""
     require_safe_torch()
     path, foreign = source.path, sorted(n for n in source.names if not inert.is_plain(n))
     if foreign:
@@ -263,7 +264,7 @@ def load_torch(source: TorchFile) -> Any:
         )
     with torch.serialization.safe_globals(_numpys_own()):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # an edge: a hostile pickle can raise anything
             raise ValueError(f"{path} cannot be read: {cli.first_line(error)}") from None
 
@@ -320,9 +321,11 @@ def write_safetensors(
     tensors: dict[str, torch.Tensor],
     dtype: torch.dtype,
     others: dict[str, torch.dtype] | None = None,
+    made: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """One tensor at a time: the library's save_file wants all of them contiguous on the host.
-    others: the dtypes of those that are not written as `dtype`."""
+    others: the dtypes of those that are not written as `dtype`. made: gives each tensor when its
+    turn comes (in order, where all have one dtype), and `tensors` only say their shapes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset, codes = 0, {d: code for code, d in SAFETENSORS_DTYPES.items()}
     dtypes = {name: (others or {}).get(name, dtype) for name in tensors}
@@ -337,5 +340,6 @@ def write_safetensors(
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            host = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
+            t = made(name) if made else tensors[name]
+            host = t.detach().to("cpu", dtypes[name]).contiguous()
             f.write(host.view(-1).view(torch.uint8).numpy().data)

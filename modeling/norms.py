@@ -37,13 +37,15 @@ class Norm(nn.Module):
                 x, self.weight, self.bias, self.eps, rms=rms, offset=offset, dtype=dtype
             )
         x, shape = x.float(), (self.width,)
-        weight: Tensor | None = self.weight
+        # in 16 bits where training gathers all of a block so (training/fsdp.py)
+        weight: Tensor | None = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
         if weight is not None and self.offset:
             weight = weight + self.offset
         own = None if self.heads == 1 or weight is None else weight.view(self.heads, self.width)
         shared = weight if own is None else None
         if self.layer_norm:
-            x = F.layer_norm(x, shape, shared, self.bias, self.eps)
+            x = F.layer_norm(x, shape, shared, bias, self.eps)
         else:
             x = F.rms_norm(x, shape, shared, self.eps)
         return x if own is None else x * own

@@ -18,12 +18,17 @@ from reporting.tables import interval_text
 
 def since(groups: list[Group], base: str, domain: str | None = None) -> dict[str, Any]:
     """{title, header, rows, best, notes}, checkpoints in the order of tokens seen. base: a
-    checkpoint's name, or run/name; domain: a word in the name of a group's data. ValueError where
-    there is no such base, or domain."""
+    checkpoint's name, its run's where that has one, or run/name; domain: a word in the name of a
+    group's data. ValueError where there is no such base, or domain."""
     columns = [(group, own) for group in groups if (own := _base_of(group, base)) is not None]
     columns = [(group, own) for group, own in columns if len(group) > 1 and metric_names(group)]
     if not columns:
-        raise ValueError(f"--since {base}: no checkpoint of that name was evaluated beside others")
+        there = list(dict.fromkeys("/".join(_key(r)[:2]) for group in groups for r in group))
+        more = ", …" if len(there) > 5 else ""
+        raise ValueError(
+            f"--since {base}: no checkpoint of that name was evaluated beside others; there are "
+            f"{', '.join(map(printable, there[:5]))}{more}"
+        )
     columns.sort(key=lambda column: _about(column[0]))
     names = _called([group for group, _ in columns])
     gaining = _index_of(names, domain)
@@ -53,7 +58,8 @@ def since(groups: list[Group], base: str, domain: str | None = None) -> dict[str
 
 
 def _base_of(group: Group, base: str) -> Record | None:
-    found = [r for r in group if base in (r["checkpoint"].get("name"), "/".join(_key(r)[:2]))]
+    named = [(r, *_key(r)[:2]) for r in group]
+    found = [r for r, run, name in named if base in (name, run, f"{run}/{name}")]
     if len(found) > 1:
         runs = ", ".join(printable("/".join(_key(r)[:2])) for r in found)
         raise ValueError(f"--since {base}: there are several, {runs}: name one as run/name")

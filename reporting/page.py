@@ -1,5 +1,7 @@
 """The web page: what it draws as data, and the file that holds data, scripts and plotly.js."""
 
+import base64
+import gzip
 import math
 import os
 from collections.abc import Callable
@@ -25,10 +27,10 @@ from results import SCHEMA_VERSION, utc_now
 PAGE = Path(__file__).resolve().parent / "page.html"
 
 
-def short(value: Any) -> float | int | str | None:
+def short(value: Any, digits: int = 8) -> float | int | str | None:
     """Eight significant digits, as the page and its downloads show; the CSV file has them all."""
     if isinstance(value, float):
-        return float(f"{value:.8g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value if isinstance(value, (int, str)) else None
 
 
@@ -70,7 +72,8 @@ def breakdowns_of(group: Group) -> dict:
 
 
 def lists_of(records: Group, curves: bool) -> dict[str, list]:
-    """The dimensions of breakdowns that are lists: curves of risk over coverage, or else bins."""
+    """The dimensions of breakdowns that are lists: curves of risk over coverage, or else bins. In
+    five digits, more than a figure shows: they are most of a page of many checkpoints."""
 
     def wanted(values: Any) -> bool:
         points = isinstance(values, list) and values and all(isinstance(v, dict) for v in values)
@@ -78,7 +81,16 @@ def lists_of(records: Group, curves: bool) -> dict[str, list]:
 
     names = dict.fromkeys(n for r in records for n, v in r["breakdown"].items() if wanted(v))
     found = {name: [r["breakdown"].get(name) for r in records] for name in names}
-    return {name: [v if wanted(v) else None for v in lists] for name, lists in found.items()}
+
+    def rounded(points: list[dict]) -> list[dict]:
+        return [
+            {k: short(v, 5) if isinstance(v, float) else v for k, v in point.items()}
+            for point in points
+        ]
+
+    return {
+        name: [rounded(v) if wanted(v) else None for v in lists] for name, lists in found.items()
+    }
 
 
 def series_of(run: str, records: Group) -> dict:
@@ -146,7 +158,7 @@ def page_data(found: dict, title: str, refresh: float | None = None) -> dict:
 
 
 def page(data: dict) -> str:
-    """The page's HTML with plotly.js and the data inside."""
+    """The page's HTML with plotly.js and, compressed, the data inside."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -154,8 +166,8 @@ def page(data: dict) -> str:
             "report.html needs plotly, whose plotly.js it carries: pip install plotly "
             "(or --no-html)"
         ) from None
-    text = dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no tag ends the script
-    parts = {"{{plotly.js}}": get_plotlyjs(), "{{data}}": text}
+    packed = gzip.compress(dumps(data, separators=(",", ":")).encode(), compresslevel=6)
+    parts = {"{{plotly.js}}": get_plotlyjs(), "{{data}}": base64.b64encode(packed).decode()}
     out = PAGE.read_text(encoding="utf-8")
     for name, part in parts.items():
         before, after = out.split(name)

@@ -9,19 +9,23 @@ become a prefix that is run once. What does not fit the context loses whole few-
 chat the description is the system turn, and an answer begins its turn, without white space before.
 """
 
+from __future__ import annotations
+
 import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.continuations import MIN_PREFIX, Continuations, RowScores
 from tasks.chat import Chat, encode
 from tasks.questions import QuestionSet
 from tasks.templates import Template
 from tokenizer import SAFE_BREAK
+
+if TYPE_CHECKING:  # which loads torch
+    from backends.continuations import Continuations, RowScores
 
 MAX_NEW_TOKENS = 16  # of --scoring generate
 
@@ -92,6 +96,8 @@ class PromptMaker:
             self.template.check(q, self.scoring)
 
     def make(self, share_prefix: bool = True) -> Prompts:
+        from backends.continuations import MIN_PREFIX, Continuations
+
         prefixes, prefix_of, ids, targets, owner = [], [], [], [], []
         shots = np.zeros((len(self.data.questions), self.rotations), dtype=np.int64)
         truncated = 0

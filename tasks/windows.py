@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dataset import TokenStream
-from gpu_kernels.cross_entropy import IGNORE
+from formats.tokens import TokenStream
 
 LENGTHS = {"gptq": 2048, "llama.cpp": 512}
 
@@ -51,6 +50,8 @@ class Chunks:
 
     def batch(self, stream: TokenStream, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """As dataset.Windows.batch; the last column of `targets` is -100 in every row."""
+        from gpu_kernels.cross_entropy import IGNORE  # which loads torch
+
         ids = np.asarray(ids, dtype=np.int64)
         assert ids.size == 0 or (-1 <= ids.min() and ids.max() < len(self)), (ids, len(self))
         T, dummy = self.seq_len, ids < 0

@@ -1,5 +1,7 @@
 """Records made up for the tests of what reads them: the report, the ledger, results.py itself."""
 
+import base64
+import gzip
 import importlib.util
 import json
 from pathlib import Path
@@ -24,6 +26,14 @@ QUESTIONS = {
     "scores": {"accuracy": "correct"},
     "labels": {"subject": "{}", "question": "{}"},
 }
+
+
+def page_parts(path):
+    """(html, data) of a written page."""
+    html = Path(path).read_text()
+    start = html.index(">", html.index('<script type="application/gzip" id="data"')) + 1
+    packed = base64.b64decode(html[start : html.index("</script>", start)])
+    return html, json.loads(gzip.decompress(packed))
 
 
 def make_record(**changes):

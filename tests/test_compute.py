@@ -10,7 +10,7 @@ from builders import ROOT, torchrun
 
 import compute
 from config import load_config
-from costs import flops, formulas, gpus, memory, time
+from costs import flops, formulas, gpus, memory, printed, time
 
 
 def compute_command(*arguments):
@@ -70,6 +70,9 @@ def test_wrong_input_gets_one_line_and_exit_2(tmp_path):
         (("--config", "7b", "--dtype", "int8", "--training"), "LoRA"),
         (("--config", "deepseek-v2-lite", "--kv-dtype", "int8"), "latents are not rounded"),
         (("--config", "7b", "--fsdp", "--zero", "1"), "contradicts"),
+        (("--config", "7b", "--lora-targets", "q_proj"), "goes with a LoRA rank"),
+        (("--config", "7b", "--lora-rank", "8", "--lora-targets", "w1"), "'w1': known are c_attn"),
+        (("--config", "deepseek-v3", "--lora-rank", "8", "--lora-targets", "q_proj"), "latent"),
         ((), "--config"),
     ):
         result = compute_command(*map(str, arguments))
@@ -105,7 +108,7 @@ def test_numbers_that_mean_nothing(flag, values, capsys):
 def test_numbers_of_parameters(text, value, capsys):
     compute.main(["--params", text])
     said = capsys.readouterr().out
-    assert f"Rules of thumb for {compute.amount(value)} parameters" in said
+    assert f"Rules of thumb for {printed.amount(value)} parameters" in said
 
 
 def test_a_gpu_of_ones_own(tmp_path, capsys):

@@ -125,6 +125,22 @@ def test_a_silent_rank_is_found_and_a_slow_one_waited_for():
         assert slow.silent_rank() is None and main.silent_rank() is None
 
 
+def test_of_ranks_that_stand_still_the_stopped_one_is_named():
+    """As in training: rank 0 waits in a collective of the library's, which no bump tells from work;
+    rank 1's process, its watch thread with it, is stopped a moment later."""
+    (main, stopped), now = watches(2, timeout=6)
+    main.bump(), stopped.bump()
+    assert stopped.silent_rank() is None and main.silent_rank() is None
+    now[0] += 1
+    stopped.bump()
+    assert stopped.silent_rank() is None and main.silent_rank() is None
+    found = None
+    while found is None:
+        now[0] += 1
+        found = main.silent_rank()
+    assert found == 1 and now[0] <= 1010
+
+
 # A second goes by whenever rank 0 looks, and none for rank 1: so who waits for whom is certain.
 HANGS = """
 import itertools

@@ -23,7 +23,7 @@ FLOORS = [
     "families/dense "
     "tokenizing/byte_bpe plain_yaml "
     "tasks/answers tasks/corpus_scores certainty",
-    "resampling cli recording/identity families/mixtures tokenizing/chat_templates "
+    "resampling cli headstart recording/identity families/mixtures tokenizing/chat_templates "
     "tokenizing/pieces formats/pickles formats/gguf_file formats/vocabularies",
     "families/convert quantisation/names",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
@@ -36,15 +36,15 @@ FLOORS = [
     "endpoints/completions endpoints/chats endpoints/native endpoints/probing",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
     "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/formulas costs/quantised costs/symbols costs/shards costs/flops "
-    "costs/memory costs/time costs/pipeline costs/plot "
+    "sandbox/judge costs/adapters costs/formulas costs/quantised costs/symbols costs/shards "
+    "costs/flops costs/memory costs/time costs/pipeline costs/plot costs/printed "
     "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
     "formats/archives formats/naming formats/quantised model",
     "backends/pipe backends/parallel",
-    "dataset transformers_model quantisation/apply formats/layouts formats/fingerprints "
-    "formats/huggingface formats/gptq formats/awq formats/compressed formats/fp8 "
-    "formats/bitsandbytes "
+    "dataset transformers_model quantisation/apply formats/layouts formats/row_shards "
+    "formats/fingerprints formats/huggingface formats/gptq formats/awq formats/compressed "
+    "formats/fp8 formats/bitsandbytes "
     "formats/training_state formats/native formats/dialects formats/trained formats/dcp "
     "formats/adapter_config formats/merging formats/adapters formats/conversion formats/extension "
     "formats/dcp_safetensors formats/olmo_core formats/litgpt formats/deepspeed formats/meta "
@@ -63,7 +63,8 @@ FLOORS = [
     "tasks/drawing tasks/harness",
     "evaluation training/packing training/best_fit training/mixing training/neighbours "
     "training/packing_index training/batches training/log training/options training/plans "
-    "training/sources training/schedule training/lora training/state",
+    "training/sources training/schedule training/low_rank training/lora training/fsdp "
+    "training/shards training/state",
     "command",
     "reporting/groups reporting/by_bytes reporting/compare reporting/quantised reporting/tables "
     "reporting/exchange reporting/page reporting/charts",
@@ -75,6 +76,7 @@ FLOORS = [
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"
+NO_TORCH += " headstart eval mmlu_eval sweep"
 NO_TORCH += " sandbox/judge costs/gpus costs/formulas costs/symbols costs/memory costs/time"
 NO_TORCH += " costs/shards costs/pipeline"
 NO_TORCH += " tasks/programs tasks/questions tasks/choice_sets tasks/answers tasks/word_problems"
@@ -104,6 +106,9 @@ MANY_PARAMETERS: dict[str, str] = {
     "gpu_kernels/decode_attention._decode_triton": "an operator's schema knows tensors alone",
     "gpu_kernels/decode_attention._launch": "a Triton kernel's arguments",
     "gpu_kernels/decode_attention.decode_attention": "one step's tensors, and attention's terms",
+    "training/low_rank._WithLowRank.forward": "torch.compile miscounts a Function's *arguments",
+    "training/low_rank._to_y": "an operator's schema knows tensors and numbers alone",
+    "training/low_rank._": "the operator's shapes: the operator's own parameters",
     "results.new_record": "the fields of a record, by name",
 }
 LINES, FUNCTION_LINES, PARAMETERS = 450, 60, 8

@@ -302,13 +302,26 @@ def test_initialisation():
             assert p.std().item() == pytest.approx(0.02 / (4 if residual else 1), rel=0.05), name
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    model = GPTModel(GPTConfig(V, 64, n_layers=2, n_heads=4, d_model=64, d_ff=96, dropout=0.1))
-    gradients = []
+def _into(kept):
+    return lambda t: kept.append(t) or t
+
+
+@pytest.mark.parametrize("n_layers, together", [(2, 1), (7, 2), (5, 3)])
+def test_activation_checkpointing_changes_no_gradient(n_layers, together):
+    """Of the stream is kept what each group of blocks begins with."""
+    model = GPTModel(GPTConfig(V, 64, n_layers=n_layers, n_heads=4, d_model=64, d_ff=96))
+    gradients, streams = [], set()
+    assert model.config.dropout
+    model.recomputed_together = together
     for model.activation_checkpointing in (False, True):
         torch.manual_seed(3)  # dropout's
         model.zero_grad()
-        model(IDS, labels=IDS)[1].backward()
+        kept: list = []
+        with torch.autograd.graph.saved_tensors_hooks(_into(kept), lambda t: t):
+            loss = model(IDS, labels=IDS)[1]
+        streams = {t.data_ptr() for t in kept if t.shape == (*IDS.shape, 64)}
+        loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
+    assert len(streams) <= -(-n_layers // together) + 2  # of each group, of the embeddings, the end
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)

@@ -7,23 +7,23 @@
 A linear layer W becomes y = W x + b + s B A x, with s = alpha / r (with --lora-rs, alpha / sqrt(r))
 and B zero at first. Where ours is several modules of theirs, such as q_proj, k_proj and v_proj,
 each has a pair (A, B) of its own, as in PEFT, whose files these are. The frozen weights are in the
-dtype of the run; what is trained is float32.
+dtype of the run, or packed by a rule of quantisation (QLoRA: Dettmers et al. 2023), as `eval.py
+--quantise` has them; what is trained is float32. Read again, an adapter is merged into its base as
+that lies on disk, not into what the rule made of it.
 
 Source: Hu et al. 2021; Kalajdzievski 2023 (the root); embeddings and head trained whole, for a
 vocabulary that was extended: Cui et al. 2023 (Chinese-LLaMA).
 
-Shapes: N tokens, P parts, r rank
+Shapes: r rank
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
@@ -34,92 +34,12 @@ from formats.adapter_config import is_named
 from formats.stored import read_whole
 from model import GPTModel
 from modeling.mlp import Linear
+from quantisation.apply import quantise_model
+from quantisation.linear import PackedLinear, put
+from training.low_rank import LowRank
 from training.options import LoraOptions
 
 HEAD = "lm_head"  # in transformers 5, of all families
-
-
-class LowRank(Linear):
-    """A frozen linear layer with a pair (A, B) for some of its parts, which are rows in one piece.
-
-    A [P, r, in]. B: the parts' rows below each other, [rows, r].
-    """
-
-    def __init__(self, base: Linear, spans: Sequence[range], rank: int, scale: float, drop: float):
-        nn.Module.__init__(self)  # nn.Linear's would make other weights
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.spans = [(span.start, span.stop) for span in spans]
-        self.scale, self.drop = scale, drop
-        bound = base.in_features**-0.5  # PEFT's kaiming_uniform_(a=sqrt(5)), on the host
-        A = torch.empty(len(spans), rank, base.in_features, device="cpu").uniform_(-bound, bound)
-        self.A = nn.Parameter(A.to(base.weight.device))
-        rows = sum(map(len, spans))
-        self.B = nn.Parameter(torch.zeros(rows, rank, device=base.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        kind, dtype = x.device.type, self.weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
-        dropped = F.dropout(x, self.drop) if self.drop and self.training else None
-        A, B = self.A.flatten(0, 1).to(dtype), self.B.to(dtype)
-        how = self.spans, self.scale
-        return _WithLowRank.apply(x, dropped, self.weight.to(dtype), bias, A, B, how)
-
-    def part(self, i: int) -> tuple[Tensor, Tensor]:
-        """A and B of a part: views."""
-        sizes = [stop - start for start, stop in self.spans]
-        return self.A.data[i], self.B.data.split(sizes)[i]
-
-
-class _WithLowRank(torch.autograd.Function):
-    """y = W x + b with s B_i A_i x' added to the rows of each part; x' is x, or x after dropout.
-
-    The corrections are added where y lies, forward and backward: nothing of its size is made a
-    second time. W and b get no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, x, dropped, weight, bias, A, B, how):
-        (spans, scale), y = how, F.linear(x, weight, bias)
-        seen = (x if dropped is None else dropped).flatten(0, -2)
-        h, rows = seen @ A.t(), y.view(-1, y.shape[-1])  # [N, P r], [N, out]
-        for (start, stop), part, own in _parts(h, B, spans):
-            rows[:, start:stop].addmm_(part, own.t(), alpha=scale)
-        ctx.save_for_backward(seen, weight, A, B, h)
-        ctx.spans, ctx.scale, ctx.shape, ctx.dropped = spans, scale, x.shape, dropped is not None
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        seen, weight, A, B, h = ctx.saved_tensors
-        grad = grad.flatten(0, -2)
-        grad_h, grad_B = torch.empty_like(h), torch.empty_like(B)
-        for ((start, stop), part, own), to_h, to_B in zip(
-            _parts(h, B, ctx.spans), grad_h.chunk(len(ctx.spans), 1), _rows(grad_B, ctx.spans)
-        ):
-            rows = grad[:, start:stop]
-            to_h.copy_(rows @ own).mul_(ctx.scale)
-            to_B.copy_(rows.t() @ part).mul_(ctx.scale)
-        grad_x = grad_dropped = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            if not ctx.dropped:
-                grad_x.addmm_(grad_h, A)
-            grad_x = grad_x.view(ctx.shape)
-        if ctx.dropped and ctx.needs_input_grad[1]:
-            grad_dropped = (grad_h @ A).view(ctx.shape)
-        return grad_x, grad_dropped, None, None, grad_h.t() @ seen, grad_B, None
-
-
-def _rows(B: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-    return B.split([stop - start for start, stop in spans])
-
-
-def _parts(h: Tensor, B: Tensor, spans: list[tuple[int, int]]):
-    """((start, stop), h of it [N, r], B of it) of each part."""
-    return zip(spans, h.chunk(len(spans), dim=1), _rows(B, spans))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,10 +62,16 @@ class Adapters:
     saved: dict[str, nn.Parameter]  # trained whole
     settings: dict[str, Any]  # of adapter_config.json
     base: str = ""  # where the frozen weights lie
+    quantisation: dict[str, Any] | None = None  # how they were rounded: Quantisation.protocol
 
     @cached_property
     def base_fingerprint(self) -> str:
         return checkpoint.fingerprint(self.base)
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """What they were trained over, as a checkpoint notes it."""
+        return {"base": self.base_fingerprint, "quantisation": self.quantisation}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is trained, under PEFT's names."""
@@ -171,8 +97,12 @@ class Adapters:
         where it was trained over other weights."""
         state = checkpoint.load_training_state(path)
         training_state.require(state, optimizer, scheduler, path)
-        if cli.rank() == 0 and (state["extra"] or {}).get("base") != self.base_fingerprint:
+        extra = state["extra"] or {}
+        if cli.rank() == 0 and extra.get("base") != self.base_fingerprint:
             raise ValueError(f"{path} was trained over other weights than those of {self.base}")
+        if extra.get("quantisation") != self.quantisation:
+            then, now = map(_rounding, (extra.get("quantisation"), self.quantisation))
+            raise ValueError(f"{path} was trained over weights {then}, not {now}: --quantise")
         self.load(path)
         training_state.restore(state, optimizer, scheduler, path)
         return state["step"] or 0
@@ -182,6 +112,11 @@ class Adapters:
         """From a directory that `write` filled. ValueError where it is of another adapter."""
         opened = adapters.open(path)
         said, ours = opened.adapter.config, self.settings
+        odd = [name for name in ("dora", "rank_pattern", "alpha_pattern") if getattr(said, name)]
+        if odd:
+            raise ValueError(f"{path} has {odd[0]}: only plain LoRA of one rank is trained on")
+        if lacks := {*self.places} ^ ({*opened.adapter.modules} - {*self.saved}):
+            raise ValueError(f"{path} has other modules than these flags adapt: {min(lacks)}")
         now = ours["r"], ours["lora_alpha"], ours["use_rslora"], set(ours["target_modules"])
         then = said.r, said.alpha, said.rslora, set(said.targets)
         both = (*now, set(ours["modules_to_save"] or ())), (*then, set(said.saved))
@@ -194,6 +129,8 @@ class Adapters:
             if name in self.saved:
                 self.saved[name].copy_(read_whole(leaves["weight"]))
                 continue
+            if more := {*leaves} - {"A", "B"}:
+                raise ValueError(f"{path}: {shown(name)} has a {min(more)} too, which none trains")
             layer, part, order = self.places[name]
             A, B = layer.part(part)
             A.copy_(read_whole(leaves["A"]))
@@ -209,22 +146,35 @@ def adapted(
         raise ValueError(
             f"{path} is an adapter: merge it into its base first (checkpoint.py convert)"
         )
-    layout = adapters.family_layout(base, config)
+    layout, wanted = adapters.family_layout(base, config), options.quantisation
     model = GPTModel.on_meta(config)
-    model.allocate(layouts.as_dtype(dtype), device)
+    model.allocate(layouts.as_dtype(dtype), "cpu" if wanted else device)
     checkpoint.load_weights(path, model)
+    if wanted:  # one dense matrix at a time comes to the device
+        quantise_model(model, wanted, device=device)
+        model.materialize_buffers(device)
     found = adapt(model, layout, options)
-    found.base = path
+    found.base, found.quantisation = path, wanted.protocol if wanted else None
     return model, found
+
+
+def _rounding(quantisation: dict[str, Any] | None) -> str:
+    """How weights were rounded, in words."""
+    if quantisation is None:
+        return "as they are"
+    skipped = quantisation["skip"]
+    return f"under {quantisation['rule']}" + f" without {', '.join(skipped)}" * bool(skipped)
 
 
 def adapt(model: GPTModel, layout: str, options: LoraOptions) -> Adapters:
     """Freeze a model and put adapters, drawn from torch's seed, into it. layout: whose names its
     modules have (adapters.family_layout). ValueError for targets that it does not have."""
-    there = list(layouts.modules(model, layout))
+    whole = GPTModel.on_meta(model.config)  # what is packed has no parameters
+    there = list(layouts.modules(whole, layout))
     chosen = _chosen([theirs for theirs, _, _ in there], options.lora_targets, layout)
-    matrices = [name for name, part in layouts.parts(model, layout) if part.tensor.dim() == 2]
+    matrices = [name for name, part in layouts.parts(whole, layout) if part.tensor.dim() == 2]
     model.requires_grad_(False)
+    model.recomputed_together = model.config.recomputed_together
     rank, alpha = options.lora_rank, options.lora_alpha
     assert rank is not None
     alpha = 2 * rank if alpha is None else alpha
@@ -237,11 +187,13 @@ def adapt(model: GPTModel, layout: str, options: LoraOptions) -> Adapters:
     for name, parts in ours.items():
         spans = [range(int(rows.min()), int(rows.max()) + 1) for _, rows in parts]
         assert all(len(span) == len(rows) for span, (_, rows) in zip(spans, parts)), name
-        outer, _, leaf = name.rpartition(".")
-        base = cast(Linear, model.get_submodule(name))
+        base = cast("Linear | PackedLinear", model.get_submodule(name))
         layer = LowRank(base, spans, rank, scale, options.lora_dropout)
-        setattr(model.get_submodule(outer), leaf, layer)
+        put(model, name, layer)
         places |= {t: Place(layer, i, rows - rows.min()) for i, (t, rows) in enumerate(parts)}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):  # frozen alone: its gradients still pass through it
+            put(model, name, LowRank(module, [], 0, 1.0, 0.0))
     saved = _train_whole(model, layout) if options.train_embeddings else {}
     settings = {
         "r": rank,

@@ -13,6 +13,8 @@ import results
 from cli import option, positive_int
 from config import load_yaml
 from formats.shards import RAW
+from quantisation.names import Quantisation
+from quantisation.names import parse as parse_rule
 from training.mixing import read_mix
 
 WAYS = ("concat", "document", "noise", "best-fit", "cluster", "in-context")
@@ -65,6 +67,18 @@ class LoraOptions:
     )
     lora_rs: bool = option(False, "alpha over the root of the rank")
     train_embeddings: bool = option(False, "embeddings and head beside adapters, in full")
+    quantise: str | None = option(
+        None,
+        "pack the frozen weights by this rule, as rtn-w4-g128 (quantisation/names.py)",
+        metavar="RULE",
+    )
+    quantise_skip: tuple[str, ...] = option(
+        (), "matrices that stay as they are: 'blocks.0.*', say", nargs="+", metavar="PATTERN"
+    )
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        return Quantisation(self.quantise, False, self.quantise_skip) if self.quantise else None
 
     def __post_init__(self):
         if not 0 <= self.lora_dropout < 1:
@@ -72,6 +86,14 @@ class LoraOptions:
         for name in cli.option_names(self):
             if self.lora_rank is None and getattr(self, name) != getattr(LoraOptions, name):
                 raise ValueError(f"{cli.flag_of(name)} needs --lora-rank")
+        if self.quantise_skip and not self.quantise:
+            raise ValueError("--quantise-skip goes with --quantise RULE")
+        rule = parse_rule(self.quantise) if self.quantise else None
+        if rule and (rule.kind == "cast" or rule.activations):
+            raise ValueError(
+                f"--quantise {rule.name}: frozen weights are packed by a rule of 8 bits or fewer "
+                "that leaves activations alone, as rtn-w8 or rtn-w4-g128"
+            )
 
 
 @dataclass(frozen=True)
@@ -221,6 +243,9 @@ class RunOptions:
     wandb_run_name: str | None = option(None, "default: as the directory of checkpoints")
     tensorboard: str | None = option(None, "also log there", metavar="DIR")
     seed: int = option(42, "of weights, dropout and the order of the data (42)", type=int)
+    fsdp: bool = option(
+        False, "parameters, gradients and moments over all ranks, rows of each (FSDP2)"
+    )
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
 
 
@@ -262,6 +287,8 @@ def parse(argv: list[str] | None, description: str) -> Options:
     if options.lora.lora_rank is not None:
         if not options.model.init_from:
             p.error("--lora-rank needs --init-from PATH, the weights that stay frozen")
+        if options.run.fsdp:
+            p.error("--fsdp shards models that train in full: it does not go with --lora-rank")
     elif options.run.resume and options.model.init_from:
         p.error("--resume and --init-from contradict each other: give one of them")
     return with_toy_data(options) if options.data.use_toy_data else options

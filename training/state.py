@@ -1,10 +1,12 @@
 """What a training run's checkpoint holds, saved whole and taken up again.
 
 state = TrainingState(model, optimizer, scheduler, tokenizer, adapters=None)
-resume(state, options.run)                  # from the last complete one, if any
+resume(state, find_latest(run, dist))       # the last complete one, if any
 save(state, batches, loss, options.run, dist)
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import torch
 import checkpoint
 import cli
 from distributed import Dist, print0
-from formats import native
+from formats import native, row_shards
 from model import GPTModel
 from tokenizer import Tokenizer
+from training import shards
 from training.batches import TrainBatches
 from training.lora import Adapters
 from training.options import RunOptions
@@ -41,17 +44,30 @@ class TrainingState:
             checkpoint.write_weights(self.model, self.model.config, directory, self.tokenizer)
 
 
-def resume(state: TrainingState, run: RunOptions) -> None:
-    """Load the last complete checkpoint, if any. Refuses to write over an earlier run without
-    --resume."""
+def find_latest(run: RunOptions, dist: Dist) -> Path | None:
+    """The last complete checkpoint that rank 0 sees, if any. ValueError where a run would write
+    over an earlier one without --resume, and for hosts that see other files."""
     directory = Path(run.checkpoint_path)
-    found = checkpoint.list_checkpoints(directory) if directory.is_dir() else []
-    if found and not run.resume:
-        raise ValueError(f"{directory} has checkpoints: --resume goes on from {found[-1].name}")
-    if not found:
-        return
-    path, parts = found[-1].path, (state.optimizer, state.scheduler)
-    if state.adapters:
+    found = checkpoint.list_checkpoints(directory) if dist.is_main and directory.is_dir() else []
+    path = dist.broadcast(found[-1].path if found else None)
+    if path is None:
+        return None
+    if not run.resume:
+        raise ValueError(f"{directory} has checkpoints: --resume goes on from {path.name}")
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is there for rank 0 and not here: --checkpoint-path must be on a file system "
+            "that all hosts share"
+        )
+    return path
+
+
+def resume(state: TrainingState, path: Path) -> None:
+    """Load a checkpoint, which find_latest found."""
+    parts = state.optimizer, state.scheduler
+    if row_shards.is_sharded(state.model):
+        state.step = shards.resume(state, path)
+    elif state.adapters:
         state.step = state.adapters.resume(path, *parts)
     else:
         _, state.step, _ = checkpoint.load_checkpoint(path, state.model, *parts)
@@ -61,10 +77,13 @@ def resume(state: TrainingState, run: RunOptions) -> None:
 def save(
     state: TrainingState, batches: TrainBatches, loss: float, run: RunOptions, dist: Dist
 ) -> None:
-    """checkpoint-{step}, by rank 0, for which the others wait."""
+    """checkpoint-{step}, by rank 0, for which the others wait; by all if the model is sharded."""
+    sharded = row_shards.is_sharded(state.model)
+    if sharded and not dist.is_main:
+        shards.write(state, None, dist)
     if dist.is_main:
         tokens = batches.tokens(state.step)
-        base = {"base": state.adapters.base_fingerprint} if state.adapters else {}
+        base = state.adapters.frozen if state.adapters else {}
         values = {
             "epoch": int(batches.epochs(state.step)[0]),
             "step": state.step,
@@ -73,6 +92,11 @@ def save(
             "scheduler": state.scheduler.state_dict(),
             "extra": {"tokens": tokens} | base,
         }
-        path = native.save_state(values, run.checkpoint_path, state.write, run.keep)
+        write: Callable[[Path], native.Entries | None] = state.write
+        if sharded:
+            values |= {"optimizer": shards.plain_optimizer(state.optimizer)}
+            values |= {"moments": shards.about_moments(state.optimizer, dist)}
+            write = functools.partial(shards.write, state, dist=dist)
+        path = native.save_state(values, run.checkpoint_path, write, run.keep)
         print0(f"step {state.step}: saved {cli.printable(path)}")
     dist.barrier()

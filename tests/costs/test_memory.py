@@ -1,9 +1,11 @@
 """costs/memory.py against published tables, CPU tensors, a simulation and measured GPUs."""
 
+import json
 import weakref
 
 import pytest
 import torch
+from builders import ROOT
 from small_models import measured, megatron, tiny, to_pure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -379,3 +381,12 @@ def test_fewest_gpus_shards_a_7b_and_refuses_what_never_fits():
     n, stage = fewest_gpus(c, gpu, 1, 2048, Setup())
     assert n > 1 and stage > 0
     assert fewest_gpus(load_config("llama3-70b"), find_gpu("t4"), 8, 8192, Setup()) is None
+
+
+@pytest.mark.parametrize("side, rule", [("ours", None), ("packed", "rtn-w4-g128")])
+def test_adapters_of_a_7b_measured_on_a_gpu(side, rule):
+    """train.py's own step, compiled, which keeps less than the eager one that is estimated."""
+    record = json.loads((ROOT / "benchmarks/results/lora.json").read_text())
+    run = {"lora_rank": 64, "recompute": "full", "quantise": rule}
+    estimate = estimate_memory(load_config("7b"), 4, 2048, "bf16", **run)["peak_bytes"]
+    assert 0.9 * estimate < record[side]["peak_GiB"] * 2**30 <= estimate

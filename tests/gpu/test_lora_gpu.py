@@ -59,16 +59,22 @@ def test_peak_of_a_step_is_what_compute_says(recompute, whole):
     assert estimate["peak_bytes"] == pytest.approx(peak, rel=0.05 if recompute == "full" else 0.03)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt"])
+@pytest.mark.parametrize("kind, rule", [("llama", None), ("gpt", None), ("llama", "rtn-w4-g32")])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_bfloat16_gradients_are_near_float32s(kind, compiled, tmp_path):
-    """Of the frozen half precision's fused GELU too, which must not pass the adapters by."""
-    path = save_model(tiny_model(kind, d_model=64, d_ff=128, n_layers=3), tmp_path, 1)
+def test_bfloat16_gradients_are_near_float32s(kind, rule, compiled, tmp_path):
+    """Of the frozen half precision's fused GELU too, which must not pass the adapters by; and over
+    packed weights, not all of which have adapters."""
+    targets = ("q_proj", "v_proj", "down_proj") if rule else None
+    options = LoraOptions(lora_rank=4, lora_targets=targets, quantise=rule)
+    base = tiny_model(kind, d_model=64, d_ff=128, n_layers=3)
+    for p in base.parameters():
+        p.data = p.data.bfloat16().float()  # so that a rule makes the same codes of both
+    path = save_model(base, tmp_path, 1)
     config, ids = checkpoint.open(path).config, torch.randint(257, (2, 64), device="cuda")
     found = []
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
-        model, adapters = lora.adapted(str(path), config, LoraOptions(lora_rank=4), dtype, CUDA)
+        model, adapters = lora.adapted(str(path), config, options, dtype, CUDA)
         for p in adapters.parameters():
             p.data.add_(torch.randn_like(p) * 0.05)
         if compiled and dtype == "bfloat16":

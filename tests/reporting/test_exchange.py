@@ -56,8 +56,9 @@ def test_in_the_report(folder, capsys):
     assert "## since base/checkpoint-0" in text
     found = read(folder)
     assert markdown([since(groups_of(found["ok"]), "base/checkpoint-0")], found)
+    assert since(groups_of(found["ok"]), "base")["rows"]  # a run of one checkpoint
     for words, said in (
-        (["--since", "nobody"], "--since nobody: no checkpoint of that name"),
+        (["--since", "nobody"], "--since nobody: no checkpoint of that name .* base/checkpoint-0"),
         (["--since", "base/checkpoint-0", "--domain", "zh"], "--domain zh is in 0 of: mmlu"),
         (["--since", "base/checkpoint-0", "--domain", "perplexity"], "is in 2 of"),
     ):

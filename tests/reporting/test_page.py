@@ -2,22 +2,13 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 
 import pytest
 from builders import PATIENCE
-from made_up_records import HOSTILE, odd_records, run_report, save, synthetic
+from made_up_records import HOSTILE, odd_records, page_parts, run_report, save, synthetic
 
 import results
-
-
-def page_parts(path):
-    """(html, data) of a written page."""
-    html = Path(path).read_text()
-    start = html.index('<script type="application/json" id="data">')
-    start = html.index(">", start) + 1
-    return html, json.loads(html[start : html.index("</script>", start)])
 
 
 def test_page_data_is_what_the_records_say(tmp_path):
@@ -173,6 +164,10 @@ def test_a_thousand_checkpoints(browser, tmp_path):
         loss.locator(".plot").element_handle(),
     )
     assert sorted(points) == [333] * 4  # every checkpoint, and the level at each step
+    rows = page.locator("#checkpoints tbody tr")
+    assert rows.count() == 500  # the table's first
+    page.click("button:text-is('show all 1,000 checkpoints')")
+    assert rows.count() == 1000 and not page.locator("button:has-text('show all')").is_visible()
     page.click("button.chip:has-text('baseline')")
     drawn(page)
     assert troubles == []

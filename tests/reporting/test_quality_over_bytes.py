@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from builders import CONFIGS
-from made_up_records import QUESTIONS, WINDOWS, run_report
+from made_up_records import QUESTIONS, WINDOWS, page_parts, run_report
 
 import results
 import stats
@@ -171,9 +171,7 @@ def test_the_report_shows_it(five):
     assert out.returncode == 0, out.stderr
     assert "Quality over bytes: r/m" in out.stdout and "w4-asym" in out.stdout
     assert "## Quality over bytes: r/m" in (five / "report.md").read_text()
-    html = (five / "report.html").read_text()
-    start = html.index('<script type="application/json" id="data">')
-    data = json.loads(html[html.index(">", start) + 1 : html.index("</script>", start)])
+    _, data = page_parts(five / "report.html")
     [family] = data["quantised"]
     assert family["rule"][1] == "w8-sym" and family["lower"] == ["loss", "kl"]
     assert family["metrics"]["kl"]["v"] == [0, 0.0005, 0.02, 0.03, 0.15]

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from adapter_files import IDS, KINDS, adapted, logits, peft, save, saved_base, transformers
 from builders import token_shard, torchrun
+from small_models import tiny
 
 import checkpoint
 import train
 from costs.memory import estimate_memory
 from dataset import open_stream
-from formats import native
+from formats import naming, native
+from model import GPTModel
 from training import lora
 from training.batches import Chopped, TrainBatches
 from training.options import LoraOptions, parse
@@ -169,24 +171,54 @@ def test_bfloat16_is_pefts_autocast(bases):
     assert all(p.grad.isfinite().all() for p in adapters.parameters())
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize(
+    "kind, targets",
+    [
+        ("llama", None),
+        ("llama", ("q_proj", "up_proj")),
+        ("qwen2", None),
+        ("gpt2", ("c_attn", "c_fc", "c_proj")),
+        ("neox", ("query_key_value", "dense")),
+    ],
+)
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_compute_counts_is_what_is_held(kind, whole, bases):
+def test_what_compute_counts_is_what_is_held(kind, targets, whole, bases):
     """Bytes of what trains and of what is frozen, to the last one."""
     config = checkpoint.open(bases[kind]).config
-    options = LoraOptions(lora_rank=3, train_embeddings=whole)
+    options = LoraOptions(lora_rank=3, lora_targets=targets, train_embeddings=whole)
     model, adapters = lora.adapted(str(bases[kind]), config, options, "bfloat16", CPU)
-    run = {"lora_rank": 3, "train_embeddings": whole}
+    run = {"lora_rank": 3, "lora_targets": targets, "train_embeddings": whole}
     states = estimate_memory(config, 2, 8, "bf16", **run)["states"]
     trained = adapters.parameters()
-    if kind == "gpt2":  # its fused q, k, v are one module, with one pair
-        n = sum(p.numel() for p in trained) + config.n_layers * 3 * 2 * config.d_model
-        assert states["adapters"] == 4 * n
-        return
     assert states["adapters"] == sum(p.nbytes for p in trained)
     assert states["optimizer"] == 2 * states["adapters"] == 2 * states["gradients"]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert states["weights"] == sum(p.nbytes for p in frozen)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_experts_have_no_adapters(kind):
+    """All other linear layers have, by default; the experts' names are refused."""
+    model = GPTModel(tiny(kind))
+    adapters = lora.adapt(model, naming.of_family(kind), LoraOptions(lora_rank=3))
+    assert not [name for name in adapters.places if "experts." in name.replace("_expert.", "")]
+    states = estimate_memory(model.config, 2, 8, "fp32", lora_rank=3)["states"]
+    assert states["adapters"] == sum(p.nbytes for p in adapters.parameters())
+    with pytest.raises(ValueError, match="--lora-targets w1: no linear layer of the blocks"):
+        lora.adapt(GPTModel(tiny(kind)), naming.of_family(kind), LoraOptions(3, None, 0.0, ("w1",)))
+
+
+def test_deep_frozen_models_recompute_blocks_by_twos():
+    """As compute.py has it: half of what blocks begin with is kept, and a block more is held."""
+    config, held = tiny("llama", n_layers=24), []
+    model = GPTModel(config)
+    lora.adapt(model, "llama", LoraOptions(lora_rank=3))
+    assert model.recomputed_together == 2
+    for n in (26, 24):
+        run = {"lora_rank": 3, "recompute": "full"}
+        found = estimate_memory(config.replace(n_layers=n), 2, 64, "bf16", **run)
+        held.append(found["parts"]["activations"])
+    assert held[0] - held[1] == 2 * 64 * 4 * config.d_model  # one stream for two blocks
 
 
 @pytest.mark.parametrize(
