@@ -123,16 +123,18 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         rounding.finish(model)
     context = read_context(options.context, facts.context)
     new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
-    kv_dtype = options.cache.kv_dtype
+    room, kv_dtype = prompt_room(model, context, new_tokens), options.cache.kv_dtype
     rows = options.max_rows or (
         CPU_ROWS
         if dist.device.type == "cpu"
-        else engine.default_batch_size(model, context, new_tokens, kv_dtype=kv_dtype)
+        else engine.default_batch_size(model, room or context, new_tokens, kv_dtype=kv_dtype)
     )
     texts = Texts(tokenizer, facts.vocab_size, evaluation.resolve_bos(options.bos, tokenizer))
     logprobs = min(options.max_logprobs, facts.vocab_size)
     rounded = [*([rule.rule] if rule else []), *([f"kv-{kv_dtype}"] if kv_dtype else [])]
-    capacity = Capacity(rows, context, new_tokens, kv_dtype=kv_dtype)
+    capacity = Capacity(
+        *(rows, context, new_tokens), prompt_room=room, steady=True, kv_dtype=kv_dtype
+    )
     service = Service(
         *(model, texts, capacity, end_tokens(facts)),
         queue_size=options.max_queue,
@@ -151,6 +153,13 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         template=tokenizer.chat_templates.get("default"),
     )
     return served, service
+
+
+def prompt_room(model: Any, context: int, new_tokens: int) -> int:
+    """Tokens of a prompt that are kept beside its rows: what a longer one has more takes room that
+    its answer, which shares the context, leaves in its row. 0: all, as latents need it."""
+    latent = model.supports_cache and model.config.kv_lora_rank is not None
+    return 0 if latent else max(context - new_tokens, context // 2)
 
 
 def read_context(wanted: int | None, own: int | None) -> int:

@@ -50,7 +50,9 @@ if TYPE_CHECKING:  # these load torch
     from distributed import Dist
     from quantisation.apply import Weights
     from sweeping.planner import Entry, Planner, Work
+    from sweeping.served import Endpoint
 
+SERVED = "endpoint"  # in the YAML, beside the evaluations
 ROUNDING = cli.option_names(QuantiseOptions)
 EVALUATIONS = (PERPLEXITY, MMLU, HUMANEVAL, GSM8K, BLEU, HARNESS)
 SHARE_OF_MEMORY = 0.5  # of what is available, that reading ahead may fill
@@ -98,14 +100,17 @@ def main(argv=None):
     cli.add_options(p, *kinds)
     args = p.parse_args(argv)
     models, shared, options, precision, run = (cli.read_options(kind, args) for kind in kinds)
-    if not models.checkpoint_path:
-        p.error("the following arguments are required: --checkpoint-path")
     cli.check_seconds(p, args, "poll_seconds", "quiet_seconds", "lease_seconds")
+    if not (models.checkpoint_path or load_yaml(options.evaluations).get(SERVED)):
+        p.error(
+            "the following arguments are required: --checkpoint-path (or endpoint: in the YAML)"
+        )
     with headstart.loading(run.device):
         import distributed
         from backends import parallel
         from sweeping.planner import Planner
-    entries = read_entries(options.evaluations, models, shared)
+        from sweeping.served import ServedSweep
+    entries, endpoints = read_entries(options.evaluations, models, shared)
     with distributed.setup(run.device, run.timeout) as dist:
         dtype = evaluation.set_precision(precision, dist)
         models.model_config()  # ValueError now, rather than once for each checkpoint
@@ -113,10 +118,16 @@ def main(argv=None):
             entry.evaluation.check(entry.options)
             if entry.tokenizer_name:
                 evaluation.open_tokenizer(entry.tokenizer_name)
+        n_failed = 0
+        if endpoints:
+            served = ServedSweep(models, options, entries, dist)
+            for endpoint in endpoints:
+                served.ask(endpoint)
+            n_failed = served.finish()
         if models.shard != "auto":  # what no checkpoint could be done with
             parallel.in_groups(dist, models.shard, None, dtype)
-        planner = Planner(models, options, entries, dtype, dist)
-        n_failed = sweep(planner, dist)
+        if models.checkpoint_path:
+            n_failed += sweep(Planner(models, options, entries, dtype, dist), dist)
     if n_failed:
         sys.exit(1)
 
@@ -125,20 +136,29 @@ def main(argv=None):
 # The YAML file of evaluations
 
 
-def read_entries(file: str, models: ModelOptions, shared: SharedOptions) -> list[Entry]:
-    """The evaluations of --evaluations, with the options of their own scripts:
+def read_entries(
+    file: str, models: ModelOptions, shared: SharedOptions
+) -> tuple[list[Entry], list[Endpoint]]:
+    """The evaluations of --evaluations, with the options of their own scripts, and served models
+    that are asked beside the checkpoints:
 
     perplexity: {val-data: val.txt, seq-len: 1024}    # eval.py --val-data val.txt --seq-len 1024
     mmlu:                                             # a list: one evaluation for each
       - {data-path: data/mmlu, num-few-shot: 5}
       - {data-path: data/mmlu, template: continuation}
     bleu: {…, quantise: [bf16, rtn-w8]}               # once for each rule
+    endpoint: {url: http://host:8000, model: NAME, tokenizer-name: PATH}
 
     The model is loaded once for all, so what concerns it is said on this command line; so may be
     --tokenizer-name, --batch-size, --seed and --compile, for evaluations that do not say.
     """
+    from sweeping.served import check_entries, read_endpoints
+
     known, entries = {e.name: e for e in EVALUATIONS}, []
-    for name, listed in load_yaml(file).items():
+    asked = load_yaml(file)
+    served = asked.pop(SERVED, [])
+    endpoints = read_endpoints(f"{file}: {SERVED}", served, models)
+    for name, listed in asked.items():
         if name not in known:
             raise ValueError(f"{file}: {name!r} is no evaluation; there are {', '.join(known)}")
         for values in listed if isinstance(listed, list) else [listed]:
@@ -153,7 +173,10 @@ def read_entries(file: str, models: ModelOptions, shared: SharedOptions) -> list
     for name, value in vars(shared).items():
         if value is not None and name not in offered:
             raise ValueError(f"{cli.flag_of(name)}: no evaluation that {file} names has it")
-    return [entry.labelled(entries) for entry in entries]
+    entries = [entry.labelled(entries) for entry in entries]
+    if endpoints:
+        check_entries(f"{file}: {SERVED}", entries)
+    return entries, endpoints
 
 
 def entries_of(

@@ -23,7 +23,6 @@ Shapes: B rows, V vocabulary, P longest prompt, S most new tokens
 """
 
 import functools
-import os
 from collections import abc, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -32,12 +31,14 @@ import numpy as np
 import torch
 
 from backends import Sample, Sampling
+from backends.endings import Endings
 from backends.kvcache import check_kv_dtype, token_bytes
 from backends.pairs import share_prefixes
 from backends.parallel import Stage
 from backends.rows import CachedRows, Capacity, PlainRows, Request, Sequence
 from backends.sampling import COLUMNS, features_of, stream_key
 from backends.stages import StageRows, draw_by_turns
+from backends.steady import SteadyRows
 from distributed import Dist
 from tokenizer import Tokenizer
 from transformers_model import Model
@@ -45,71 +46,6 @@ from transformers_model import Model
 UNIT_BATCHES = 8  # a unit refills each row so often on average: its last rows wait for few others
 MIN_UNITS = 8  # a job has at least so many units where it has the prompts: work for as many ranks
 COMPILE_STEPS = 8192  # torch.compile costs up to a minute and saves milliseconds a step
-
-# ---------------------------------------------------------------------------------------------
-# What ends a sequence
-
-
-def text_of_tokens(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """What tells a token's own text: decoded after another one, for alone it may lose a leading
-    space."""
-    anchor = list(tokenizer.encode("a"))
-    before = len(tokenizer.decode(anchor))
-    return functools.cache(lambda token: tokenizer.decode([*anchor, token])[before:])
-
-
-class Endings:
-    """Decides when a sequence is finished, and what its text is."""
-
-    def __init__(self, tokenizer, stop: Iterable[str], eos_ids: Iterable[int]):
-        self.tokenizer, self.stop, self.eos_ids = tokenizer, tuple(stop), frozenset(eos_ids)
-        self.longest = max(map(len, self.stop), default=0)
-        # A stop string of ASCII characters shows in the tokens' own texts laid end to end; other
-        # characters can be split between tokens
-        self.by_piece = all(s.isascii() for s in self.stop)
-        if self.stop:
-            self.piece = text_of_tokens(tokenizer)
-
-    def add(self, sequence: Sequence, token: int) -> str | None:
-        """Take one more token; returns the reason if the sequence ends with it."""
-        if token in self.eos_ids:
-            sequence.reason = "eos"
-            return "eos"
-        sequence.tokens.append(token)
-        if self.stop and self._may_stop(sequence, token):
-            text = self.completion(sequence)
-            if any(s in text for s in self.stop):
-                sequence.reason = "stop"
-        if sequence.reason is None and len(sequence.tokens) >= sequence.limit:
-            sequence.reason = "length"
-        return sequence.reason
-
-    def _may_stop(self, sequence: Sequence, token: int) -> bool:
-        if not self.by_piece:
-            return True
-        text = sequence.tail + self.piece(token)
-        sequence.tail = text[max(0, len(text) - self.longest + 1) :]
-        return any(s in text for s in self.stop)
-
-    def completion(self, sequence: Sequence) -> str:
-        """Decoded jointly with the prompt, then cut: SentencePiece drops a text's first space."""
-        ids = sequence.request.prompt
-        prompt, text = self.tokenizer.decode(ids), self.tokenizer.decode(ids + sequence.tokens)
-        # not len(prompt): a prompt may end, and the first token go on, in the middle of a character
-        return text[len(os.path.commonprefix((prompt, text))) :]  # noqa: RUF071
-
-    def sample(self, sequence: Sequence) -> Sample:
-        text = None
-        if self.tokenizer is not None:
-            text = self.completion(sequence)
-            if sequence.reason == "length":  # cut off in the middle of a character
-                text = text.rstrip("\ufffd")
-            cuts = [at for s in self.stop if (at := text.find(s)) >= 0]
-            text = text[: min(cuts, default=len(text))]
-        assert sequence.reason is not None, "it has ended"
-        name: Any = sequence.request.name  # of a job's requests: the prompt's index
-        return Sample(name, sequence.index, sequence.tokens, text, sequence.reason)
-
 
 # ---------------------------------------------------------------------------------------------
 # The engine: requests in, tokens and samples out
@@ -127,7 +63,7 @@ class Token(NamedTuple):
 
 class Progress(NamedTuple):
     """What a look at the device showed. A Sample's prompt_index is its request's name; the token
-    that ends a text (`eos_ids`) is not among the tokens."""
+    that ends a text (`eos_ids`) is among the tokens of a steady engine alone, and of no sample."""
 
     tokens: list[Token]
     finished: list[Sample]
@@ -163,7 +99,8 @@ class Engine:
             assert logprobs is None, "log-probabilities of drawn tokens stay on the last rank"
             self.rows = StageRows(model, capacity, features, compiled)
         elif model.supports_cache:
-            self.rows = CachedRows(model, capacity, features, compiled, logprobs)
+            kind = SteadyRows if capacity.steady else CachedRows
+            self.rows = kind(model, capacity, features, compiled, logprobs)
         else:
             self.rows = PlainRows(model, capacity, features, logprobs)
         self.requests: dict[Hashable, Request] = {}
@@ -188,13 +125,14 @@ class Engine:
         key: object = None,
         shared: int | None = None,
         ends: bool = True,
+        told: bool = True,
     ) -> None:
         """Ask for samples of a prompt: of these indices, drawn as `sampling` says, one for all or
         one for each index. key: what names the prompt in the random streams, `name` unless given.
         shared: how many of the first tokens other prompts have too (all but the last: only this
         prompt's samples share). ends: whether tokens that end a text end these (else they are like
-        any other). ValueError for a name in use and for what the model or the capacity cannot
-        hold."""
+        any other). told: whether anybody reads the likeliest tokens. ValueError for a name in use
+        and for what the model or the capacity cannot hold."""
         check_prompt(prompt, self.longest, f"prompt {name}")
         if name in self.requests:
             raise ValueError(f"request {name} is already on its way")
@@ -203,21 +141,21 @@ class Engine:
                 f"prompt {name} has {len(prompt)} tokens, more than the"
                 f" {self.capacity.prompt_tokens} that there is room for"
             )
-        shared = len(prompt) - 1 if shared is None else shared
-        assert len(prompt) - shared <= self.capacity.own_prompt_tokens, (len(prompt), shared)
-        sequences, request = [], Request(name, list(prompt), 0, shared, ends)
+        shared = min(len(prompt) - 1, self.capacity.kept) if shared is None else shared
+        own = len(prompt) - 1 - shared  # tokens in front of the new ones
+        sequences, request = [], Request(name, list(prompt), 0, shared, ends, told)
         for s in samples:
-            own = sampling if isinstance(sampling, Sampling) else sampling[s]
-            limit = token_limit(own, prompt, self.longest)
-            if limit > self.capacity.new_tokens:
+            one = sampling if isinstance(sampling, Sampling) else sampling[s]
+            limit = token_limit(one, prompt, self.longest)
+            if own + limit > self.capacity.row_tokens:
                 raise ValueError(
                     f"prompt {name}: {limit} new tokens, more than the"
-                    f" {self.capacity.new_tokens} that there is room for"
+                    f" {self.capacity.row_tokens - own} that there is room for"
                 )
-            check_stop(own, self.tokenizer)
-            assert features_of([own]) <= self.features, (own, self.features)
-            stream = stream_key(own.seed, name if key is None else key, s)
-            sequences.append(Sequence(request, s, own, limit, stream))
+            check_stop(one, self.tokenizer)
+            assert features_of([one]) <= self.features, (one, self.features)
+            stream = stream_key(one.seed, name if key is None else key, s)
+            sequences.append(Sequence(request, s, one, limit, stream))
         if sequences:
             request.unfinished = len(sequences)
             self.requests[name] = request
@@ -261,7 +199,7 @@ class Engine:
             reason = endings.add(sequence, token)
             if "logprobs" in seen:
                 top = seen["likeliest"][i], seen["logprobs"][i]
-            if reason != "eos":
+            if reason != "eos" or self.capacity.steady:
                 progress.tokens.append(Token(request.name, sequence.index, token, top))
             if reason:
                 if self.at[i] is sequence:

@@ -101,7 +101,7 @@ def share_prefixes(
     order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u4").tobytes())
     room = [len(rows[i]) - scored[i] for i in order]
     common = [
-        min(_in_common(rows[order[i]], rows[order[i + 1]]), room[i], room[i + 1])
+        min(in_common(rows[order[i]], rows[order[i + 1]]), room[i], room[i + 1])
         for i in range(len(rows) - 1)
     ]
     prefixes, prefix = [np.zeros(0, dtype=np.int64)], np.zeros(len(rows), dtype=np.int64)
@@ -112,7 +112,8 @@ def share_prefixes(
     return prefixes, prefix
 
 
-def _in_common(a: np.ndarray, b: np.ndarray) -> int:
+def in_common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens both begin with."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n

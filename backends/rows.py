@@ -14,8 +14,9 @@ Shapes: B rows, V vocabulary, P longest prompt
 
 import functools
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ class Capacity:
     """What an engine has room for: rows at a time, tokens of a prompt and new ones of a sample,
     prompts kept at a time (0: one a row), and how many tokens of its prompt a row keeps itself, the
     others being those that several prompts begin with (1: the last, the first step's input).
-    kv_dtype: in which keys and values are kept (kvcache.py), the model's own unless given."""
+    prompt_room: tokens of a prompt that are kept once (0: all but the last of the longest). steady:
+    prompts are anybody's and come at any time (backends/steady.py). kv_dtype: in which keys and
+    values are kept (kvcache.py), the model's own unless given."""
 
     rows: int
     prompt_tokens: int
@@ -44,24 +47,42 @@ class Capacity:
     prompts: int = 0
     own_prompt_tokens: int = 1
     kv_dtype: str | None = None
+    prompt_room: int = 0
+    steady: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Tokens of a prompt that are kept once, at most."""
+        return self.prompt_room or self.prompt_tokens - 1
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that a row keeps itself, at most."""
+        return self.own_prompt_tokens - 1 + self.new_tokens
+
+
+def name_of(ids: list[int]) -> bytes:
+    """Token ids as a key, whose hash is computed once."""
+    return np.array(ids, dtype=np.int64).tobytes()
 
 
 @dataclass(eq=False)
 class Request:
     """A prompt whose samples are wanted, and how many of them are not finished. shared: how many of
     its tokens are kept once for all rows whose prompts begin with them; the last one never is.
-    ends: whether a token that ends a text ends them."""
+    ends: whether a token that ends a text ends them. told: whether the likeliest tokens are."""
 
     name: Hashable
     prompt: list[int]
     unfinished: int
     shared: int
     ends: bool = True
+    told: bool = True
 
     @functools.cached_property
-    def prefix(self) -> tuple[int, ...]:
-        """The tokens that are kept once."""
-        return tuple(self.prompt[: self.shared])
+    def prefix(self) -> bytes:
+        """Names the tokens that are kept once."""
+        return name_of(self.prompt[: self.shared])
 
     @property
     def own(self) -> list[int]:
@@ -149,13 +170,14 @@ class CachedRows:
         self.model, self.device = model, model.device
         self.cuda, self.compiled = self.device.type == "cuda", compiled
         self.bucket = 64 if self.cuda else 1
-        B, P = capacity.rows, capacity.prompt_tokens - 1  # the last one is the first step's input
+        B, P = capacity.rows, capacity.kept
         P = min(-(-P // self.bucket) * self.bucket, model.max_positions)
-        longest = capacity.prompt_tokens - 1 + capacity.new_tokens  # the bucket apart
-        slots, S = capacity.prompts or B, capacity.own_prompt_tokens - 1 + capacity.new_tokens
+        # the last token of a prompt is the first step's input; the bucket apart
+        longest = capacity.prompt_tokens - 1 + capacity.new_tokens
+        slots, S = capacity.prompts or B, capacity.row_tokens
         self.cache = DecodeCache(model, slots, P, B, S, longest, capacity.kv_dtype)
         self.lag, self.patience = LAG if self.cuda else 0, max(1, B // 16)
-        self.slot_of: dict[tuple[int, ...], int] = {}  # by what is kept there
+        self.slot_of: dict[bytes, int] = {}  # by what is kept there
         self.running: list[Sequence | None] = [None] * B  # on the device
         self.row_prompt = np.zeros(B, dtype=np.int64)
         self.state = {n: torch.zeros(B, dtype=d, device=self.device) for n, d in STATE.items()}
@@ -188,19 +210,23 @@ class CachedRows:
         self.read_ring = [{name: like(self.state[name]) for name in read} for _ in range(n)]
         self.done = [torch.cuda.Event() for _ in range(n if self.cuda else 0)]
 
+    def _capture(self) -> None:
+        self._advance = self.captured(self._advance)
+
     @torch.no_grad()
-    def _capture(self):
-        """The step as a CUDA graph. All rows are idle, so running it changes nothing."""
+    def captured(self, step: Callable[[], None], pool: Any = None) -> Callable[[], None]:
+        """A step as a CUDA graph. All rows are idle, so running it changes nothing. pool: memory of
+        graphs that are never under way together."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self._advance()
+                step()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._advance()
-        self._advance = self.graph.replay
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+        return graph.replay
 
     def admit(self, rows: list[Sequence | None], waiting: deque[Sequence]) -> None:
         """Give free rows (None) to waiting sequences; computes what of their prompts is not yet in
@@ -218,17 +244,26 @@ class CachedRows:
                 if slot is None:
                     break
                 self.slot_of[request.prefix] = slot
-                prefixes.append((slot, request.prefix))
+                prefixes.append((slot, request.prompt[: request.shared]))
             if request.own:
                 own.append((free[0], request))
             rows[free.popleft()] = waiting.popleft()
-        self._prefill([(slot, ids) for slot, ids in prefixes if ids], self.cache.prompt_len)
-        empty = [slot for slot, ids in prefixes if not ids]
-        if empty:
-            self.cache.set_lengths(empty, [0] * len(empty))
+        if prefixes:
+            slots, texts = zip(*prefixes)
+            self.cache.set_lengths(list(slots), list(map(len, texts)))
+            self.fill([(slot, ids) for slot, ids in prefixes if ids])
+        self.fill_rows(own)
+
+    def fill(self, prompts: list[tuple[int, list[int]]]) -> None:
+        """Keys and values of prompts (slot, ids)."""
+        self._prefill(prompts, self.cache.prompt_len)
+
+    def fill_rows(self, own: list[tuple[int, Request]]) -> None:
+        """Those of what rows (row, request) keep of their prompts themselves."""
         for prefix in dict.fromkeys(request.prefix for _, request in own):
-            going_on = [(row, r.own) for row, r in own if r.prefix == prefix]
-            self._prefill(going_on, self.cache.max_len, prefix)
+            some = [(row, request) for row, request in own if request.prefix == prefix]
+            going_on = [(row, request.own) for row, request in some]
+            self._prefill(going_on, self.cache.max_len, some[0][1])
 
     def forget(self) -> None:
         """What was computed of prompts: no row goes on from any."""
@@ -244,9 +279,9 @@ class CachedRows:
         return None if unused is None else self.slot_of.pop(unused)
 
     @torch.no_grad()
-    def _prefill(self, texts, room: int, prefix: tuple[int, ...] | None = None) -> None:
+    def _prefill(self, texts, room: int, before: Request | None = None) -> None:
         """Keys and values of texts [(place, ids)], as many a call as PREFILL_TOKENS allow, for a
-        place of so much room: a slot, or a row that goes on from `prefix`."""
+        place of so much room: a slot, or a row that goes on from what is kept of `before`."""
         while texts:
             n, T = 0, 0
             for _, ids in texts:
@@ -258,10 +293,11 @@ class CachedRows:
             texts = texts[n:]
             padded = torch.from_numpy(pad_rows(ids, T)).to(self.device)
             filling: Filling | GoingOnIn
-            if prefix is None:
+            if before is None:
                 filling = self.cache.filling(list(places), list(map(len, ids)))
             else:
-                filling = self.cache.going_on(self.slot_of[prefix], len(prefix), list(places))
+                slot = self.slot_of[before.prefix]
+                filling = self.cache.going_on(slot, before.shared, list(places))
             with attention_without_plans():
                 self.model.hidden(padded, cache=filling)
 
@@ -276,8 +312,8 @@ class CachedRows:
         for r in changed:
             self.running[r] = s = rows[r]
             values = {"new": 1}
+            self.row_prompt[r] = self.place_of(s, r)
             if s is not None:
-                self.row_prompt[r] = self.slot_of[s.request.prefix]
                 values["own"] = len(s.request.own)
                 values |= {"token": s.request.prompt[-1], "active": 1}
                 values |= {"key0": s.key[0], "key1": s.key[1]}
@@ -289,6 +325,12 @@ class CachedRows:
         if (before != self.row_prompt).any():
             self.cache.group_rows(self.row_prompt, self.tiles_ring[i])
 
+    def place_of(self, sequence: Sequence | None, row: int) -> int:
+        """The slot of a row from now on: an idle one stays where it was."""
+        return int(
+            self.row_prompt[row] if sequence is None else self.slot_of[sequence.request.prefix]
+        )
+
     @torch.no_grad()
     def step(self, rows: list[Sequence | None]) -> int:
         """Launch one step for these sequences; returns a ticket for `look`."""
@@ -296,10 +338,14 @@ class CachedRows:
         self._stage(rows, i)
         if not (self.cuda or self.compiled):
             own = (s.launched + len(s.request.own) for s in self.running if s)
-            self.cache.read_at_most(1 + max(own, default=0))
+            self.cache.read_at_most(self.reach(1 + max(own, default=0)))
         self.launch(i)
         self.n_steps += 1
         return i
+
+    def reach(self, tokens: int) -> int:
+        """How many own tokens a step in plain torch reads of each row, of which so many are."""
+        return tokens
 
     def launch(self, i: int) -> None:
         """The step that goes by this ticket."""

@@ -6,8 +6,9 @@
     answer.chunks(prompt, event)           # or as it comes
 
 `logprobs` of a completion has an entry for each token of the prompt, the first one null, where it
-is echoed with them, and for each that was drawn. Every entry of top_logprobs holds the token itself
-and the likeliest, each under its own text, or as `token_id:7` where that text is another's.
+is echoed with them, and for each that was drawn, the one that ended the text too. Every entry of
+top_logprobs holds the token itself and the likeliest, each under its own text, or as `token_id:7`
+where that text is another's.
 """
 
 import secrets
@@ -19,7 +20,7 @@ from typing import Any
 from backends import Sample
 from backends.engine import Token
 from serving.asked import Asked, Served
-from serving.scores import Scores
+from serving.scores import Ending, Scores
 from serving.texts import REPLACEMENT, Unfolding
 
 COMPLETION, CHAT = "text_completion", "chat.completion"
@@ -34,6 +35,7 @@ class Choice:
 
     unfolding: Unfolding
     tokens: list[Told] = field(default_factory=list)
+    ending: list[Told] = field(default_factory=list)  # the token that ended it, if it was told
     sample: Sample | None = None
 
     @property
@@ -63,6 +65,8 @@ class Answer:
     def take(self, prompt: int, event: Any) -> None:
         if isinstance(event, Scores):
             self.scores[prompt] = event
+        elif isinstance(event, Ending):
+            self.choices[prompt, event.sample_index].ending = [event.logprobs]
         elif isinstance(event, Token):
             assert event.logprobs is not None, "the engine tells them"
             self.choices[prompt, event.sample_index].tokens.append(event.logprobs)
@@ -83,7 +87,7 @@ class Answer:
             said: dict[str, Any] = {"index": i, "finish_reason": choice.finish_reason}
             if self.kind == CHAT:
                 said["message"] = {"role": "assistant", "content": choice.text}
-                said["logprobs"] = self._logprobs(choice.tokens)
+                said["logprobs"] = self._logprobs(choice.tokens + choice.ending)
             else:
                 echoed = self.asked.echoed[prompt] if self.asked.echoed else ""
                 said["text"] = echoed + choice.text
@@ -98,9 +102,9 @@ class Answer:
     def _completion_logprobs(self, prompt: int, choice: Choice) -> dict[str, list] | None:
         """Of the prompt's tokens too, where they were scored."""
         if prompt not in self.scores or self.asked.logprobs is None:
-            return self._logprobs(choice.tokens)
+            return self._logprobs(choice.tokens + choice.ending)
         scores = self.scores[prompt]
-        told = [*zip(scores.ids[:-1], scores.logprobs[:-1]), *choice.tokens]
+        told = [*zip(scores.ids[:-1], scores.logprobs[:-1]), *choice.tokens, *choice.ending]
         found = self._logprobs(told)
         assert isinstance(found, dict), "asked for"
         first = self._name(self.asked.prompts[prompt][0])
@@ -121,9 +125,10 @@ class Answer:
                 yield self._chunk(index, {"role": "assistant", "content": ""}, None, None)
             text = choice.unfolding.add(event.token_id)
             yield self._chunk(index, text, self._logprobs(choice.tokens[-1:]), None)
-        else:
+        elif not isinstance(event, Ending):
             text = choice.unfolding.rest(choice.text)
-            yield self._chunk(index, text, None, choice.finish_reason)
+            told = self._logprobs(choice.ending) if choice.ending else None
+            yield self._chunk(index, text, told, choice.finish_reason)
 
     def last_chunk(self) -> dict[str, Any]:
         """The usage, where it was asked for."""

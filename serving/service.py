@@ -5,12 +5,13 @@
     jobs = service.submit(asked, put)            # put((job, event)) in the loop, as things happen
     service.cancel(jobs)                         # their rows are free
 
-An event is a Token, a Sample, Scores, or Failed. Prompts join the rows that are running. Between
-two steps of those at most one batch of prompts to be scored is run. A sample is drawn by (seed,
-tokens of its prompt, its index), so its neighbours do not change it.
+An event is a Token, an Ending, a Sample, Scores, or Failed. Prompts join the rows that are running.
+Between two steps of those at most one batch of prompts to be scored is run. A sample is drawn by
+(seed, tokens of its prompt, its index), so its neighbours do not change it.
 """
 
 import asyncio
+import functools
 import gc
 import hashlib
 import itertools
@@ -28,10 +29,11 @@ import torch
 import cli
 from backends import Sample
 from backends.engine import Engine, Token
+from backends.pairs import in_common
 from backends.rows import Capacity
 from serving.asked import Asked
 from serving.fields import Refused
-from serving.scores import Scores, score_prompts
+from serving.scores import Ending, Scores, score_prompts
 from serving.texts import REPLACEMENT, Texts
 from transformers_model import Model
 
@@ -46,7 +48,7 @@ class Failed(NamedTuple):
     status: int = 500
 
 
-Event = Token | Sample | Scores | Failed
+Event = Token | Ending | Sample | Scores | Failed
 Told = list[tuple["Job", Event]]
 
 
@@ -69,10 +71,14 @@ class Job:
     def prompt(self) -> list[int]:
         return self.asked.prompts[self.index]
 
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        return np.array(self.prompt, dtype="<u4")
+
     @property
     def key(self) -> str:
         """Names the prompt in the random streams."""
-        return hashlib.sha256(np.array(self.prompt, dtype="<u4").tobytes()).hexdigest()
+        return hashlib.sha256(self.ids.tobytes()).hexdigest()
 
 
 class Service:
@@ -162,7 +168,7 @@ class Service:
                 self._end(job)
             elif isinstance(event, Token):
                 self.counts["drawn_tokens"] += 1
-            else:
+            elif not isinstance(event, Ending):
                 if isinstance(event, Scores):
                     self.counts["scored_tokens"] += len(job.prompt)
                 job.awaited -= 1
@@ -234,7 +240,10 @@ class Service:
             room = self.capacity.prompt_tokens + 1 - len(job.prompt)
             new_tokens = min(asked.sampling.max_new_tokens, room)
             sampling = replace(asked.sampling, max_new_tokens=new_tokens)
-            self.engine.submit(job, job.prompt, sampling, range(asked.n), job.key, ends=asked.ends)
+            told = bool(asked.logprobs)  # beside the drawn token, whose own is always known
+            self.engine.submit(
+                *(job, job.prompt, sampling, range(asked.n), job.key), ends=asked.ends, told=told
+            )
             self._drawing.add(job)
 
     def _drop(self, job: Job) -> None:
@@ -245,12 +254,12 @@ class Service:
 
     def _batch(self) -> int:
         """How many of those that wait for scores are run at once."""
-        n, tokens = 0, 0
+        n, tokens, before = 0, 0, np.zeros(0, dtype=np.int64)
         for job in self._scoring:
-            tokens += len(job.prompt)
+            tokens += len(job.ids) - in_common(before, job.ids)  # those run once
             if n and tokens > self.batch_tokens:
                 break
-            n += 1
+            n, before = n + 1, job.ids
         return n
 
     def _score(self) -> Told:
@@ -297,8 +306,10 @@ class Service:
             if math.isnan(token.logprobs[1][0]):
                 self._drop(job)
                 events.append((job, Failed(NAN)))
-            else:
+            elif not (job.asked.ends and token.token_id in self.end_ids):
                 events.append((job, token))
+            elif job.asked.logprobs is not None:
+                events.append((job, Ending(token.sample_index, token.logprobs)))
         for sample in progress.finished:
             job = sample.prompt_index  # the request's name
             if job in self._drawing:

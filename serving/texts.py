@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from backends.engine import text_of_tokens
+from backends.endings import text_of_tokens
 from serving.fields import Refused
 
 REPLACEMENT = "\ufffd"  # where a character is not whole yet
@@ -60,16 +60,20 @@ class Unfolding:
     def __init__(self, texts: Texts, prompt: Sequence[int], stop: Sequence[str]):
         self.texts, self.stop = texts, stop
         self.settled, self.open = list(prompt[-ANCHOR:]), []  # tokens whose text is certain, or not
+        self.before = texts.decode(self.settled)
         self.held, self.sent = "", 0
 
     def add(self, token: int) -> str:
         """The text that may be shown now that this token came."""
         self.open.append(token)
-        before, whole = (self.texts.decode(ids) for ids in (self.settled, self.settled + self.open))
-        new = whole[len(_in_common(before, whole)) :]
+        whole = self.texts.decode(self.settled + self.open)
+        new = whole[len(_in_common(self.before, whole)) :]
         if new.endswith(REPLACEMENT):
             return ""
-        self.settled, self.open = (self.settled + self.open)[-ANCHOR:], []
+        self.settled, self.open, self.before = self.settled + self.open, [], whole
+        if len(self.settled) > 2 * ANCHOR:
+            self.settled = self.settled[-ANCHOR:]
+            self.before = self.texts.decode(self.settled)
         return self._show(new)
 
     def _show(self, new: str) -> str:

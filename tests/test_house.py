@@ -53,7 +53,7 @@ FLOORS = [
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
     "backends/scoring backends/continuations backends/pairs backends/rows "
-    "backends/stages backends/engine backends/wanted",
+    "backends/stages backends/steady backends/endings backends/engine backends/wanted",
     "tasks/divergence tasks/windows",
     "backends/states backends/local backends/endpoint backends/reference tasks/chat "
     "tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
@@ -72,7 +72,7 @@ FLOORS = [
     "serving/metrics serving/lightllm serving/routes",
     "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report serve",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
-    "sweeping/planner",
+    "sweeping/planner sweeping/served",
     "sweep",
 ]
 NO_TORCH = "cli stats durable config results backends evaluation command tokenizer compute report"

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from servers import serving
 
 from backends import Sampling
 from backends.engine import generate
@@ -92,9 +93,11 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
             assert "".join(c["text"] for c in own) == choice["text"]
             assert [c["finish_reason"] for c in own[:-1]] == [None] * (len(own) - 1)
             assert own[-1]["finish_reason"] == choice["finish_reason"]
-            told = [value for c in own[:-1] for value in c["logprobs"]["token_logprobs"]]
-            assert told == choice["logprobs"]["token_logprobs"] and len(own) == len(told) + 1
-        tokens = sum(len(choice["logprobs"]["tokens"]) for choice in whole)
+            assert all(c["logprobs"] for c in own[:-1])
+            told = [c["logprobs"]["token_logprobs"] for c in own if c["logprobs"]]
+            assert [value for (value,) in told] == choice["logprobs"]["token_logprobs"]
+        names = [name for choice in whole for name in choice["logprobs"]["tokens"]]
+        tokens = len(names) - names.count("<|endoftext|>")
         assert usage["usage"] == {
             "prompt_tokens": 3, "completion_tokens": tokens, "total_tokens": 3 + tokens
         }  # fmt: skip
@@ -173,6 +176,25 @@ def test_a_prompt_is_scored_without_an_answer(client):
     assert choice["text"] == "abc" and choice["logprobs"] is None
 
 
+def test_the_likeliest_are_told_where_a_text_ends_at_once(checkpoint_path):
+    """Letters are read there, of whichever model."""
+    body = {"prompt": "abc", "max_tokens": 3, "temperature": 0, "logprobs": 5}
+    body |= {"return_tokens_as_token_ids": True}
+    with serving(checkpoint_path, max_rows=2) as (client, service):
+        (whole,) = client.complete(**body, ignore_eos=True)
+        first = whole["logprobs"]["tokens"][0]
+        service.end_ids = frozenset({int(first.removeprefix("token_id:"))})
+        service.engine = service._make_engine()
+        (ended,) = client.complete(**body)
+        assert (ended["text"], ended["finish_reason"]) == ("", "stop")
+        for name in ("tokens", "token_logprobs", "top_logprobs"):
+            assert ended["logprobs"][name] == whole["logprobs"][name][:1]
+        one, done = client.stream("/v1/completions", **body)
+        assert one["choices"] == [ended] and done == "[DONE]"
+        _, said = client.ask("/v1/completions", body)
+        assert said["usage"]["completion_tokens"] == 0
+
+
 # ---------------------------------------------------------------------------------------------
 # Chats
 
@@ -189,7 +211,7 @@ def test_a_chat_is_its_template_completed(client, model):
     for choice, sample in zip(said["choices"], samples, strict=True):
         assert choice["message"] == {"role": "assistant", "content": sample.text}
         entries = choice["logprobs"]["content"]
-        assert len(entries) == len(sample.token_ids)
+        assert len(entries) - len(sample.token_ids) == (choice["finish_reason"] == "stop")
         assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
     *chunks, done = client.stream("/v1/chat/completions", **body, max_completion_tokens=9)
     assert done == "[DONE]"
