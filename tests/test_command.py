@@ -73,7 +73,8 @@ OF_A_MODE = {
     "humaneval_eval": OF_A_CHAT,
     "sweep": {"retry_failed", "quiet_seconds"},
     "train": {"wandb_project", "wandb_run_name", "train_embeddings"}
-    | {"lora_alpha", "lora_dropout", "lora_rs", "lora_targets", "decay_shape", "decay_steps"},
+    | {"lora_alpha", "lora_dropout", "lora_rs", "lora_targets", "decay_shape", "decay_steps"}
+    | {"quantise", "quantise_skip"},  # of the weights below adapters
 }
 
 
