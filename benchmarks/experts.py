@@ -16,16 +16,15 @@ prefill, for a step of decoding what it reads at the full bandwidth: all weights
 that nobody is expected to choose, and the cache. A case that fails is reported, the others go on.
 """
 
-import json
 import statistics
 import sys
 import time
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import cases  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -35,12 +34,10 @@ import cli  # noqa: E402
 from backends import Sampling, scoring  # noqa: E402
 from config import GPTConfig, config_to_hf, load_config  # noqa: E402
 from costs.flops import estimate_flops  # noqa: E402
-from costs.gpus import find_gpu  # noqa: E402
 from costs.symbols import Setup  # noqa: E402
 from costs.time import Ceilings, experts_touched, pass_seconds  # noqa: E402
 from gpu_kernels.experts import by_groups, by_loop  # noqa: E402
 
-START = time.perf_counter()
 IDEAL = Ceilings(matmul=1.0, attention=1.0, memory=1.0, kernel_seconds=0.0)
 
 
@@ -186,7 +183,7 @@ def peer_model(c: GPTConfig, device, attention: str = "sdpa"):
     return model.eval()
 
 
-def cases(small: bool, size: Size, device, gpu):
+def all_cases(small: bool, size: Size, device, gpu):
     """(name, function); a model is made once and dropped before the next."""
     held = {}
 
@@ -245,30 +242,9 @@ def line(name: str, result: dict) -> str:
 
 
 def main(argv=None):
-    p = cli.parser(__doc__)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--small", action="store_true", help="tiny shapes: does every case run?")
-    p.add_argument("--only", default="", help="cases whose name contains this")
-    p.add_argument("--skip", default="nothing", help="cases whose name contains this")
-    p.add_argument("--budget", type=float, default=540, help="seconds after which no case starts")
-    args = p.parse_args(argv)
-    device = "cpu" if args.small and not torch.cuda.is_available() else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no GPU here: --small rehearses on a CPU")
-    name = torch.cuda.get_device_name() if device == "cuda" else "h100"
-    gpu, size = find_gpu(name), Size(args.small)
-    report = {"gpu": name, "torch": torch.__version__, "small": args.small, "cases": {}}
-    for case, run in cases(args.small, size, device, gpu):
-        if args.only not in case or args.skip in case or time.perf_counter() - START > args.budget:
-            continue
-        try:
-            result = run()
-        except Exception as error:  # an edge: the other cases still have something to say
-            traceback.print_exc()
-            result = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
-        report["cases"][case] = result
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(line(case, result), flush=True)
+    args = cases.parser(__doc__, budget=540).parse_args(argv)
+    device, gpu, report = cases.begin(args)
+    cases.measure(all_cases(args.small, Size(args.small), device, gpu), args, report, line)
 
 
 if __name__ == "__main__":

@@ -9,53 +9,43 @@ cap out and so computes another model, is timed to see what the cap costs. Model
 peer are compiled as one function. Medians of passes after warm-up.
 """
 
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import torch  # noqa: E402
+import cases  # noqa: E402
 from experts import Size, line, peer_model, score_ours, score_peer  # noqa: E402
 from generation import random_model, release  # noqa: E402
 
 import cli  # noqa: E402
 from config import load_config  # noqa: E402
-from costs.gpus import find_gpu  # noqa: E402
 
 ATTENTIONS = ("flex_attention", "eager", "sdpa")
 
 
 def main(argv=None):
-    p = cli.parser(__doc__)
-    p.add_argument("--out", type=Path, required=True)
-    args = p.parse_args(argv)
-    c, size, name = load_config("gemma-2-9b"), Size(False), torch.cuda.get_device_name()
-    gpu, batch = find_gpu(name), size.batches[0]
-    report = {"gpu": name, "torch": torch.__version__, "cases": {}}
-
-    def told(case, run):
-        try:
-            result = run()
-        except Exception as error:  # an edge: the other cases still have something to say
-            result = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
-        report["cases"][case] = result
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(line(case, result), flush=True)
+    args = cases.parser(__doc__, budget=540).parse_args(argv)
+    device, gpu, report = cases.begin(args)
+    c, size = load_config("gemma-2-9b"), Size(args.small)
+    if args.small:
+        c = c.replace(n_layers=2, full_attention_layers=(1,), d_model=64, d_ff=96, vocab_size=128)
+    batch = size.batches[0]
 
     def ours(compiled):
-        return score_ours(random_model(c, "cuda"), size, batch, gpu, compiled)
+        release()
+        return score_ours(random_model(c, device), size, batch, gpu, compiled)
 
     def peers(attention):
-        return score_peer(peer_model(c, "cuda", attention), c, size, batch, gpu, True)
-
-    told("roseval, eager", lambda: ours(False))
-    release()
-    told("roseval, compiled", lambda: ours(True))
-    for attention in ATTENTIONS:
         release()
-        told(f"transformers {attention}, compiled", lambda a=attention: peers(a))
+        return score_peer(peer_model(c, device, attention), c, size, batch, gpu, True)
+
+    all_cases = [("roseval, eager", lambda: ours(False)), ("roseval, compiled", lambda: ours(True))]
+    for attention in ATTENTIONS:
+        name = f"transformers {attention}, compiled"
+        all_cases.append((name, lambda attention=attention: peers(attention)))
+    cases.measure(all_cases, args, report, line)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ without the input embedding, and the cache of what each row sees, a shared promp
 fails is reported and the others go on; cases that would start after `--budget` seconds are skipped.
 """
 
-import json
 import sys
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cases
 import numpy as np
 import torch
 
@@ -31,7 +30,6 @@ from model import GPTModel
 
 SAMPLED = Sampling(temperature=0.8, top_p=0.95, seed=0)
 PEER_SAMPLING = {"temperature": SAMPLED.temperature, "top_p": SAMPLED.top_p}
-START = time.perf_counter()
 
 
 def random_model(config: GPTConfig, device, dtype=torch.bfloat16) -> GPTModel:
@@ -236,21 +234,10 @@ def kernel(size, G, R, block, warps, stages) -> dict:
                     q, new, new, (k[i], v[i], lengths), (none, none, zeros[:1]), zeros, tiles, S
                 )
 
-        run()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
-        begin.record()
-        for _ in range(20):
-            graph.replay()
-        end.record()
-        end.synchronize()
+        us = cases.seconds_under_graph(run) * 1e6 / layers
     finally:
         for name, value in saved.items():
             setattr(decode_attention, name, value)
-    us = begin.elapsed_time(end) * 1e3 / 20 / layers
     return {"us": us, "tb_per_s": 2 * 2 * B * G * (S // 2) * D / us / 1e6}
 
 
@@ -263,7 +250,7 @@ class Size:
         self.bandwidth = bandwidth
 
 
-def cases(small: bool, size, device):
+def all_cases(small: bool, size, device):
     """(name, function) in the order of importance. Models are built once and dropped after use."""
     large, xl = load_config("7b"), load_config("gpt2-xl")
     if small:
@@ -339,45 +326,13 @@ def line(name, result) -> str:
     return "  ".join(words)
 
 
-def measure_cases(cases, wanted, args, report, line) -> None:
-    """Run the cases (name, function) that are wanted, until the budget is spent: each is printed
-    and written with those before it, and one that fails stops no other."""
-    for name, run in cases:
-        if not wanted(name):
-            continue
-        if time.perf_counter() - START > args.budget:
-            print(f"{name:44}  skipped: the budget of {args.budget:g} s is spent", flush=True)
-            continue
-        start = time.perf_counter()
-        try:
-            result = run()
-        except Exception as error:  # an edge: the other cases still have something to say
-            traceback.print_exc()
-            result = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
-        result["whole_s"] = time.perf_counter() - start
-        report["cases"][name] = result
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(line(name, result), f" [{result['whole_s']:.0f} s]", flush=True)
-
-
 def main(argv=None):
-    p = cli.parser(__doc__)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--small", action="store_true", help="tiny shapes: does every case run?")
-    p.add_argument("--only", default="", help="cases whose name contains this")
-    p.add_argument("--budget", type=float, default=285, help="seconds after which no case starts")
+    p = cases.parser(__doc__, budget=285)
     p.add_argument("--bandwidth", type=float, default=4.27e12, help="bytes per second, measured")
     args = p.parse_args(argv)
-    device = "cpu" if args.small and not torch.cuda.is_available() else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no GPU here: --small rehearses on a CPU")
+    device, _, report = cases.begin(args, bandwidth=args.bandwidth)
     size = Size(args.small, args.bandwidth)
-    report = {"torch": torch.__version__, "small": args.small, "bandwidth": args.bandwidth}
-    report["gpu"] = torch.cuda.get_device_name() if device == "cuda" else None
-    report["cases"] = {}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    wanted = cases(args.small, size, device)
-    measure_cases(wanted, lambda name: args.only in name, args, report, line)
+    cases.measure(all_cases(args.small, size, device), args, report, line)
     summary(report["cases"])
 
 

@@ -12,7 +12,6 @@ step reads at the datasheet's bandwidth: weights without the input embedding, an
 scales. `kernel`: attention of 32 rows over their prompts, one layer after another.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -20,16 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import cases  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from generation import measure_cases, random_model, release, synchronize  # noqa: E402
+from generation import random_model, release, synchronize  # noqa: E402
 
 import cli  # noqa: E402
 from backends import Sampling  # noqa: E402
 from backends.engine import Capacity, Engine, default_batch_size  # noqa: E402
 from backends.kvcache import token_bytes  # noqa: E402
 from config import load_config  # noqa: E402
-from costs.gpus import find_gpu  # noqa: E402
 from gpu_kernels import decode_attention as kernel  # noqa: E402
 from gpu_kernels.kv_codes import DTYPES, Codes  # noqa: E402
 
@@ -107,24 +106,15 @@ def attention(gpu, small: bool, device: str, kind: str | None, way: tuple[int, i
         run()
         if device == "cpu":
             return {"us": 0.0}
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
-        begin.record()
-        for _ in range(20):
-            graph.replay()
-        end.record()
-        end.synchronize()
+        us = cases.seconds_under_graph(run) * 1e6 / layers
     finally:
         for name, value in before.items():
             setattr(kernel, name, value)
-    us, each = begin.elapsed_time(end) * 1e3 / 20 / layers, 2 * D if kind is None else D + 4
+    each = 2 * D if kind is None else D + 4
     return {"us": us, "share_of_limit": 2 * B * G * P * each / gpu.bandwidth / us * 1e6}
 
 
-def cases(small: bool, device: str, gpu):
+def all_cases(small: bool, device: str, gpu):
     """(name, function)"""
     for kind in KINDS:
         for way in SWEPT if kind else SWEPT[:1]:
@@ -173,24 +163,9 @@ def line(name, result) -> str:
 
 
 def main(argv=None):
-    p = cli.parser(__doc__)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--small", action="store_true", help="tiny shapes: does every case run?")
-    p.add_argument("--only", nargs="+", default=["kernel", "rows"], help="names that contain these")
-    p.add_argument("--budget", type=float, default=150, help="seconds after which no case starts")
-    args = p.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.small:
-        raise ValueError("no GPU here: --small rehearses on a CPU")
-    name = torch.cuda.get_device_name() if device == "cuda" else "h100"
-    report = {"gpu": name, "torch": torch.__version__, "small": args.small, "cases": {}}
-    if args.out.exists():
-        before = json.loads(args.out.read_text())
-        same = all(before[key] == report[key] for key in ("gpu", "torch", "small"))
-        report["cases"] = before["cases"] if same else {}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    found = cases(args.small, device, find_gpu(name))
-    measure_cases(found, lambda case: any(part in case for part in args.only), args, report, line)
+    args = cases.parser(__doc__, budget=150).parse_args(argv)
+    device, gpu, report = cases.begin(args)
+    cases.measure(all_cases(args.small, device, gpu), args, report, line)
     for which in ("few", "most"):
         found = [report["cases"].get(f"{which} rows {kind or 'bf16'}", {}) for kind in KINDS]
         speeds = [one.get("tokens_per_s") for one in found]

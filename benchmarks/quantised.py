@@ -17,7 +17,6 @@ hub, so its peer here is its bfloat16 model.
 """
 
 import itertools
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -25,17 +24,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import cases  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from experts import seconds_of, windows  # noqa: E402
-from generation import measure, measure_cases, peer_model, random_model, release  # noqa: E402
+from generation import measure, peer_model, random_model, release  # noqa: E402
 
 import cli  # noqa: E402
 from backends import Sampling, scoring  # noqa: E402
 from config import GPTConfig, load_config  # noqa: E402
 from costs.flops import estimate_flops  # noqa: E402
-from costs.gpus import find_gpu  # noqa: E402
 from gpu_kernels import low_bit_matmul as low_bit  # noqa: E402
 from model import GPTModel  # noqa: E402
 from modeling.mlp import Linear  # noqa: E402
@@ -262,7 +261,7 @@ def peer_scored(c: GPTConfig, size: Size, gpu, device) -> dict:
 # ---------------------------------------------------------------------------------------------
 
 
-def cases(small: bool, size: Size, device: str, gpu):
+def all_cases(small: bool, size: Size, device: str, gpu):
     """(name, function), a model at a time."""
     c7, c70 = shapes(small)
     common, ways = (gpu, small, device), ("compiled",) if device == "cuda" else ("eager",)
@@ -363,24 +362,9 @@ def summary(found: dict) -> None:
 
 
 def main(argv=None):
-    p = cli.parser(__doc__)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--small", action="store_true", help="tiny shapes: does every case run?")
-    p.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
-    p.add_argument("--budget", type=float, default=150, help="seconds after which no case starts")
-    args = p.parse_args(argv)
-    device = "cpu" if args.small and not torch.cuda.is_available() else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no GPU here: --small rehearses on a CPU")
-    name = torch.cuda.get_device_name() if device == "cuda" else "h100"
-    report = {"gpu": name, "torch": torch.__version__, "small": args.small, "cases": {}}
-    if args.out.exists():
-        before = json.loads(args.out.read_text())
-        same = all(before[key] == report[key] for key in ("gpu", "torch", "small"))
-        report["cases"] = before["cases"] if same else {}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    found = cases(args.small, Size(args.small), device, find_gpu(name))
-    measure_cases(found, lambda case: any(part in case for part in args.only), args, report, line)
+    args = cases.parser(__doc__, budget=150).parse_args(argv)
+    device, gpu, report = cases.begin(args)
+    cases.measure(all_cases(args.small, Size(args.small), device, gpu), args, report, line)
     summary(report["cases"])
 
 

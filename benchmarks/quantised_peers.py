@@ -13,9 +13,7 @@ prompt in every row, the second of two times. transformers' fp8 layers take thei
 and its GPTQ layers want gptqmodel: neither runs without a network, and the case says so.
 """
 
-import contextlib
 import gc
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,15 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import cases  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from experts import seconds_of, windows  # noqa: E402
-from generation import measure_cases, peer_model, release, synchronize  # noqa: E402
+from generation import peer_model, release, synchronize  # noqa: E402
 from quantised import Size, built, decoded, line, random_codes, scored, shapes, us_of  # noqa: E402
 from torch import nn  # noqa: E402
 
 import cli  # noqa: E402
-from costs.gpus import find_gpu  # noqa: E402
 from quantisation.linear import PackedLinear  # noqa: E402
 
 OURS = {"ours bf16": "bf16", "ours w8": "w8", "ours w4 g128": "w4 g128", "ours fp8-a8": "fp8"}
@@ -192,7 +190,7 @@ def ours(config, rule: str, size: Size, rows_of, gpu, device) -> dict:
     return result
 
 
-def cases(small: bool, size: Size, device: str, gpu):
+def all_cases(small: bool, size: Size, device: str, gpu):
     """(name, function), a model at a time."""
     config, rows_of = shapes(small)[0], (1, 16, 64)
     for what in (*OURS, *PEERS[1:]):
@@ -210,25 +208,13 @@ def line_of(name: str, result: dict) -> str:
 
 
 def main(argv=None):
-    p = cli.parser(__doc__)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--small", action="store_true", help="tiny shapes: does every case run?")
-    p.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
+    p = cases.parser(__doc__, budget=150)
     p.add_argument("--new", type=int, default=24, help="tokens drawn")
-    p.add_argument("--budget", type=float, default=150, help="seconds after which no case starts")
     args = p.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.small:
-        raise ValueError("no GPU here: --small rehearses on a CPU")
-    name = torch.cuda.get_device_name() if device == "cuda" else "h100"
-    report = {"gpu": name, "torch": torch.__version__, "small": args.small, "cases": {}}
-    with contextlib.suppress(FileNotFoundError):
-        report["cases"] = json.loads(args.out.read_text())["cases"]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    device, gpu, report = cases.begin(args)
     size = Size(args.small)
     size.passes, size.new = 3, 4 if args.small else args.new
-    wanted = lambda case: any(part in case for part in args.only)  # noqa: E731
-    measure_cases(cases(args.small, size, device, find_gpu(name)), wanted, args, report, line_of)
+    cases.measure(all_cases(args.small, size, device, gpu), args, report, line_of)
 
 
 if __name__ == "__main__":

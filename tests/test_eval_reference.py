@@ -43,7 +43,9 @@ def test_each_column_against_the_first(place, capsys, monkeypatch):
     loaded, load = [], Checkpoint.load
     with monkeypatch.context() as patch:
         patch.setattr(
-            Checkpoint, "load", lambda self, *a: loaded.append(self.name) or load(self, *a)
+            Checkpoint,
+            "load",
+            lambda self, *a, **more: loaded.append(self.name) or load(self, *a, **more),
         )
         eval.main(words(place, "first", "--checkpoint-path", place / "run", "--reference", "first"))
     assert sorted(loaded) == ["checkpoint-10", "checkpoint-10", "checkpoint-20", "checkpoint-30"]

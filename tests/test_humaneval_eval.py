@@ -513,7 +513,7 @@ OF_DRAWING = {
     **{"top_k": "3", "stop": "x", "seed": "7", "bos": "on", "limit": "3", "batch_size": "2"},
     **{"compile": "off", "dtype": "fp32", "bf16": "", "no_amp": "", "device": "cpu"},
     **{"timeout": "3", "strip_prompt": "--no-strip-prompt", "model": "m", "server": "vllm"},
-    **{"concurrency": "3", "request_timeout": "5", "shard": "2"},
+    **{"concurrency": "3", "request_timeout": "5", "shard": "2", "kv_dtype": "int8"},
 }
 
 

@@ -297,8 +297,8 @@ def test_memory_that_runs_out_halves_the_batch(stream, tmp_path, monkeypatch):
     path, model = saved_checkpoint(tmp_path, seed=3), tiny_model(seed=4)
     load = Checkpoint.load
 
-    def short_of_memory(self, *args):
-        loaded, calls = load(self, *args), []
+    def short_of_memory(self, *args, **more):
+        loaded, calls = load(self, *args, **more), []
         hidden = loaded.hidden
 
         def too_large(ids, **more):

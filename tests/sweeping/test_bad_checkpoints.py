@@ -252,9 +252,9 @@ def test_ranks_agree_where_one_of_them_alone_fails(tmp_path, data):
         def opened(path, *more):
             if alone and path.name == "checkpoint-1": raise RecursionError("too deep")
             return real_open(path, *more)
-        def load(self, *where):
+        def load(self, *where, **how):
             if alone and self.name == "checkpoint-2": raise KeyError("bytes")
-            model = real_load(self, *where)
+            model = real_load(self, *where, **how)
             model.checkpoint = self.name
             return model
         checkpoint.open, checkpoint.Checkpoint.load = opened, load
