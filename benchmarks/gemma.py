@@ -30,7 +30,8 @@ def main(argv=None):
     device, gpu, report = cases.begin(args)
     c, size = load_config("gemma-2-9b"), Size(args.small)
     if args.small:
-        c = c.replace(n_layers=2, full_attention_layers=(1,), d_model=64, d_ff=96, vocab_size=128)
+        tiny = {"n_layers": 2, "d_model": 64, "d_ff": 96, "vocab_size": 128}
+        c = c.replace(**tiny, full_attention_layers=(1,), embedding_scale=8.0)
     batch = size.batches[0]
 
     def ours(compiled):
