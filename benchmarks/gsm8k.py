@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mmlu import timed  # noqa: E402
+from mmlu import hflm_terms, make_in_child, offline, timed, tokenizer_name  # noqa: E402
 
 CONTEXT = 4096
 WANTED = 10
@@ -35,7 +35,6 @@ WANTED = 10
 
 def peer(args):
     """lm-eval's Hugging Face model class over the prompts of every n-th problem."""
-    import torch
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -46,14 +45,7 @@ def peer(args):
     problems = read_problems(args.data, limit=args.limit)[:: args.peer_every]
     full = len(problems) // args.peer_batch[0] * args.peer_batch[0]  # batches
     problems = problems[: full or None]
-    model = HFLM(
-        pretrained=args.peer,
-        tokenizer=str(args.tokenizer),
-        dtype="bfloat16",
-        batch_size=args.peer_batch[0],
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        max_length=CONTEXT,
-    )
+    model = HFLM(**hflm_terms(args, "bfloat16", args.peer_batch[0], CONTEXT))
     how = {"until": list(prompt.stop), "do_sample": False, "temperature": 0.0}
     how["max_gen_toks"] = args.new_tokens
     requests = [
@@ -70,12 +62,11 @@ def peer(args):
 
 def ours(args, model_dir, work):
     """(seconds from start to table, record, {problem: text})"""
-    name = "gpt2" if os.environ.get("TIKTOKEN_CACHE_DIR") else args.tokenizer
     results = work / f"ours-{time.time_ns()}"
     command = [sys.executable, "gsm8k_eval.py", "--checkpoint-path", model_dir]
-    command += ["--data-path", args.data, "--tokenizer-name", name, "--dtype", "bfloat16"]
-    command += ["--max-new-tokens", args.new_tokens, "--results-dir", results]
-    command += ["--log-samples"]
+    command += ["--data-path", args.data, "--tokenizer-name", tokenizer_name(args)]
+    command += ["--dtype", "bfloat16", "--max-new-tokens", args.new_tokens]
+    command += ["--results-dir", results, "--log-samples"]
     command += ["--limit", args.limit] if args.limit else []
     seconds, text = timed(command)
     path = next(results.glob("*/*/gsm8k-*.json"))
@@ -84,12 +75,15 @@ def ours(args, model_dir, work):
     return seconds, json.loads(path.read_text()), samples
 
 
+def shared_start(ours: str, theirs: str) -> float:
+    """How much of the peer's text ours begins with."""
+    return len(os.path.commonprefix((ours, theirs))) / max(len(theirs), 1)  # noqa: RUF071
+
+
 def compare(args, work):
     """Yield the row each time that there is more in it."""
     model_dir = work / args.model
-    make = [sys.executable, ROOT / "benchmarks/mmlu.py", "--make", args.model, "--data", args.data]
-    make += ["--context", CONTEXT, "--tokenizer", args.tokenizer, "--result", model_dir]
-    timed(make)
+    make_in_child(args, args.model, model_dir, CONTEXT)
     row = {"model": args.model, "ours": [], "peers": [], "wanted": WANTED}
     for _ in range(args.repeat):
         seconds, record, samples = ours(args, model_dir, work)
@@ -105,14 +99,10 @@ def compare(args, work):
         command += ["--tokenizer", args.tokenizer, "--result", result, "--peer-batch", batch]
         command += ["--peer-every", args.peer_every, "--new-tokens", args.new_tokens]
         command += ["--limit", args.limit] if args.limit else []
-        offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        seconds, _ = timed(command, offline)
+        seconds, _ = timed(command, offline())
         told = json.loads(result.read_text())
         whole = seconds - told["seconds"] + told["seconds"] * row["problems"] / len(told["texts"])
-        alike = [
-            len(os.path.commonprefix((texts[name], text))) / max(len(text), 1)  # noqa: RUF071
-            for name, text in told["texts"].items()
-        ]
+        alike = [shared_start(texts[name], text) for name, text in told["texts"].items()]
         row["peers"].append({
             "batch": batch, "problems": len(told["texts"]), "measured_seconds": seconds,
             "whole_seconds": whole, "alike_from_the_start": sum(alike) / len(alike),

@@ -54,6 +54,32 @@ def make_model(name, directory, context):
     native.write_weights(model, config, directory)
 
 
+def make_in_child(args, name, directory, context):
+    """The same in a process of its own, which leaves nothing on the GPU."""
+    command = [sys.executable, ROOT / "benchmarks/mmlu.py", "--make", name, "--result", directory]
+    command += ["--data", directory.parent, "--tokenizer", args.tokenizer, "--context", context]
+    timed(command)
+
+
+def tokenizer_name(args):
+    """Of our side: what its users would say where tiktoken's files are at hand."""
+    return "gpt2" if os.environ.get("TIKTOKEN_CACHE_DIR") else args.tokenizer
+
+
+def hflm_terms(args, dtype, batch, context) -> dict:
+    """What lm-eval's Hugging Face class is made with, from the directory --peer."""
+    import torch
+
+    return {
+        "pretrained": str(args.peer),
+        "tokenizer": str(args.tokenizer),
+        "dtype": dtype,
+        "batch_size": batch,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "max_length": context,
+    }
+
+
 # ---------------------------------------------------------------------------------------------
 # The peer: this file, run as a process of its own
 
@@ -61,7 +87,6 @@ def make_model(name, directory, context):
 def peer(args):
     """lm-eval's Hugging Face model class over the five-shot prompts of every n-th question."""
     import numpy as np
-    import torch
 
     from tasks.questions import read_data
     from tasks.templates import load_template
@@ -72,14 +97,7 @@ def peer(args):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(
-        pretrained=args.peer,
-        tokenizer=str(args.tokenizer),
-        dtype=args.dtype,
-        batch_size=args.peer_batch,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        max_length=args.context,
-    )
+    model = HFLM(**hflm_terms(args, args.dtype, args.peer_batch, args.context))
     requests = []
     heads = {s: template.render_head(s, None, data.examples[s], "letter") for s in data.subjects}
     for i, q in enumerate(asked):
@@ -111,8 +129,13 @@ def timed(command, env=None):
     seconds = time.perf_counter() - start
     if done.returncode:
         print(done.stdout[-3000:], done.stderr[-3000:])
-        raise SystemExit(f"{' '.join(map(str, command))} failed with {done.returncode}")
+        raise RuntimeError(f"{' '.join(map(str, command))} failed with {done.returncode}")
     return seconds, done.stdout
+
+
+def offline() -> dict:
+    """The environment of a process that asks no hub."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def run_ours(args, model_dir, work, gpus=1):
@@ -120,9 +143,9 @@ def run_ours(args, model_dir, work, gpus=1):
     launch = [sys.executable]
     if gpus > 1:
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}"]
-    name = "gpt2" if os.environ.get("TIKTOKEN_CACHE_DIR") else args.tokenizer
     command = [*launch, "mmlu_eval.py", "--checkpoint-path", model_dir, "--data-path", args.data]
-    command += ["--num-few-shot", SHOTS, "--tokenizer-name", name, "--dtype", args.dtype]
+    command += ["--num-few-shot", SHOTS, "--tokenizer-name", tokenizer_name(args)]
+    command += ["--dtype", args.dtype]
     seconds, text = timed([*command, "--results-dir", results])
     path = next(results.glob("*/*/mmlu-*.json"))
     record = json.loads(path.read_text())
@@ -135,10 +158,8 @@ def run_peer(args, name, model_dir, work):
     batch = args.peer_batch or PEER_BATCH[name]
     command = [sys.executable, __file__, "--peer", model_dir, "--data", args.data]
     command += ["--result", result, "--tokenizer", args.tokenizer, "--dtype", args.dtype]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    seconds, _ = timed(
-        [*command, "--peer-every", every, "--peer-batch", batch, "--context", args.context], offline
-    )
+    command += ["--peer-every", every, "--peer-batch", batch, "--context", args.context]
+    seconds, _ = timed(command, offline())
     return seconds, json.loads(result.with_suffix(".json").read_text()), result, batch
 
 
@@ -180,9 +201,7 @@ def compare(args, row, work):
     """Yield the model's row each time that there is more in it."""
     name = row["model"]
     model_dir = work / name
-    make_in_child = [sys.executable, __file__, "--make", name, "--data", args.data]
-    make_in_child += ["--context", args.context]
-    timed([*make_in_child, "--tokenizer", args.tokenizer, "--result", model_dir])
+    make_in_child(args, name, model_dir, args.context)
     for gpus in args.gpus or [1] * args.repeat:
         seconds, record, arrays, text = run_ours(args, model_dir, work, gpus)
         cost = record["cost"] | {"wall_seconds": seconds}
