@@ -231,7 +231,7 @@ def record_of(results: Path) -> Path:
 
 def theirs(args, work: Path, part: str, cases: dict) -> dict:
     """The peer's part, its time for all, and how its answers agree with ours."""
-    result = work / f"{part}-peer.json"
+    samples, result = record_of(work / part).with_suffix(".jsonl"), work / f"{part}-peer.json"
     command = [sys.executable, __file__, "--peer", work / args.model, "--part", part]
     command += ["--tasks", work / "tasks", "--result", result, "--tokenizer", args.tokenizer]
     command += ["--new-tokens", args.new_tokens, "--peer-every", args.peer_every or EVERY[part]]
@@ -242,7 +242,7 @@ def theirs(args, work: Path, part: str, cases: dict) -> dict:
     around = seconds - told["seconds"] - told["trial_seconds"]
     whole = around + told["seconds"] / told["part"]
     row = {"measured_seconds": seconds, "whole_seconds": whole, **told, "wanted": WANTED}
-    row |= agreement(record_of(work / part).with_suffix(".jsonl"), documents)
+    row |= agreement(samples, documents)
     return row | {"speedup": whole / cases[f"{part} roseval"]["seconds"]}
 
 
