@@ -216,9 +216,8 @@ def in_groups(
         asked = 1
         if config is not None and dist.device.type == "cuda":
             rule = rounded.rule if rounded and not rounded.skip else None
-            asked = dist.broadcast(
-                _fewest(config, dist, Setup(dtype, training=False, quantise=rule))
-            )
+            setup = Setup(dtype=dtype, training=False, quantise=rule)
+            asked = dist.broadcast(_fewest(config, dist, setup))
     if not asked:
         raise ValueError(
             f"--shard auto: by compute.py's estimate the model fits none of 1 to {dist.world_size} "

@@ -190,8 +190,10 @@ def test_a_rank_of_a_group_that_fails_ends_the_run_and_is_named(tmp_path, n, fai
 
 @pytest.mark.parametrize(
     "shape, rule, wanted",
-    [("7b", None, 1), ("llama3-70b", None, 2), ("mixtral-8x7b", None, 2)]
-    + [("deepseek-v3", None, None), ("llama3-70b", "rtn-w4-g128", 1), ("llama3-70b", "bf16", 2)],
+    [
+        *[("7b", None, 1), ("llama3-70b", None, 2), ("mixtral-8x7b", None, 2)],
+        *[("deepseek-v3", None, None), ("llama3-70b", "rtn-w4-g128", 1), ("llama3-70b", "bf16", 2)],
+    ],
 )
 def test_auto_is_the_least_that_compute_says_fits(monkeypatch, shape, rule, wanted):
     """On GPUs of 80 GB, of the divisors of four."""
