@@ -308,7 +308,8 @@ def measure_checkpoint(
     rooms = ["backends/local.py", *(["quantisation/apply.py"] if quantisation else [])]
     evaluation, options = plans[0].evaluation, plans[0].options
     start = time.perf_counter()
-    dist = in_groups(dist, models.shard, ckpt.config, loader.dtype)
+    at_once = quantisation if ckpt.base is None and not loader.keep else None
+    dist = in_groups(dist, models.shard, ckpt.config, loader.dtype, at_once)
     info = background.submit(ckpt.describe).result if dist.is_main else None
     needed = evaluation.needs_tokenizer(options)
     tokenizer = frame.pick_tokenizer(models.tokenizer_name, ckpt, needed)

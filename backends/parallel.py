@@ -27,6 +27,7 @@ from costs.symbols import Setup
 from distributed import Dist
 from model import GPTModel
 from modeling.attention import Cache
+from quantisation.names import Quantisation
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
@@ -200,14 +201,23 @@ def load(
     return ckpt.load(dtype, dist.device, part, packed=packed, rounding=rounding)
 
 
-def in_groups(dist: Dist, asked: int | str, config: GPTConfig | None, dtype: str) -> Dist:
+def in_groups(
+    dist: Dist,
+    asked: int | str,
+    config: GPTConfig | None,
+    dtype: str,
+    rounded: Quantisation | None = None,
+) -> Dist:
     """The run in groups of as many ranks as are asked for or, for "auto", as compute.py's formulas
     say that memory needs, of the divisors of the world's size. config: None of a model that
-    transformers runs. All ranks call it alike; ValueError where no number would do."""
+    transformers runs. rounded: how, if it is as soon as it is read. All ranks call it alike;
+    ValueError where no number would do."""
     if asked == "auto":
         asked = 1
         if config is not None and dist.device.type == "cuda":
-            asked = dist.broadcast(_fewest(config, dist, dtype))
+            rule = rounded.rule if rounded and not rounded.skip else None
+            setup = Setup(dtype=dtype, training=False, quantise=rule)
+            asked = dist.broadcast(_fewest(config, dist, setup))
     if not asked:
         raise ValueError(
             f"--shard auto: by compute.py's estimate the model fits none of 1 to {dist.world_size} "
@@ -216,11 +226,11 @@ def in_groups(dist: Dist, asked: int | str, config: GPTConfig | None, dtype: str
     return sharded(dist, int(asked))
 
 
-def _fewest(config: GPTConfig, dist: Dist, dtype: str) -> int:
+def _fewest(config: GPTConfig, dist: Dist, setup: Setup) -> int:
     """0 where none is enough."""
     properties = torch.cuda.get_device_properties(dist.device)
     gpu = find_gpu(properties.name) or GPU("this GPU", "", 1.0, 1.0, 1.0, 1.0)
     gpu = replace(gpu, memory=properties.total_memory)
     among = [n for n in range(1, dist.world_size + 1) if dist.world_size % n == 0]
     tokens = min(config.max_position_embeddings, PLANNED_TOKENS)
-    return fewest_shards(config, gpu, 1, tokens, Setup(dtype=dtype, training=False), among) or 0
+    return fewest_shards(config, gpu, 1, tokens, setup, among) or 0

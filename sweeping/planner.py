@@ -144,7 +144,9 @@ class Planner:
         alone in the collective that this is."""
         config = work.info["config"]
         config = GPTConfig.from_dict(config) if work.info["module"] == "GPTModel" else None
-        return parallel.in_groups(dist, self.models.shard, config, self.dtype)
+        rules = {self.entries[label].quantisation for label in work.pending}
+        only = rules.pop() if len(rules) == 1 and "base" not in work.info else None
+        return parallel.in_groups(dist, self.models.shard, config, self.dtype, only)
 
     def by_rule(self, labels: Iterable[str]) -> list[str]:
         """In their order, but those of one rule side by side, as they appear first."""

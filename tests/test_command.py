@@ -84,7 +84,7 @@ def test_no_flag_is_offered_that_nobody_reads(script, inputs, tmp_path, monkeypa
     read, offered = set(), set()
     monkeypatch.setattr(cli, "read_options", recording(cli.read_options, read, offered))
     if script == "train":
-        flags = "--config nano --use-toy-data --seq-len 16 --num-steps 3 --warmup-steps 1"
+        flags = "--use-toy-data --seq-len 64 --num-steps 3 --warmup-steps 1"
         train.main([*flags.split(), "--checkpoint-path", str(tmp_path / "t")])
     elif script == "sweep":
         saved_checkpoint(tmp_path / "run")

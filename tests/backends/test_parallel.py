@@ -189,10 +189,13 @@ def test_a_rank_of_a_group_that_fails_ends_the_run_and_is_named(tmp_path, n, fai
 
 
 @pytest.mark.parametrize(
-    "shape, wanted",
-    [("7b", 1), ("llama3-70b", 2), ("mixtral-8x7b", 2), ("deepseek-v3", None)],
+    "shape, rule, wanted",
+    [
+        *[("7b", None, 1), ("llama3-70b", None, 2), ("mixtral-8x7b", None, 2)],
+        *[("deepseek-v3", None, None), ("llama3-70b", "rtn-w4-g128", 1), ("llama3-70b", "bf16", 2)],
+    ],
 )
-def test_auto_is_the_least_that_compute_says_fits(monkeypatch, shape, wanted):
+def test_auto_is_the_least_that_compute_says_fits(monkeypatch, shape, rule, wanted):
     """On GPUs of 80 GB, of the divisors of four."""
     card = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
@@ -202,8 +205,9 @@ def test_auto_is_the_least_that_compute_says_fits(monkeypatch, shape, wanted):
         with pytest.raises(ValueError, match="the model fits none of 1 to 4 GPUs: start more"):
             parallel.in_groups(dist, "auto", config, "bfloat16")
         return
-    assert parallel.in_groups(dist, "auto", config, "bfloat16") == wanted
-    setup = {"training": False, "dtype": "bf16"}
+    rounded = Quantisation(rule) if rule else None
+    assert parallel.in_groups(dist, "auto", config, "bfloat16", rounded) == wanted
+    setup = {"training": False, "dtype": "bf16", "quantise": rule}
     peaks = [estimate_memory(config, 1, 4096, shard=n, **setup)["peak_bytes"] for n in (1, 2)]
     fits = [peak <= usable_memory(find_gpu("h100")) for peak in peaks]
     assert fits == [wanted == 1, True]

@@ -171,8 +171,8 @@ def compare(problems, per_problem, timeout):
 
 
 def test_a_sample_of_mutants_agrees_with_human_evals_checker(in_order):
-    judged, passed, different = compare(in_order[::7], 4, timeout=1.0)
-    assert judged == 96 and 0 < passed < judged
+    judged, passed, different = compare(in_order[::14], 4, timeout=1.0)
+    assert judged == 48 and 0 < passed < judged
     assert not different, "\n".join(different)
 
 
