@@ -15,11 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import cases  # noqa: E402
 from experts import Size, line, peer_model, score_ours, score_peer  # noqa: E402
 from generation import random_model, release  # noqa: E402
 
 import cli  # noqa: E402
+from benchmarks import cases  # noqa: E402
 from config import load_config  # noqa: E402
 
 ATTENTIONS = ("flex_attention", "eager", "sdpa")

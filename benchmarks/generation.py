@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cases
 import numpy as np
 import torch
 
 import cli
 from backends import Sampling, engine
+from benchmarks import cases
 from config import GPTConfig, load_config
 from gpu_kernels import decode_attention
 from model import GPTModel

@@ -19,7 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import cases  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from generation import random_model, release, synchronize  # noqa: E402
@@ -28,6 +27,7 @@ import cli  # noqa: E402
 from backends import Sampling  # noqa: E402
 from backends.engine import Capacity, Engine, default_batch_size  # noqa: E402
 from backends.kvcache import token_bytes  # noqa: E402
+from benchmarks import cases  # noqa: E402
 from config import load_config  # noqa: E402
 from gpu_kernels import decode_attention as kernel  # noqa: E402
 from gpu_kernels.kv_codes import DTYPES, Codes  # noqa: E402

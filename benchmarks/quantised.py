@@ -24,7 +24,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import cases  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -33,6 +32,7 @@ from generation import measure, peer_model, random_model, release  # noqa: E402
 
 import cli  # noqa: E402
 from backends import Sampling, scoring  # noqa: E402
+from benchmarks import cases  # noqa: E402
 from config import GPTConfig, load_config  # noqa: E402
 from costs.flops import estimate_flops  # noqa: E402
 from gpu_kernels import low_bit_matmul as low_bit  # noqa: E402

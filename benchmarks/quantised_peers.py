@@ -21,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import cases  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from experts import seconds_of, windows  # noqa: E402
@@ -30,6 +29,7 @@ from quantised import Size, built, decoded, line, random_codes, scored, shapes, 
 from torch import nn  # noqa: E402
 
 import cli  # noqa: E402
+from benchmarks import cases  # noqa: E402
 from quantisation.linear import PackedLinear  # noqa: E402
 
 OURS = {"ours bf16": "bf16", "ours w8": "w8", "ours w4 g128": "w4 g128", "ours fp8-a8": "fp8"}
