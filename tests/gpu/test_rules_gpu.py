@@ -71,10 +71,20 @@ def test_float8_on_both_sides_is_near_its_definition():
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs Hopper or later")
     sizes = dict(d_model=256, d_ff=512, n_heads=4, n_kv_heads=4)
-    ours, plain = on_cuda(**sizes), tiny_model("llama", std=0.02, **sizes)
-    plain = plain.for_inference(torch.bfloat16).for_inference(torch.float32)
+    ours, exact, plain = (
+        on_cuda(**sizes),
+        *(
+            tiny_model("llama", std=0.02, **sizes)
+            .for_inference(torch.bfloat16)
+            .for_inference(torch.float32)
+            for _ in range(2)
+        ),
+    )
     for model in (ours, plain):
         quantise_model(model, "fp8-a8")
     ids = torch.arange(80)[None]
     found, wanted = ours.hidden(ids.cuda()).float().cpu(), plain.hidden(ids).float()
-    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    unrounded = exact.hidden(ids).float()
+    # what bfloat16 changes decides other roundings to 8 bits, no worse ones
+    ours_off, plain_off = ((x - unrounded).norm() / unrounded.norm() for x in (found, wanted))
+    assert (found - wanted).norm() < 0.06 * wanted.norm() and ours_off < 1.1 * plain_off
