@@ -71,15 +71,12 @@ def test_float8_on_both_sides_is_near_its_definition():
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs Hopper or later")
     sizes = dict(d_model=256, d_ff=512, n_heads=4, n_kv_heads=4)
-    ours, exact, plain = (
-        on_cuda(**sizes),
-        *(
-            tiny_model("llama", std=0.02, **sizes)
-            .for_inference(torch.bfloat16)
-            .for_inference(torch.float32)
-            for _ in range(2)
-        ),
-    )
+
+    def in_float32():
+        model = tiny_model("llama", std=0.02, **sizes).for_inference(torch.bfloat16)
+        return model.for_inference(torch.float32)
+
+    ours, exact, plain = on_cuda(**sizes), in_float32(), in_float32()
     for model in (ours, plain):
         quantise_model(model, "fp8-a8")
     ids = torch.arange(80)[None]
