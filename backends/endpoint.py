@@ -13,9 +13,9 @@ finish is "refused"; a score cannot do without any of them.
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -213,13 +213,12 @@ class Endpoint:
         n_drawn, n_refused, waiting = 0, 0, []
         with self._timed() as cost:
             try:
-                for job, answer in in_flight(draw, jobs, self.concurrency):
+                for job, answer in self._answers(draw, jobs):
                     if isinstance(answer, str):
                         cli.note(f"the server refuses a prompt: {answer}")
                         n_refused += 1
                         waiting.append((Sample(job[0], job[1], [], "", REFUSED), 0, answer))
                     else:
-                        self._check_same_model()
                         n_drawn += 1
                         cost["tokens"] += answer[1]
                         yield answer[0]
@@ -272,8 +271,7 @@ class Endpoint:
                 return self.route.score(self.prompts.of(ids), ids, starts[job] if starts else 1)
 
         found = {}
-        for job, scores in in_flight(score, jobs, self.concurrency):
-            self._check_same_model()
+        for job, scores in self._answers(score, jobs):
             found[job] = scores
             bar.update(1)
         return found
@@ -286,19 +284,26 @@ class Endpoint:
             with self._no_score_without(ids):
                 return self.route.tops(self.prompts.of(ids), wanted.choice_ids)
 
-        for ids, tops in in_flight(ask, wanted.letters, self.concurrency):
-            self._check_same_model()
+        for ids, tops in self._answers(ask, wanted.letters):
             wanted.tell(ids, tops, bounded=bool(self.probed.scores))
             bar.update(1)
 
-    def _check_same_model(self) -> None:
-        """ValueError where the server came back with another model, before what it said is used."""
-        before, self._breaks = self._breaks, self.client.breaks
-        if self._breaks != before and not self.probed.still_holds(self.route):
-            raise ValueError(
-                f"{self.client.root} was away and answers its probe otherwise now: another model "
-                "is served there (what had arrived before is kept, where records are)"
-            )
+    def _answers(self, ask: Callable[[Job], Any], jobs: Iterable[Job]) -> Iterator[tuple[Job, Any]]:
+        """in_flight's. ValueError where the server came back with another model, before what that
+        one said is used, and after all that had arrived before is."""
+
+        def asked(job: Job) -> tuple[Any, int]:
+            return ask(job), self.client.breaks
+
+        for job, (answer, breaks) in in_flight(asked, jobs, self.concurrency):
+            if breaks > self._breaks:
+                self._breaks = self.client.breaks
+                if not self.probed.still_holds(self.route):
+                    raise ValueError(
+                        f"{self.client.root} was away and answers its probe otherwise now: another "
+                        "model is served there (what had arrived before is kept, where records are)"
+                    )
+            yield job, answer
 
     @contextlib.contextmanager
     def _no_score_without(self, ids: Collection[int]) -> Iterator[None]:

@@ -142,6 +142,8 @@ class StubServer:
         for connection in self.connections:
             with contextlib.suppress(OSError):  # closed already
                 connection.shutdown(socket.SHUT_RDWR)
+        with self.lock:  # a thread inside torch would abort the interpreter's end
+            self.model = None
 
     def listed(self):
         about = {"object": "model", "owned_by": self.owner, "created": time.time()}

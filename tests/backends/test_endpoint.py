@@ -417,6 +417,24 @@ def test_a_server_that_comes_back_with_another_model(model):
                 assert backend.kept == (2 if verb == "samples" else 0)
 
 
+def test_what_arrived_before_another_model_is_kept_however_late_it_is_looked_at(model, monkeypatch):
+    """All answers wait until the last request has failed, as they may on a busy machine."""
+    other = tiny_model("llama", max_position_embeddings=1024, n_layers=1, seed=5)
+
+    def late(work, jobs, concurrency):
+        done = [(job, work(job)) for job in list(jobs)[:5]]  # the third of them is asked twice
+        yield from done
+
+    monkeypatch.setattr("backends.endpoint.in_flight", late)
+    with StubServer(model) as server:
+        backend = endpoint(server, concurrency=1)
+        server.faults += [None, None, "reset"]
+        server.restarted = other
+        with pytest.raises(ValueError, match="another model is served there"):
+            use(backend, "samples")
+    assert backend.kept == 2
+
+
 def use(backend, verb):
     backend.kept = 0
     rows = Continuations([[]], np.zeros(8, int), [np.array([i, 66]) for i in range(8)], [[66]] * 8)
