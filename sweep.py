@@ -273,9 +273,8 @@ def load(planner: Planner, work: Work, dist: Dist) -> tuple[Weights, Checkpoint,
     from quantisation.apply import Rounding, Weights
 
     ckpt = planner.models.opened(work.path)
-    rules = {planner.entries[label].quantisation for label in work.pending}
-    only = next(iter(rules)) if len(rules) == 1 and ckpt.base is None else None
-    rounding = Rounding(only) if only else None
+    rules, at_once = planner.rules(work), planner.rounded_at_once(work)
+    rounding = Rounding(at_once) if at_once else None
     packed = None if rules == {None} else False
     model = parallel.load(ckpt, planner.dtype, dist, packed, rounding)
     plans = {label: planner.plan_of(planner.entries[label], ckpt) for label in work.pending}

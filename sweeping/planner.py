@@ -144,9 +144,18 @@ class Planner:
         alone in the collective that this is."""
         config = work.info["config"]
         config = GPTConfig.from_dict(config) if work.info["module"] == "GPTModel" else None
-        rules = {self.entries[label].quantisation for label in work.pending}
-        only = rules.pop() if len(rules) == 1 and "base" not in work.info else None
-        return parallel.in_groups(dist, self.models.shard, config, self.dtype, only)
+        at_once = self.rounded_at_once(work)
+        return parallel.in_groups(dist, self.models.shard, config, self.dtype, at_once)
+
+    def rules(self, work: Work) -> set[Quantisation | None]:
+        """Those that a checkpoint is evaluated under; None among them: as it is."""
+        return {self.entries[label].quantisation for label in work.pending}
+
+    def rounded_at_once(self, work: Work) -> Quantisation | None:
+        """The rule that weights are rounded by as they are read: the only one, and of no adapter,
+        which is merged into weights first."""
+        rules = self.rules(work)
+        return next(iter(rules)) if len(rules) == 1 and "base" not in work.info else None
 
     def by_rule(self, labels: Iterable[str]) -> list[str]:
         """In their order, but those of one rule side by side, as they appear first."""
