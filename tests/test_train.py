@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import ROOT, save_model, saved_checkpoint, tiny_model, token_shard, torchrun
+from builders import save_model, saved_checkpoint, tiny_model, token_shard, torchrun
+from doomed_train import after_step, doomed
 
 import checkpoint
 import results
@@ -58,29 +59,8 @@ def log_of(out):
     return [{k: v for k, v in e.items() if k not in ("tokens_per_second", "mfu")} for e in lines]
 
 
-# train.py, every rank of which is killed at a moment that {doom} chooses: no clock, and nobody who
-# watches and might come late
-DOOMED = """
-import os, signal, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import builders, cli, train
-{doom}
-cli.run(train.main)
-"""
-AFTER_A_STEP = """
-class DoomedLog(train.Log):
-    def step(self, step, *args):
-        super().step(step, *args)
-        if step == {step}:
-            os.kill(os.getpid(), signal.SIGKILL)
-train.Log = DoomedLog
-"""
-
-
 def run_doomed(tmp_path, shards, out, doom, *more, n=0):
-    script = tmp_path / "doomed.py"
-    script.write_text(DOOMED.format(root=str(ROOT), doom=doom))
-    done = torchrun(n, script, *flags_of(shards, out, *more), code=None)
+    done = torchrun(n, doomed(tmp_path, doom), *flags_of(shards, out, *more), code=None)
     assert done.returncode == (1 if n else -signal.SIGKILL), done.stderr
 
 
@@ -90,7 +70,7 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(shards, tmp_path, n):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = ["--num-steps", 8, "--eval-steps", 4, "--grad-accum-steps", 2]
     run(shards, whole, *flags, n=n)
-    run_doomed(tmp_path, shards, cut, AFTER_A_STEP.format(step=6), *flags, n=n)
+    run_doomed(tmp_path, shards, cut, after_step(6), *flags, n=n)
     assert [e["step"] for e in log_of(cut) if "loss" in e] == [1, 2, 3, 4, 5, 6]
     assert [p.name for p in sorted(cut.glob("checkpoint-*"))] == ["checkpoint-4"]
     assert "step 4" in run(shards, cut, *flags, "--resume", n=n)  # two steps are done again
@@ -258,8 +238,7 @@ def test_packed_and_mixed_steps_equal_documents_run_one_by_one(two_sources, tmp_
 def test_packed_and_mixed_runs_resume_and_split_over_ranks(two_sources, tmp_path):
     whole, cut, two = (tmp_path / name for name in ("whole", "cut", "two"))
     torchrun(0, "train.py", *mixed_flags(two_sources, whole, "--batch-size", 4))
-    script = tmp_path / "doomed.py"
-    script.write_text(DOOMED.format(root=str(ROOT), doom=AFTER_A_STEP.format(step=5)))
+    script = doomed(tmp_path, after_step(5))
     flags = mixed_flags(two_sources, cut, "--batch-size", 4)
     assert torchrun(0, script, *flags, code=None).returncode == -signal.SIGKILL
     torchrun(0, "train.py", *flags, "--resume")

@@ -23,6 +23,7 @@ from builders import (
     token_shard,
     torchrun,
 )
+from doomed_train import after_step, doomed
 
 import checkpoint
 from costs.memory import estimate_memory
@@ -243,31 +244,6 @@ def test_each_family_is_read_by_rows(tmp_path):
     assert out.stdout.count("loaded") == len(small_models.KINDS)
 
 
-# train.py whose rank {rank} dies, or stops, at a moment that {doom} chooses
-DOOMED = """
-import os, signal, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import builders, cli, train
-if cli.rank() == {rank}:
-    {doom}
-cli.run(train.main)
-"""
-AFTER_A_STEP = """
-    class DoomedLog(train.Log):
-        def step(self, step, *args):
-            super().step(step, *args)
-            if step == 3:
-                os.kill(os.getpid(), signal.{signal})
-    train.Log = DoomedLog
-"""
-
-
-def doomed(tmp_path, rank, doom):
-    script = tmp_path / "doomed.py"
-    script.write_text(DOOMED.format(root=str(ROOT), rank=rank, doom=doom.strip()))
-    return script
-
-
 @pytest.fixture(scope="module")
 def whole(root, tmp_path_factory):
     """An uninterrupted run on two ranks, with a save at each step."""
@@ -286,7 +262,7 @@ def test_killed_inside_of_saves_the_run_ends_in_the_same_bits(root, whole, tmp_p
     dice, found, killed = random.Random(0), 0, 0
     for n in range(8):
         doom = f"builders.die_at_file_operation({dice.randint(1, 25)})"
-        script = doomed(tmp_path, n % 2, doom)
+        script = doomed(tmp_path, doom, rank=n % 2)
         done = torchrun(2, script, *words(root, "gpt2", "cut", *EACH, "--resume"), code=None)
         assert done.returncode in (0, 1), done.stderr
         killed += done.returncode
@@ -306,7 +282,7 @@ def test_killed_between_saves_and_taken_up_by_other_ranks(root, tmp_path):
     """By two ranks with the same bits; by four or a process alone up to the order of sums."""
     more = ["--fsdp", "--lr", "1e-4", "--dropout", "0"]
     run_all(root, tmp_path, 2, [words(root, "mixture", "straight", *more)])
-    script = doomed(tmp_path, 1, AFTER_A_STEP.format(signal="SIGKILL"))
+    script = doomed(tmp_path, after_step(3), rank=1)
     torchrun(2, script, *words(root, "mixture", "broken", *more), code=1)
     assert [p.name for p in (root / "broken").glob("checkpoint-*")] == ["checkpoint-2"]
     for n, batch in ((2, 2), (4, 1), (0, 4)):
@@ -321,7 +297,7 @@ def test_killed_between_saves_and_taken_up_by_other_ranks(root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named(root, tmp_path, rank):
-    script = doomed(tmp_path, rank, AFTER_A_STEP.format(signal="SIGSTOP"))
+    script = doomed(tmp_path, after_step(3, "SIGSTOP"), rank)
     flags = words(root, "llama", f"stopped-{rank}", "--fsdp", "--timeout", 8)
     done = torchrun(2, script, *flags, code=1, cold=True)
     assert f"error: rank {rank} made no progress for 8 s; the run ends here" in done.stderr
