@@ -10,10 +10,12 @@ Needs `pip install starlette uvicorn`. Requests join the rows that are running; 
 be scored (echo with logprobs) run as batches between. A sample is a function of (seed, tokens of
 the prompt, its index): its neighbours do not change it. Listens on this machine alone unless --host
 says otherwise; `torchrun --nproc-per-node=8 serve.py --port-base 8000 …` is a server on each GPU,
-all of the same model. With ROSEVAL_API_KEY in the environment, clients must show that key. SIGTERM
+all of the same model; `torchrun --nproc-per-node=2 serve.py --shard 2 …` is one, whose model two
+GPUs hold between them. With ROSEVAL_API_KEY in the environment, clients must show that key. SIGTERM
 takes no more requests, finishes those that are there, and ends.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -28,9 +30,12 @@ from evaluation import ModelOptions
 from quantisation.names import Quantisation
 
 if TYPE_CHECKING:
+    from checkpoint import Checkpoint
     from distributed import Dist
     from serving.asked import Served
     from serving.service import Service
+    from serving.work import Work
+    from transformers_model import Model
 
 KEY = "ROSEVAL_API_KEY"
 KEEP_ALIVE = 75  # seconds; clients come back to a connection for 15 and more
@@ -59,6 +64,13 @@ class Options:
     port: int = cli.option(8000, "0: any that is free (8000)", type=int)
     port_base: int | None = cli.option(
         None, "under torchrun: a server on each GPU, on this port and those that follow", type=int
+    )
+    shard: int | str = cli.option(
+        1,
+        "processes that hold the model between them, layer by layer, where a GPU is too small for "
+        "it: all that torchrun starts; auto: as few as hold it (1)",
+        type=cli.shards,
+        metavar="K",
     )
     bos: str = evaluation.bos_option()
     context: int | None = cli.option(
@@ -94,16 +106,16 @@ class Options:
     )
 
 
-def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") -> Any:
-    """(Served, Service) of the checkpoint that the options name."""
+def open_model(
+    options: Options, precision: cli.PrecisionOptions, dist: "Dist"
+) -> "tuple[Served, Work]":
+    """The checkpoint that the options name, and what answers for it on this rank."""
     import checkpoint
-    from backends import engine
     from backends.local import facts_of
     from backends.rows import Capacity
-    from quantisation.apply import Rounding
     from serving.asked import Served
-    from serving.service import Service
     from serving.texts import Texts
+    from serving.work import Work
     from tasks.drawing import end_tokens
 
     rule = options.quantise and Quantisation(options.quantise)
@@ -117,30 +129,23 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
     assert tokenizer is not None, "needed"
     facts = facts_of(ckpt, tokenizer, dtype, dist.device.type)
     evaluation.check_vocabulary(max(tokenizer.encode("a")), facts)
-    rounding = Rounding(rule) if rule else None
-    model = ckpt.load(dtype, dist.device, rounding=rounding)
-    if rounding:
-        rounding.finish(model)
+    model, dist = load(ckpt, dtype, dist, options.shard, rule or None)
     context = read_context(options.context, facts.context)
     new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
     room, kv_dtype = prompt_room(model, context, new_tokens), options.cache.kv_dtype
-    rows = options.max_rows or (
-        CPU_ROWS
-        if dist.device.type == "cpu"
-        else engine.default_batch_size(model, room or context, new_tokens, kv_dtype=kv_dtype)
-    )
+    rows = options.max_rows or rows_that_fit(model, room or context, new_tokens, kv_dtype, dist)
     texts = Texts(tokenizer, facts.vocab_size, evaluation.resolve_bos(options.bos, tokenizer))
     logprobs = min(options.max_logprobs, facts.vocab_size)
     rounded = [*([rule.rule] if rule else []), *([f"kv-{kv_dtype}"] if kv_dtype else [])]
     capacity = Capacity(
         *(rows, context, new_tokens), prompt_room=room, steady=True, kv_dtype=kv_dtype
     )
-    service = Service(
+    work = Work(
         *(model, texts, capacity, end_tokens(facts)),
-        queue_size=options.max_queue,
         logprobs=logprobs,
         batch_tokens=BATCH_TOKENS[dist.device.type],
         compiled=options.compile == "on",
+        dist=dist,
     )
     served = Served(
         name=options.model_name or "-".join([ckpt.name, *rounded]),
@@ -148,11 +153,41 @@ def open_model(options: Options, precision: cli.PrecisionOptions, dist: "Dist") 
         context=context,
         new_tokens=new_tokens,
         logprobs=logprobs,
-        sequences=service.most,
+        sequences=rows + options.max_queue,
         dtype=dtype,
         template=tokenizer.chat_templates.get("default"),
     )
-    return served, service
+    return served, work
+
+
+def load(
+    ckpt: "Checkpoint", dtype: str, dist: "Dist", shard: int | str, rule: Quantisation | None
+) -> "tuple[Model, Dist]":
+    """The model, or this rank's part of it, and the ranks that hold it between them."""
+    from backends import parallel
+    from quantisation.apply import Rounding
+
+    n, at_once = dist.world_size, rule if ckpt.base is None else None
+    dist = parallel.in_groups(dist, shard, ckpt.config, dtype, at_once)
+    if dist.group_size != n:
+        raise wrong_number(dist.group_size, n)
+    rounding = Rounding(rule) if rule else None
+    model = parallel.load(ckpt, dtype, dist, rounding=rounding)
+    if rounding:
+        rounding.finish(model)
+    return model, dist
+
+
+def rows_that_fit(
+    model: "Model", prompt: int, new_tokens: int, kv_dtype: str | None, dist: "Dist"
+) -> int:
+    """The same number on all ranks, whatever cards they have."""
+    from backends import engine
+
+    if dist.device.type == "cpu":
+        return CPU_ROWS
+    rows = engine.default_batch_size(model, prompt, new_tokens, kv_dtype=kv_dtype, by_turns=False)
+    return min(dist.gather(rows))
 
 
 def prompt_room(model: Any, context: int, new_tokens: int) -> int:
@@ -185,12 +220,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(options: Options, listener: socket.socket, served: "Served", service: "Service") -> None:
-    """Until a signal, or until the engine ends, whose error is raised then."""
+    """Until a signal, or until the engine ends, whose error is raised then. Of a signal nothing is
+    left where ranks hold the model between them: they end together, once all is answered."""
     import uvicorn
 
     from serving.routes import Door, make_app
 
-    key = os.environ.get(KEY) or None
+    work, key = service.work, os.environ.get(KEY) or None
     if key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         cli.note(f"whoever reaches {options.host} may ask: {KEY} in the environment asks for a key")
     door = Door(key, options.max_body, options.return_all_prompt_logprobs)
@@ -210,15 +246,57 @@ def serve(options: Options, listener: socket.socket, served: "Served", service: 
     shown = f"[{host}]" if ":" in host else host
     print(
         f"{cli.printable(served.name)} on http://{shown}:{port}/v1: context {served.context:,}, "
-        f"answers to {served.new_tokens:,} tokens, {service.capacity.rows} rows, "
+        f"answers to {served.new_tokens:,} tokens, {work.capacity.rows} rows, "
         f"{served.dtype}, {'chats' if served.template else 'no chat template'}"
+        f"{f', over {work.dist.world_size} processes' if work.dist.pipe else ''}"
         f"{', key asked for' if key else ''}",
         flush=True,
     )
     signal.set_wakeup_fd(-1)  # cli would end us a few seconds after a signal: we drain
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    except (SystemExit, KeyboardInterrupt):  # which the server raises again when it has ended
+        if not (service.error or (work.dist.pipe and service.ended)):
+            raise
     if service.error is not None:
         raise service.error
+
+
+def lead(options: Options, listener: socket.socket, served: "Served", work: "Work") -> None:
+    """serve(), with the other ranks that hold the model, if any."""
+    from serving.ranks import Leader
+    from serving.service import Service
+
+    leader = Leader(work.dist) if work.dist.pipe else None
+    try:
+        serve(options, listener, served, Service(work, options.max_queue, leader))
+    except BaseException:
+        if leader is not None:
+            leader.dismiss()
+        raise
+
+
+def check_processes(options: Options) -> None:
+    """ValueError where so many processes are no server, before they look for each other."""
+    n, shard = launcher.check_launch().world_size, options.shard
+    if options.port_base is not None:
+        if shard != 1:
+            raise ValueError("--port-base is a whole model on each GPU: without --shard")
+    elif shard not in (n, "auto"):
+        raise wrong_number(int(shard), n)
+
+
+def wrong_number(shard: int, n: int) -> ValueError:
+    if shard == 1:
+        return ValueError(
+            f"{n} processes, and a server of one: start it without torchrun, or with --port-base, "
+            f"a server on each GPU, or with --shard {n}, one whose model they hold between them"
+        )
+    return ValueError(
+        f"a server of --shard {shard} is {shard} processes, not {n}: torchrun --nproc-per-node="
+        f"{shard} serve.py --shard {shard} …, once for each server; or --port-base instead of "
+        "--shard, a server on each GPU"
+    )
 
 
 def check_installed() -> None:
@@ -238,19 +316,25 @@ def main(argv=None):
     precision = cli.read_options(cli.PrecisionOptions, args)
     where = cli.read_options(cli.RunOptions, args)
     check_installed()
+    check_processes(options)
     if options.port_base is not None:
-        place = launcher.check_launch().local_rank
+        place = launcher.launch().local_rank
         options = replace(options, port=options.port_base + place)
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}  # each alone: they share nothing
-    listener = bind(options.host, options.port)  # what is taken is said before a model is read
-    with listener:
+    # what is taken is said before a model is read
+    listener = bind(options.host, options.port) if launcher.rank() == 0 else None
+    with listener or contextlib.nullcontext():
         import distributed
 
         with distributed.setup(where.device, where.timeout) as dist:
-            if dist.world_size > 1:
-                raise ValueError("serve.py is one process: without torchrun, or with --port-base")
-            served, service = open_model(options, precision, dist)
-            serve(options, listener, served, service)
+            served, work = open_model(options, precision, dist)
+            if listener is not None:
+                lead(options, listener, served, work)
+            else:
+                from serving.ranks import Follower
+
+                Follower(dist).follow(work)
+            dist.barrier()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from backends.parallel import Stage
 from backends.rows import CachedRows, Capacity, PlainRows, Request, Sequence
 from backends.sampling import COLUMNS, features_of, stream_key
 from backends.stages import StageRows, draw_by_turns
-from backends.steady import SteadyRows
+from backends.steady import SteadyRows, SteadyStageRows
 from distributed import Dist
 from tokenizer import Tokenizer
 from transformers_model import Model
@@ -95,12 +95,11 @@ class Engine:
         self.longest, self.on_launch = model.max_positions, on_launch
         check_kv_dtype(model, capacity.kv_dtype)
         self.rows: CachedRows | PlainRows
-        if isinstance(model, Stage):
-            assert logprobs is None, "log-probabilities of drawn tokens stay on the last rank"
-            self.rows = StageRows(model, capacity, features, compiled)
-        elif model.supports_cache:
-            kind = SteadyRows if capacity.steady else CachedRows
-            self.rows = kind(model, capacity, features, compiled, logprobs)
+        if model.supports_cache:
+            kinds: Any = (CachedRows, SteadyRows)
+            if isinstance(model, Stage):
+                kinds = StageRows, SteadyStageRows
+            self.rows = kinds[capacity.steady](model, capacity, features, compiled, logprobs)
         else:
             self.rows = PlainRows(model, capacity, features, logprobs)
         self.requests: dict[Hashable, Request] = {}
@@ -250,9 +249,11 @@ def default_batch_size(
     max_new_tokens: int,
     kept: int = 0,
     kv_dtype: str | None = None,
+    by_turns: bool = True,
 ) -> int:
     """Rows whose cache fits beside the model, at most 256; 16 on a CPU or without a cache.
     longest_prompt: tokens of it that a row needs room for; kept: tokens that lie there once.
+    by_turns: ranks that hold a model together have as many batches of rows.
 
     Computed from the device's size, not from what happens to be free, so that ranks agree."""
     if model.device.type != "cuda" or not model.supports_cache:
@@ -261,8 +262,8 @@ def default_batch_size(
     token = n_layers * token_bytes(model.config, model.dtype, kv_dtype)
     total = torch.cuda.get_device_properties(model.device).total_memory
     room = 0.85 * total - weights - 4e9  # logits, activations of a prefill
-    if isinstance(model, Stage):  # whose weights may leave little, and as many batches take turns
-        room = (0.92 * total - weights - 2e9) / model.pipe.size
+    if isinstance(model, Stage):  # whose weights may leave little
+        room = (0.92 * total - weights - 2e9) / (model.pipe.size if by_turns else 1)
     rows = int((room - token * kept) // (token * (longest_prompt + max_new_tokens)))
     return max(1, min(256, rows // 8 * 8 or rows))
 

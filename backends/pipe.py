@@ -26,6 +26,10 @@ from distributed import COLLECTIVE_TIMEOUT, MADE, Dist
 T = TypeVar("T")
 
 
+class GroupOutOfMemory(torch.OutOfMemoryError):
+    """On one rank of a group: all of them raise it, at the same point of their work."""
+
+
 def sharded(dist: Dist, size: int) -> Dist:
     """The same run with groups of `size` ranks. A collective: all ranks call it alike. ValueError
     where the run cannot be cut into such groups."""

@@ -1,7 +1,7 @@
 """Rows of a batch whose model lies on several ranks: each rank has their state, and its own layers'
 part of their cache.
 
-    rows = StageRows(model, capacity, features, compiled, logprobs=None)     # as CachedRows
+    rows = StageRows(model, capacity, features, compiled, logprobs)     # as CachedRows
 
 A step goes from rank to rank; the last one draws, and its tokens are added up with the zeros of the
 others, so that all ranks of a group see the same tokens, and decide alike what comes next. Whoever
@@ -9,6 +9,7 @@ runs out of memory says so there. While a step is with other ranks, this one beg
 batches of rows (engine.generate), and waits for a step's tokens when it needs them.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from backends.parallel import Buffers, Stage
+from backends.pipe import GroupOutOfMemory
 from backends.rows import CachedRows, Capacity
 from distributed import Dist
 
@@ -31,55 +33,81 @@ class StageRows(CachedRows):
 
     model: Stage
 
-    def __init__(self, model: Stage, capacity: Capacity, features: frozenset[str], compiled: bool):
+    def __init__(
+        self,
+        model: Stage,
+        capacity: Capacity,
+        features: frozenset[str],
+        compiled: bool,
+        logprobs: int | None,
+    ):
         self.pipe, self.buffers = model.pipe, Buffers(model, capacity.rows)
-        # what the last rank drew, and how many ranks have failed
-        self.drawn = torch.zeros(capacity.rows + 1, dtype=torch.int64, device=model.device)
+        # what the last rank drew for each row; below, how many ranks have failed
+        size = capacity.rows + 1, 1 if logprobs is None else 1 + 2 * (1 + logprobs)
+        self.drawn = torch.zeros(size, dtype=torch.int64, device=model.device)
         # a step whose tokens are awaited
         self.pending: tuple[int, Callable[[], None]] | None = None
-        super().__init__(model, capacity, features, compiled, None)
+        super().__init__(model, capacity, features, compiled, logprobs)
 
-    def prepare(self) -> None:
-        step = self._advance
+    @contextlib.contextmanager
+    def between_buffers(self) -> Iterator[None]:
+        """Within it the model reads and writes its ends in place, as a captured step must."""
+        self.model.wire = self.buffers
+        try:
+            yield
+        finally:
+            self.model.wire = self.pipe
 
-        def between_buffers():
-            self.model.wire = self.buffers
-            try:
-                step()
-            finally:
-                self.model.wire = self.pipe
-
-        self._advance = between_buffers
+    def _capture(self) -> None:
+        with self.between_buffers():
+            super()._capture()
 
     def launch(self, i: int) -> None:
         model, buffers = self.model, self.buffers
         self.await_tokens()
         if not model.is_first:
             self.pipe.receive_into(buffers.came)
-        self.pipe.attempt(self._advance)
+        with self.between_buffers():
+            self.pipe.attempt(self._advance)
         if not model.is_last:
             self.pipe.hand_on(buffers.goes)
-        tokens, failed = self.drawn[:-1], self.drawn[-1:]
-        tokens.copy_(self.state["token"]) if model.is_last else tokens.zero_()
-        failed.fill_(int(self.pipe.failed))
+        self.drawn.zero_()
+        if model.is_last:
+            self.drawn[:-1] = self._told()
+        self.drawn[-1, 0].fill_(int(self.pipe.failed))
         self.pending = i, self.pipe.sum(self.drawn)
+
+    def _told(self) -> torch.Tensor:
+        """What this rank drew [B, 1 + 2 (1 + k)], floats by their bits: adding zeros is exact."""
+        told = [self.state["token"][:, None]]
+        if "logprobs" in self.state:
+            told += [self.state["likeliest"], self.state["logprobs"].view(torch.int32)]
+        return torch.cat(told, dim=1)
 
     def await_tokens(self) -> None:
         """Of the step that was launched last, on all ranks."""
-        if self.pending is not None:
-            (i, wait), self.pending = self.pending, None
-            wait()
-            self.state["token"].copy_(self.drawn[:-1])
-            self.fetch(i)
+        if self.pending is None:
+            return
+        (i, wait), self.pending = self.pending, None
+        wait()
+        drawn = self.drawn[:-1]
+        self.state["token"].copy_(drawn[:, 0])
+        if "logprobs" in self.state:
+            ids, bits = drawn[:, 1:].chunk(2, dim=1)
+            self.state["likeliest"].copy_(ids)
+            self.state["logprobs"].copy_(bits.int().view(torch.float32))
+        self.fetch(i)
 
     def fetch(self, i: int) -> None:
-        told = torch.where(self.drawn[-1:] > 0, FAILED, self.drawn[:-1])
-        self.read_ring[i]["token"].copy_(told, non_blocking=True)
+        tokens, failed = self.drawn[:-1, 0], self.drawn[-1, 0] > 0
+        told = self.state | {"token": torch.where(failed, FAILED, tokens)}
+        for name, buffer in self.read_ring[i].items():
+            buffer.copy_(told[name], non_blocking=True)
         if self.cuda:
             self.done[i].record()
 
     def look(self, ticket: int) -> dict[str, list]:
-        """OutOfMemoryError, on all ranks of the group at the same step, where one of them had no
+        """GroupOutOfMemory, on all ranks of the group at the same step, where one of them had no
         memory for it."""
         if self.pending is not None and self.pending[0] == ticket:
             self.await_tokens()
@@ -87,7 +115,7 @@ class StageRows(CachedRows):
             seen = super().look(ticket)
         if FAILED in seen["token"]:
             self.await_tokens()
-            raise torch.OutOfMemoryError("on a rank of this group")
+            raise GroupOutOfMemory("on a rank of this group")
         return seen
 
 

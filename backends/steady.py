@@ -26,6 +26,7 @@ import torch
 from backends import rows
 from backends.kvcache import DecodeCache, merge_attention, pad_rows
 from backends.rows import Capacity, Request
+from backends.stages import StageRows
 from gpu_kernels.kv_codes import Codes, read, store
 from model import GPTModel
 from modeling.attention import attend, attention_without_plans
@@ -276,3 +277,12 @@ class SteadyRows(rows.CachedRows):
     def fill_rows(self, own: list[tuple[int, Request]]) -> None:
         for row, request in own:  # one a call: n samples of a request do not shape it
             self._prefill([(row, request.own)], self.cache.max_len, request)
+
+
+class SteadyStageRows(StageRows, SteadyRows):
+    """The same where the model lies on several ranks. Calls follow each other from rank to rank,
+    and none is a graph: what another rank sends does not come into one."""
+
+    @property
+    def captures(self) -> bool:
+        return False

@@ -26,7 +26,8 @@ from serving.asked import Asked, Served, read_chat, read_completion
 from serving.fields import Fields, Refused, read_body
 from serving.lightllm import generated, pieces, read_generate
 from serving.metrics import CONTENT_TYPE, Metrics
-from serving.service import Failed, Job, Service
+from serving.service import Job, Service
+from serving.work import Failed
 
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 GONE = (None, None)  # stands for an event when the client has left
@@ -200,7 +201,7 @@ class Routes:
 
     async def tell_metrics(self, request: Request) -> Response:
         service = self.service
-        gauges = {"sequences_unfinished": service.unfinished, "rows": service.capacity.rows}
+        gauges = {"sequences_unfinished": service.unfinished, "rows": service.work.capacity.rows}
         text = self.metrics.text(gauges, service.counts)
         return Response(text, media_type=CONTENT_TYPE)
 

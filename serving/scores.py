@@ -1,6 +1,6 @@
 """Log-probabilities of the tokens of prompts, and the likeliest next one, in one pass.
 
-    (scores,) = score_prompts(model, [prompt], k=20, max_tokens=4096)
+    (scores,) = score_prompts(model, [prompt], k=20, max_tokens=4096, dist=dist)
     scores.ids[i], scores.logprobs[i]       # after prompt[: i + 1]: the token that follows, then
                                             # the k likeliest, in nats
 
@@ -43,30 +43,33 @@ class Scores:
 
 
 def score_prompts(
-    model: Model, prompts: Sequence[Sequence[int]], k: int, max_tokens: int
+    model: Model, prompts: Sequence[Sequence[int]], k: int, max_tokens: int, dist: Dist
 ) -> list[Scores]:
     """Scores of prompts of a token at least, run as rows of batches of max_tokens padded tokens.
-    ValueError where the model gives NaN."""
-    device = next(model.parameters()).device
+    dist: the ranks that hold the model, one group at most, which all have them then. ValueError
+    where the model gives NaN."""
+    device = dist.device
     rows, parts = shared_rows(prompts, model.supports_cache)
     offsets = rows.target_offsets
     is_next = torch.zeros(int(offsets[-1]), dtype=torch.bool, device=device)
     is_next[torch.as_tensor(offsets[1 : len(prompts) + 1] - 1, device=device)] = True
     ids = torch.zeros(len(is_next), 1 + k, dtype=torch.int64, device=device)
-    values = torch.zeros(len(is_next), 1 + k, dtype=torch.float32, device=device)
+    values = torch.zeros(len(is_next), 1 + k, dtype=torch.float64, device=device)
 
     def see(logits, targets, at):
         targets = torch.where(is_next[at], logits.argmax(-1), targets)
-        ids[at], values[at] = top_logprobs(logits, targets, k)
+        ids[at], told = top_logprobs(logits, targets, k)
+        values[at] = told.double()
 
     def score(most):
         batches = plan_batches(rows, most, None, batch_overhead(model, device))
-        return score_continuations(model, rows, batches, Dist(0, 1, 0, device), consumer=see)
+        return score_continuations(model, rows, batches, dist, consumer=see)
 
     halve_until_it_fits(score, max_tokens)
-    if values.isnan().any():
+    found = dist.sum(ids), dist.sum(values)  # of the rank that has the head
+    if np.isnan(found[1]).any():
         raise ValueError("the model gives NaN: no score can be had")
-    every_id, every_value = ids.tolist(), values.tolist()
+    every_id, every_value = (array.tolist() for array in found)
 
     def gathered(of: list) -> list[list]:
         return [[x for r in own for x in of[offsets[r] : offsets[r + 1]]] for own in parts]

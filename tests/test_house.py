@@ -68,8 +68,8 @@ FLOORS = [
     "command",
     "reporting/groups reporting/by_bytes reporting/compare reporting/quantised reporting/tables "
     "reporting/exchange reporting/page reporting/charts",
-    "serving/fields serving/texts serving/asked serving/scores serving/service serving/answers "
-    "serving/metrics serving/lightllm serving/routes",
+    "serving/fields serving/texts serving/asked serving/scores serving/work serving/ranks "
+    "serving/service serving/answers serving/metrics serving/lightllm serving/routes",
     "eval mmlu_eval humaneval_eval gsm8k_eval bleu_eval harness_eval compute train report serve",
     "sweeping/lease sweeping/seen sweeping/trackers sweeping/export sweeping/ledger "
     "sweeping/planner sweeping/served",

@@ -89,9 +89,9 @@ def test_keys_and_values_of_8_bits(path):
     """A model of its own name, whose rows keep them so."""
     options = serve.Options(checkpoint_path=str(path), cache=CacheOptions("int8"))
     precision = cli.PrecisionOptions()
-    served, service = serve.open_model(options, precision, Dist(0, 1, 0, torch.device("cpu")))
+    served, work = serve.open_model(options, precision, Dist(0, 1, 0, torch.device("cpu")))
     assert served.name == "checkpoint-10-kv-int8"
-    assert service.engine.rows.cache.k[0].codes.dtype == torch.int8
+    assert work.engine.rows.cache.k[0].codes.dtype == torch.int8
 
 
 def test_what_it_needs_is_named(path, monkeypatch):

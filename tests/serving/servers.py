@@ -19,6 +19,7 @@ import cli
 import serve
 from distributed import Dist
 from serving.routes import Door, make_app
+from serving.service import Service
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -67,7 +68,8 @@ def serving(path, key=None, **options):
     """(Client, Service) of a checkpoint, while the block runs."""
     options = serve.Options(checkpoint_path=str(path), port=0, **options)
     dist = Dist(0, 1, 0, torch.device("cpu"))
-    served, service = serve.open_model(options, cli.PrecisionOptions(), dist)
+    served, work = serve.open_model(options, cli.PrecisionOptions(), dist)
+    service = Service(work, options.max_queue)
     with serve.bind(options.host, 0) as listener:
         door = Door(key, options.max_body, options.return_all_prompt_logprobs)
         config = uvicorn.Config(make_app(served, service, door), log_level="warning")

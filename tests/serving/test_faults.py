@@ -97,7 +97,7 @@ def test_a_client_that_leaves_frees_its_rows(client, service):
         line.sock.shutdown(socket.SHUT_RDWR)
         line.close()
         wait_for(lambda: service.unfinished == 0)
-        wait_for(lambda: not service.engine.requests)
+        wait_for(lambda: not service.work.engine.requests)
     assert client.complete(prompt="a", max_tokens=2)
 
 
@@ -133,7 +133,7 @@ def test_keys_bodies_and_a_model_of_nan(tmp_path, checkpoint_path):
 def test_an_engine_that_broke_says_so(checkpoint_path):
     """Whoever waits is told, and so is who asks later."""
     with serving(checkpoint_path) as (client, service):
-        service.engine.step = lambda: 1 / 0
+        service.work.engine.step = lambda: 1 / 0
         status, said = client.ask("/v1/completions", {"prompt": "a"})
         assert status == 500 and said["error"]["type"] == "server_error"
         assert isinstance(service.error, ZeroDivisionError)

@@ -183,8 +183,8 @@ def test_the_likeliest_are_told_where_a_text_ends_at_once(checkpoint_path):
     with serving(checkpoint_path, max_rows=2) as (client, service):
         (whole,) = client.complete(**body, ignore_eos=True)
         first = whole["logprobs"]["tokens"][0]
-        service.end_ids = frozenset({int(first.removeprefix("token_id:"))})
-        service.engine = service._make_engine()
+        service.work.end_ids = frozenset({int(first.removeprefix("token_id:"))})
+        service.work.engine = service.work.make_engine()
         (ended,) = client.complete(**body)
         assert (ended["text"], ended["finish_reason"]) == ("", "stop")
         for name in ("tokens", "token_logprobs", "top_logprobs"):

@@ -6,7 +6,10 @@ import pytest
 import torch
 from builders import tiny_model
 
+from distributed import Dist
 from serving import scores
+
+ALONE = Dist(0, 1, 0, torch.device("cpu"))
 
 
 def model_of(**changes):
@@ -31,7 +34,7 @@ def questions(n=3, choices=4, examples=300, seed=0):
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 50}], ids=["plain", "window"])
 def test_prompts_that_begin_alike_are_scored_as_alone(changes):
     model, prompts, k = model_of(**changes), questions(), 3
-    found = scores.score_prompts(model, prompts, k, 4096)
+    found = scores.score_prompts(model, prompts, k, 4096, ALONE)
     for prompt, one in zip(prompts, found, strict=True):
         assert len(one.ids) == len(one.logprobs) == len(prompt)
         with torch.no_grad():

@@ -66,11 +66,11 @@ def storm(client, service, n, seed, shortages):
         return http.client.HTTPConnection(where.hostname, where.port, timeout=300)
 
     expected = [meant(path, post(connect(), path, json.dumps(body))[1]) for path, body in GOOD]
-    step = [0]
+    step, work = [0], service.work
 
     def fail_sometimes():
         """Every so many steps of whichever engine is there."""
-        engine, real = service.engine, type(service.engine).step
+        engine, real = work.engine, type(work.engine).step
 
         def step_of(*args):
             step[0] += 1
@@ -80,14 +80,14 @@ def storm(client, service, n, seed, shortages):
 
         engine.step = step_of
 
-    make = service._make_engine
+    make = work.make_engine
 
     def make_engine():
-        service.engine = make()
+        work.engine = make()
         fail_sometimes()
-        return service.engine
+        return work.engine
 
-    service._make_engine = make_engine
+    work.make_engine = make_engine
     fail_sometimes()
 
     def one(i):
@@ -121,7 +121,7 @@ def storm(client, service, n, seed, shortages):
     with ThreadPoolExecutor(CLIENTS) as pool:
         outcomes = list(pool.map(one, range(n)))
     wait_for(lambda: service.unfinished == 0)
-    wait_for(lambda: not service.engine.requests)
+    wait_for(lambda: not service.work.engine.requests)
     assert service.error is None and client.ask("/health")[0] == 200
     return {outcome: outcomes.count(outcome) for outcome in set(outcomes)}, step[0]
 
@@ -152,7 +152,7 @@ def test_scores_without_memory_are_told_to_come_again(checkpoint_path, monkeypat
                 raise torch.OutOfMemoryError("injected")
             return real(*about)
 
-        import serving.service as room
+        import serving.work as room
 
         real = room.score_prompts
         monkeypatch.setattr(room, "score_prompts", score)
