@@ -10,6 +10,7 @@ Where several ranks hold the model, this is the first one's, and before each tur
 """
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import threading
@@ -25,6 +26,7 @@ from serving.ranks import Leader
 from serving.scores import Ending, Scores
 from serving.work import Begin, Drop, Event, Failed, News, Told, Work
 
+LOOK = 5.0  # seconds; as often is it asked whether torchrun is still there
 ENDED = Failed("the engine has ended")
 
 
@@ -168,9 +170,15 @@ class Service:
         """What came in; waits where there is nothing to do. None: it is time to end."""
         news: list[Begin | Drop] = []
         while not (news or self.work.busy) or not self._inbox.empty():
-            with self.work.dist.waiting():
-                one = self._inbox.get()
+            one = self._wait()
             if one is None:
                 return None
             news.append(one)
         return news
+
+    def _wait(self) -> Begin | Drop | None:
+        dist = self.work.dist
+        while not dist.is_orphan:
+            with dist.waiting(), contextlib.suppress(queue.Empty):
+                return self._inbox.get(timeout=LOOK)
+        raise ConnectionError("torchrun has ended, and the server with it")

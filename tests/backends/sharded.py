@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 import checkpoint
-from backends import CacheOptions, Sampling
+from backends import CacheOptions, Sampling, steady
 from backends.continuations import Continuations
+from backends.engine import Engine
 from backends.local import Local, facts_of
 from backends.parallel import in_groups, load
 from backends.reference import open_reference
+from backends.rows import Capacity
 from costs.shards import shares, weight_bytes
 from costs.symbols import Setup
 from dataset import RandomWindows, Windows, open_stream
@@ -24,6 +26,7 @@ from distributed import Dist
 from formats import filling
 from quantisation.apply import Weights
 
+steady.PIECE = 8
 ALONE = Dist(0, 1, 0, torch.device("cpu"))
 T = 32
 SAMPLING = Sampling(max_new_tokens=9, temperature=1.0, top_p=0.9, seed=3)
@@ -86,6 +89,20 @@ def numbers(model, facts, dist, stream, batch=4) -> dict:
         assert len(found[name]) == 3 * len(prompts()) - 2, "each sample once"
     mine = [s.token_ids for s in local.generate(prompts()[:1], SAMPLING, 3, batch_size=batch)]
     found["of one prompt"] = sorted(ids for part in dist.gather(mine) for ids in part)
+    return found | {"served": served(model)}
+
+
+def served(model) -> list:
+    """Tokens and their log-probabilities of prompts that come while others run; the longer ones,
+    of several pieces, begin alike."""
+    room = 31 if model.config.kv_lora_rank is None else 0  # latents are kept whole
+    engine = Engine(model, Capacity(3, 40, 9, prompt_room=room, steady=True), logprobs=3)
+    waiting, found = [*prompts()[:2], *(prompts()[4] * 2 + p for p in prompts()[:3])], []
+    while waiting or engine.busy:
+        if waiting:
+            sampling = Sampling(4, temperature=len(waiting) % 2, seed=3)
+            engine.submit(len(waiting), waiting.pop(), sampling, told=len(waiting) > 1)
+        found += [tuple(token) for token in engine.step().tokens]
     return found
 
 

@@ -31,11 +31,16 @@ import torch
 from serving.work import Work
 
 folder, rank = Path({folder!r}), os.environ["RANK"]
-load, step, fault = serve.load, Work.step, folder / f"fault-{{rank}}"
+bind, load, step, fault = serve.bind, serve.load, Work.step, folder / f"fault-{{rank}}"
 
 def say(name, text):
     (folder / f"{{name}}-{{rank}}.new").write_text(text)
     os.replace(folder / f"{{name}}-{{rank}}.new", folder / f"{{name}}-{{rank}}")
+
+def bind_and_say(host, port):
+    listener = bind(host, port)
+    say("url", "http://{{}}:{{}}".format(*listener.getsockname()))
+    return listener
 
 def load_and_fail(*args):
     model, dist = load(*args)
@@ -58,7 +63,7 @@ def step_and_say(self):
         say("left", str(left))
     return told
 
-serve.load, Work.step = load_and_fail, step_and_say
+serve.bind, serve.load, Work.step = bind_and_say, load_and_fail, step_and_say
 {more}
 say("pids", f"{{os.getpid()}} {{os.getppid()}}")
 
@@ -73,8 +78,12 @@ cli.run(main)
 class Ranks:
     """A server of two ranks, as its clients and whoever watches its processes see it."""
 
-    def __init__(self, folder, url, ended):
-        self.folder, self.url, self.ended, self.client = folder, url, ended, Client(url)
+    def __init__(self, folder, ended):
+        self.folder, self.ended = folder, ended
+
+    @property
+    def client(self):
+        return Client(self.said("url", 0))
 
     def said(self, name, rank):
         path = self.folder / f"{name}-{rank}"
@@ -118,18 +127,15 @@ def ranks_serving(folder, path, *words, more="", cold=False):
     """Ranks, while the block runs, at whose end it has ended them."""
     script = folder / "rank.py"
     script.write_text(RANK.format(root=str(ROOT), folder=str(folder), more=textwrap.dedent(more)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [script, "--checkpoint-path", path, "--shard", 2, "--port", port, *words]
+    words = [script, "--checkpoint-path", path, "--shard", 2, "--port", 0, *words]
     with ThreadPoolExecutor(1) as pool:
         run = cold_run if cold else warm.run
         ended = pool.submit(run, [*words, "--device", "cpu"], 2, PATIENCE)
-        ranks = Ranks(folder, f"http://127.0.0.1:{port}", ended)
+        ranks = Ranks(folder, ended)
 
         def answers():
             with contextlib.suppress(OSError):
-                return ranks.client.ask("/health")[0] == 200
+                return ranks.said("url", 0) and ranks.client.ask("/health")[0] == 200
             return ended.done()
 
         try:
@@ -187,7 +193,7 @@ def wanted(path):
 
 def leave(ranks, body):
     """A client that goes away as soon as both ranks have its request."""
-    where = urlsplit(ranks.url)
+    where = urlsplit(ranks.client.url)
     line = http.client.HTTPConnection(where.hostname, where.port)
     line.request("POST", "/v1/completions", json.dumps(body))
     wait_for(lambda: all(ranks.has_left(rank) not in (None, "(0, 0, 0)") for rank in (0, 1)))
@@ -224,7 +230,7 @@ def test_two_ranks_answer_as_one(path, wanted, tmp_path):
             os.kill(ranks.pid(0), signal.SIGTERM)
             assert len(last.result()) == 30
     code, out, err = ranks.ended.result()
-    assert code == 0 and out.splitlines()[0] == FIRST.format(ranks.url), (code, out)
+    assert code == 0 and out.splitlines()[0] == FIRST.format(client.url), (code, out)
     assert [line[:19] for line in own_lines(err)] == ["note: out of memory"], err
 
 
