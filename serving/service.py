@@ -15,7 +15,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -101,7 +101,7 @@ class Service:
         self.counts["prompt_tokens"] += sum(map(len, asked.prompts))
         for job in jobs:
             self.jobs[job.name] = job
-            self._inbox.put(Begin(job.name, asked, job.index))
+            self._inbox.put(Begin(job.name, replace(asked, prompts=[job.prompt], echoed=None)))
         return jobs
 
     def cancel(self, jobs: Collection[Job]) -> None:

@@ -1,7 +1,7 @@
 """What is done for the prompts of all requests, in turns: scores, and samples, of one engine.
 
     work = Work(model, texts, capacity, end_ids, logprobs=20, batch_tokens=4096, dist=dist)
-    work.take([Begin(7, asked, 0)])         # its prompt 0, under a name that nothing else has
+    work.take([Begin(7, asked)])            # of one prompt, under a name that nothing else has
     work.score(), work.step()               # [(7, event)]: what became known
     work.take([Drop(7)])                    # nothing more comes of it, and its rows are free
 
@@ -42,11 +42,10 @@ NAN = "the model gives NaN: no answer can be had"
 
 @dataclass(frozen=True)
 class Begin:
-    """A prompt of a request, the `index`th of it. name: what it is called from now on."""
+    """What is asked of one prompt. name: what it is called from now on."""
 
     name: int
     asked: Asked
-    index: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,10 @@ class Prompt:
 
     name: int
     asked: Asked
-    tokens: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.asked.prompts[0]
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
@@ -130,7 +132,7 @@ class Work:
     def take(self, news: News) -> None:
         for one in news:
             if isinstance(one, Begin):
-                self._begin(Prompt(one.name, one.asked, one.asked.prompts[one.index]))
+                self._begin(Prompt(one.name, one.asked))
             else:
                 self._drop(one.name)
 

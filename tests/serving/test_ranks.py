@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import textwrap
@@ -13,9 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
+import torch
+import transformers
 import warm
-from builders import PATIENCE, ROOT, saved_checkpoint, torchrun, wait_for
+from builders import PATIENCE, ROOT, is_there, saved_checkpoint, torchrun, wait_for
 from servers import Client, serving
+
+import cli
+import serve
+from backends import CacheOptions
+from distributed import Dist
 
 LONG = "What many prompts begin with is computed once. " * 12  # pieces of 256 tokens
 
@@ -247,6 +255,32 @@ def test_a_rank_that_dies_ends_the_server_by_name(path, tmp_path):
     assert code == 1 and own_lines(err) == ["error: rank 1 has ended, and the server with it"], err
 
 
+@pytest.mark.parametrize(
+    "n, words, said",
+    [
+        (1, ["--shard", "2"], "a server of --shard 2 is 2 processes, not 1: torchrun --nproc-per"),
+        (4, ["--shard", "2"], "not 4: torchrun --nproc-per-node=2 serve.py --shard 2 …, once for"),
+        (4, ["--shard", "8"], "a server of --shard 8 is 8 processes, not 4"),
+        (2, [], "2 processes, and a server of one: start it without torchrun, or with --port-base"),
+        (2, ["--shard", "2", "--port-base", "1"], "--port-base is a whole model on each GPU"),
+        (1, ["--shard", "auto", "--port-base", "1"], "--port-base is a whole model on each GPU"),
+    ],
+)
+def test_so_many_processes_are_no_server(path, monkeypatch, n, words, said):
+    """Said before they look for each other."""
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": str(n)}
+    for name, value in places.items() if n > 1 else ():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        serve.main(["--checkpoint-path", str(path), "--device", "cpu", *words])
+
+
+def test_auto_is_one_process_where_there_is_no_gpu(path):
+    options = serve.Options(checkpoint_path=str(path), shard="auto")
+    _, work = serve.open_model(options, cli.PrecisionOptions(), Dist(0, 1, 0, torch.device("cpu")))
+    assert work.dist.pipe is None
+
+
 # ---------------------------------------------------------------------------------------------
 # In new interpreters, as users start them: `how` is a signal, and whose it is
 
@@ -306,3 +340,41 @@ def test_nobody_waits_too_long_for_a_client(path, tmp_path):
         assert ranks.client.complete(**body) == before
         os.kill(ranks.pid(0), signal.SIGTERM)
     assert ranks.ended.result()[0] == 0
+
+
+@pytest.mark.slow
+def test_a_server_ends_with_its_launcher(path, tmp_path):
+    with ranks_serving(tmp_path, path, cold=True) as ranks:
+        os.kill(ranks.launcher, signal.SIGKILL)
+    _, _, err = ranks.ended.result()
+    assert own_lines(err) == ["error: torchrun has ended, and the server with it"], err
+    wait_for(lambda: not any(is_there(ranks.pid(rank)) for rank in (0, 1)))
+
+
+@pytest.mark.slow
+def test_rounded_weights_and_8_bits_of_keys_and_values(path, tmp_path):
+    rule = "rtn-w4-g16-asym"
+    with serving(path, quantise=rule, cache=CacheOptions("int8")) as (client, _):
+        wanted = answers(client)
+    words = ["--quantise", rule, "--kv-dtype", "int8"]
+    with ranks_serving(tmp_path, path, *words) as ranks:
+        assert answers(ranks.client) == wanted
+        os.kill(ranks.pid(0), signal.SIGTERM)
+    assert ranks.ended.result()[0] == 0
+
+
+@pytest.mark.slow
+def test_what_is_no_server_is_one_line(path, tmp_path):
+    sizes = {"vocab_size": 257, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    opt = tmp_path / "opt"
+    transformers.OPTForCausalLM(transformers.OPTConfig(**sizes)).save_pretrained(opt)
+    words = ["serve.py", "--port", 0, "--device", "cpu", "--tokenizer-name", "byte"]
+    for more, said in (
+        (["--checkpoint-path", path, "--shard", "auto"], "2 processes, and a server of one: "),
+        (["--checkpoint-path", opt, "--shard", 2], f"{opt} is run by transformers, whose models"),
+        (["--checkpoint-path", path, "--shard", 2, "--port", 1 << 20], "cannot listen on --host"),
+    ):
+        out = torchrun(2, *words, *more, code=1)
+        (line,) = own_lines(out.stderr)
+        assert line.startswith(f"error: {said}"), line
