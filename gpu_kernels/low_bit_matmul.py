@@ -18,7 +18,7 @@ Shapes: M rows, N outputs, K inputs, G groups of `group` columns each (the last 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,7 +69,7 @@ ASSEMBLY = {"int4": NIBBLE, "uint4": NIBBLE, "int8": BYTE, "uint8": BYTE, "e4m3"
 
 
 @functools.cache
-def _raw():
+def raw_of_words() -> Any:
     """A Triton function: raw values, bfloat16, of the codes that lie SHIFT bits up in words."""
     import triton
     import triton.language as tl
@@ -245,7 +245,7 @@ def _has_pairs(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _assembly(kind: str, device: torch.device) -> tuple[str, ...]:
+def assembly_of(kind: str, device: torch.device) -> tuple[str, ...]:
     code = ASSEMBLY[kind] if _has_pairs(device) else ""
     return tuple(code.replace("SHIFT", str(shift)) for shift in range(0, 16, BITS[kind]))
 
@@ -307,11 +307,11 @@ def _multiply(
     _matmul_kernel()[(-(-N // way.rows), splits)](
         x, words, scales, x if zeros is None else zeros, x if bias is None else bias,
         y, parts, arrivals, M, N, K, G, tiles_each,
-        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ROWS=ROWS,
+        RAW=raw_of_words(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ROWS=ROWS,
         GROUP=0 if G == 1 else group,
         ZEROS="" if zeros is None else "added" if added else "bf16" if whole else "fp32",
         OFFSET=offset_of(kind, None if added else zeros), BIAS=bias is not None, SPLITS=splits,
-        SHARE=_share(group, kind), CODES=_assembly(kind, x.device),
+        SHARE=_share(group, kind), CODES=assembly_of(kind, x.device),
         FULL=K % (16 // BITS[kind] * SPAN) == 0,
         BLOCK_M=max(LEAST_ROWS, 1 << (M - 1).bit_length()), BLOCK_N=way.rows,
         num_warps=way.warps, num_stages=way.stages,
@@ -355,10 +355,10 @@ def _unpack(
     out = torch.empty(N, K, dtype=dtype, device=words.device)
     _dequantise_kernel()[(_tiles(K, kind), len(words))](
         words, scales, words if zeros is None else zeros, out, N, K, G, group,
-        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN,
+        RAW=raw_of_words(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN,
         ZEROS="" if zeros is None else "added" if added else "taken",
         OFFSET=offset_of(kind, None if added else zeros),
-        WHOLE=G == 1 or group % SPAN == 0, CODES=_assembly(kind, words.device), ROWS=ROWS,
+        WHOLE=G == 1 or group % SPAN == 0, CODES=assembly_of(kind, words.device), ROWS=ROWS,
         enable_fp_fusion=False,  # product and sum are rounded one after the other
     )  # fmt: skip
     return out
