@@ -52,7 +52,11 @@ TERMS = {
     "int8 of 64, act-order": {"bits": 8, "group": 64, "shuffled": True},
     "e4m3 of a row": {"bits": 0},
     "e4m3 of 128": {"bits": 0, "group": 128},
-    "int4 of 16, which the kernel leaves": {"bits": 4, "group": 16},
+    "int4 of 16": {"bits": 4, "group": 16},
+    "uint4 of 16, minima": {"bits": 4, "group": 16, "zeros": "added"},
+    "uint4 of 48, whole zeros": {"bits": 4, "group": 48, "zeros": "whole"},
+    "int8 of 16": {"bits": 8, "group": 16},
+    "int4 of 24, which the kernel leaves": {"bits": 4, "group": 24},
 }
 SOME = ["int4 of 128", "uint4 of 32, whole zeros", "int8 of a row", "e4m3 of 128"]
 ROWS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200)
