@@ -15,9 +15,9 @@ run time. Groups of 16, with float32 scales as K-quants' are: the packed product
 for each. Decoding: the engine's step under a CUDA graph, one prompt of 64 tokens, 128 new ones, the
 second of two times; `step` gives its kernels by name, from the profiler, the time that none fills,
 and what its bytes take at the datasheet's bandwidth. Scoring: windows of 2,048 as eval.py runs
-them, medians of passes after two. The 70B is packed layer by layer; beside it the rate of its own matrix products in bfloat16,
-measured in the same minute. transformers' own int8 and fp8 layers need packages or kernels from a
-hub, so its peer here is its bfloat16 model.
+them, medians of passes after two. The 70B is packed layer by layer; beside it the rate of its own
+matrix products in bfloat16, measured in the same minute. transformers' own int8 and fp8 layers need
+packages or kernels from a hub, so its peer here is its bfloat16 model.
 """
 
 import collections
