@@ -126,11 +126,12 @@ def _matmul_kernel():
         SPAN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
         OFFSET: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr,
         CODES: tl.constexpr, FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        EARLY: tl.constexpr,
     ):  # fmt: skip
         """BLOCK_N rows of weights, one part of K. GROUP 0: one scale a row. ZEROS: none, whole
         ("bf16"), broken ("fp32") or "added" ones. SHARE: spans of a tile that share a scale. FULL:
-        no tile reaches beyond K. The next tile's scales and zeros come while this one is
-        multiplied."""
+        no tile reaches beyond K. EARLY: it is launched while the kernel before is ending. The next
+        tile's scales and zeros come while this one is multiplied."""
         TILE: tl.constexpr = EACH * SPAN
         # weights are rounded to bfloat16 before the product
         ROUND: tl.constexpr = ZEROS == "fp32" or ZEROS == "added" or GROUP % SPAN != 0
@@ -145,6 +146,8 @@ def _matmul_kernel():
         words_at = words + row[:, None] + j[None, :]
         x_at, wanted = x + m[None, :] * K + j[:, None], m[None, :] < M
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if EARLY:  # what other kernels wrote is there from here on, and memory free that they read
+            tl.extra.cuda.gdc_wait()
         if AHEAD:
             at = tl.minimum(low * TILE // GROUP, G - 1) * N + n
             scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
@@ -256,15 +259,15 @@ def _dequantise_kernel():
 
 
 @functools.cache
-def _has_pairs(device: torch.device) -> bool:
-    """Whether two bfloat16 are subtracted at once: Hopper and later."""
+def _is_hopper(device: torch.device) -> bool:
+    """Or later: two bfloat16 are subtracted at once, and a kernel may start while one ends."""
     if device.type != "cuda" or not torch.version.cuda:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def assembly_of(kind: str, device: torch.device) -> tuple[str, ...]:
-    code = ASSEMBLY[kind] if _has_pairs(device) else ""
+    code = ASSEMBLY[kind] if _is_hopper(device) else ""
     return tuple(code.replace("SHIFT", str(shift)) for shift in range(0, 16, BITS[kind]))
 
 
@@ -322,6 +325,7 @@ def _multiply(
     way = next(way for most, way in WAYS[BITS[kind]].items() if most >= M)
     parts = x.new_empty((splits, M, N) if splits > 1 else 1, dtype=torch.float32)
     whole = zeros is not None and zeros.dtype == torch.bfloat16
+    early = _is_hopper(x.device)  # of which the interpreter knows nothing
     _matmul_kernel()[(-(-N // way.rows), splits)](
         x, words, scales, x if zeros is None else zeros, x if bias is None else bias,
         y, parts, arrivals, M, N, K, G, tiles_each,
@@ -332,7 +336,8 @@ def _multiply(
         SHARE=_share(group, kind), CODES=assembly_of(kind, x.device),
         FULL=K % (16 // BITS[kind] * SPAN) == 0,
         BLOCK_M=max(LEAST_ROWS, 1 << (M - 1).bit_length()), BLOCK_N=way.rows,
-        num_warps=way.warps, num_stages=way.stages,
+        EARLY=early, num_warps=way.warps, num_stages=way.stages,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y
 
