@@ -165,10 +165,13 @@ def load(
 ) -> "tuple[Model, Dist]":
     """The model, or this rank's part of it, and the ranks that hold it between them."""
     from backends import parallel
+    from formats import filling
     from quantisation.apply import Rounding
 
     n, at_once = dist.world_size, rule if ckpt.base is None else None
-    dist = parallel.in_groups(dist, shard, ckpt.config, dtype, at_once)
+    packs = shard == "auto" and dist.device.type == "cuda" and rule is None
+    block_bytes = filling.block_bytes(ckpt, dtype) if packs else None
+    dist = parallel.in_groups(dist, shard, ckpt.config, dtype, at_once, block_bytes)
     if dist.group_size != n:
         raise wrong_number(dist.group_size, n)
     rounding = Rounding(rule) if rule else None

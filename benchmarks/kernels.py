@@ -35,8 +35,8 @@ KINDS = {  # of kernels, by what their names hold; the first that fits
     "products": r"gemm|cublas|cutlass|nvjet|xmma|addmm|::mm|matmul|linear",
     "attention": r"flash|fmha|attention|sdpa|decode_",
     "loss": r"cross_entropy|nll|logsumexp|softmax",
-    "copies": r"memcpy|memset|copy_",
     "compiled and own elementwise": r"^triton|norm|rotary|silu|gate",
+    "copies": r"memcpy|memset|copy_",
 }
 GAPS_US = (10, 100, 1000)
 
