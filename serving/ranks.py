@@ -59,7 +59,7 @@ class Leader:
         self._line, self._others = Line(dist), range(1, dist.world_size)
         self._threads: list[threading.Thread] = []
         self._loss: queue.SimpleQueue[Exception] = queue.SimpleQueue()
-        self._ends = False
+        self._over = False
 
     def watch(self, on_loss: Callable[[Exception], object]) -> None:
         """From now on: on_loss is called where a rank dies, in another thread."""
@@ -68,10 +68,9 @@ class Leader:
             try:
                 self._line.receive(rank, 1, torch.int64)  # it says no more than that it ends
             except RuntimeError:
-                if not self._ends:
-                    loss = ConnectionError(f"rank {rank} has ended, and the server with it")
-                    self._loss.put(loss)
-                    on_loss(loss)
+                loss = ConnectionError(f"rank {rank} has ended, and the server with it")
+                self._loss.put(loss)
+                on_loss(loss)
 
         for rank in self._others:
             self._threads.append(threading.Thread(target=wait_for, args=(rank,), daemon=True))
@@ -93,16 +92,16 @@ class Leader:
             self._line.send(rank, 0 if data is None else len(data), data)
 
     def end(self) -> None:
-        """There are no more turns. Returns when all have heard it."""
-        self._ends = True
+        """There are no more turns. Returns when all have said that they heard it."""
         for rank in self._others:
             self._line.send(rank, END)
         for thread in self._threads:
             thread.join()
+        self._over = True
 
     def dismiss(self) -> None:
         """Those that still run end at once, for this rank has failed."""
-        for rank in self._others:
+        for rank in () if self._over else self._others:  # who has ended does not listen
             with contextlib.suppress(RuntimeError):
                 self._line.send(rank, DISMISSAL)
 

@@ -72,9 +72,9 @@ class Service:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._thread.start()
         if self.leader is not None:
             self.leader.watch(lambda error: loop.call_soon_threadsafe(self._fail, error))
+        self._thread.start()
 
     def stop(self) -> None:
         """Waits for the thread; what is on its way is dropped."""
@@ -85,7 +85,8 @@ class Service:
     @property
     def ended(self) -> bool:
         """Whether all has gone well, to its end."""
-        return self.error is None and not self._thread.is_alive()
+        begun = self._thread.ident is not None
+        return begun and self.error is None and not self._thread.is_alive()
 
     def submit(self, asked: Asked, put: Callable[[tuple[Job, Event]], None]) -> list[Job]:
         """Jobs of a request. Refused, with 429, where too many wait already."""
@@ -139,8 +140,6 @@ class Service:
         if self.error is None:
             self.error = error
             self._deliver([(name, ENDED) for name in self.jobs])
-            if self.leader is not None:
-                self.leader.dismiss()
             self.on_error()
 
     # -- The thread's side --------------------------------------------------------------------

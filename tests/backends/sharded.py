@@ -89,7 +89,7 @@ def numbers(model, facts, dist, stream, batch=4) -> dict:
         assert len(found[name]) == 3 * len(prompts()) - 2, "each sample once"
     mine = [s.token_ids for s in local.generate(prompts()[:1], SAMPLING, 3, batch_size=batch)]
     found["of one prompt"] = sorted(ids for part in dist.gather(mine) for ids in part)
-    return found | {"served": served(model)}
+    return found
 
 
 def served(model) -> list:
@@ -111,7 +111,8 @@ def check(path, dist, size, stream) -> int:
     they weigh what costs/shards.py says. How many numbers were compared."""
     ckpt = checkpoint.open(path)
     facts = facts_of(ckpt, None, "float32", "cpu")
-    wanted = numbers(ckpt.load("float32"), facts, ALONE, stream)
+    whole = ckpt.load("float32")
+    wanted = numbers(whole, facts, ALONE, stream) | {"served": served(whole)}
     dist = in_groups(dist, size, ckpt.config, "float32")
     read, real = set(), filling.read
 
@@ -123,7 +124,7 @@ def check(path, dist, size, stream) -> int:
     model = load(ckpt, "float32", dist)
     filling.read = real
     check_shares(ckpt, model, dist, dist.gather(read))
-    found = numbers(model, facts, dist, stream)
+    found = numbers(model, facts, dist, stream) | {"served": served(model)}
     wrong = [name for name in wanted if found[name] != wanted[name]]
     assert not wrong, (path, size, wrong)
     return len(wanted)
