@@ -14,7 +14,8 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
+    from lm_eval.utils import env as templates
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ValueError(
@@ -144,15 +146,28 @@ def evaluate(asked: Asked, model: "Verbs", limit: int | None) -> dict:
     chat = model.chat
     for task in asked.tasks.values():  # each model is shown the examples that the first one was
         task.set_fewshot_seed(seed=SEED)
-    return evaluator.evaluate(
-        model,
-        asked.loaded,
-        limit=limit,
-        bootstrap_iters=0,
-        system_instruction=(chat and chat.system) or None,
-        apply_chat_template=chat is not None,
-        fewshot_as_multiturn=bool(chat and chat.as_turns),
-    )
+    with compiled_once():
+        return evaluator.evaluate(
+            model,
+            asked.loaded,
+            limit=limit,
+            bootstrap_iters=0,
+            system_instruction=(chat and chat.system) or None,
+            apply_chat_template=chat is not None,
+            fewshot_as_multiturn=bool(chat and chat.as_turns),
+        )
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """lm-eval compiles a task's templates anew for every document and every example of it, which
+    is most of what the making of its requests costs. A compiled one has no state of its own."""
+    compiled = templates.from_string
+    templates.from_string = functools.lru_cache(1024)(compiled)
+    try:
+        yield
+    finally:
+        templates.from_string = compiled
 
 
 # ---------------------------------------------------------------------------------------------
