@@ -12,6 +12,7 @@ and puts documents into another order.
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -20,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import cli
 from backends import Backend, Sampling
-from backends.pairs import score_pairs
+from backends.pairs import Ids, score_pairs
 from durable import Folder
 from tasks import drawing
 from tasks.chat import Chat
+from tasks.prompts import cut_safely
 
 try:
     from lm_eval import evaluator
@@ -236,39 +240,58 @@ class Verbs(TemplateLM):
     def _encode(
         self, texts: Iterable[str], add_special_tokens: bool | None = None
     ) -> dict[str, list[int]]:
+        found = self._ids(texts)
+        if add_special_tokens is False:
+            return {text: ids.tolist() for text, ids in found.items()}
+        return {text: self._start_of(text) + ids.tolist() for text, ids in found.items()}
+
+    def _start_of(self, text: str) -> list[int]:
+        begun = self.bos_text is not None and text.startswith(self.bos_text)
+        return [] if begun else self.start
+
+    def _ids(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
         """{text: token ids}, each text once."""
         texts = list(dict.fromkeys(texts))
-        found = {}
-        for text, ids in zip(texts, self.tok.encode_batch(texts, specials=self.chat is not None)):
-            begun = self.bos_text is not None and text.startswith(self.bos_text)
-            start = [] if begun or add_special_tokens is False else self.start
-            found[text] = start + ids.tolist()
-        self.check(max((max(ids, default=0) for ids in found.values()), default=0))
-        return found
+        found = self.tok.encode_batch(texts, specials=self.chat is not None)
+        self.check(int(max((ids.max() for ids in found if len(ids)), default=0)))
+        return dict(zip(texts, found))
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """lm-eval's rule of where a continuation begins, over all texts at once: spaces that end a
-        context begin the continuation, whose tokens are those of both after the context's."""
         moved = [_move_spaces(*request.args) for request in requests]
-        whole = self._encode(before + after for before, after in moved if before)
-        alone = self._encode(before for before, _ in moved if before)
-        bare = self._encode((after for before, after in moved if not before), False)
-        pairs = []
-        for before, after in moved:
-            if before:
-                context = alone[before]
-                pairs.append((context, whole[before + after][len(context) :]))
-            elif bare[after][:1] == [self.prefix_token_id]:
-                pairs.append((bare[after][:1], bare[after][1:]))
-            else:
-                pairs.append(([self.prefix_token_id], bare[after]))
+        pairs = self._pairs(moved)
         for request, (_, ids) in zip(requests, pairs):
-            if not ids:
+            if len(ids) == 0:
                 raise ValueError(
                     f"{request.task_name}, document {request.doc_id}: the continuation "
                     f"{request.args[1]!r} has no token of its own after its context"
                 )
         return self._score(pairs)
+
+    def _pairs(self, moved: list[tuple[str, str]]) -> list[tuple[Ids, Ids]]:
+        """lm-eval's rule of where a continuation begins: its tokens are those of both texts after
+        the context's. Of a context, only what follows its last safe cut is encoded again."""
+        cut = {before: self._cut(before) for before in dict.fromkeys(before for before, _ in moved)}
+        last = [cut[before][1] + after for before, after in moved]
+        ids = self._ids(itertools.chain(*cut.values(), last))
+        contexts = {}
+        for before, (head, rest) in cut.items():
+            start = np.array(self._start_of(before), dtype=np.int64)
+            contexts[before] = np.concatenate((start, ids[head], ids[rest]), dtype=np.int64)
+        pairs: list[tuple[Ids, Ids]] = []
+        for (before, after), text in zip(moved, last):
+            if before:
+                start, whole = self._start_of(before), self._start_of(before + after)
+                begins = len(start) + len(ids[cut[before][1]])
+                pairs.append((contexts[before], [*whole, *ids[text].tolist()][begins:]))
+            elif (bare := ids[text].tolist())[:1] == [self.prefix_token_id]:
+                pairs.append((bare[:1], bare[1:]))
+            else:
+                pairs.append(([self.prefix_token_id], bare))
+        return pairs
+
+    def _cut(self, text: str) -> tuple[str, str]:
+        """Special tokens of a chat may reach over what is a safe cut of other texts."""
+        return cut_safely(self.tok, text) if self.chat is None else ("", text)
 
     def _loglikelihood_tokens(self, requests: list, **kwargs) -> list[tuple[float, bool]]:
         return self._score([(before, after) for _, before, after in requests])
