@@ -15,6 +15,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,8 +151,9 @@ def evaluate(asked: Asked, model: "Verbs", limit: int | None) -> dict:
     chat = model.chat
     for task in asked.tasks.values():  # each model is shown the examples that the first one was
         task.set_fewshot_seed(seed=SEED)
+    start = time.perf_counter()
     with compiled_once():
-        return evaluator.evaluate(
+        found = evaluator.evaluate(
             model,
             asked.loaded,
             limit=limit,
@@ -160,6 +162,8 @@ def evaluate(asked: Asked, model: "Verbs", limit: int | None) -> dict:
             apply_chat_template=chat is not None,
             fewshot_as_multiturn=bool(chat and chat.as_turns),
         )
+    model.other_seconds = time.perf_counter() - start - model.verb_seconds
+    return found
 
 
 @contextmanager
@@ -178,10 +182,25 @@ def compiled_once() -> Iterator[None]:
 # The model
 
 
+def _timed(verb: Callable) -> Callable:
+    """Adds up what the verbs take, so that the rest of an evaluation is lm-eval's."""
+
+    @functools.wraps(verb)
+    def timed(self: "Verbs", requests: list, disable_tqdm: bool = False) -> list:
+        start = time.perf_counter()
+        answers = verb(self, requests)
+        self.verb_seconds += time.perf_counter() - start
+        return answers
+
+    return timed
+
+
 class Verbs(TemplateLM):
     """lm-eval's LM over a backend. bos: whether a text begins with the tokenizer's BOS, as its own
     add_special_tokens would have it; counted once where the text holds it already. check: is given
-    the highest token of all, and refuses one that the model does not have."""
+    the highest token of all, and refuses one that the model does not have. Of an evaluation's
+    seconds, `seconds` went by in the model, `verb_seconds` with the tokenizer's in them, and
+    `other_seconds` in lm-eval's code, which makes the requests and counts the answers."""
 
     def __init__(
         self,
@@ -200,7 +219,8 @@ class Verbs(TemplateLM):
         self.batch_tokens, self.tok = batch_tokens, backend.facts.tokenizer
         self.start = [self.tok.bos_token_id] if bos else []
         self.bos_text = self.tok.decode(self.start) if bos else None
-        self.tokens, self.seconds, self.resumed = 0, 0.0, 0
+        self.tokens, self.resumed = 0, 0
+        self.seconds, self.verb_seconds, self.other_seconds = 0.0, 0.0, 0.0
 
     @property
     def eot_token_id(self) -> int:
@@ -256,7 +276,8 @@ class Verbs(TemplateLM):
         self.check(int(max((ids.max() for ids in found if len(ids)), default=0)))
         return dict(zip(texts, found))
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    @_timed
+    def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
         moved = [_move_spaces(*request.args) for request in requests]
         pairs = self._pairs(moved)
         for request, (_, ids) in zip(requests, pairs):
@@ -275,8 +296,8 @@ class Verbs(TemplateLM):
         ids = self._ids(itertools.chain(*cut.values(), last))
         contexts = {}
         for before, (head, rest) in cut.items():
-            start = np.array(self._start_of(before), dtype=np.int64)
-            contexts[before] = np.concatenate((start, ids[head], ids[rest]), dtype=np.int64)
+            parts = (np.array(self._start_of(before), dtype=np.int64), ids[head], ids[rest])
+            contexts[before] = np.concatenate(parts)
         pairs: list[tuple[Ids, Ids]] = []
         for (before, after), text in zip(moved, last):
             if before:
@@ -301,7 +322,8 @@ class Verbs(TemplateLM):
         self._count(found.tokens)
         return list(zip(found.logprobs.tolist(), found.greedy.tolist()))
 
-    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+    @_timed
+    def loglikelihood_rolling(self, requests: list) -> list[float]:
         """Every token of each text once, in windows of the context's length, the last of which
         overlaps the one before it."""
         texts = [request.args[0] for request in requests]
@@ -316,7 +338,8 @@ class Verbs(TemplateLM):
         values = iter([value for value, _ in self._score(pairs)])
         return [sum(next(values) for _ in range(n)) for n in counts]
 
-    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+    @_timed
+    def generate_until(self, requests: list) -> list[str]:
         """A text for each request, cut before its first stop string. Drawn again after a kill are
         those that no journal holds."""
         encoded = self._encode(request.args[0] for request in requests)
