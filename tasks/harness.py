@@ -171,7 +171,12 @@ def compiled_once() -> Iterator[None]:
     """lm-eval compiles a task's templates anew for every document and every example of it, which
     is most of what the making of its requests costs. A compiled one has no state of its own."""
     compiled = templates.from_string
-    templates.from_string = functools.lru_cache(1024)(compiled)
+    known = functools.lru_cache(1024)(compiled)
+
+    def from_string(source, *how, **named):  # a task's own code may give it more, which is its own
+        return compiled(source, *how, **named) if how or named else known(source)
+
+    templates.from_string = from_string
     try:
         yield
     finally:
