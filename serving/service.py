@@ -24,7 +24,7 @@ from serving.asked import Asked
 from serving.fields import Refused
 from serving.ranks import Leader
 from serving.scores import Ending, Scores
-from serving.work import Begin, Drop, Event, Failed, News, Told, Work
+from serving.work import Drop, Event, Failed, News, Prompt, Told, Work
 
 LOOK = 5.0  # seconds; as often is it asked whether torchrun is still there
 ENDED = Failed("the engine has ended")
@@ -65,7 +65,7 @@ class Service:
         self.error: Exception | None = None  # what ended the engine
         self.on_error: Callable[[], object] = lambda: None
         self._names = itertools.count()
-        self._inbox: queue.SimpleQueue[Begin | Drop | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Prompt | Drop | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- The loop's side ----------------------------------------------------------------------
@@ -102,7 +102,7 @@ class Service:
         self.counts["prompt_tokens"] += sum(map(len, asked.prompts))
         for job in jobs:
             self.jobs[job.name] = job
-            self._inbox.put(Begin(job.name, replace(asked, prompts=[job.prompt], echoed=None)))
+            self._inbox.put(Prompt(job.name, replace(asked, prompts=[job.prompt], echoed=None)))
         return jobs
 
     def cancel(self, jobs: Collection[Job]) -> None:
@@ -167,7 +167,7 @@ class Service:
 
     def _take(self) -> News | None:
         """What came in; waits where there is nothing to do. None: it is time to end."""
-        news: list[Begin | Drop] = []
+        news: list[Prompt | Drop] = []
         while not (news or self.work.busy) or not self._inbox.empty():
             one = self._wait()
             if one is None:
@@ -175,7 +175,7 @@ class Service:
             news.append(one)
         return news
 
-    def _wait(self) -> Begin | Drop | None:
+    def _wait(self) -> Prompt | Drop | None:
         dist = self.work.dist
         while not dist.is_orphan:
             with dist.waiting(), contextlib.suppress(queue.Empty):

@@ -1,7 +1,7 @@
 """What is done for the prompts of all requests, in turns: scores, and samples, of one engine.
 
     work = Work(model, texts, capacity, end_ids, logprobs=20, batch_tokens=4096, dist=dist)
-    work.take([Begin(7, asked)])            # of one prompt, under a name that nothing else has
+    work.take([Prompt(7, asked)])           # under a name that nothing else has
     work.score(), work.step()               # [(7, event)]: what became known
     work.take([Drop(7)])                    # nothing more comes of it, and its rows are free
 
@@ -40,38 +40,9 @@ SHORTAGES = 5  # of memory in a row
 NAN = "the model gives NaN: no answer can be had"
 
 
-@dataclass(frozen=True)
-class Begin:
-    """What is asked of one prompt. name: what it is called from now on."""
-
-    name: int
-    asked: Asked
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Nobody waits for a prompt any more; one that is over is no error."""
-
-    name: int
-
-
-News = Sequence[Begin | Drop]
-
-
-class Failed(NamedTuple):
-    """Why a prompt gets no answer; status: HTTP's, 503 where it may be asked again."""
-
-    reason: str
-    status: int = 500
-
-
-Event = Token | Ending | Sample | Scores | Failed
-Told = list[tuple[int, Event]]
-
-
 @dataclass(eq=False)
 class Prompt:
-    """One that is drawn from, scored, or waits."""
+    """What is asked of one prompt, alone in `asked`. name: what it is called from now on."""
 
     name: int
     asked: Asked
@@ -88,6 +59,27 @@ class Prompt:
     def key(self) -> str:
         """Names it in the random streams."""
         return hashlib.sha256(self.ids.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Nobody waits for a prompt any more; one that is over is no error."""
+
+    name: int
+
+
+News = Sequence[Prompt | Drop]
+
+
+class Failed(NamedTuple):
+    """Why a prompt gets no answer; status: HTTP's, 503 where it may be asked again."""
+
+    reason: str
+    status: int = 500
+
+
+Event = Token | Ending | Sample | Scores | Failed
+Told = list[tuple[int, Event]]
 
 
 class Work:
@@ -131,8 +123,8 @@ class Work:
 
     def take(self, news: News) -> None:
         for one in news:
-            if isinstance(one, Begin):
-                self._begin(Prompt(one.name, one.asked))
+            if isinstance(one, Prompt):
+                self._begin(one)
             else:
                 self._drop(one.name)
 
