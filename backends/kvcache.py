@@ -348,7 +348,7 @@ class DecodeCache:
         parts, lse = decode_attention(
             q, k, v, own, prompts, self.row_prompt, self.tiles, self.read_limit, **options
         )
-        return merge_parts(parts, lse).to(q.dtype)[:, :, None]
+        return merge_parts(parts, lse, q.dtype)[:, :, None]
 
     def _plan_tiles(self, prompts) -> torch.Tensor:
         """Rows that continue the same prompt, together: see gpu_kernels/decode_attention.py."""

@@ -76,3 +76,16 @@ def seconds_under_graph(run: Callable[[], Any], times: int = 20) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / times
+
+
+def measured_limits() -> tuple[float, float]:
+    """(bytes a second of a copy, read and written; FLOP a second of one large bfloat16 product) of
+    this card in this minute; on a CPU an H100's."""
+    if not torch.cuda.is_available():
+        return 2.95e12, 736e12
+    place = torch.empty(2, 2**31, dtype=torch.int8, device="cuda")
+    copied = place.numel() / seconds_under_graph(lambda: place[0].copy_(place[1]))
+    n, half = 8192, {"dtype": torch.bfloat16, "device": "cuda"}
+    a, b = torch.randn(n, n, **half), torch.randn(n, n, **half)
+    product = torch.empty(n, n, **half)
+    return copied, 2 * n**3 / seconds_under_graph(lambda: torch.mm(a, b, out=product))

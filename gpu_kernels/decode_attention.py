@@ -1,7 +1,7 @@
 """One decode step's attention: each row's one new query over its prompt and its own tokens.
 
     out, lse = decode_attention(q, k_new, v_new, own, prompts, row_prompt, tiles, read_limit)
-    out = merge_parts(out, lse)
+    out = merge_parts(out, lse, torch.bfloat16)
 
 Keys lie in two places: prompts, each kept once however many rows continue it, and every row's own
 tokens. On CUDA one Triton kernel reads both, each for exactly as long as it is filled: lengths are
@@ -31,6 +31,7 @@ WIDE = 256  # or where values are wider than this: each query's mixture of them 
 BLOCK_BYTES = 16384  # keys of one step of the kernel's loop, in the queries' dtype
 WARPS, STAGES = 4, 2
 CODE_BYTES, CODE_WARPS, CODE_STAGES = 16384, 4, 3  # the same where keys and values are codes
+MERGED = 2048  # numbers of each part that one program merges
 LOG2_E = 1.4426950408889634
 
 
@@ -392,9 +393,49 @@ def _decode_torch(
     return out.reshape(1, B, H, E).float(), q.new_zeros((1, B, H), dtype=torch.float32)
 
 
-def merge_parts(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Attention [B, H, E], float32, from that over disjoint keys [X, B, H, E] and base-2 lse."""
-    if len(out) == 1:
-        return out[0]
-    share = torch.exp2(lse - lse.amax(dim=0))
-    return (out * share[..., None]).sum(dim=0) / share.sum(dim=0)[..., None]
+@functools.cache
+def _merge_kernel():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def merge(
+        out, lse, y, X, N, E,
+        BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    ):  # fmt: skip
+        """One program BLOCK_N of all N rows and heads."""
+        n, e = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
+        inside = (n < N)[:, None] & (e < E)[None, :]
+        top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        for x in range(X):
+            top = tl.maximum(top, tl.load(lse + x * N + n, mask=n < N, other=0.0))
+        total = tl.zeros([BLOCK_N], tl.float32)
+        mixed = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+        at = n[:, None].to(tl.int64) * E + e[None, :]
+        for x in range(X):
+            share = tl.exp2(tl.load(lse + x * N + n, mask=n < N, other=0.0) - top)
+            part = tl.load(out + x * N * E + at, mask=inside, other=0.0)
+            total += share
+            mixed += share[:, None] * part
+        tl.store(y + at, (mixed / total[:, None]).to(y.dtype.element_ty), mask=inside)
+
+    return merge
+
+
+def merge_parts(
+    out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Attention [B, H, E] in `dtype` from that over disjoint keys [X, B, H, E] and base-2 lse."""
+    X, B, H, E = out.shape
+    if X == 1:
+        return out[0].to(dtype)
+    if not out.is_cuda or torch.compiler.is_compiling():
+        share = torch.exp2(lse - lse.amax(dim=0))
+        return ((out * share[..., None]).sum(dim=0) / share.sum(dim=0)[..., None]).to(dtype)
+    y = torch.empty((B, H, E), dtype=dtype, device=out.device)
+    block_e = _power_of_2(E)
+    block_n = max(1, MERGED // block_e)
+    _merge_kernel()[(-(-B * H // block_n),)](
+        out, lse, y, X, B * H, E, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=4
+    )
+    return y

@@ -1,6 +1,7 @@
 """What lies between the matrix products of a block, each in one pass over memory, for eager CUDA.
 
     y = norm(x, weight, bias, 1e-5, rms=True, offset=0.0, dtype=torch.bfloat16)     # [..., C]
+    x, y = add_and_norm(x, branch, weight, …)               # of x + branch
     rotate_(heads, cos, sin)                                # [B, T, H, D], in place
     h = gated(gate_and_up, "silu")                          # [..., 2F] -> [..., F]
 
@@ -65,14 +66,18 @@ def _norm_kernel():
 
     @triton.jit
     def norm(
-        x, weight, bias, y, C, eps, offset,
-        RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+        x, branch, total, weight, bias, y, C, eps, offset,
+        ADD: tl.constexpr, RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One program a row [C]."""
+        """One program a row [C]: of x, or of x + branch, which is kept."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < C
         a = tl.load(x + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            a += tl.load(branch + row * C + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(total + row * C + column, a, mask=inside)
         if not RMS:
             a = tl.where(inside, a - tl.sum(a, axis=0) / C, 0.0)
         a = a * tl.rsqrt(tl.sum(a * a, axis=0) / C + eps)
@@ -153,17 +158,36 @@ def norm(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """RMSNorm or LayerNorm of x [..., C], C <= MAX_WIDTH, times weight + offset, in `dtype`."""
-    C = x.shape[-1]
+    return add_and_norm(x, None, weight, bias, eps, rms=rms, offset=offset, dtype=dtype)[1]
+
+
+def add_and_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    rms: bool,
+    offset: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + branch, its norm), both in one pass: x [..., C] float32, branch alike in any dtype."""
+    C, total = x.shape[-1], x
     assert C <= MAX_WIDTH and x.is_contiguous(), (x.shape, x.stride())
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if branch is not None:
+        assert x.dtype == torch.float32 and branch.shape == x.shape, (x.dtype, branch.shape)
+        branch, total = branch.contiguous(), torch.empty_like(x)
     if x.numel():
         block = 1 << (C - 1).bit_length()
         _norm_kernel()[(x.numel() // C,)](
-            x, x if weight is None else weight, x if bias is None else bias, y, C, eps, offset,
+            x, x if branch is None else branch, total, x if weight is None else weight,
+            x if bias is None else bias, y, C, eps, offset, ADD=branch is not None,
             RMS=rms, WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
-    return y
+    return total, y
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
