@@ -5,7 +5,7 @@
 A row's randomness is a function of (seed, key of its prompt, sample index, position), whatever its
 neighbours are: no state is kept, and the bits are the same on every device. To add a parameter of
 sampling: a field and its check in backends.Sampling, a column here, its lines in sample_tokens and
-in gpu_kernels/sampling.py, which is the same in one kernel.
+in gpu_kernels/token_sampling.py, which is the same in one kernel.
 
 Shapes: B rows, V vocabulary
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from backends import Sampling
-from gpu_kernels import sampling
+from gpu_kernels import token_sampling
 
 # The parameters that the device knows of each row, by their names in Sampling: the type of the
 # column [B], and the value at which the parameter does nothing
@@ -83,7 +83,7 @@ def sample_tokens(
     if logits.is_cuda and "temperature" in features:
         parameters = columns["temperature"], columns["top_p"], columns["top_k"]
         wanted = "top_p" in features, "top_k" in features
-        return sampling.sample(logits, keys, position, parameters, wanted)
+        return token_sampling.sample(logits, keys, position, parameters, wanted)
     return sample_plainly(logits, keys, position, columns, features)
 
 

@@ -30,8 +30,7 @@ from backends import sampling  # noqa: E402
 from backends.engine import Capacity, Engine  # noqa: E402
 from benchmarks import cases  # noqa: E402
 from config import load_config  # noqa: E402
-from gpu_kernels import decode_attention  # noqa: E402
-from gpu_kernels import sampling as sampling_kernel  # noqa: E402
+from gpu_kernels import decode_attention, token_sampling  # noqa: E402
 
 PROFILED = 6  # steps
 TILES = ((64, 4, 2), (64, 4, 1), (64, 4, 3), (32, 4, 2), (32, 4, 1), (128, 4, 1), (64, 2, 2))
@@ -181,10 +180,10 @@ def drawing(size, V: int, how: tuple[int, int] | None) -> dict:
         us = cases.seconds_under_graph(lambda: plain(logits, keys, position, columns, features))
         return {"us": us * 1e6}
     names = "BLOCK", "WARPS"
-    saved = [getattr(sampling_kernel, name) for name in names]
+    saved = [getattr(token_sampling, name) for name in names]
     try:
         for name, value in zip(names, how):
-            setattr(sampling_kernel, name, value)
+            setattr(token_sampling, name, value)
         draw = sampling.sample_tokens
         us = cases.seconds_under_graph(lambda: draw(logits, keys, position, columns, features))
         same = draw(logits, keys, position, columns, features)
@@ -192,7 +191,7 @@ def drawing(size, V: int, how: tuple[int, int] | None) -> dict:
         return {"us": us * 1e6, "same": int((same == plain).sum())}
     finally:
         for name, value in zip(names, saved):
-            setattr(sampling_kernel, name, value)
+            setattr(token_sampling, name, value)
 
 
 def all_cases(small: bool, size, device: str):

@@ -1,13 +1,12 @@
 """rows.py: rows refill, idle ones stay where they may, a host that looks late sees the same. The
 tokens themselves: test_engine.py; the captured step: tests/gpu/test_engine_gpu.py."""
 
-from test_engine import draw, plain_greedy, ragged_prompts, run, says, small_model
-
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_engine import draw, plain_greedy, ragged_prompts, run, says, small_model
 
 from backends import Sampling, engine, rows
 from backends.engine import Capacity, Engine, generate
