@@ -268,6 +268,11 @@ def default_batch_size(
     return next((rows for rows in sizes if rows * own + kept(rows) <= tokens), 1)
 
 
+def prompts_at_once(kept: int, n_samples: int, rows: int) -> int:
+    """Of so many that are kept, those of whose samples rows are full, stragglers' included."""
+    return min(rows, -(-2 * rows // n_samples) + 6, kept)
+
+
 def shared_tokens(model: Model, prompts: list[list[int]], n_samples: int) -> list[int]:
     """How many of each prompt's first tokens are kept once for all prompts that have them too.
 
@@ -338,11 +343,7 @@ def generate(
     shared = shared_tokens(model, prompts, n_samples)
     kept = len({tuple(p[:n]) for p, n in zip(prompts, shared)})
     own = max(len(p) - n for p, n in zip(prompts, shared))
-
-    def alive(rows: int) -> int:
-        """Prompts at once of so many rows, stragglers' included."""
-        return min(rows, -(-2 * rows // n_samples) + 6, kept)
-
+    alive = functools.partial(prompts_at_once, kept, n_samples)
     if batch_size is None:
         batch_size = default_batch_size(model, own - 1, S, lambda rows: alive(rows) * P, kv_dtype)
     units = plan_units(len(prompts), n_samples, batch_size) if units is None else units
