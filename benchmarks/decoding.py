@@ -144,8 +144,7 @@ def attention(size, G: int, R: int, tile: tuple[int, int, int]) -> dict:
     def run():
         for i in range(layers):
             own = k[i], v[i], lengths
-            parts = decode_attention.decode_attention(q, new, new, own, prompts, zeros, tiles, S)
-            decode_attention.merge_parts(*parts, dtype)
+            decode_attention.decode_attention(q, new, new, own, prompts, zeros, tiles, S)
 
     def set_to(values):
         for name, value in zip(names, values):

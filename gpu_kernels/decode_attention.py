@@ -1,7 +1,6 @@
 """One decode step's attention: each row's one new query over its prompt and its own tokens.
 
-    out, lse = decode_attention(q, k_new, v_new, own, prompts, row_prompt, tiles, read_limit)
-    out = merge_parts(out, lse, torch.bfloat16)
+    y = decode_attention(q, k_new, v_new, own, prompts, row_prompt, tiles, read_limit)
 
 Keys lie in two places: prompts, each kept once however many rows continue it, and every row's own
 tokens. On CUDA one Triton kernel reads both, each for exactly as long as it is filled: lengths are
@@ -60,19 +59,20 @@ def _kernel():
 
     @triton.jit
     def attend(
-        q, k_new, v_new, k, k_scales, v, v_scales, lengths, tiles, first, out, lse,
+        q, k_new, v_new, k, k_scales, v, v_scales, lengths, tiles, first, out, lse, y,
         stride_q, stride_k, stride_v,
-        S, H, G, B, tile_width, scale, cap,
+        S, H, G, B, parts, tile_width, scale, cap,
         R: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
         E: tl.constexpr, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
         M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr,
-        WINDOW: tl.constexpr, CAP: tl.constexpr, MOST: tl.constexpr,
+        WINDOW: tl.constexpr, CAP: tl.constexpr, MOST: tl.constexpr, LAST: tl.constexpr,
     ):  # fmt: skip
         """One tile of M queries, one key head, HEADS of its R query heads, which are so many
         GROUPS, one part of the keys. OWN: a tile is a row with its own keys, the new one among
         them; otherwise tiles [., 1 + rows]: a prompt, and its rows. LATENT: the first so many
         channels of a key are scored alone, the others are its value. MOST: the largest of the
-        codes that keys and values are, or 0. Scores, and so scale and cap, are in base 2. Long,
+        codes that keys and values are, or 0. Scores, and so scale and cap, are in base 2. A part
+        and its lse go to `out`; of the LAST one its mixture with those `parts` there to y. Long,
         since Triton keeps no arrays between functions: the running maximum, sum and mixture, MOST
         times what it is, live in registers from start to end."""
         tile, split = tl.program_id(0), tl.program_id(2)
@@ -167,13 +167,29 @@ def _kernel():
             mixed = mixed * fade[:, None]
             mixed += tl.dot(weights, block, input_precision="ieee")
             top = new_top
+        if LAST:
+            for x in range(0, parts):
+                part_at = (x * B + row.to(tl.int64)) * H + head
+                of_part = tl.load(lse + part_at, mask=real, other=float("-inf"))
+                part = out + part_at[:, None] * E + d[None, :]
+                part = tl.load(part, mask=real[:, None] & (d < E)[None, :], other=0.0)
+                higher = tl.maximum(top, of_part)
+                kept, added = tl.exp2(top - higher), tl.exp2(of_part - higher)
+                total = total * kept + added
+                mixed = mixed * kept[:, None] + part * (added * (MOST or 1))[:, None]
+                top = higher
         seen_any = total > 0.0
         divisor = tl.where(seen_any, total, 1.0)
         at = (split * B + row.to(tl.int64)) * H + head
-        tl.store(lse + at, tl.where(seen_any, top + tl.log2(divisor), float("-inf")), mask=real)
-        out_at = out + at[:, None] * E + d[None, :]
         mixed = mixed / (divisor * (MOST or 1))[:, None]
-        tl.store(out_at, mixed, mask=real[:, None] & (d < E)[None, :])
+        out_at = at[:, None] * E + d[None, :]
+        if LAST:
+            tl.store(
+                y + out_at, mixed.to(y.dtype.element_ty), mask=real[:, None] & (d < E)[None, :]
+            )
+        else:
+            tl.store(lse + at, tl.where(seen_any, top + tl.log2(divisor), float("-inf")), mask=real)
+            tl.store(out + out_at, mixed, mask=real[:, None] & (d < E)[None, :])
 
     return attend
 
@@ -195,8 +211,9 @@ def _heads(R: int, E: int) -> tuple[int, int]:
     return heads, -(-R // heads)
 
 
-def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, softcap):
-    """One call of the kernel; its own arguments, which say themselves what they are."""
+def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, softcap, y=None):
+    """One call of the kernel; its own arguments, which say themselves what they are. y: where the
+    mixture of all parts goes, of which out and lse are those that are there."""
     k, k_scales, v, v_scales, lengths = kept
     (B, H, D), E = q.shape, new[1].shape[-1]
     (G, S), latent = k.shape[1:3], D - E if v is None else 0
@@ -207,12 +224,13 @@ def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, s
     block_n = max(16, min(128, size // (block_d * q.element_size())))
     _kernel()[(n_tiles, G * groups, splits)](
         q, *new, k, k_scales, k if v is None else v, v_scales, lengths, tiles, first, out, lse,
-        q.stride(0), new[0].stride(0), new[1].stride(0),
-        S, H, G, B, tiles.shape[1], scale * LOG2_E, softcap * LOG2_E,
+        out if y is None else y, q.stride(0), new[0].stride(0), new[1].stride(0),
+        S, H, G, B, len(out), tiles.shape[1], scale * LOG2_E, softcap * LOG2_E,
         R=H // G, HEADS=heads, GROUPS=groups, D=D, E=E, LATENT=latent, BLOCK_D=block_d,
         BLOCK_L=_power_of_2(latent), M=_power_of_2(heads * rows), BLOCK_N=block_n, SPLITS=splits,
         OWN=own, WINDOW=first is not None, CAP=softcap > 0,
-        MOST=0 if k_scales is None else LARGEST[k.dtype], num_warps=warps, num_stages=stages,
+        MOST=0 if k_scales is None else LARGEST[k.dtype], LAST=y is not None, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
 
 
@@ -253,15 +271,14 @@ def decode_attention(  # one step's tensors, and the terms that attention.attend
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Store each row's new key and value, and attend to all that the row sees, as it is stored.
 
     q [B, H, D]; k_new, v_new [B, G, D]; own: k, v [B, G, S, D] and lengths [B], of which so many
     are filled; prompts: the same [N, G, P, D] and [N]; row_prompt [B]: each row's; tiles:
     plan_tiles(row_prompt). v, and v_new, may have another width E <= D; v None: the last E channels
     of k, and v_new of k_new. read_limit: an upper bound of the rows' lengths + 1 (torch only).
-    window, softcap, scale: as in attention.attend. Returns parts [X, B, H, E] and the base-2
-    log-sum-exp of their scores [X, B, H], both float32, for `merge_parts`.
+    window, softcap, scale: as in attention.attend. Returns [B, H, E] in q's dtype.
     """
     if not q.is_cuda:
         return _decode_torch(
@@ -307,38 +324,31 @@ def _decode_triton(
     window: int,
     softcap: float,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Writes k, v and scales in place. Compiled, it is an operator, whose schema knows tensors and
     numbers only: hence so many. window, softcap 0: none."""
     own = k, k_scales, v, v_scales, lengths
     prompts = prompt_k, prompt_k_scales, prompt_v, prompt_v_scales, prompt_lengths
     q, k_new, v_new = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k_new, v_new))
-    n_own, n_prompt = _parts(q, k, prompt_k, tiles, v_new)
-    out, lse = _empty(q, v_new, n_own + n_prompt)
-    first = lengths - (window - 1) if window else None
-    new = (k_new, v_new)
-    _launch(True, len(q), q, new, own, tiles, first, out, lse, n_own, scale, softcap)
-    if n_prompt:
-        if first is not None:
-            first = first + prompt_lengths[row_prompt]
-        _launch(
-            False, len(tiles), q, new, prompts, tiles, first, out[n_own:], lse[n_own:],
-            n_prompt, scale, softcap,
-        )  # fmt: skip
-    return out, lse
-
-
-def _parts(q, k, prompt_k, tiles, v_new):
-    """Parts of a row's own keys and of its prompt's."""
-    G, S, P = k.shape[1], k.shape[2], prompt_k.shape[2]
+    G, S, P = *k.shape[1:3], prompt_k.shape[2]
     programs = G * _heads(q.shape[1] // G, v_new.shape[-1])[1]
-    return _splits(len(q), programs, S), _splits(len(tiles), programs, P) if P else 0
-
-
-def _empty(q, v_new, parts):
-    shape = (parts, *q.shape[:2])
-    out = q.new_empty((*shape, v_new.shape[-1]), dtype=torch.float32)
-    return out, q.new_empty(shape, dtype=torch.float32)
+    n_own, n_prompt = _splits(len(q), programs, S), _splits(len(tiles), programs, P) if P else 0
+    # what few rows are split into is merged by a kernel of its own, else the last part merges all
+    n_apart = n_own if n_own > 1 else 0
+    y = q.new_empty((*q.shape[:2], v_new.shape[-1]))
+    out = q.new_empty((n_apart + n_prompt, *y.shape), dtype=torch.float32)
+    lse = q.new_empty(out.shape[:-1], dtype=torch.float32)
+    first = lengths - (window - 1) if window else None
+    terms, new = (scale, softcap), (k_new, v_new)
+    if n_prompt:
+        of_prompt = None if first is None else first + prompt_lengths[row_prompt]
+        there = out[n_apart:], lse[n_apart:], n_prompt
+        _launch(False, len(tiles), q, new, prompts, tiles, of_prompt, *there, *terms)
+    if not n_apart:
+        _launch(True, len(q), q, new, own, tiles, first, out, lse, 1, *terms, y)
+        return y
+    _launch(True, len(q), q, new, own, tiles, first, out[:n_own], lse[:n_own], n_own, *terms)
+    return merge_parts(out, lse, q.dtype)
 
 
 _operator = torch.library.custom_op(
@@ -348,7 +358,7 @@ _operator = torch.library.custom_op(
 
 @_operator.register_fake
 def _(q, k_new, v_new, k, ks, v, vs, n, prompt_k, pks, pv, pvs, pn, rp, tiles, *terms):
-    return _empty(q, v_new, sum(_parts(q, k, prompt_k, tiles, v_new)))
+    return q.new_empty((*q.shape[:2], v_new.shape[-1]))
 
 
 def _decode_torch(
@@ -356,7 +366,7 @@ def _decode_torch(
 ):
     """The same in plain operations, prompt and own keys side by side under a mask."""
     (k, v, lengths), (prompt_k, prompt_v, prompt_lengths) = own, prompts
-    (B, H, D), G = q.shape, k.shape[1]
+    (B, H, D), G, dtype = q.shape, k.shape[1], q.dtype
     rows, E = torch.arange(B, device=q.device), v_new.shape[-1]
     at = rows, slice(None), lengths.clamp(max=k.shape[2] - 1)
     for room, new in ((k, k_new), (v, v_new)):
@@ -390,7 +400,7 @@ def _decode_torch(
         out = scores.softmax(-1) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    return out.reshape(1, B, H, E).float(), q.new_zeros((1, B, H), dtype=torch.float32)
+    return out.reshape(B, H, E).to(dtype)
 
 
 @functools.cache
@@ -399,10 +409,7 @@ def _merge_kernel():
     import triton.language as tl
 
     @triton.jit
-    def merge(
-        out, lse, y, X, N, E,
-        BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    ):  # fmt: skip
+    def merge(out, lse, y, X, N, E, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
         """One program BLOCK_N of all N rows and heads."""
         n, e = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
         inside = (n < N)[:, None] & (e < E)[None, :]
@@ -429,7 +436,7 @@ def merge_parts(
     X, B, H, E = out.shape
     if X == 1:
         return out[0].to(dtype)
-    if not out.is_cuda or torch.compiler.is_compiling():
+    if not out.is_cuda:
         share = torch.exp2(lse - lse.amax(dim=0))
         return ((out * share[..., None]).sum(dim=0) / share.sum(dim=0)[..., None]).to(dtype)
     y = torch.empty((B, H, E), dtype=dtype, device=out.device)

@@ -1,11 +1,16 @@
 """The plain form of a decode step's attention against a loop over rows and heads in float64, the
-grouping of rows for the kernel, and merging. tests/gpu/test_engine_gpu.py compares the kernel."""
+grouping of rows for the kernel, and merging. tests/gpu/test_engine_gpu.py compares the kernel on
+CUDA, the last test here in Triton's interpreter."""
+
+import inspect
 
 import numpy as np
 import pytest
 import torch
 from eight_bits import dequantised
+from interpreted import expose, interpreted
 
+from gpu_kernels import decode_attention as kernels
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
 from gpu_kernels.kv_codes import DTYPES, Codes, read
 
@@ -48,7 +53,7 @@ def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R, softca
     own, prompts = [*own, torch.tensor(lengths)], [*prompts, torch.tensor(prefix_lengths)]
     where = torch.tensor(prefix), plan_tiles(prefix, N, R, torch.float64), int(lengths.max()) + 1
     terms = {"window": window or None, "softcap": softcap, "scale": scale}
-    got = merge_parts(*decode_attention(*as_torch, own, prompts, *where, **terms))
+    got = decode_attention(*as_torch, own, prompts, *where, **terms)
     for b in range(B):
         n, p = lengths[b], prefix[b]
         for h in range(G * R):
@@ -94,3 +99,35 @@ def test_merging_parts_is_attention_over_all_keys():
     out, lse = torch.tensor(np.array(out))[:, None, None], torch.tensor(lse)[:, None, None]
     merged = merge_parts(out.float(), lse.float())[0, 0]
     np.testing.assert_allclose(merged, softmax_attention(q, keys, values), rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("programs", [1, 264])  # the second splits each row's keys
+@pytest.mark.parametrize("P, window, softcap", [(30, 0, None), (90, 17, 2.0), (0, 0, None)])
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_the_kernel_in_the_interpreter(monkeypatch, programs, P, window, softcap, kind):
+    """TRITON_INTERPRET=1 python -m pytest tests/gpu_kernels/test_decode_attention.py"""
+    kernel = kernels._kernel()
+    keep = next(f for f in inspect.getclosurevars(kernel.fn).nonlocals.values() if hasattr(f, "fn"))
+    expose(monkeypatch, kernels, kernel, keep, kernels._merge_kernel())
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    B, N, G, R, D, S = 3, 2, 2, 3, 24, 140
+    g = torch.Generator().manual_seed(P)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    def room(*shape):
+        return normal(*shape) if kind is None else Codes.of(normal(*shape), DTYPES[kind])
+
+    q, k_new, v_new = normal(B, G * R, D), normal(B, G, D), normal(B, G, D)
+    own, prompts = [room(B, G, S, D) for _ in range(2)], [room(N, G, P, D) for _ in range(2)]
+    own, prompts = [*own, torch.tensor([0, 5, S - 1])], [*prompts, torch.tensor([P, P // 3])]
+    of_row = torch.tensor([0, 1, 0])
+    tiles = plan_tiles(of_row, N, R, torch.float32)
+    parts = *kernels._parts_of(own), *kernels._parts_of(prompts)
+    terms = window or None, softcap, None
+    wanted = kernels._decode_torch(q, k_new, v_new, own, prompts, of_row, S, *terms)
+    how = window, softcap or 0.0, D**-0.5
+    found = kernels._decode_triton(q, k_new, v_new, *parts, of_row, tiles, *how)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
