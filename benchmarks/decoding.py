@@ -7,8 +7,9 @@
 the time between kernels, and what the host does meanwhile; `compiled` of 4 layers only, beside as
 many eager ones, since compiling 32 takes most of a minute. `products`: a layer's four and the head,
 by cuBLAS, of so many rows. `attention`: of a layer, over own keys of three lengths, with other
-constants of the kernel (keys of a step of its loop, warps, stages). `sampling`: temperature 0.8 and
-top-p 0.95, beside the plain operations. Times are of CUDA graphs, replayed.
+constants of the kernel (keys of a step of its loop, warps, stages, programs beyond which keys are
+not split). `sampling`: temperature 0.8 and top-p 0.95, beside the plain operations. Times are of
+CUDA graphs, replayed.
 """
 
 import sys
@@ -33,8 +34,8 @@ from config import load_config  # noqa: E402
 from gpu_kernels import decode_attention, token_sampling  # noqa: E402
 
 PROFILED = 6  # steps
-TILES = ((64, 4, 2), (64, 4, 1), (64, 4, 3), (32, 4, 2), (32, 4, 1), (128, 4, 1), (64, 2, 2))
-TILES += ((32, 2, 2),)
+TILES = ((64, 4, 2, 264), (64, 4, 2, 132), (64, 4, 3, 264), (32, 4, 2, 264), (32, 4, 3, 264))
+TILES += ((64, 4, 1, 264), (128, 4, 1, 264), (64, 2, 2, 264), (32, 2, 2, 264))
 DRAWS = ((2048, 8), (4096, 16), (1024, 4))
 
 
@@ -126,7 +127,7 @@ def products(config, rows: int, bandwidth: float) -> dict:
     return result
 
 
-def attention(size, G: int, R: int, tile: tuple[int, int, int]) -> dict:
+def attention(size, G: int, R: int, tile: tuple[int, ...]) -> dict:
     """Microseconds of a layer's decode step, by own tokens of each row."""
     B, D, S, P, dtype, device = size.rows, 128, size.new, size.prompt, torch.bfloat16, "cuda"
     layers = 4  # more than the 50 MB of cache hold
@@ -138,7 +139,7 @@ def attention(size, G: int, R: int, tile: tuple[int, int, int]) -> dict:
     zeros = torch.zeros(B, dtype=torch.int64, device=device)
     prompts = prompt_k, prompt_v, torch.full((1,), P, device=device)
     tiles = decode_attention.plan_tiles([0] * B, 1, R, dtype).to(device)
-    names = ("BLOCK_BYTES", "WARPS", "STAGES")
+    names = ("BLOCK_BYTES", "WARPS", "STAGES", "PROGRAMS")
     saved, result = [getattr(decode_attention, n) for n in names], {}
 
     def run():

@@ -5,13 +5,13 @@
 
 A 7B Llama shape in bfloat16 with random weights, 150-token prompts, 256 new tokens, temperature 0.8
 and top-p 0.95. First come checks (float32 greedy tokens against a loop without a cache), then each
-case twice, the second timed: prefill and decoding, without building the rows (cache, compilation,
-graph capture: reported as set-up). The limit is what steps must read, at the bandwidth of a copy in
-the same minute (`--bandwidth` gives another): the weights without the input embedding, and the
-cache of what each row sees, a shared prompt once. `limit_with_arithmetic` gives the products the
-longer of their reading and their FLOPs at a large product's rate. Samples of mixed lengths need at
-least the steps of full rows. A case that fails is reported and the others go on; cases that would
-start after `--budget` seconds are skipped.
+case twice, the second timed, that of mixed lengths once, after the others: prefill and decoding,
+without building the rows (cache, compilation, graph capture: reported as set-up). The limit is what
+steps must read, at the bandwidth of a copy in the same minute (`--bandwidth` gives another): the
+weights without the input embedding, and the cache of what each row sees, a shared prompt once.
+`limit_with_arithmetic` gives the products the longer of their reading and their FLOPs at a large
+product's rate. Samples of mixed lengths need at least the steps of full rows. A case that fails is
+reported and the others go on; cases that would start after `--budget` seconds are skipped.
 """
 
 import sys
@@ -88,11 +88,12 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def measure(model, prompts, limits, sampling: Sampling, **options) -> dict:
-    """Generate twice; seconds, tokens and tokens/s of the second time, set-up seconds of both."""
+def measure(model, prompts, limits, sampling: Sampling, times_in_all=2, **options) -> dict:
+    """Generate so often; seconds, tokens and tokens/s of the last time, set-up seconds of the first
+    and last."""
     times = []
     each = [[replace(sampling, max_new_tokens=int(n)) for n in own] for own in limits]
-    for _ in range(2):
+    for _ in range(times_in_all):
         synchronize()
         with SetupTimer() as timer:
             start = time.perf_counter()
@@ -100,7 +101,7 @@ def measure(model, prompts, limits, sampling: Sampling, **options) -> dict:
             synchronize()
         times.append((time.perf_counter() - start - timer.seconds, timer.seconds))
     assert tokens == limits.sum()
-    (_, first_setup), (seconds, setup) = times
+    (_, first_setup), (seconds, setup) = times[0], times[-1]
     return {
         "seconds": seconds, "tokens": int(tokens), "tokens_per_s": tokens / seconds,
         "first_setup_s": first_setup, "setup_s": setup,
@@ -116,7 +117,7 @@ def ours(model, size, *, rows, n_prompts, n_samples, compiled, greedy=False, rag
     sampling = Sampling() if greedy else SAMPLED
     result = measure(
         model, prompts, limits, sampling, n_samples=n_samples, batch_size=rows, compile=compiled,
-        units=[range(n_prompts)],
+        units=[range(n_prompts)], times_in_all=1 if ragged else 2,
     )  # fmt: skip
     # at least one prompt is read each step, however the samples of several are mixed
     each = n_prompts if n_samples == 1 else 1

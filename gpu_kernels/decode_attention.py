@@ -108,37 +108,23 @@ def _kernel():
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         mixed = tl.zeros([M, BLOCK_D], tl.float32)
-        if OWN:  # noqa: SIM102 (decided when the kernel is compiled)
-            if split == 0:  # the new key: scored here, then stored for the steps to come
-                slot = base + tl.minimum(n, S - 1).to(tl.int64)
-                new_at = k_new + tile.to(tl.int64) * stride_k + g * D
-                new_k = tl.load(new_at + LATENT + d, mask=in_d, other=0.0)
-                new_k = keep(k + LATENT, k_scales, slot, D, d, new_k, in_d, MOST)
-                top = tl.sum(queries.to(tl.float32) * new_k[None, :], axis=1)
-                new_v = new_k
-                if LATENT:
-                    first_k = tl.load(new_at + e, mask=in_e, other=0.0)
-                    first_k = keep(k, k_scales, slot, D, e, first_k, in_e, MOST)
-                    top += tl.sum(first_queries.to(tl.float32) * first_k[None, :], axis=1)
-                else:
-                    new_at = v_new + tile.to(tl.int64) * stride_v + g * E
-                    new_v = tl.load(new_at + d, mask=d < E, other=0.0)
-                    new_v = keep(v, v_scales, slot, E, d, new_v, d < E, MOST)
-                top = top * scale
-                if CAP:
-                    top = cap * (2.0 * tl.sigmoid(2.0 * top / cap) - 1.0)  # tanh
-                total += 1.0
-                mixed += new_v[None, :] * (MOST or 1)
+        if OWN:  # the new key and value, not waited for before the loop
+            k_at = k_new + tile.to(tl.int64) * stride_k + g * D
+            v_at = v_new + tile.to(tl.int64) * stride_v + g * E
+            new_k = tl.load(k_at + LATENT + d, mask=in_d, other=0.0)
+            new_v = tl.load(v_at + d, mask=d < E, other=0.0)
+            if LATENT:
+                first_k = tl.load(k_at + e, mask=in_e, other=0.0)
         for start in range(low, high, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             there = column < high
-            k_at = k + (base + column[None, :].to(tl.int64)) * D
+            keys_at = k + (base + column[None, :].to(tl.int64)) * D
             block = tl.load(
-                k_at + LATENT + d[:, None], mask=there[None, :] & in_d[:, None], other=0.0
+                keys_at + LATENT + d[:, None], mask=there[None, :] & in_d[:, None], other=0.0
             )
             scores = tl.dot(queries, block.to(queries.dtype), input_precision="ieee")
             if LATENT:
-                part = tl.load(k_at + e[:, None], mask=there[None, :] & in_e[:, None], other=0.0)
+                part = tl.load(keys_at + e[:, None], mask=there[None, :] & in_e[:, None], other=0.0)
                 scores += tl.dot(first_queries, part, input_precision="ieee")
             scores = scores * scale
             if MOST:
@@ -158,8 +144,8 @@ def _kernel():
             if LATENT:
                 block = tl.trans(block)
             else:
-                v_at = v + (base + column[:, None].to(tl.int64)) * E + d[None, :]
-                block = tl.load(v_at, mask=there[:, None] & (d < E)[None, :], other=0.0)
+                values_at = v + (base + column[:, None].to(tl.int64)) * E + d[None, :]
+                block = tl.load(values_at, mask=there[:, None] & (d < E)[None, :], other=0.0)
             if MOST:  # times MOST it is a value's absmax, which no dtype of the queries rounds away
                 of_value = tl.load(v_scales + base + column, mask=there, other=0.0)
                 weights = weights * (of_value * MOST)[None, :]
@@ -167,29 +153,44 @@ def _kernel():
             mixed = mixed * fade[:, None]
             mixed += tl.dot(weights, block, input_precision="ieee")
             top = new_top
+        if OWN:  # noqa: SIM102 (decided when the kernel is compiled)
+            if split == 0:  # the new key: scored, and stored for the steps to come
+                slot = base + tl.minimum(n, S - 1).to(tl.int64)
+                seen_k = keep(k + LATENT, k_scales, slot, D, d, new_k, in_d, MOST)
+                score = tl.sum(queries.to(tl.float32) * seen_k[None, :], axis=1)
+                seen_v = seen_k
+                if LATENT:
+                    seen_first = keep(k, k_scales, slot, D, e, first_k, in_e, MOST)
+                    score += tl.sum(first_queries.to(tl.float32) * seen_first[None, :], axis=1)
+                else:
+                    seen_v = keep(v, v_scales, slot, E, d, new_v, d < E, MOST)
+                score = score * scale
+                if CAP:
+                    score = cap * (2.0 * tl.sigmoid(2.0 * score / cap) - 1.0)  # tanh
+                highest = tl.maximum(top, score)
+                faded, own = tl.exp2(top - highest), tl.exp2(score - highest)
+                mixed = mixed * faded[:, None] + seen_v[None, :] * (own * (MOST or 1))[:, None]
+                total, top = total * faded + own, highest
         if LAST:
             for x in range(0, parts):
                 part_at = (x * B + row.to(tl.int64)) * H + head
                 of_part = tl.load(lse + part_at, mask=real, other=float("-inf"))
-                part = out + part_at[:, None] * E + d[None, :]
-                part = tl.load(part, mask=real[:, None] & (d < E)[None, :], other=0.0)
+                at_part = out + part_at[:, None] * E + d[None, :]
+                mixture = tl.load(at_part, mask=real[:, None] & (d < E)[None, :], other=0.0)
                 higher = tl.maximum(top, of_part)
                 kept, added = tl.exp2(top - higher), tl.exp2(of_part - higher)
-                total = total * kept + added
-                mixed = mixed * kept[:, None] + part * (added * (MOST or 1))[:, None]
-                top = higher
+                mixed = mixed * kept[:, None] + mixture * (added * (MOST or 1))[:, None]
+                total, top = total * kept + added, higher
         seen_any = total > 0.0
         divisor = tl.where(seen_any, total, 1.0)
         at = (split * B + row.to(tl.int64)) * H + head
         mixed = mixed / (divisor * (MOST or 1))[:, None]
-        out_at = at[:, None] * E + d[None, :]
+        out_at, stored = at[:, None] * E + d[None, :], real[:, None] & (d < E)[None, :]
         if LAST:
-            tl.store(
-                y + out_at, mixed.to(y.dtype.element_ty), mask=real[:, None] & (d < E)[None, :]
-            )
+            tl.store(y + out_at, mixed.to(y.dtype.element_ty), mask=stored)
         else:
             tl.store(lse + at, tl.where(seen_any, top + tl.log2(divisor), float("-inf")), mask=real)
-            tl.store(out + out_at, mixed, mask=real[:, None] & (d < E)[None, :])
+            tl.store(out + out_at, mixed, mask=stored)
 
     return attend
 

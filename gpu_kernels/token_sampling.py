@@ -1,12 +1,12 @@
 """The next token of every row in one launch: what top-k and top-p keep, and the largest of what is
 kept with its noise added.
 
-    tokens = sample(logits, keys, position, (temperature, top_p, top_k), ("top_p",))       # [B]
+    tokens = sample(logits, keys, position, (temperature, top_p, top_k), (True, False))    # [B]
 
 backends/sampling.py has the definition, and the plain twin: some hundred launches a step, each over
-all logits. Here a program has a row. It reads it once for every bit of a cut, out of the cache that
-is nearest, and once to draw; its random numbers never lie in memory. A row is added up in an order
-of its own, whatever its neighbours are.
+all logits. Here a program has a row. It reads it once for every two bits of a cut, out of the cache
+that is nearest, and once to draw; its random numbers never lie in memory. A row is added up in an
+order of its own, whatever its neighbours are.
 
 Shapes: B rows, V vocabulary
 """
@@ -29,14 +29,17 @@ def _cutting():
 
     @triton.jit
     def order_of(x):
-        """int32 that sort as the numbers do."""
+        """uint32 that sort as the numbers do."""
         bits = x.to(tl.int32, bitcast=True)
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        return bits.to(tl.uint32, bitcast=True) ^ 0x80000000
 
     @triton.jit
-    def weigh(row, V, threshold, kept, top, inverse, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-        """Of the elements at or above both: how many they are, or what they weigh."""
-        total = tl.zeros([BLOCK], tl.float32)
+    def weigh(row, V, kept, low, step, top, inverse, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+        """How many elements of at least `kept` are at or above low + step, low + 2 step and
+        low + 3 step, or what they weigh."""
+        one, two = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        three = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = tl.load(row + column, mask=column < V, other=float("-inf")).to(tl.float32)
@@ -44,23 +47,27 @@ def _cutting():
             weight = tl.where(column < V, 1.0, 0.0)
             if not COUNT:
                 weight = tl.exp((x - top) * inverse)
-            total += tl.where((order >= threshold) & (order >= kept), weight, 0.0)
-        return tl.sum(total, axis=0)
+            weight = tl.where(order >= kept, weight, 0.0)
+            one += tl.where(order >= low + step, weight, 0.0)
+            two += tl.where(order >= low + 2 * step, weight, 0.0)
+            three += tl.where(order >= low + 3 * step, weight, 0.0)
+        return tl.sum(one, axis=0), tl.sum(two, axis=0), tl.sum(three, axis=0)
 
     @triton.jit
     def cut(
         row, V, kept, top, inverse, target,
         COUNT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """The largest threshold such that what is at or above it weighs `target`, bit by bit."""
-        threshold = tl.full([], 0, tl.int32)
-        if weigh(row, V, threshold, kept, top, inverse, COUNT, BLOCK) < target:
-            threshold = tl.full([], -2147483648, tl.int32)
-        for i in range(PRECISION - 1):
-            higher = threshold + (tl.full([], 1, tl.int32) << (30 - i))
-            if weigh(row, V, higher, kept, top, inverse, COUNT, BLOCK) >= target:
-                threshold = higher
-        return threshold
+        """The largest threshold such that what is at or above it weighs `target`, two bits of it
+        a pass."""
+        low = tl.full([], 0, tl.uint32)
+        for i in range((PRECISION + 1) // 2):
+            step = tl.full([], 1, tl.uint32) << (30 - 2 * i)
+            one, two, three = weigh(row, V, kept, low, step, top, inverse, COUNT, BLOCK)
+            steps = tl.where(one >= target, 1, 0) + tl.where(two >= target, 1, 0)
+            steps += tl.where(three >= target, 1, 0)
+            low += step * steps.to(tl.uint32)
+        return low
 
     return order_of, weigh, cut
 
@@ -117,15 +124,15 @@ def _kernel():
         """One program a row, which it reads from its first logit to its last for each purpose."""
         b = tl.program_id(0).to(tl.int64)
         row, t = logits + b * stride, tl.load(temperature + b)
-        drawn = t > 0.0
-        inverse = 1.0 / tl.where(drawn, t, 1.0)
+        drawn, inverse = t > 0.0, 1.0 / tl.where(t > 0.0, t, 1.0)
         most = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = tl.load(row + column, mask=column < V, other=float("-inf")).to(tl.float32)
             most = tl.maximum(most, x)
         top = tl.max(most, axis=0)
-        kept = tl.full([], -2147483648, tl.int32)
+        zero = tl.full([], 0, tl.uint32)
+        kept = zero
         if TOP_K:
             k = tl.load(top_k + b)
             if drawn & (k > 0):
@@ -134,8 +141,9 @@ def _kernel():
         if TOP_P:
             p = tl.load(top_p + b)
             if drawn & (p < 1.0):
-                target = weigh(row, V, kept, kept, top, inverse, False, BLOCK) * p
-                own = cut(row, V, kept, top, inverse, target, False, PRECISION, BLOCK)
+                # its first sum is of all that is kept
+                whole, _, _ = weigh(row, V, kept, kept, zero, top, inverse, False, BLOCK)
+                own = cut(row, V, kept, top, inverse, whole * p, False, PRECISION, BLOCK)
                 kept = tl.maximum(kept, own)
         key0 = tl.load(keys + b * stride_keys).to(tl.uint32, bitcast=True)
         key1 = tl.load(keys + b * stride_keys + 1).to(tl.uint32, bitcast=True)
