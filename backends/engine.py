@@ -45,7 +45,9 @@ from transformers_model import Model
 
 UNIT_BATCHES = 8  # a unit refills each row so often on average: its last rows wait for few others
 MIN_UNITS = 8  # a job has at least so many units where it has the prompts: work for as many ranks
-COMPILE_STEPS = 2**18  # torch.compile costs up to a minute, and saves a tenth of a ms a step
+# torch.compile costs up to a minute and saves milliseconds a step, or a tenth of one where our own
+# kernels hold all between the products (gpu_kernels/elementwise.py)
+COMPILE_STEPS, COMPILE_STEPS_FUSED = 2**13, 2**18
 
 # ---------------------------------------------------------------------------------------------
 # The engine: requests in, tokens and samples out
@@ -268,6 +270,15 @@ def default_batch_size(
     return next((rows for rows in sizes if rows * own + kept(rows) <= tokens), 1)
 
 
+def compiling_pays(model: Model, steps: float) -> bool:
+    """Whether so many decode steps repay what torch.compile takes, by what a step is made of."""
+    if not model.supports_cache:
+        return False
+    c = model.config
+    many = c.n_experts, c.kv_lora_rank, c.qk_norm, c.post_norm, model.quantisation, model.packing
+    return steps >= (COMPILE_STEPS if any(many) else COMPILE_STEPS_FUSED)
+
+
 def prompts_at_once(kept: int, n_samples: int, rows: int) -> int:
     """Of so many that are kept, those of whose samples rows are full, stragglers' included."""
     return min(rows, -(-2 * rows // n_samples) + 6, kept)
@@ -349,7 +360,7 @@ def generate(
     units = plan_units(len(prompts), n_samples, batch_size) if units is None else units
     B = min(batch_size, n_samples * max(map(len, units)))
     if compile == "auto":
-        compile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
+        compile = model.device.type == "cuda" and compiling_pays(model, sum(limits) / B)
     options: dict[str, Any] = {"eos_ids": eos_ids, "compiled": bool(compile)}
     options |= {"features": features_of(distinct), "on_launch": dist.bump if dist else lambda: None}
     capacity = Capacity(B, P, S, alive(B), own, kv_dtype)

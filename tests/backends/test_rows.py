@@ -91,7 +91,7 @@ def test_as_many_rows_as_fit_beside_the_prompts_that_they_share(
     )  # fmt: skip
     g = np.random.default_rng(0)
     prompts = [g.integers(0, 32000, n).tolist() for n in [400, *g.integers(60, 400, 163)]]
-    options = {"n_samples": n_samples, "units": [range(len(prompts))]}
+    options = {"n_samples": n_samples, "units": [range(len(prompts))], "compile": False}
     samples = generate(model, prompts, Sampling(512), **options)
     with pytest.raises(AttributeError):  # this engine steps no further
         next(samples)
@@ -100,3 +100,19 @@ def test_as_many_rows_as_fit_beside_the_prompts_that_they_share(
     token = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
     held = capacity.prompts * 400 + capacity.rows * capacity.row_tokens
     assert weights + token * held < 0.85 * card.total_memory
+
+
+@pytest.mark.parametrize(
+    "changes, least",
+    [
+        ({}, 2**18),
+        ({"kind": "gpt"}, 2**18),
+        ({"qk_norm": True}, 2**13),
+        ({"n_experts": 4, "n_experts_per_token": 2, "d_ff_expert": 32}, 2**13),
+    ],
+)
+def test_compiling_a_step_is_left_to_where_it_saves_much(changes, least):
+    model = small_model(**changes)
+    assert [engine.compiling_pays(model, n) for n in (least - 1, least)] == [False, True]
+    model.packing = {"rule": "int8"}
+    assert engine.compiling_pays(model, 2**13)

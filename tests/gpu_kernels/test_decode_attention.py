@@ -131,3 +131,24 @@ def test_the_kernel_in_the_interpreter(monkeypatch, programs, P, window, softcap
     how = window, softcap or 0.0, D**-0.5
     found = kernels._decode_triton(q, k_new, v_new, *parts, of_row, tiles, *how)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("programs", [1, 264])
+def test_the_kernel_over_latents_in_the_interpreter(monkeypatch, programs):
+    kernel = kernels._kernel()
+    keep = next(f for f in inspect.getclosurevars(kernel.fn).nonlocals.values() if hasattr(f, "fn"))
+    expose(monkeypatch, kernels, kernel, keep, kernels._merge_kernel())
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    B, H, R, L, S, P = 3, 5, 10, 36, 130, 40
+    g = torch.Generator().manual_seed(0)
+    q, new = (torch.randn(B, n, R + L, generator=g) for n in (H, 1))
+    k, prompt_k = (torch.randn(n, 1, s, R + L, generator=g) for n, s in ((B, S), (1, P)))
+    own, prompts = (k, None, torch.tensor([0, 5, S - 1])), (prompt_k, None, torch.tensor([P - 3]))
+    of_row = torch.zeros(B, dtype=torch.int64)
+    tiles = plan_tiles(of_row, 1, H, torch.float32, L)
+    wanted = kernels._decode_torch(q, new, new[..., R:], own, prompts, of_row, S)
+    parts = *kernels._parts_of(own), *kernels._parts_of(prompts)
+    how = 0, 0.0, (R + L) ** -0.5
+    found = kernels._decode_triton(q, new, new[..., R:], *parts, of_row, tiles, *how)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
