@@ -4,7 +4,7 @@
 
 A row's randomness is a function of (seed, key of its prompt, sample index, position), whatever its
 neighbours are: no state is kept, and the bits are the same on every device. To add a parameter of
-sampling: a field and its check in backends.Sampling, a column here, its lines in sample_tokens and
+sampling: a field and its check in backends.Sampling, a column here, its lines in sample_plainly and
 in gpu_kernels/token_sampling.py, which is the same in one kernel.
 
 Shapes: B rows, V vocabulary
