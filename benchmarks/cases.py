@@ -2,10 +2,11 @@
 
 import argparse
 import json
-import statistics
+import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,27 @@ def measure(cases: Iterable[Case], args, report: dict, line: Callable[[str, dict
         print(line(name, result), f" [{result['whole_s']:.0f} s]", flush=True)
 
 
+def alone(function: Callable[..., dict], *args: Any) -> dict:
+    """function(*args) in a process of its own, forked from one that has imported what the benchmark
+    imports and never saw the GPU. What a library leaves behind is then no other's: after a capture
+    that failed, CUDA's generator refuses all that follow."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as one:
+        return one.submit(function, *args).result()
+
+
+def seconds_of_calls(run: Callable[[], Any], times: int = 20) -> float:
+    """Of one run of what no graph can hold, called so often in a row, as the GPU sees it."""
+    for _ in range(3):
+        run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / times
+
+
 def seconds_under_graph(run: Callable[[], Any], times: int = 20) -> float:
     """Of one run of what launches kernels, replayed so often from one CUDA graph."""
     run()
@@ -88,18 +110,5 @@ def measured_limits() -> tuple[float, float]:
     n, half = 8192, {"dtype": torch.bfloat16, "device": "cuda"}
     a, b = torch.randn(n, n, **half), torch.randn(n, n, **half)
     # not under a graph, where a copy is another kernel, of four fifths of the speed
-    copied = 2 * source.numel() / seconds_of(lambda: target.copy_(source))
-    return copied, 2 * n**3 / seconds_of(lambda: torch.mm(a, b))
-
-
-def seconds_of(run: Callable[[], Any], times: int = 20) -> float:
-    """The median of so many, by events, after three that warm up."""
-    taken = []
-    for i in range(times + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        taken += [begin.elapsed_time(end) / 1e3] if i >= 3 else []
-    return statistics.median(taken)
+    copied = 2 * source.numel() / seconds_of_calls(lambda: target.copy_(source))
+    return copied, 2 * n**3 / seconds_of_calls(lambda: torch.mm(a, b))

@@ -7,21 +7,23 @@ tokens. On CUDA one Triton kernel reads both, each for exactly as long as it is 
 read on the device, so that one CUDA graph serves a whole job. Rows that continue the same prompt
 are queries of one matrix product over its keys. Elsewhere plain torch operations do the same.
 Latents, whose last channels are their values too, are given without values and are read once.
-Keys and values of 8 bits (kv_codes.py) are read as they lie: codes are small enough to be exact in
-the queries' dtype, a key's scale multiplies its scores and a value's the weights of them.
+Keys and values of 8 bits (kv_codes.py) are read as they lie, as words of two: each half of them,
+exact in the queries' dtype, is an operand of its own (low_bit_matmul.py). A key's scale multiplies
+its scores, and a value's the weights of them.
 
 Shapes: B rows, H query heads, G key/value heads, R = H / G, D head_dim, E of values, N prompts of
 at most P tokens, S own tokens of a row at most, X parts to be merged
 """
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gpu_kernels import decode_kernels
 from gpu_kernels.kv_codes import LARGEST, Codes, Room, read, store
+from gpu_kernels.low_bit_matmul import assembly_of, raw_of_words
 
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer are split along the keys
 MAX_SPLITS = 16
@@ -29,170 +31,9 @@ MANY_QUERIES = 64  # query rows of one tile where many rows share a prompt; 16 w
 WIDE = 256  # or where values are wider than this: each query's mixture of them lies in registers
 BLOCK_BYTES = 16384  # keys of one step of the kernel's loop, in the queries' dtype
 WARPS, STAGES = 4, 2
-CODE_BYTES, CODE_WARPS, CODE_STAGES = 16384, 4, 3  # the same where keys and values are codes
+CODE_BYTES, CODE_WARPS, CODE_STAGES = 16384, 4, 2  # the same of codes, in 8 bits
 MERGED = 2048  # numbers of each part that one program merges
 LOG2_E = 1.4426950408889634
-
-
-@functools.cache
-def _kernel():
-    """The Triton kernel, built on first use: there is no Triton where there is no GPU."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def keep(room, scales, slot, width, d, x, mask, MOST: tl.constexpr):
-        """kv_codes.store of one key or value x [width] in a slot: x as it is read there."""
-        seen, kept = x.to(tl.float32), x
-        if MOST:
-            scale = tl.div_rn(tl.max(tl.abs(seen), axis=0), tl.full([], MOST, tl.float32))
-            scale += tl.sum(seen * 0.0, axis=0)  # NaN, where a number is NaN or infinite
-            codes = tl.div_rn(seen, tl.where(scale > 0.0, scale, 1.0))
-            codes = tl.minimum(tl.maximum(codes, -MOST), MOST)
-            if MOST == 127:  # to the nearest whole number: beyond 2^23 there are no others
-                codes = (codes + 12582912.0) - 12582912.0
-            kept = codes.to(room.dtype.element_ty)
-            tl.store(scales + slot, scale)
-            seen = kept.to(tl.float32) * scale
-        tl.store(room + slot * width + d, kept, mask=mask)
-        return seen
-
-    @triton.jit
-    def attend(
-        q, k_new, v_new, k, k_scales, v, v_scales, lengths, tiles, first, out, lse, y,
-        stride_q, stride_k, stride_v,
-        S, H, G, B, parts, tile_width, scale, cap,
-        R: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
-        E: tl.constexpr, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
-        M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr,
-        WINDOW: tl.constexpr, CAP: tl.constexpr, MOST: tl.constexpr, LAST: tl.constexpr,
-    ):  # fmt: skip
-        """One tile of M queries, one key head, HEADS of its R query heads, which are so many
-        GROUPS, one part of the keys. OWN: a tile is a row with its own keys, the new one among
-        them; otherwise tiles [., 1 + rows]: a prompt, and its rows. LATENT: the first so many
-        channels of a key are scored alone, the others are its value. MOST: the largest of the
-        codes that keys and values are, or 0. Scores, and so scale and cap, are in base 2. A part
-        and its lse go to `out`; of the LAST one its mixture with those `parts` there to y. Long,
-        since Triton keeps no arrays between functions: the running maximum, sum and mixture, MOST
-        times what it is, live in registers from start to end."""
-        tile, split = tl.program_id(0), tl.program_id(2)
-        g = tl.program_id(1) // GROUPS
-        m, d, e = tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_L)
-        own_head = tl.program_id(1) % GROUPS * HEADS + m % HEADS
-        if OWN:
-            keys = tile
-            row = tile + 0 * m
-            real = (m < HEADS) & (own_head < R)
-        else:
-            keys = tl.load(tiles + tile * tile_width)
-            inside = m // HEADS < tile_width - 1
-            row = tl.load(tiles + tile * tile_width + 1 + m // HEADS, mask=inside, other=-1)
-            real = (row >= 0) & (own_head < R)
-        in_d, in_e = d < D - LATENT, e < LATENT
-        head = g * R + own_head
-        q_at = q + row[:, None].to(tl.int64) * stride_q + head[:, None] * D
-        queries = tl.load(q_at + LATENT + d[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-        if LATENT:
-            first_queries = tl.load(
-                q_at + e[None, :], mask=real[:, None] & in_e[None, :], other=0.0
-            )
-        base = (keys.to(tl.int64) * G + g) * S
-        n = tl.minimum(tl.load(lengths + keys), S).to(tl.int32)
-        n = tl.where(tl.max(row) >= 0, n, 0)  # a tile without rows has nothing to do
-        share = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_N) * BLOCK_N
-        low = split * share
-        high = tl.minimum(low + share, n)
-        if WINDOW:  # the first key that each row still sees, counted as these keys are
-            oldest = tl.load(first + row, mask=real, other=2147483647).to(tl.int32)
-            low = tl.maximum(low, tl.min(oldest))
-        top = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
-        mixed = tl.zeros([M, BLOCK_D], tl.float32)
-        if OWN:  # the new key and value, not waited for before the loop
-            k_at = k_new + tile.to(tl.int64) * stride_k + g * D
-            v_at = v_new + tile.to(tl.int64) * stride_v + g * E
-            new_k = tl.load(k_at + LATENT + d, mask=in_d, other=0.0)
-            new_v = tl.load(v_at + d, mask=d < E, other=0.0)
-            if LATENT:
-                first_k = tl.load(k_at + e, mask=in_e, other=0.0)
-        for start in range(low, high, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)
-            there = column < high
-            keys_at = k + (base + column[None, :].to(tl.int64)) * D
-            block = tl.load(
-                keys_at + LATENT + d[:, None], mask=there[None, :] & in_d[:, None], other=0.0
-            )
-            scores = tl.dot(queries, block.to(queries.dtype), input_precision="ieee")
-            if LATENT:
-                part = tl.load(keys_at + e[:, None], mask=there[None, :] & in_e[:, None], other=0.0)
-                scores += tl.dot(first_queries, part, input_precision="ieee")
-            scores = scores * scale
-            if MOST:
-                of_key = tl.load(k_scales + base + column, mask=there, other=0.0)
-                scores = scores * of_key[None, :]
-            if CAP:
-                scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
-            seen = there[None, :]
-            if WINDOW:
-                seen = seen & (column[None, :] >= oldest[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
-            finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-            fade = tl.exp2(top - finite)
-            weights = tl.exp2(scores - finite[:, None])
-            total = total * fade + tl.sum(weights, axis=1)
-            if LATENT:
-                block = tl.trans(block)
-            else:
-                values_at = v + (base + column[:, None].to(tl.int64)) * E + d[None, :]
-                block = tl.load(values_at, mask=there[:, None] & (d < E)[None, :], other=0.0)
-            if MOST:  # times MOST it is a value's absmax, which no dtype of the queries rounds away
-                of_value = tl.load(v_scales + base + column, mask=there, other=0.0)
-                weights = weights * (of_value * MOST)[None, :]
-            block, weights = block.to(queries.dtype), weights.to(queries.dtype)
-            mixed = mixed * fade[:, None]
-            mixed += tl.dot(weights, block, input_precision="ieee")
-            top = new_top
-        if OWN:  # noqa: SIM102 (decided when the kernel is compiled)
-            if split == 0:  # the new key: scored, and stored for the steps to come
-                slot = base + tl.minimum(n, S - 1).to(tl.int64)
-                seen_k = keep(k + LATENT, k_scales, slot, D, d, new_k, in_d, MOST)
-                score = tl.sum(queries.to(tl.float32) * seen_k[None, :], axis=1)
-                seen_v = seen_k
-                if LATENT:
-                    seen_first = keep(k, k_scales, slot, D, e, first_k, in_e, MOST)
-                    score += tl.sum(first_queries.to(tl.float32) * seen_first[None, :], axis=1)
-                else:
-                    seen_v = keep(v, v_scales, slot, E, d, new_v, d < E, MOST)
-                score = score * scale
-                if CAP:
-                    score = cap * (2.0 * tl.sigmoid(2.0 * score / cap) - 1.0)  # tanh
-                highest = tl.maximum(top, score)
-                faded, own = tl.exp2(top - highest), tl.exp2(score - highest)
-                mixed = mixed * faded[:, None] + seen_v[None, :] * (own * (MOST or 1))[:, None]
-                total, top = total * faded + own, highest
-        if LAST:
-            for x in range(0, parts):
-                part_at = (x * B + row.to(tl.int64)) * H + head
-                of_part = tl.load(lse + part_at, mask=real, other=float("-inf"))
-                at_part = out + part_at[:, None] * E + d[None, :]
-                mixture = tl.load(at_part, mask=real[:, None] & (d < E)[None, :], other=0.0)
-                higher = tl.maximum(top, of_part)
-                kept, added = tl.exp2(top - higher), tl.exp2(of_part - higher)
-                mixed = mixed * kept[:, None] + mixture * (added * (MOST or 1))[:, None]
-                total, top = total * kept + added, higher
-        seen_any = total > 0.0
-        divisor = tl.where(seen_any, total, 1.0)
-        at = (split * B + row.to(tl.int64)) * H + head
-        mixed = mixed / (divisor * (MOST or 1))[:, None]
-        out_at, stored = at[:, None] * E + d[None, :], real[:, None] & (d < E)[None, :]
-        if LAST:
-            tl.store(y + out_at, mixed.to(y.dtype.element_ty), mask=stored)
-        else:
-            tl.store(lse + at, tl.where(seen_any, top + tl.log2(divisor), float("-inf")), mask=real)
-            tl.store(out + out_at, mixed, mask=stored)
-
-    return attend
 
 
 def _splits(tiles: int, heads: int, length: int) -> int:
@@ -219,19 +60,23 @@ def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, s
     (B, H, D), E = q.shape, new[1].shape[-1]
     (G, S), latent = k.shape[1:3], D - E if v is None else 0
     (heads, groups), rows = _heads(H // G, E), 1 if own else tiles.shape[1] - 1
-    block_d, size, warps, stages = _power_of_2(D - latent), BLOCK_BYTES, WARPS, STAGES
+    block_d, most, kind, code = _power_of_2(D - latent), 0, "", ("", "")
+    keys, warps, stages = BLOCK_BYTES // (block_d * q.element_size()), WARPS, STAGES
     if k_scales is not None:
-        size, warps, stages = CODE_BYTES, CODE_WARPS, CODE_STAGES
-    block_n = max(16, min(128, size // (block_d * q.element_size())))
-    _kernel()[(n_tiles, G * groups, splits)](
+        most, kind = LARGEST[k.dtype], "int8" if k.dtype == torch.int8 else "e4m3"
+        code = assembly_of(kind, k.device) if q.dtype == torch.bfloat16 else code
+        k, v, block_d = k.view(torch.int16), v.view(torch.int16), _power_of_2(D // 2)
+        keys, warps, stages = CODE_BYTES // D, CODE_WARPS, CODE_STAGES
+    decode_kernels.attend()[(n_tiles, G * groups, splits)](
         q, *new, k, k_scales, k if v is None else v, v_scales, lengths, tiles, first, out, lse,
         out if y is None else y, q.stride(0), new[0].stride(0), new[1].stride(0),
         S, H, G, B, len(out), tiles.shape[1], scale * LOG2_E, softcap * LOG2_E,
         R=H // G, HEADS=heads, GROUPS=groups, D=D, E=E, LATENT=latent, BLOCK_D=block_d,
-        BLOCK_L=_power_of_2(latent), M=_power_of_2(heads * rows), BLOCK_N=block_n, SPLITS=splits,
+        BLOCK_L=_power_of_2(latent), M=_power_of_2(heads * rows),
+        BLOCK_N=max(16, min(128, keys)), SPLITS=splits,
         OWN=own, WINDOW=first is not None, CAP=softcap > 0,
-        MOST=0 if k_scales is None else LARGEST[k.dtype], LAST=y is not None, num_warps=warps,
-        num_stages=stages,
+        LAST=y is not None, MOST=most, RAW=raw_of_words(), KIND=kind, LOW=code[0], HIGH=code[1],
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -404,32 +249,6 @@ def _decode_torch(
     return out.reshape(B, H, E).to(dtype)
 
 
-@functools.cache
-def _merge_kernel():
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def merge(out, lse, y, X, N, E, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-        """One program BLOCK_N of all N rows and heads."""
-        n, e = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
-        inside = (n < N)[:, None] & (e < E)[None, :]
-        top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        for x in range(X):
-            top = tl.maximum(top, tl.load(lse + x * N + n, mask=n < N, other=0.0))
-        total = tl.zeros([BLOCK_N], tl.float32)
-        mixed = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-        at = n[:, None].to(tl.int64) * E + e[None, :]
-        for x in range(X):
-            share = tl.exp2(tl.load(lse + x * N + n, mask=n < N, other=0.0) - top)
-            part = tl.load(out + x * N * E + at, mask=inside, other=0.0)
-            total += share
-            mixed += share[:, None] * part
-        tl.store(y + at, (mixed / total[:, None]).to(y.dtype.element_ty), mask=inside)
-
-    return merge
-
-
 def merge_parts(
     out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
@@ -443,7 +262,7 @@ def merge_parts(
     y = torch.empty((B, H, E), dtype=dtype, device=out.device)
     block_e = _power_of_2(E)
     block_n = max(1, MERGED // block_e)
-    _merge_kernel()[(-(-B * H // block_n),)](
+    decode_kernels.merge()[(-(-B * H // block_n),)](
         out, lse, y, X, B * H, E, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=4
     )
     return y

@@ -11,7 +11,9 @@ interpreted = pytest.mark.skipif(
 
 
 def expose(monkeypatch, module, *kernels) -> None:
-    """What kernels, made within functions of the module, see of these."""
+    """What kernels, made within functions of the module, see of these, and what that sees."""
     for kernel in kernels:
         for name, value in inspect.getclosurevars(kernel.fn).nonlocals.items():
             monkeypatch.setattr(module, name, value, raising=False)
+            if hasattr(value, "fn"):
+                expose(monkeypatch, module, value)

@@ -2,8 +2,6 @@
 grouping of rows for the kernel, and merging. tests/gpu/test_engine_gpu.py compares the kernel on
 CUDA, the last test here in Triton's interpreter."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from eight_bits import dequantised
 from interpreted import expose, interpreted
 
 from gpu_kernels import decode_attention as kernels
+from gpu_kernels import decode_kernels, low_bit_matmul
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
 from gpu_kernels.kv_codes import DTYPES, Codes, read
 
@@ -101,16 +100,19 @@ def test_merging_parts_is_attention_over_all_keys():
     np.testing.assert_allclose(merged, softmax_attention(q, keys, values), rtol=1e-5, atol=1e-6)
 
 
+def interpret(monkeypatch, programs):
+    expose(monkeypatch, decode_kernels, decode_kernels.attend(), decode_kernels.merge())
+    expose(monkeypatch, low_bit_matmul, low_bit_matmul.raw_of_words())
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+
+
 @interpreted
 @pytest.mark.parametrize("programs", [1, 264])  # the second splits each row's keys
 @pytest.mark.parametrize("P, window, softcap", [(30, 0, None), (90, 17, 2.0), (0, 0, None)])
-@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("kind", [None, "int8"])  # it rounds to 8-bit floats otherwise than CUDA
 def test_the_kernel_in_the_interpreter(monkeypatch, programs, P, window, softcap, kind):
     """TRITON_INTERPRET=1 python -m pytest tests/gpu_kernels/test_decode_attention.py"""
-    kernel = kernels._kernel()
-    keep = next(f for f in inspect.getclosurevars(kernel.fn).nonlocals.values() if hasattr(f, "fn"))
-    expose(monkeypatch, kernels, kernel, keep, kernels._merge_kernel())
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    interpret(monkeypatch, programs)
     B, N, G, R, D, S = 3, 2, 2, 3, 24, 140
     g = torch.Generator().manual_seed(P)
 
@@ -136,10 +138,7 @@ def test_the_kernel_in_the_interpreter(monkeypatch, programs, P, window, softcap
 @interpreted
 @pytest.mark.parametrize("programs", [1, 264])
 def test_the_kernel_over_latents_in_the_interpreter(monkeypatch, programs):
-    kernel = kernels._kernel()
-    keep = next(f for f in inspect.getclosurevars(kernel.fn).nonlocals.values() if hasattr(f, "fn"))
-    expose(monkeypatch, kernels, kernel, keep, kernels._merge_kernel())
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    interpret(monkeypatch, programs)
     B, H, R, L, S, P = 3, 5, 10, 36, 130, 40
     g = torch.Generator().manual_seed(0)
     q, new = (torch.randn(B, n, R + L, generator=g) for n in (H, 1))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from interpreted import expose, interpreted
 
 from backends import sampling
-from gpu_kernels import decode_attention, elementwise, token_sampling
+from gpu_kernels import decode_attention, decode_kernels, elementwise, token_sampling
 
 FEATURES = [{"temperature"}, {"temperature", "top_p"}, {"temperature", "top_k"}]
 FEATURES += [set(sampling.COLUMNS)]
@@ -22,8 +22,7 @@ FEATURES += [set(sampling.COLUMNS)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tokens_are_those_of_the_plain_operations(monkeypatch, dtype, V):
     """Greedy rows, rows without cuts and rows with them beside each other; equal logits too."""
-    made = *token_sampling._cutting(), *token_sampling._randomness(), token_sampling._kernel()
-    expose(monkeypatch, token_sampling, *made)
+    expose(monkeypatch, token_sampling, token_sampling._kernel())
     monkeypatch.setattr(token_sampling, "BLOCK", 128)
     B, g = 9, torch.Generator().manual_seed(V)
     logits = (torch.randn(B, V + 5, generator=g) * 2).to(dtype)[:, :V]  # as of a padded head
@@ -53,7 +52,7 @@ class OnGPU(torch.Tensor):
 @interpreted
 @pytest.mark.parametrize("X, B, H, E", [(3, 5, 7, 16), (2, 3, 4, 40), (5, 1, 3, 128)])
 def test_parts_are_merged_as_by_plain_operations(monkeypatch, X, B, H, E):
-    expose(monkeypatch, decode_attention, decode_attention._merge_kernel())
+    expose(monkeypatch, decode_kernels, decode_kernels.merge())
     g = torch.Generator().manual_seed(E)
     out, lse = torch.randn(X, B, H, E, generator=g), torch.randn(X, B, H, generator=g) * 3
     out[1, 0, 0], lse[1, 0, 0] = 0.0, -torch.inf  # a part without keys
