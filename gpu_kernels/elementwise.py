@@ -7,7 +7,8 @@
 
 Eager PyTorch makes two to fourteen passes of each, casts to and from float32 among them; compiled,
 inductor fuses them as well as these do. So they serve whatever runs too short, or in too many
-shapes, to be compiled: choice questions, few prompts, a first result in seconds. Arithmetic is
+shapes, to be compiled: choice questions, few prompts, a first result in seconds; and decode steps,
+which are no faster compiled (benchmarks/results/generation.md). Arithmetic is
 float32 and rounded where PyTorch rounds; every row is computed alone and in a fixed order, so that
 bits do not depend on its neighbours. model.py and modeling/rotary.py hold plain twins, and ask
 `applies` first; `activate` does it for the MLPs. On an H100, 16,384 rows of a 7B
