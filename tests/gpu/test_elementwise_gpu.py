@@ -45,6 +45,19 @@ def test_norms(width, dtype):
         assert error(layer, wanted.to(dtype)) < 1e-3
 
 
+@pytest.mark.parametrize("width", [1, 3, 768, 4096, 5000])
+def test_a_branch_is_added_and_the_sum_normed_at_once(width):
+    for rows, rms, half in itertools.product((1, 7, 333), (True, False), (True, False)):
+        x = torch.randn(rows, width, device="cuda") * 3 + 1
+        branch = torch.randn(rows, width, device="cuda")
+        branch = branch.bfloat16() if half else branch
+        w, b = torch.randn(width, device="cuda"), torch.randn(width, device="cuda")
+        how = {"rms": rms, "offset": 1.0, "dtype": torch.bfloat16}
+        total, y = elementwise.add_and_norm(x, branch, w, None if rms else b, 1e-5, **how)
+        assert torch.equal(total, x + branch), "the very sum"
+        assert torch.equal(y, elementwise.norm(total, w, None if rms else b, 1e-5, **how))
+
+
 @pytest.mark.parametrize("D, R", [(2, 2), (16, 16), (64, 64), (80, 32), (96, 72), (128, 128)])
 def test_rotary_positions(D, R):
     for B, T, H, same in itertools.product((1, 3), (1, 5, 130), (1, 3, 12, 40), (True, False)):
