@@ -183,9 +183,7 @@ def _length_classes(lengths, max_tokens, overhead):
     return runs[::-1]
 
 
-def deal_batches(
-    rows: Continuations, batches: Sequence[Portion], world_size: int
-) -> list[range]:
+def deal_batches(rows: Continuations, batches: Sequence[Portion], world_size: int) -> list[range]:
     """One contiguous run of batches for each rank, the largest run's cost being the least possible.
 
     Contiguous, so that at most world_size - 1 prefixes are computed twice; a prefix's batches give

@@ -231,8 +231,8 @@ class PromptMaker:
             encoded = encode(self.tokenizer, [head + tail for tail in tails], self.bos)
             return [np.array(ids, dtype=np.int64) for ids in encoded]
         encoded = encode_after(self.tokenizer, head, tails)
-        bos = [self.tokenizer.bos_token_id] * self.bos
-        return [np.concatenate((bos, ids)).astype(np.int64) for ids in encoded]
+        bos = np.array([self.tokenizer.bos_token_id] * self.bos, dtype=np.int64)
+        return [np.concatenate((bos, ids), dtype=np.int64) for ids in encoded]
 
     def _read_letters(self, head, questions, text, context_length):
         """The letters' ids, from a prompt with each letter as its answer. They may share leading

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import CONFIGS_DIR, load_yaml
+from packed import require_file
 from recording.identity import rows_hash
 from tasks.layouts import Layout
 from tasks.question_files import ANSWERS, rows_of, split_files, where_to_get
@@ -188,10 +189,7 @@ def _read_split(root: Path, split: str, layout: Layout) -> tuple[list["_Read"], 
     files = split_files(root, split, layout)
     hidden, questions = split in layout.hidden, []
     for path, subject in files:
-        found = [
-            _question(values, subject, where, layout, hidden)
-            for where, values in rows_of(path, layout)
-        ]
+        found = _read_file(path, subject, layout, hidden)
         if not found:
             raise ValueError(f"{path}:1: no question in this file")
         questions += found
@@ -200,6 +198,20 @@ def _read_split(root: Path, split: str, layout: Layout) -> tuple[list["_Read"], 
         first = next(r.question for r in questions if r.question.answer < 0)
         raise ValueError(f"{first.where}: no answer, while others of the split have one")
     return questions, files
+
+
+_KNOWN: dict[tuple, list["_Read"]] = {}  # of files as they were: they are checked, then planned
+
+
+def _read_file(path: Path, subject: str | None, layout: Layout, hidden: bool) -> list["_Read"]:
+    require_file(path)
+    there = path.stat()
+    state = there.st_size, there.st_mtime_ns, there.st_ino
+    key = str(path), *state, subject, repr(layout), hidden
+    if key not in _KNOWN or layout.answers_beside:  # which lie in another file
+        rows = rows_of(path, layout)
+        _KNOWN[key] = [_question(row, subject, where, layout, hidden) for where, row in rows]
+    return _KNOWN[key]
 
 
 class _Read(NamedTuple):
@@ -244,10 +256,11 @@ def _choices(values: dict, where: str, layout: Layout) -> list:
     low, high = layout.choices
     choices = values.get("choices", values.get("options"))
     if choices is None:
-        fields = {letter: values.get(letter.lower()) for letter in LETTERS}
-        n = next((i for i, x in enumerate(fields.values()) if i >= low and x in (None, "")), high)
-        choices = list(fields.values())[: min(n, high)]
-        beyond = [x for x in LETTERS[len(choices) : 10] if fields[x] not in (None, "")]
+        fields = [values.get(letter) for letter in string.ascii_lowercase[: max(high, 10)]]
+        n = next((i for i, x in enumerate(fields) if i >= low and x in (None, "")), high)
+        choices = fields[: min(n, high)]
+        rest = zip(LETTERS[len(choices) : 10], fields[len(choices) :])
+        beyond = [letter for letter, field in rest if field not in (None, "")]
         if beyond:
             raise ValueError(
                 f"{where}: {layout.wanted} expected, but there is a choice {beyond[0]}"
