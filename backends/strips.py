@@ -94,13 +94,12 @@ class Strip:
     def open(self, model: GPTModel, rows: Continuations, dist: Dist) -> "Held | None":
         if not self.section.tokens:
             return None
-        ids = np.concatenate([np.asarray(rows.prefixes[g], np.int64) for g in self.section.which])
-        starts, device = self.section.starts, dist.device
-        places = np.arange(len(ids)) - np.repeat(starts[:-1], np.diff(starts))
-        places, begins, ids = (
-            torch.as_tensor(x, device=device) for x in (places[None], int32(starts), ids[None])
-        )
-        held = Held(places, Segments(begins, int(np.diff(starts).max())))
+        every = [np.asarray(rows.prefixes[g], np.int64) for g in self.section.which]
+        starts, sizes = self.section.starts, np.diff(self.section.starts)
+        within = np.arange(self.section.tokens) - np.repeat(starts[:-1], sizes)
+        arrays = np.concatenate(every)[None], within[None], int32(starts)
+        ids, places, begins = (torch.as_tensor(x, device=dist.device) for x in arrays)
+        held = Held(places, Segments(begins, int(sizes.max())))
         model.hidden(ids, cache=held)
         return held
 
