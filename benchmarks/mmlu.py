@@ -256,7 +256,7 @@ def report(rows, about) -> str:
     if dates:
         lines += [
             "",
-            f"lm-eval was run on {', '.join(sorted(dates))}, on a GPU of this kind, and its answers "
+            f"lm-eval was run on {', '.join(sorted(dates))}, on such a GPU, and its answers "
             "compared with what we gave then.",
         ]
     for row in rows:
