@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,22 +30,30 @@ if TYPE_CHECKING:  # which loads torch
 MAX_NEW_TOKENS = 16  # of --scoring generate
 
 
-def encode_after(tokenizer: Any, head: str, tails: list[str]) -> list[np.ndarray]:
-    """Token ids of head + tail for each tail, as if every text were encoded whole.
+def encode_after(
+    tokenizer: Any, head: str, tails: list[str], before: Sequence[int] = ()
+) -> list[np.ndarray]:
+    """int64 token ids of head + tail for each tail, as if every text were encoded whole; `before`
+    come first.
 
     Where the tokenizer tells how a text can be cut without changing its tokens, what lies before
     the head's last such place is encoded once; checked on the first text."""
     breaks = list(re.finditer(SAFE_BREAK, head.encode())) if tokenizer.splits_at_newline else []
+    first = np.array(before, dtype=np.int64)
+
+    def joined(parts, *shared):
+        return [np.concatenate((first, *shared, ids), dtype=np.int64) for ids in parts]
+
     if not breaks or len(tails) < 3:
-        return tokenizer.encode_batch([head + tail for tail in tails])
+        return joined(tokenizer.encode_batch([head + tail for tail in tails]))
     cut = breaks[-1].end()
     start, rest = head.encode()[:cut].decode(), head.encode()[cut:].decode()
     shared, whole, *ends = tokenizer.encode_batch(
         [start, head + tails[0], *(rest + tail for tail in tails)]
     )
-    encoded = [np.concatenate((shared, end)) for end in ends]
-    if not np.array_equal(whole, encoded[0]):
-        return tokenizer.encode_batch([head + tail for tail in tails])
+    encoded = joined(ends, shared)
+    if not np.array_equal(whole, encoded[0][len(first) :]):
+        return joined(tokenizer.encode_batch([head + tail for tail in tails]))
     return encoded
 
 
@@ -230,9 +238,7 @@ class PromptMaker:
         if self.chat:
             encoded = encode(self.tokenizer, [head + tail for tail in tails], self.bos)
             return [np.array(ids, dtype=np.int64) for ids in encoded]
-        encoded = encode_after(self.tokenizer, head, tails)
-        bos = np.array([self.tokenizer.bos_token_id] * self.bos, dtype=np.int64)
-        return [np.concatenate((bos, ids), dtype=np.int64) for ids in encoded]
+        return encode_after(self.tokenizer, head, tails, [self.tokenizer.bos_token_id] * self.bos)
 
     def _read_letters(self, head, questions, text, context_length):
         """The letters' ids, from a prompt with each letter as its answer. They may share leading
@@ -259,7 +265,9 @@ def _repeated(values, counts) -> list:
 
 def _shared_length(contexts) -> int:
     """How many first tokens all contexts share, leaving at least one to each."""
-    least = min(map(len, contexts)) - 1
-    first = np.stack([context[:least] for context in contexts])
-    differs = (first != first[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else least
+    least, first = min(map(len, contexts)) - 1, next(iter(contexts))
+    for context in contexts:
+        differs = context[:least] != first[:least]
+        if differs.any():
+            least = int(differs.argmax())
+    return least
