@@ -1,6 +1,7 @@
 """What lies between the matrix products of a block, each in one pass over memory, for eager CUDA.
 
     y = norm(x, weight, bias, 1e-5, rms=True, offset=0.0, dtype=torch.bfloat16)     # [..., C]
+    x, y = add_norm(x, branch, weight, bias, 1e-5, rms=True, offset=0.0, dtype=torch.bfloat16)
     rotate_(heads, cos, sin)                                # [B, T, H, D], in place
     h = gated(gate_and_up, "silu")                          # [..., 2F] -> [..., F]
 
@@ -65,7 +66,7 @@ def _norm_kernel():
 
     @triton.jit
     def norm(
-        x, weight, bias, y, C, eps, offset,
+        x, added, total, weight, bias, y, C, eps, offset, ADD: tl.constexpr,
         RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program a row [C]."""
@@ -73,6 +74,9 @@ def _norm_kernel():
         column = tl.arange(0, BLOCK)
         inside = column < C
         a = tl.load(x + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            a += tl.load(added + row * C + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(total + row * C + column, a, mask=inside)
         if not RMS:
             a = tl.where(inside, a - tl.sum(a, axis=0) / C, 0.0)
         a = a * tl.rsqrt(tl.sum(a * a, axis=0) / C + eps)
@@ -153,17 +157,40 @@ def norm(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """RMSNorm or LayerNorm of x [..., C], C <= MAX_WIDTH, times weight + offset, in `dtype`."""
-    C = x.shape[-1]
-    assert C <= MAX_WIDTH and x.is_contiguous(), (x.shape, x.stride())
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch_norm(x, None, None, y, (weight, bias), eps, rms, offset)
+    return y
+
+
+def add_norm(
+    x: torch.Tensor,
+    added: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    rms: bool,
+    offset: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + added, float32, of float32 x and `added` of any dtype; and the norm of that, as `norm`'s
+    to the bit."""
+    total, y = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch_norm(x, added.contiguous(), total, y, (weight, bias), eps, rms, offset)
+    return total, y
+
+
+def _launch_norm(x, added, total, y, terms, eps, rms, offset) -> None:
+    C, (weight, bias) = x.shape[-1], terms
+    assert C <= MAX_WIDTH and x.is_contiguous(), (x.shape, x.stride())
     if x.numel():
         block = 1 << (C - 1).bit_length()
+        given = [x if tensor is None else tensor for tensor in (added, total, weight, bias)]
         _norm_kernel()[(x.numel() // C,)](
-            x, x if weight is None else weight, x if bias is None else bias, y, C, eps, offset,
+            x, *given, y, C, eps, offset, ADD=added is not None,
             RMS=rms, WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
-    return y
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -30,11 +30,12 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """float32; or in `dtype`, that of the products it goes into, where one kernel does both."""
-        fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH
-        if dtype is not None and fits and elementwise.applies(x, dtype):
-            rms, offset = not self.layer_norm, self.offset
+        if dtype is not None and self._is_one_kernel(x, dtype):
             return elementwise.norm(
-                x, self.weight, self.bias, self.eps, rms=rms, offset=offset, dtype=dtype
+                *(x, self.weight, self.bias, self.eps),
+                rms=not self.layer_norm,
+                offset=self.offset,
+                dtype=dtype,
             )
         x, shape = x.float(), (self.width,)
         # in 16 bits where training gathers all of a block so (training/fsdp.py)
@@ -49,6 +50,23 @@ class Norm(nn.Module):
         else:
             x = F.rms_norm(x, shape, shared, self.eps)
         return x if own is None else x * own
+
+    def after(self, x: Tensor, added: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x + added, and the norm of that in `dtype` or float32, as `forward`'s: x is the residual
+        stream."""
+        if x.dtype == torch.float32 and self._is_one_kernel(x, dtype):
+            return elementwise.add_norm(
+                *(x, added, self.weight, self.bias, self.eps),
+                rms=not self.layer_norm,
+                offset=self.offset,
+                dtype=dtype,
+            )
+        x = x + added
+        return x, self(x, dtype)
+
+    def _is_one_kernel(self, x: Tensor, dtype: torch.dtype) -> bool:
+        fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH
+        return fits and elementwise.applies(x, dtype)
 
 
 def stream_norm(config: GPTConfig, wanted: bool = True) -> nn.Module:

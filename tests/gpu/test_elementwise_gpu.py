@@ -45,6 +45,19 @@ def test_norms(width, dtype):
         assert error(layer, wanted.to(dtype)) < 1e-3
 
 
+@pytest.mark.parametrize("added", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [3, 768, 1600, 4096, 16384])
+def test_a_sum_and_its_norm_are_the_two_steps_to_the_bit(width, added):
+    for rows, rms in itertools.product((1, 333), (True, False)):
+        x = torch.randn(rows, width, device="cuda") * 3 + 1
+        more = (torch.randn(rows, width, device="cuda") * 2).to(added)
+        w, b = torch.randn(2, width, device="cuda")
+        terms = {"rms": rms, "offset": 0.0, "dtype": torch.bfloat16}
+        total, y = elementwise.add_norm(x, more, w, b, 1e-5, **terms)
+        assert torch.equal(total, x + more)
+        assert torch.equal(y, elementwise.norm(total, w, b, 1e-5, **terms))
+
+
 @pytest.mark.parametrize("D, R", [(2, 2), (16, 16), (64, 64), (80, 32), (96, 72), (128, 128)])
 def test_rotary_positions(D, R):
     for B, T, H, same in itertools.product((1, 3), (1, 5, 130), (1, 3, 12, 40), (True, False)):
