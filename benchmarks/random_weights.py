@@ -1,5 +1,6 @@
-"""Random weights of a model larger than a disk: a Hugging Face directory, written by many threads
-into a tmpfs that is made large enough.
+"""Random weights in bfloat16 as a Hugging Face directory, without a GPU and through no memory of
+their own: written by many threads, for models larger than a disk into a tmpfs that is made large
+enough.
 
     how = make_room(Path("/dev/shm"), n_bytes(config))
     if not is_written(place):
@@ -26,11 +27,11 @@ OTHERS = 2**34  # bytes of memory for all but the files
 
 
 def tensors_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes by their names in a Hugging Face directory of a Llama."""
-    from formats import layouts
+    """Shapes by their names in its Hugging Face directory."""
+    from formats import layouts, native
     from model import GPTModel
 
-    parts = layouts.parts(GPTModel.on_meta(config), "llama")
+    parts = layouts.parts(GPTModel.on_meta(config), native.layout_of(config))
     return {name: tuple(part.tensor.shape) for name, part in parts}
 
 
@@ -74,18 +75,20 @@ def make_room(work: Path, needed: int) -> str:
     return f"no room: {done.stderr.strip()}"
 
 
-def write(config: GPTConfig, place: Path) -> None:
+def write(config: GPTConfig, place: Path, seed: int = 0) -> None:
     """A file for each layer. What a matrix holds goes from the pool of random numbers to its file,
     through no memory of its own."""
     import torch
 
-    place.mkdir(exist_ok=True)
+    from formats import native
+
+    place.mkdir(parents=True, exist_ok=True)
     pool = torch.empty(min(POOL, n_bytes(config) // 8), dtype=torch.bfloat16)
-    pool.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    pool.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
     raw = memoryview(pool.view(torch.uint8).numpy())
     files: dict[str, dict] = {}
     for name, shape in tensors_of(config).items():
-        layer = re.search(r"layers\.(\d+)\.", name)
+        layer = re.search(r"\.(\d+)\.", name)
         file = f"model-{layer[1] if layer else name.removesuffix('.weight')}.safetensors"
         files.setdefault(file, {})[name] = shape
     with ThreadPoolExecutor(WRITERS) as threads:
@@ -93,7 +96,7 @@ def write(config: GPTConfig, place: Path) -> None:
     where = {name: file for file, names in files.items() for name in names}
     index = {"metadata": {"total_size": n_bytes(config)}, "weight_map": where}
     (place / "model.safetensors.index.json").write_text(json.dumps(index))
-    config.save_pretrained(place, dtype="bfloat16")
+    native.write_about(config, place, None, torch.bfloat16)
 
 
 def _fill(path: Path, shapes: dict[str, tuple[int, ...]], raw: memoryview) -> None:

@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
+from benchmarks import random_weights  # noqa: E402
 from benchmarks.start import machine  # noqa: E402
+from config import load_config  # noqa: E402
 from results import load_records  # noqa: E402
 
 
@@ -41,9 +43,7 @@ def main(argv=None):
     p.add_argument("--again", type=int, default=2, help="checkpoints of the second sweep; 0: none")
     p.add_argument("--small", action="store_true", help="a tiny model")
     args = p.parse_args(argv)
-    make = [sys.executable, "-c", "import benchmarks.sweep as s; s.make_checkpoints()"]
-    given = [str(args.work / "swept"), str(args.checkpoints), "small" if args.small else "gpt2"]
-    subprocess.run([*make, *given], check=True, cwd=ROOT)
+    make_checkpoints(args)
     report = {"machine": machine(), "tokens": args.tokens, "first": swept(args, args.checkpoints)}
     if args.again:
         report["again"] = swept(args, args.again)
@@ -51,27 +51,14 @@ def main(argv=None):
     print(json.dumps(report, indent=1))
 
 
-def make_checkpoints() -> None:
-    """Of random weights, each of its own, in a process that leaves nothing on the GPU. The command
-    line: folder, how many, model."""
-    import torch
-
-    from config import load_config
-    from formats import native
-    from model import GPTModel
-
-    folder, n, name = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    config = load_config("gpt2")
-    if name == "small":
-        config = config.replace(n_layers=2, d_model=64, n_heads=2, d_ff=128)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GPTModel.on_meta(config).to(torch.bfloat16).to_empty(device=device)
-    for step in range(1, n + 1):
-        torch.manual_seed(step)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.ones_(p)
-        (folder / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
-        native.write_weights(model, config, folder / f"checkpoint-{step}")
+def make_checkpoints(args) -> None:
+    """Of random weights, each of its own."""
+    config = load_config("gpt2").replace(dropout=0.0)
+    if args.small:
+        config = config.replace(n_layers=2, d_model=64, n_heads=2, n_kv_heads=2, d_ff=128)
+    for step, folder in enumerate(folders(args, args.checkpoints), start=1):
+        if not random_weights.is_written(Path(folder)):
+            random_weights.write(config, Path(folder), seed=step)
 
 
 def swept(args, n: int) -> dict[str, Any]:
@@ -119,7 +106,8 @@ def beyond_scoring(saved: list[float], costs: list[dict]) -> dict[str, Any]:
 
 
 def folders(args, n: int) -> list[str]:
-    return [str(args.work / "swept" / f"checkpoint-{step}") for step in range(1, n + 1)]
+    small = "-small" if args.small else ""
+    return [str(args.work / f"swept{small}" / f"checkpoint-{step}") for step in range(1, n + 1)]
 
 
 if __name__ == "__main__":

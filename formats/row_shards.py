@@ -58,7 +58,7 @@ def fill(model: GPTModel, table: Table) -> None:
     for name, p in model.named_parameters():
         mine, (dim, own) = p.to_local(), own_rows(p)  # type: ignore[attr-defined]
         if p.dim() < 2 or p.shape[1:].numel() == 1:  # read whole: norms and biases
-            whole = torch.empty(p.shape, dtype=p.dtype)
+            whole = torch.empty(p.shape, dtype=p.dtype, device=mine.device)
             small.append((mine, whole[own.start : own.stop]))
             for theirs, part in layouts.parts_of(model.config, table.layout, name, whole):
                 parameters[theirs], tensors[theirs] = part, table.tensors[theirs]

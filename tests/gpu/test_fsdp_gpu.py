@@ -1,10 +1,11 @@
-"""train.py --fsdp on two GPUs over NCCL: against DDP, resumed, compiled, and its memory against
-compute.py's.
+"""train.py --fsdp on two GPUs over NCCL, or on one: against DDP, resumed, compiled, and its memory
+against compute.py's.
 
-python -m pytest tests/gpu/test_fsdp_gpu.py -s      # two GPUs, about four minutes; -s: figures
+python -m pytest tests/gpu/test_fsdp_gpu.py -s      # about four minutes; -s: figures
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from builders import CONFIGS, ROOT, token_shard, torchrun
 import checkpoint
 from costs.memory import estimate_memory
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+GPUS = min(2, torch.cuda.device_count())
+pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 
 LARGE = CONFIGS["llama"].replace(
     n_layers=8, d_model=2048, n_heads=16, n_kv_heads=8, head_dim=128, d_ff=8192, vocab_size=32000,
@@ -55,7 +57,7 @@ def run(root, kind, out, *more, seq_len=256, val=True):
     flags += ["--tokenizer-name", "byte", "--seq-len", seq_len, "--train-npy", root / "train.npy"]
     flags += ["--val-npy", root / "val.npy"] if val else []
     flags += ["--log-steps", 1, "--checkpoint-path", root / out, *more]
-    done = torchrun(2, root / "measured.py", *flags, cold=True)
+    done = torchrun(GPUS, root / "measured.py", *flags, cold=True)
     peaks = [line.split() for line in done.stdout.splitlines() if line.startswith("peak ")]
     lines = (root / out / "log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], [int(peak) for _, _, peak in sorted(peaks)]
@@ -81,17 +83,17 @@ def test_float32_steps_are_those_of_ddp(root, kind):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-4, msg=name)
 
 
-def test_resumed_in_bfloat16_with_blocks_compiled(root):
+@pytest.mark.parametrize("kind, how", [("llama", "on"), ("mixture", "off"), ("tied", "off")])
+def test_resumed_in_bfloat16(root, kind, how):
     """The steps after a checkpoint, once more from there; and the same losses as DDP but for what
     is rounded."""
-    more = ["--compile", "on", "--num-steps", 6, "--eval-steps", 3, "--lr", "1e-4"]
-    ddp, _ = run(root, "llama", "bf16-ddp", *more)
-    straight, _ = run(root, "llama", "bf16", *more, "--fsdp")
+    more = ["--compile", how, "--num-steps", 6, "--eval-steps", 3, "--lr", "1e-4"]
+    ddp, _ = run(root, kind, f"bf16-ddp-{kind}", *more)
+    out = f"bf16-{kind}"
+    straight, _ = run(root, kind, out, *more, "--fsdp")
     assert losses(straight) == pytest.approx(losses(ddp), rel=2e-3)
-    for path in (root / "bf16/checkpoint-6").iterdir():
-        path.unlink()
-    (root / "bf16/checkpoint-6").rmdir()
-    again, _ = run(root, "llama", "bf16", *more, "--fsdp", "--resume")
+    shutil.rmtree(root / out / "checkpoint-6")
+    again, _ = run(root, kind, out, *more, "--fsdp", "--resume")
     assert losses(again) == pytest.approx(losses(straight), rel=1e-4)
 
 
@@ -106,7 +108,7 @@ def test_memory_is_what_compute_py_says(root, recompute):
         rate = sorted(entry["tokens_per_second"] for entry in log)[len(log) // 2]
         zero = 3 if how else 0
         estimate = estimate_memory(
-            LARGE, 4, 2048, dtype="bf16", dp=2, zero=zero, recompute=recompute
+            LARGE, 4, 2048, dtype="bf16", dp=GPUS, zero=zero, recompute=recompute
         )["peak_bytes"]
         gib = [round(n / 2**30, 2) for n in (*peaks, estimate)]
         print(f"\n{'fsdp' if how else 'ddp'}, recompute {recompute}: {rate:,.0f} tokens/s, "
