@@ -26,7 +26,7 @@ from model import GPTModel
 from modeling.attention import Segments, attend_segments
 from transformers_model import Model
 
-SECTION = 4  # a section's prefixes have this part of a strip's tokens at most: they are held
+SECTION = 8  # a section's prefixes have this part of a strip's tokens at most: they are held
 STEP = 512  # the length of a strip that is not full is a multiple of it
 HEAD_DIM = 256  # the widest that the kernel knows
 
