@@ -19,6 +19,7 @@ import json
 import random
 import re
 import string
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from tasks.question_files import ANSWERS, rows_of, split_files, where_to_get
 
 LETTERS = string.ascii_uppercase
 LM_EVAL_SEED = 1234  # of the examples that its tasks draw, anew for each question in turn
+SETTLED = 2  # seconds after which a file shows by its time that it was written again
 NO_TABLE: dict = {"categories": {}, "names": {}}
 
 
@@ -208,10 +210,14 @@ def _read_file(path: Path, subject: str | None, layout: Layout, hidden: bool) ->
     there = path.stat()
     state = there.st_size, there.st_mtime_ns, there.st_ino
     key = str(path), *state, subject, repr(layout), hidden
-    if key not in _KNOWN or layout.answers_beside:  # which lie in another file
-        rows = rows_of(path, layout)
-        _KNOWN[key] = [_question(row, subject, where, layout, hidden) for where, row in rows]
-    return _KNOWN[key]
+    if key in _KNOWN:
+        return _KNOWN[key]
+    rows = rows_of(path, layout)
+    found = [_question(row, subject, where, layout, hidden) for where, row in rows]
+    # another write within a tick of the clock would show nowhere, nor does a file beside this one
+    if time.time() > there.st_mtime + SETTLED and not layout.answers_beside:
+        _KNOWN[key] = found
+    return found
 
 
 class _Read(NamedTuple):
