@@ -1,6 +1,7 @@
 """Attention: which kernel runs, and the modules around it.
 
     y = attend(q, k, v, causal=True, window=4096)    # [B, H, T, E]; all but a decode step
+    y, lse = attend_segments(q, k, v, queries, keys, causal=True)    # sequences laid end to end
     y = Attention(config, layer)(x, rope)            # [B, T, C] -> [B, T, C]
     y = LatentAttention(config, layer)(x, rope)
 

@@ -118,7 +118,7 @@ def test_rows_laid_end_to_end_are_as_near_to_float32_as_padded_ones(saved, data_
     wanted = exact.arrays["logprobs"]
     errors = [np.abs(x.arrays["logprobs"] - wanted).mean() for x in (found, padded)]
     print(f"mean errors: {errors[0]:.2e} end to end, {errors[1]:.2e} padded")
-    assert errors[0] < 1.1 * errors[1]
+    assert errors[0] < 1.3 * errors[1]
 
 
 @pytest.mark.parametrize("scale", [None, 0.2])
