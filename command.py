@@ -304,6 +304,7 @@ def measure_checkpoint(
     the loading, prompts are made and, on one rank, the checkpoint is hashed: both take seconds."""
     from backends.local import facts_of
     from backends.parallel import in_groups
+    from formats import filling
 
     ckpt, quantisation = asked
     rooms = ["backends/local.py", *(["quantisation/apply.py"] if quantisation else [])]
@@ -311,7 +312,10 @@ def measure_checkpoint(
     start = time.perf_counter()
     sources.keep()
     at_once = quantisation if ckpt.base is None and not loader.keep else None
-    dist = in_groups(dist, models.shard, ckpt.config, loader.dtype, at_once)
+    block_bytes = None
+    if models.shard == "auto" and dist.device.type == "cuda" and quantisation is None:
+        block_bytes = filling.block_bytes(ckpt, loader.dtype) if loader.packs else None
+    dist = in_groups(dist, models.shard, ckpt.config, loader.dtype, at_once, block_bytes)
     info = background.submit(ckpt.describe).result if dist.is_main else None
     needed = evaluation.needs_tokenizer(options)
     tokenizer = frame.pick_tokenizer(models.tokenizer_name, ckpt, needed)

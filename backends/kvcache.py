@@ -60,6 +60,8 @@ def check_kv_dtype(model: Model, kv_dtype: str | None) -> None:
         reason = "this architecture runs through transformers, without our cache"
     elif model.config.kv_lora_rank is not None:
         reason = "latent attention keeps latents, which are not rounded"
+    elif model.config.head_dim % 2:
+        reason = f"heads of {model.config.head_dim} channels, of which two make a word"
     elif kv_dtype == "fp8" and model.device.type == "cuda" and not _has_float8(model.device):
         reason = "this GPU has no 8-bit floats: int8 goes with all"
     if reason:

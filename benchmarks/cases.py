@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,27 @@ def measure(cases: Iterable[Case], args, report: dict, line: Callable[[str, dict
         report["cases"][name] = result
         args.out.write_text(json.dumps(report, indent=1) + "\n")
         print(line(name, result), f" [{result['whole_s']:.0f} s]", flush=True)
+
+
+def alone(function: Callable[..., dict], *args: Any) -> dict:
+    """function(*args) in a process of its own, forked from one that has imported what the benchmark
+    imports and never saw the GPU. What a library leaves behind is then no other's: after a capture
+    that failed, CUDA's generator refuses all that follow."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as one:
+        return one.submit(function, *args).result()
+
+
+def seconds_of_calls(run: Callable[[], Any], times: int = 20) -> float:
+    """Of one run of what no graph can hold, called so often in a row, as the GPU sees it."""
+    for _ in range(3):
+        run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / times
 
 
 def seconds_under_graph(run: Callable[[], Any], times: int = 20) -> float:

@@ -35,7 +35,7 @@ from gpu_kernels.kv_codes import DTYPES, Codes  # noqa: E402
 KINDS = (None, "int8", "fp8")
 ROWS, NEW, WARM, STEPS = 32, 256, 8, 48
 PLAIN, CODES = ("BLOCK_BYTES", "WARPS", "STAGES"), ("CODE_BYTES", "CODE_WARPS", "CODE_STAGES")
-SWEPT = ((64, 4, 2), (64, 4, 3), (64, 4, 1), (32, 4, 3), (128, 4, 2), (128, 8, 2), (64, 2, 2))
+SWEPT = ((64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3))
 
 
 def decoded(model, gpu, prompt: int, rows: int, kind: str | None) -> dict:
@@ -101,7 +101,7 @@ def attention(gpu, small: bool, device: str, kind: str | None, way: tuple[int, i
             kernel.merge_parts(*parts)
 
     try:
-        for name, value in zip(names, (way[0] * D * 2, *way[1:])):
+        for name, value in zip(names, (way[0] * D * (1 if kind else 2), *way[1:])):
             setattr(kernel, name, value)
         run()
         if device == "cpu":
@@ -123,7 +123,7 @@ def all_cases(small: bool, device: str, gpu):
     for kind in KINDS:
         names = CODES if kind else PLAIN
         size, *rest = (getattr(kernel, name) for name in names)
-        way = (size // 256, *rest)
+        way = (size // (128 if kind else 256), *rest)
         name = f"kernel {kind or 'bf16'}"
         yield name, lambda a=(kind, way): attention(gpu, small, device, *a)
     config, prompt, held = load_config("7b"), 24 if small else 2048, {}

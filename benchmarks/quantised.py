@@ -3,19 +3,24 @@
     python benchmarks/quantised.py --only "kernel" --out benchmarks/results/quantised.json
     python benchmarks/quantised.py --only "decode 1 " --out …      # "decode 16 ", "decode 64 "
     python benchmarks/quantised.py --only "score 7b" --out …       # "score 70b"
+    python benchmarks/quantised.py --only "step 1 " --out …        # where the time of a step goes
+    python benchmarks/quantised.py --only "of 16" --out …          # groups of 16
     python benchmarks/quantised.py --small --out /tmp/q.json       # a CPU's rehearsal
 
 Random codes, made on the card; no file is read. Results of several calls gather in one file.
 Kernels: each matrix of a 7B, so many copies of it in one CUDA graph that none is found in the L2
 cache; the limit is its packed bytes at the datasheet's bandwidth; the peers are cuBLAS in bfloat16
 and PyTorch's own int4 product. `sweep` tries other constants of the kernel: none is ever chosen at
-run time. Decoding: the engine's step under a CUDA graph, one prompt of 64 tokens, 128 new ones,
-the second of two times. Scoring: windows of 2,048 as eval.py runs them, medians of passes after
-two. The 70B is packed layer by layer; beside it the rate of its own matrix products in bfloat16,
-measured in the same minute. transformers' own int8 and fp8 layers need packages or kernels from a
-hub, so its peer here is its bfloat16 model.
+run time. Groups of 16, with float32 scales as K-quants' are: the packed product beside dequantising
+for each. Decoding: the engine's step under a CUDA graph, one prompt of 64 tokens, 128 new ones, the
+second of two times; `step` gives its kernels by name, from the profiler, the time that none fills,
+and what its bytes take at the datasheet's bandwidth. Scoring: windows of 2,048 as eval.py runs
+them, medians of passes after two. The 70B is packed layer by layer; beside it the rate of its own
+matrix products in bfloat16, measured in the same minute. transformers' own int8 and fp8 layers need
+packages or kernels from a hub, so its peer here is its bfloat16 model.
 """
 
+import collections
 import itertools
 import statistics
 import sys
@@ -32,6 +37,7 @@ from generation import measure, peer_model, random_model, release  # noqa: E402
 
 import cli  # noqa: E402
 from backends import Sampling, scoring  # noqa: E402
+from backends.engine import Capacity, Engine  # noqa: E402
 from benchmarks import cases  # noqa: E402
 from config import GPTConfig, load_config  # noqa: E402
 from costs.flops import estimate_flops  # noqa: E402
@@ -43,6 +49,7 @@ from quantisation.linear import pack_model, packed_of, weight_bytes  # noqa: E40
 
 STD = 0.02  # of the weights that random codes stand for
 RULES = {"w8": (8, None), "w4 g128": (4, 128), "fp8": (0, None)}  # bits (0: e4m3), group
+OF_16 = {"w8 g16": (8, 16), "w4 g16": (4, 16)}  # GGUF's Q6_K and Q3_K, as they lie in memory
 SWEPT = {  # (programs, rows of weights, warps, stages) of codes of so many bits
     4: ((600, 64, 2, 3), (600, 64, 2, 2), (600, 64, 2, 4), (600, 64, 4, 3), (600, 128, 4, 3),
         (300, 64, 2, 3), (1200, 64, 2, 3), (600, 32, 2, 3)),
@@ -74,7 +81,7 @@ def shapes(small: bool) -> tuple[GPTConfig, GPTConfig]:
 
 
 def random_codes(N: int, K: int, rule: str, device) -> Codes:
-    bits, group = RULES[rule]
+    bits, group = (RULES | OF_16)[rule]
     group = min(group or K, K)
     shape, n_groups = (N, K), -(-K // group)
     if bits == 0:
@@ -85,7 +92,8 @@ def random_codes(N: int, K: int, rule: str, device) -> Codes:
         q = torch.randint(-most, most, shape, dtype=torch.int8, device=device)
         std = most / 3**0.5
     scales = torch.rand(N, n_groups, device=device).add(0.5) * (STD / std)
-    return Codes("random", bits or 8, q, scales.bfloat16() if group < K else scales)
+    scales = scales.bfloat16() if rule in RULES and group < K else scales
+    return Codes("random", bits or 8, q, scales)
 
 
 def packed_model(c: GPTConfig, rule: str, device) -> GPTModel:
@@ -167,6 +175,16 @@ def packed_kernel(N, K, rule, rows, gpu, small, device) -> dict:
     return of_limit(us, size, gpu)
 
 
+def dequantised_kernel(N, K, rule, rows, gpu, small, device) -> dict:
+    """Made dense for each product, as layers are that the kernel does not take."""
+    weight = packed_of(random_codes(N, K, rule, device))[0]
+    x, n = torch.randn(rows, K, device=device).bfloat16(), 4  # 2 N K bytes are written and read
+    us = us_of(
+        lambda: [F.linear(x, low_bit.dequantise(weight, torch.bfloat16)) for _ in range(n)], n
+    )
+    return {"us": us}
+
+
 def bf16_kernel(N, K, rows, gpu, small, device) -> dict:
     size = 2 * N * K
     weights = [
@@ -212,6 +230,41 @@ def decoded(model: GPTModel, size: Size, rows: int, compiled: bool) -> dict:
     result = measure(model, prompts, limits, Sampling(), **options)
     result |= {"ms_per_step": result["seconds"] / size.new * 1e3}
     return result | {"weights_GB": weight_bytes(model) / 1e9}
+
+
+def stepped(model: GPTModel, size: Size, rows: int, compiled: bool, gpu) -> dict:
+    """A decode step by itself, and its kernels, those first that take most of it: times a step, us
+    of all. span_ms: from the first kernel to the last, busy_ms: of the kernels."""
+    g, n, timed = np.random.default_rng(0), 8, 12
+    capacity = Capacity(rows, size.prompt, size.new)
+    engine = Engine(model, capacity, features=frozenset(), compiled=compiled)
+    prompt = g.integers(0, model.config.vocab_size, size.prompt).tolist()
+    engine.submit("one", prompt, Sampling(size.new), range(rows))
+    for _ in range(16):
+        engine.step()
+    wall = seconds_of(lambda: [engine.step() for _ in range(timed)], 3) / timed
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        for _ in range(n):
+            engine.step()
+        torch.cuda.synchronize()
+    found = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    us, times = collections.Counter(), collections.Counter()
+    for event in found:
+        us[event.name[:60]] += event.time_range.elapsed_us() / n
+        times[event.name[:60]] += 1 / n
+    span = max(e.time_range.end for e in found) - min(e.time_range.start for e in found)
+    weights = weight_bytes(model) - model.token_embedding.weight.nbytes
+    return {
+        "ms_per_step": wall * 1e3,
+        "span_ms": span / n / 1e3,
+        "busy_ms": sum(us.values()) / 1e3,
+        "limit_ms": weights / gpu.bandwidth * 1e3,
+        "head_limit_ms": model.lm_head.weight.nbytes / gpu.bandwidth * 1e3,
+        "kernels": {
+            name: [round(times[name], 2), round(us[name], 2)] for name, _ in us.most_common()
+        },
+    }
 
 
 @torch.no_grad()
@@ -274,6 +327,10 @@ def all_cases(small: bool, size: Size, device: str, gpu):
                 yield f"{name}: {rule}", lambda a=args: packed_kernel(*a, *common)
             if device == "cuda":
                 yield f"{name}: torch w4 g128", lambda a=(N, K, rows): torch_kernel(*a, *common)
+    for (N, K), rows, rule in itertools.product(size.shapes, (1, 16), OF_16):
+        name, args = f"of 16, {N}x{K}, {rows} rows", (N, K, rule, rows)
+        yield f"{name}: {rule}", lambda a=args: packed_kernel(*a, *common)
+        yield f"{name}: {rule} dequantised", lambda a=args: dequantised_kernel(*a, *common)
     for rule in ("w8", "w4 g128") if device == "cuda" else ():
         for constants in SWEPT[RULES[rule][0]]:
             for (N, K), rows in itertools.product(size.shapes, (1, 16, 64)):
@@ -303,6 +360,14 @@ def all_cases(small: bool, size: Size, device: str, gpu):
                         model(*a), size, rows, way == "compiled"
                     ),
                 )
+    for rows, way, rule in itertools.product((1, 16), ("eager", *ways), ("bf16", "w8", "w4 g128")):
+        if device == "cuda":
+            yield (
+                f"step {rows} {way}: {rule}",
+                lambda a=(c7, rule), rows=rows, way=way: stepped(
+                    model(*a), size, rows, way == "compiled", gpu
+                ),
+            )
     for rule in ("bf16", "fp8", "w8", "w4 g128"):
         for way in ("eager", *ways) if device == "cuda" else ways:
             yield (
@@ -334,6 +399,11 @@ def line(name, result) -> str:
     ):  # fmt: skip
         if key in result:
             words.append(form.format(result[key]))
+    if "kernels" in result:
+        words.append(
+            "span {span_ms:.3f} ms, busy {busy_ms:.3f}, limit {limit_ms:.3f}".format(**result)
+        )
+        words += [f"\n{us:10.1f} us {n:7.1f} {name}" for name, (n, us) in result["kernels"].items()]
     return "  ".join(words)
 
 

@@ -7,12 +7,15 @@
 Random weights of a 7B. The peer's model is transformers' with its linear layers put in by
 bitsandbytes (LLM.int8, nf4 in blocks of 64) or torchao (int8 and int4 weights, 8-bit floats row by
 row), as transformers' own integrations do it. Products: the four matrices of a layer, two layers,
-replayed as a CUDA graph; torchao's are compiled, for which they are made. Whole models run eager on
-both sides: windows of 2,048, medians of passes after two; greedy draws of so many tokens from one
-prompt in every row, the second of two times. transformers' fp8 layers take their kernel from a hub
-and its GPTQ layers want gptqmodel: neither runs without a network, and the case says so.
+replayed as a CUDA graph; torchao's are compiled, for which they are made. bitsandbytes' layers wait
+for the GPU as they run, so that no graph holds them: called in a row, which their cases say
+("eager"). Whole models run eager on both sides: windows of 2,048, medians of passes after two;
+greedy draws of so many tokens from one prompt in every row, the second of two times. Each peer's
+case has a process of its own. transformers' fp8 layers take their kernel from a hub and its GPTQ
+layers want gptqmodel: neither runs without a network, and the case says so.
 """
 
+import functools
 import gc
 import sys
 import time
@@ -23,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import transformers.models.llama  # noqa: E402, F401 (once, for the processes of all peers)
 from experts import seconds_of, windows  # noqa: E402
 from generation import peer_model, release, synchronize  # noqa: E402
 from quantised import Size, built, decoded, line, random_codes, scored, shapes, us_of  # noqa: E402
@@ -118,7 +122,7 @@ class Products(nn.Module):
 
 @torch.no_grad()
 def products(what: str, sides, rows_of, device) -> dict:
-    """Microseconds of a layer's products at each number of rows."""
+    """Microseconds of a layer's products at each number of rows, under a graph where it can be."""
     release()
     sides = [side for _ in range(COPIES) for side in sides]
     inputs = {K: torch.randn(64, K, device=device).bfloat16() for _, K in sides}
@@ -138,13 +142,16 @@ def products(what: str, sides, rows_of, device) -> dict:
     for rows in rows_of:
         run(rows)
         run(rows)
-        try:
-            result[f"us_{rows}"] = us_of(lambda rows=rows: run(rows), COPIES)
-        except RuntimeError as error:  # a layer that waits for the GPU is in no graph
-            result["not_a_graph"] = str(error).partition("\n")[0][:100]
-            took = seconds_of(lambda rows=rows: run(rows), 7)
-            result[f"us_{rows}"] = took / COPIES * 1e6
+        each = functools.partial(run, rows)
+        if _in_a_graph(what) or device == "cpu":
+            result[f"us_{rows}"] = us_of(each, COPIES)
+        else:
+            result[f"us_{rows}"] = cases.seconds_of_calls(each) / COPIES * 1e6
     return result
+
+
+def _in_a_graph(what: str) -> bool:
+    return "bitsandbytes" not in what
 
 
 @torch.no_grad()
@@ -193,12 +200,23 @@ def ours(config, rule: str, size: Size, rows_of, gpu, device) -> dict:
 def all_cases(small: bool, size: Size, device: str, gpu):
     """(name, function), a model at a time."""
     config, rows_of = shapes(small)[0], (1, 16, 64)
-    for what in (*OURS, *PEERS[1:]):
+
+    def alone(*case):
+        def run():
+            release()
+            return cases.alone(*case)
+
+        return run
+
+    for what in OURS:
         yield f"products: {what}", lambda w=what: products(w, size.shapes, rows_of, device)
+    for peer in PEERS[1:]:
+        how = "" if _in_a_graph(peer) else ", eager"
+        yield f"products{how}: {peer}", alone(products, peer, size.shapes, rows_of, device)
     for what, rule in OURS.items():
         yield f"model: {what}", lambda r=rule: ours(config, r, size, rows_of, gpu, device)
     for peer in PEERS:
-        yield f"model: {peer}", lambda p=peer: whole(config, p, size, rows_of, device)
+        yield f"model: {peer}", alone(whole, config, peer, size, rows_of, device)
 
 
 def line_of(name: str, result: dict) -> str:

@@ -149,6 +149,7 @@ class Setup:
     last: bool = True  # and the head
     sequence_parallel: bool = False
     quantise: str | None = None  # a rule of quantisation/names.py, of weights that do not train
+    block_bytes: float | None = None  # of a weight of the blocks' matrices: of packed files
     kv_dtype: str | None = None  # of inference: keys and values in 8 bits, by --kv-dtype's words
     workspace: int = 32 * 2**20  # bytes of cuBLAS a handle (Hopper): forward and backward have one
 
@@ -208,6 +209,9 @@ class Setup:
             mixed = "gathered"  # FSDP's mixed precision: float32 shards, blocks gathered in 16 bits
         ours = self.implementation == "roseval"
         w_block = DTYPES[self.dtype] if self.dtype in ("int8", "int4") else w
+        if self.block_bytes is not None:
+            assert self.quantise is None, "rounded weights are no longer those of the file"
+            w_block = self.block_bytes
         if self.quantise is not None:
             assert model is not None, "the size of groups depends on the matrices"
             w_block = bytes_per_weight(model, self.quantise)
@@ -243,7 +247,11 @@ class Setup:
             "headed": int(not self.lora_rank or self.train_embeddings),  # the head has a gradient
             "r": self.lora_rank,
             **adapter_symbols(self.lora_targets),
-            "packed": int(self.dtype in ("int8", "int4") or self.quantise not in (None, *CASTS)),
+            "packed": int(
+                self.dtype in ("int8", "int4")
+                or self.quantise not in (None, *CASTS)
+                or self.block_bytes is not None
+            ),
             "n": self.dp,
             "zero": self.zero,
             "n_w": self.dp if self.zero == 3 else 1,

@@ -16,12 +16,13 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 import cli
+from costs.quantised import matrix_shapes
 from formats import layouts, quantised, shown, tensorfiles
 from formats.layouts import Place
 from formats.naming import LAYOUTS
@@ -30,6 +31,9 @@ from model import GPTModel
 from quantisation.apply import Rounding
 from quantisation.codes import Codes
 from quantisation.linear import PackedLinear, can_pack, pack_model, weight_bytes
+
+if TYPE_CHECKING:
+    from checkpoint import Checkpoint
 
 READERS = min(8, os.cpu_count() or 1)  # of one checkpoint's files, side by side
 Extremes = dict[str, torch.Tensor]  # smallest and largest number of each tensor
@@ -110,15 +114,8 @@ def put(parameters: Mapping[str, Place], table: Table, device: torch.device) -> 
 def pack(model: GPTModel, table: Table, dtype: torch.dtype, device: torch.device) -> None:
     """PackedLinear in the place of the linear layers of a model on meta whose matrices are codes in
     the file, of which the device then has nothing else. Checks as `fill`'s."""
-    tensors, layout, path = table
-    layers: dict[str, list[tuple[str, torch.Tensor]]] = {}
-    for their, ours, rows in layouts.modules(model, layout):
-        layers.setdefault(ours, []).append((f"{their}.weight", rows))
-    layers = {
-        ours: its
-        for ours, its in layers.items()
-        if not LAYOUTS[layout].conv1d and all(quantised.has_codes(tensors[t]) for t, _ in its)
-    }
+    tensors, path = table.tensors, table.path
+    layers = _with_codes(model, table)
     check_bytes(tensors[their] for its in layers.values() for their, _ in its)
     lock = threading.Lock()
 
@@ -137,6 +134,42 @@ def pack(model: GPTModel, table: Table, dtype: torch.dtype, device: torch.device
         with cli.progress(n, f"packing {path.name}", "tensor") as bar:
             for count in _side_by_side(pack_layer, layers, device):
                 bar.update(count)
+
+
+def _with_codes(model: GPTModel, table: Table) -> dict[str, list[tuple[str, torch.Tensor]]]:
+    """Our linear layers whose matrices are codes in the file: (their name, the rows of ours that
+    theirs are) of each."""
+    tensors, layout, _ = table
+    layers: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for their, ours, rows in layouts.modules(model, layout):
+        layers.setdefault(ours, []).append((f"{their}.weight", rows))
+    return {
+        ours: its
+        for ours, its in layers.items()
+        if not LAYOUTS[layout].conv1d and all(quantised.has_codes(tensors[t]) for t, _ in its)
+    }
+
+
+def block_bytes(ckpt: "Checkpoint", dtype: str) -> float | None:
+    """Of a weight of the blocks' matrices, on average, in a model whose codes `pack` leaves as they
+    are, all else in `dtype`; None where that is nothing. A few codes of each kind are read; groups
+    of unequal sizes, which no quantiser makes, are not told from others."""
+    if not ckpt.native or ckpt.base or ckpt.config is None or ckpt.layout is None:
+        return None
+    table = Table(ckpt.tensors, ckpt.layout, ckpt.path)
+    sizes: dict[Any, int] = {}
+    n_packed = size = 0
+    for its in _with_codes(GPTModel.on_meta(ckpt.config), table).values():
+        for their, _ in its:
+            stored = table.tensors[their]
+            how = stored.packed or tuple((piece.blocks, piece.shape) for piece in stored.pieces)
+            kind = getattr(how, "rule", how), stored.shape
+            if kind not in sizes:
+                sizes[kind] = quantised.held_bytes(stored)
+            size, n_packed = size + sizes[kind], n_packed + math.prod(stored.shape)
+    numbers = sum(math.prod(shape) for shape in matrix_shapes(ckpt.config))
+    dense = (numbers - n_packed) * layouts.as_dtype(dtype).itemsize
+    return (size + dense) / numbers if n_packed else None
 
 
 def tell(model: GPTModel, table: Table) -> None:

@@ -25,6 +25,7 @@ from formats import shown
 from formats.blocks import TYPES, Blocks
 from formats.stored import Box, Piece, Stored, read_whole, rows
 from inputs import read_object
+from quantisation import linear
 from quantisation.codes import Codes
 
 BAND = 1 << 20  # numbers that are unpacked at a time
@@ -211,9 +212,32 @@ def codes_of(stored: Stored) -> list[Codes] | None:
     matrix = stored.packed
     if isinstance(matrix, Matrix) and matrix.codes is not None:
         return [matrix.codes(0, matrix.shape[matrix.along])]
+    return [_codes_of_blocks(run, how) for how, run in _runs_of_blocks(stored)]
+
+
+def held_bytes(stored: Stored) -> int:
+    """Of a matrix that `has_codes`, where these are kept packed: a few of them are read."""
+    matrix = stored.packed
+    if not (isinstance(matrix, Matrix) and matrix.codes):
+        size = 0
+        for how, run in _runs_of_blocks(stored):
+            N, K = sum(piece.shape[0] for piece in run), stored.shape[1]
+            some = _codes_of_blocks([run[0]._replace(shape=(1, K))], how)
+            size += linear.held_bytes(some, N, K, some.scales.shape[1])
+        return size
+    some = matrix.codes(0, min(matrix.step, matrix.shape[matrix.along]))
+    G = some.scales.shape[1]
+    if matrix.along:  # those columns lie in a few of its groups
+        floats = (p for p in matrix.parts if getattr(p.dtype, "is_floating_point", False))
+        G = next(floats).shape[0]
+    return linear.held_bytes(some, *matrix.shape, G)
+
+
+def _runs_of_blocks(stored: Stored) -> list[tuple[Blocks, list[Piece]]]:
+    """Rows that follow each other and lie in blocks of one kind."""
     pieces = sorted(stored.pieces, key=lambda piece: piece.start)
     runs = itertools.groupby(pieces, key=lambda piece: piece.blocks)
-    return [_codes_of_blocks(list(run), how) for how, run in runs if how]
+    return [(how, list(run)) for how, run in runs if how]
 
 
 def _codes_of_blocks(pieces: list[Piece], how: Blocks) -> Codes:

@@ -8,8 +8,9 @@ tokens. On CUDA one Triton kernel reads both, each for exactly as long as it is 
 read on the device, so that one CUDA graph serves a whole job. Rows that continue the same prompt
 are queries of one matrix product over its keys. Elsewhere plain torch operations do the same.
 Latents, whose last channels are their values too, are given without values and are read once.
-Keys and values of 8 bits (kv_codes.py) are read as they lie: codes are small enough to be exact in
-the queries' dtype, a key's scale multiplies its scores and a value's the weights of them.
+Keys and values of 8 bits (kv_codes.py) are read as they lie, as words of two: each half of them,
+exact in the queries' dtype, is an operand of its own (low_bit_matmul.py). A key's scale multiplies
+its scores, and a value's the weights of them.
 
 Shapes: B rows, H query heads, G key/value heads, R = H / G, D head_dim, E of values, N prompts of
 at most P tokens, S own tokens of a row at most, X parts to be merged
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu_kernels.kv_codes import LARGEST, Codes, Room, read, store
+from gpu_kernels.low_bit_matmul import assembly_of, raw_of_words
 
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer are split along the keys
 MAX_SPLITS = 16
@@ -30,7 +32,7 @@ MANY_QUERIES = 64  # query rows of one tile where many rows share a prompt; 16 w
 WIDE = 256  # or where values are wider than this: each query's mixture of them lies in registers
 BLOCK_BYTES = 16384  # keys of one step of the kernel's loop, in the queries' dtype
 WARPS, STAGES = 4, 2
-CODE_BYTES, CODE_WARPS, CODE_STAGES = 16384, 4, 3  # the same where keys and values are codes
+CODE_BYTES, CODE_WARPS, CODE_STAGES = 16384, 4, 2  # the same of codes, in 8 bits
 LOG2_E = 1.4426950408889634
 
 
@@ -41,21 +43,33 @@ def _kernel():
     import triton.language as tl
 
     @triton.jit
-    def keep(room, scales, slot, width, d, x, mask, MOST: tl.constexpr):
-        """kv_codes.store of one key or value x [width] in a slot: x as it is read there."""
-        seen, kept = x.to(tl.float32), x
-        if MOST:
-            scale = tl.div_rn(tl.max(tl.abs(seen), axis=0), tl.full([], MOST, tl.float32))
-            scale += tl.sum(seen * 0.0, axis=0)  # NaN, where a number is NaN or infinite
-            codes = tl.div_rn(seen, tl.where(scale > 0.0, scale, 1.0))
-            codes = tl.minimum(tl.maximum(codes, -MOST), MOST)
-            if MOST == 127:  # to the nearest whole number: beyond 2^23 there are no others
-                codes = (codes + 12582912.0) - 12582912.0
-            kept = codes.to(room.dtype.element_ty)
-            tl.store(scales + slot, scale)
-            seen = kept.to(tl.float32) * scale
-        tl.store(room + slot * width + d, kept, mask=mask)
-        return seen
+    def rounded(x, scale, MOST: tl.constexpr):
+        """Codes of numbers, as bytes and as what they are."""
+        x = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0))
+        x = tl.minimum(tl.maximum(x, -MOST), MOST)
+        if MOST == 127:  # to the nearest whole number: beyond 2^23 there are no others
+            x = (x + 12582912.0) - 12582912.0
+            codes = x.to(tl.int32) & 255
+        else:
+            codes = x.to(tl.float8e4nv)
+            x = codes.to(tl.float32)
+            codes = codes.to(tl.uint8, bitcast=True).to(tl.int32)
+        return codes, x
+
+    @triton.jit
+    def keep(words, scales, slot, width, d, new, MOST: tl.constexpr):
+        """kv_codes.store of one key or value, `width` words of two channels each, in a slot: the
+        first and the second ones of words, as they are read there."""
+        a = tl.load(new + 2 * d, mask=d < width, other=0.0).to(tl.float32)
+        b = tl.load(new + 2 * d + 1, mask=d < width, other=0.0).to(tl.float32)
+        absmax = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=0)
+        scale = tl.div_rn(absmax, tl.full([], MOST, tl.float32))
+        scale += tl.sum(a * 0.0 + b * 0.0, axis=0)  # NaN, where a number is NaN or infinite
+        low, a = rounded(a, scale, MOST)
+        high, b = rounded(b, scale, MOST)
+        tl.store(words + slot * width + d, (low | high << 8).to(tl.int16), mask=d < width)
+        tl.store(scales + slot, scale)
+        return a * scale, b * scale
 
     @triton.jit
     def attend(
@@ -66,14 +80,18 @@ def _kernel():
         E: tl.constexpr, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
         M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr,
         WINDOW: tl.constexpr, CAP: tl.constexpr, MOST: tl.constexpr,
+        RAW: tl.constexpr, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     ):  # fmt: skip
         """One tile of M queries, one key head, HEADS of its R query heads, which are so many
         GROUPS, one part of the keys. OWN: a tile is a row with its own keys, the new one among
         them; otherwise tiles [., 1 + rows]: a prompt, and its rows. LATENT: the first so many
         channels of a key are scored alone, the others are its value. MOST: the largest of the
-        codes that keys and values are, or 0. Scores, and so scale and cap, are in base 2. Long,
-        since Triton keeps no arrays between functions: the running maximum, sum and mixture, MOST
-        times what it is, live in registers from start to end."""
+        codes that keys and values are, or 0. Codes come as words of two channels each: RAW makes
+        the numbers of their LOW or HIGH halves, so that even channels have a product of their own,
+        and odd ones another. Scores, and so scale and cap, are in base 2. Long, since Triton keeps
+        no arrays between functions: the running maximum, sum and mixture, of codes MOST times what
+        it is, live in registers from start to end."""
+        STEP: tl.constexpr = 2 if MOST else 1  # channels of what k and v point at
         tile, split = tl.program_id(0), tl.program_id(2)
         g = tl.program_id(1) // GROUPS
         m, d, e = tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_L)
@@ -87,10 +105,14 @@ def _kernel():
             inside = m // HEADS < tile_width - 1
             row = tl.load(tiles + tile * tile_width + 1 + m // HEADS, mask=inside, other=-1)
             real = (row >= 0) & (own_head < R)
-        in_d, in_e = d < D - LATENT, e < LATENT
+        in_d, in_e = d < (D - LATENT) // STEP, e < LATENT
         head = g * R + own_head
         q_at = q + row[:, None].to(tl.int64) * stride_q + head[:, None] * D
-        queries = tl.load(q_at + LATENT + d[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
+        channels, wanted = q_at + LATENT + STEP * d[None, :], real[:, None] & in_d[None, :]
+        queries = tl.load(channels, mask=wanted, other=0.0)
+        if MOST:
+            odd_queries = tl.load(channels + 1, mask=wanted, other=0.0)
+            mixed_odd = tl.zeros([M, BLOCK_D], tl.float32)
         if LATENT:
             first_queries = tl.load(
                 q_at + e[None, :], mask=real[:, None] & in_e[None, :], other=0.0
@@ -110,32 +132,46 @@ def _kernel():
         if OWN:  # noqa: SIM102 (decided when the kernel is compiled)
             if split == 0:  # the new key: scored here, then stored for the steps to come
                 slot = base + tl.minimum(n, S - 1).to(tl.int64)
-                new_at = k_new + tile.to(tl.int64) * stride_k + g * D
-                new_k = tl.load(new_at + LATENT + d, mask=in_d, other=0.0)
-                new_k = keep(k + LATENT, k_scales, slot, D, d, new_k, in_d, MOST)
-                top = tl.sum(queries.to(tl.float32) * new_k[None, :], axis=1)
-                new_v = new_k
-                if LATENT:
-                    first_k = tl.load(new_at + e, mask=in_e, other=0.0)
-                    first_k = keep(k, k_scales, slot, D, e, first_k, in_e, MOST)
-                    top += tl.sum(first_queries.to(tl.float32) * first_k[None, :], axis=1)
+                k_at = k_new + tile.to(tl.int64) * stride_k + g * D
+                v_at = v_new + tile.to(tl.int64) * stride_v + g * E
+                if MOST:
+                    new_k, odd_k = keep(k, k_scales, slot, D // 2, d, k_at, MOST)
+                    top = tl.sum(queries.to(tl.float32) * new_k[None, :], axis=1)
+                    top += tl.sum(odd_queries.to(tl.float32) * odd_k[None, :], axis=1)
+                    new_v, odd_v = keep(v, v_scales, slot, E // 2, d, v_at, MOST)
+                    new_v, mixed_odd = new_v * MOST, mixed_odd + odd_v[None, :] * MOST
                 else:
-                    new_at = v_new + tile.to(tl.int64) * stride_v + g * E
-                    new_v = tl.load(new_at + d, mask=d < E, other=0.0)
-                    new_v = keep(v, v_scales, slot, E, d, new_v, d < E, MOST)
+                    new_k = tl.load(k_at + LATENT + d, mask=in_d, other=0.0)
+                    tl.store(k + slot * D + LATENT + d, new_k, mask=in_d)
+                    products = queries.to(tl.float32) * new_k.to(tl.float32)[None, :]
+                    top = tl.sum(products, axis=1)
+                    new_v = new_k
+                if LATENT:
+                    first_k = tl.load(k_at + e, mask=in_e, other=0.0)
+                    tl.store(k + slot * D + e, first_k, mask=in_e)
+                    products = first_queries.to(tl.float32) * first_k.to(tl.float32)[None, :]
+                    top += tl.sum(products, axis=1)
+                elif not MOST:
+                    new_v = tl.load(v_at + d, mask=d < E, other=0.0)
+                    tl.store(v + slot * E + d, new_v, mask=d < E)
                 top = top * scale
                 if CAP:
                     top = cap * (2.0 * tl.sigmoid(2.0 * top / cap) - 1.0)  # tanh
                 total += 1.0
-                mixed += new_v[None, :] * (MOST or 1)
+                mixed += new_v.to(tl.float32)[None, :]
         for start in range(low, high, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             there = column < high
-            k_at = k + (base + column[None, :].to(tl.int64)) * D
+            k_at = k + (base + column[None, :].to(tl.int64)) * (D // STEP)
             block = tl.load(
                 k_at + LATENT + d[:, None], mask=there[None, :] & in_d[:, None], other=0.0
             )
-            scores = tl.dot(queries, block.to(queries.dtype), input_precision="ieee")
+            if MOST:
+                odd = RAW(block, KIND, 8, HIGH).to(queries.dtype)
+                block = RAW(block, KIND, 0, LOW).to(queries.dtype)
+            scores = tl.dot(queries, block, input_precision="ieee")
+            if MOST:
+                scores += tl.dot(odd_queries, odd, input_precision="ieee")
             if LATENT:
                 part = tl.load(k_at + e[:, None], mask=there[None, :] & in_e[:, None], other=0.0)
                 scores += tl.dot(first_queries, part, input_precision="ieee")
@@ -157,22 +193,28 @@ def _kernel():
             if LATENT:
                 block = tl.trans(block)
             else:
-                v_at = v + (base + column[:, None].to(tl.int64)) * E + d[None, :]
-                block = tl.load(v_at, mask=there[:, None] & (d < E)[None, :], other=0.0)
+                in_v = d < E // STEP
+                v_at = v + (base + column[:, None].to(tl.int64)) * (E // STEP) + d[None, :]
+                block = tl.load(v_at, mask=there[:, None] & in_v[None, :], other=0.0)
             if MOST:  # times MOST it is a value's absmax, which no dtype of the queries rounds away
                 of_value = tl.load(v_scales + base + column, mask=there, other=0.0)
-                weights = weights * (of_value * MOST)[None, :]
-            block, weights = block.to(queries.dtype), weights.to(queries.dtype)
+                weights = (weights * (of_value * MOST)[None, :]).to(queries.dtype)
+                odd = RAW(block, KIND, 8, HIGH).to(queries.dtype)
+                block = RAW(block, KIND, 0, LOW).to(queries.dtype)
+                mixed_odd = mixed_odd * fade[:, None]
+                mixed_odd += tl.dot(weights, odd, input_precision="ieee")
             mixed = mixed * fade[:, None]
-            mixed += tl.dot(weights, block, input_precision="ieee")
+            mixed += tl.dot(weights.to(block.dtype), block, input_precision="ieee")
             top = new_top
         seen_any = total > 0.0
         divisor = tl.where(seen_any, total, 1.0)
         at = (split * B + row.to(tl.int64)) * H + head
         tl.store(lse + at, tl.where(seen_any, top + tl.log2(divisor), float("-inf")), mask=real)
-        out_at = out + at[:, None] * E + d[None, :]
-        mixed = mixed / (divisor * (MOST or 1))[:, None]
-        tl.store(out_at, mixed, mask=real[:, None] & (d < E)[None, :])
+        in_v, divisor = d < E // STEP, (divisor * (MOST or 1))[:, None]
+        out_at, wanted = out + at[:, None] * E + STEP * d[None, :], real[:, None] & in_v[None, :]
+        tl.store(out_at, mixed / divisor, mask=wanted)
+        if MOST:
+            tl.store(out_at + 1, mixed_odd / divisor, mask=wanted)
 
     return attend
 
@@ -200,18 +242,23 @@ def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, s
     (B, H, D), E = q.shape, new[1].shape[-1]
     (G, S), latent = k.shape[1:3], D - E if v is None else 0
     (heads, groups), rows = _heads(H // G, E), 1 if own else tiles.shape[1] - 1
-    block_d, size, warps, stages = _power_of_2(D - latent), BLOCK_BYTES, WARPS, STAGES
+    block_d, most, kind, code = _power_of_2(D - latent), 0, "", ("", "")
+    keys, warps, stages = BLOCK_BYTES // (block_d * q.element_size()), WARPS, STAGES
     if k_scales is not None:
-        size, warps, stages = CODE_BYTES, CODE_WARPS, CODE_STAGES
-    block_n = max(16, min(128, size // (block_d * q.element_size())))
+        most, kind = LARGEST[k.dtype], "int8" if k.dtype == torch.int8 else "e4m3"
+        code = assembly_of(kind, k.device) if q.dtype == torch.bfloat16 else code
+        k, v, block_d = k.view(torch.int16), v.view(torch.int16), _power_of_2(D // 2)
+        keys, warps, stages = CODE_BYTES // D, CODE_WARPS, CODE_STAGES
     _kernel()[(n_tiles, G * groups, splits)](
         q, *new, k, k_scales, k if v is None else v, v_scales, lengths, tiles, first, out, lse,
         q.stride(0), new[0].stride(0), new[1].stride(0),
         S, H, G, B, tiles.shape[1], scale * LOG2_E, softcap * LOG2_E,
         R=H // G, HEADS=heads, GROUPS=groups, D=D, E=E, LATENT=latent, BLOCK_D=block_d,
-        BLOCK_L=_power_of_2(latent), M=_power_of_2(heads * rows), BLOCK_N=block_n, SPLITS=splits,
+        BLOCK_L=_power_of_2(latent), M=_power_of_2(heads * rows),
+        BLOCK_N=max(16, min(128, keys)), SPLITS=splits,
         OWN=own, WINDOW=first is not None, CAP=softcap > 0,
-        MOST=0 if k_scales is None else LARGEST[k.dtype], num_warps=warps, num_stages=stages,
+        MOST=most, RAW=raw_of_words(), KIND=kind, LOW=code[0], HIGH=code[1],
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

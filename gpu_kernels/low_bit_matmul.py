@@ -8,7 +8,7 @@ Few rows cost what reading the weights costs, so these are read as they lie (pac
 never written. No code moves to another thread: the unpacked registers are themselves an operand of
 the tensor cores. A weight minus its zero is a small integer, exact in bfloat16; its scale
 multiplies the float32 sum of its group, so no weight is rounded, unless zeros are no integers or
-are added after it.
+are added after it, or groups end within a span.
 
 Programs share the columns of K where rows of weights are too few to occupy the GPU; the last one to
 arrive adds up the parts, in their order. How K is cut depends on the weight's shape alone: a row
@@ -18,7 +18,7 @@ Shapes: M rows, N outputs, K inputs, G groups of `group` columns each (the last 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,7 +69,7 @@ ASSEMBLY = {"int4": NIBBLE, "uint4": NIBBLE, "int8": BYTE, "uint8": BYTE, "e4m3"
 
 
 @functools.cache
-def _raw():
+def raw_of_words() -> Any:
     """A Triton function: raw values, bfloat16, of the codes that lie SHIFT bits up in words."""
     import triton
     import triton.language as tl
@@ -93,6 +93,28 @@ def _raw():
 
 
 @functools.cache
+def _of_columns():
+    """A Triton function: of scales or zeros [G, N], those of a span's columns."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def of_columns(values, k, n, N, G, GROUP: tl.constexpr, SPAN: tl.constexpr):
+        """For rows n, columns from k on: a column of them, or where a half of the span may lie in
+        another group than the other, [n, SPAN]."""
+        HALF: tl.constexpr = SPAN // 2
+        at = tl.minimum(k // (GROUP if GROUP else 1 << 30), G - 1) * N + n
+        found = tl.load(values + at, mask=n < N, other=0.0)[:, None]
+        if GROUP % SPAN != 0:
+            at = tl.minimum((k + HALF) // GROUP, G - 1) * N + n
+            second = tl.load(values + at, mask=n < N, other=0.0)[:, None]
+            found = tl.where(tl.arange(0, SPAN)[None, :] < HALF, found, second)
+        return found
+
+    return of_columns
+
+
+@functools.cache
 def _matmul_kernel():
     import triton
     import triton.language as tl
@@ -100,18 +122,19 @@ def _matmul_kernel():
     @triton.jit(do_not_specialize=["M", "G", "tiles_each"])  # one kernel for many numbers of rows
     def matmul(
         x, words, scales, zeros, bias, y, parts, arrivals, M, N, K, G, tiles_each,
-        RAW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, SPAN: tl.constexpr,
-        ROWS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, OFFSET: tl.constexpr,
-        BIAS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, CODES: tl.constexpr,
-        FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        RAW: tl.constexpr, OF: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr,
+        SPAN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+        OFFSET: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr,
+        CODES: tl.constexpr, FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        EARLY: tl.constexpr,
     ):  # fmt: skip
         """BLOCK_N rows of weights, one part of K. GROUP 0: one scale a row. ZEROS: none, whole
         ("bf16"), broken ("fp32") or "added" ones. SHARE: spans of a tile that share a scale. FULL:
-        no tile reaches beyond K. The next tile's scales and zeros come while this one is
-        multiplied."""
+        no tile reaches beyond K. EARLY: it is launched while the kernel before is ending. The next
+        tile's scales and zeros come while this one is multiplied."""
         TILE: tl.constexpr = EACH * SPAN
         # weights are rounded to bfloat16 before the product
-        ROUND: tl.constexpr = ZEROS == "fp32" or ZEROS == "added"
+        ROUND: tl.constexpr = ZEROS == "fp32" or ZEROS == "added" or GROUP % SPAN != 0
         AHEAD: tl.constexpr = GROUP > 0 and SHARE == EACH
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         m, j = tl.arange(0, BLOCK_M), tl.arange(0, SPAN)
@@ -123,6 +146,8 @@ def _matmul_kernel():
         words_at = words + row[:, None] + j[None, :]
         x_at, wanted = x + m[None, :] * K + j[:, None], m[None, :] < M
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if EARLY:  # what other kernels wrote is there from here on, and memory free that they read
+            tl.extra.cuda.gdc_wait()
         if AHEAD:
             at = tl.minimum(low * TILE // GROUP, G - 1) * N + n
             scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
@@ -144,24 +169,20 @@ def _matmul_kernel():
                 inside = wanted if FULL else wanted & (k + j[:, None] < K)
                 xs = tl.load(x_at + k, mask=inside, other=0.0)
                 w = RAW(word, KIND, 16 // EACH * i, tl.constexpr(CODES[i]))
-                at = tl.minimum(k // (GROUP if GROUP else 1 << 30), G - 1) * N + n
                 if OFFSET != 0.0:
                     w = w - OFFSET
                 if ZEROS != "":
-                    if not AHEAD:
-                        zero = tl.load(zeros + at, mask=n < N, other=0.0)
+                    z = zero[:, None] if AHEAD else OF(zeros, k, n, N, G, GROUP, SPAN)
                     if ZEROS != "added":
-                        w = w - zero[:, None]
+                        w = w - z
                 if ROUND:
-                    if not AHEAD:
-                        scale = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
-                    w = w.to(tl.float32) * scale[:, None]
+                    s = scale[:, None] if AHEAD else OF(scales, k, n, N, G, GROUP, SPAN)
+                    w = w.to(tl.float32) * s.to(tl.float32)
                     if ZEROS == "added":
-                        w = w + zero.to(tl.float32)[:, None]
+                        w = w + z.to(tl.float32)
                 part = tl.dot(w.to(xs.dtype), xs, part)
                 if GROUP > 0 and not ROUND and not AHEAD and (i + 1) % SHARE == 0:
-                    s = tl.load(scales + at, mask=n < N, other=0.0).to(tl.float32)
-                    total += part * s[:, None]
+                    total += part * OF(scales, k, n, N, G, GROUP, SPAN).to(tl.float32)
                     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             if AHEAD and not ROUND:
                 total += part * scale[:, None]
@@ -238,15 +259,15 @@ def _dequantise_kernel():
 
 
 @functools.cache
-def _has_pairs(device: torch.device) -> bool:
-    """Whether two bfloat16 are subtracted at once: Hopper and later."""
+def _is_hopper(device: torch.device) -> bool:
+    """Or later: two bfloat16 are subtracted at once, and a kernel may start while one ends."""
     if device.type != "cuda" or not torch.version.cuda:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _assembly(kind: str, device: torch.device) -> tuple[str, ...]:
-    code = ASSEMBLY[kind] if _has_pairs(device) else ""
+def assembly_of(kind: str, device: torch.device) -> tuple[str, ...]:
+    code = ASSEMBLY[kind] if _is_hopper(device) else ""
     return tuple(code.replace("SHIFT", str(shift)) for shift in range(0, 16, BITS[kind]))
 
 
@@ -281,7 +302,7 @@ def arrivals_of(packed: Packed) -> torch.Tensor:
 def multiplies(x: torch.Tensor, packed: Packed) -> bool:
     """Whether `low_bit_matmul`'s kernel takes x [M, K]."""
     rows = len(x) <= MOST_ROWS and x.dtype == torch.bfloat16 and x.is_cuda
-    return rows and (packed.group >= packed.K or packed.group % SPAN == 0)
+    return rows and (packed.group >= packed.K or packed.group % (SPAN // 2) == 0)
 
 
 def _multiply(
@@ -304,17 +325,19 @@ def _multiply(
     way = next(way for most, way in WAYS[BITS[kind]].items() if most >= M)
     parts = x.new_empty((splits, M, N) if splits > 1 else 1, dtype=torch.float32)
     whole = zeros is not None and zeros.dtype == torch.bfloat16
+    early = _is_hopper(x.device)  # of which the interpreter knows nothing
     _matmul_kernel()[(-(-N // way.rows), splits)](
         x, words, scales, x if zeros is None else zeros, x if bias is None else bias,
         y, parts, arrivals, M, N, K, G, tiles_each,
-        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN, ROWS=ROWS,
-        GROUP=0 if G == 1 else group,
+        RAW=raw_of_words(), OF=_of_columns(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN,
+        ROWS=ROWS, GROUP=0 if G == 1 else group,
         ZEROS="" if zeros is None else "added" if added else "bf16" if whole else "fp32",
         OFFSET=offset_of(kind, None if added else zeros), BIAS=bias is not None, SPLITS=splits,
-        SHARE=_share(group, kind), CODES=_assembly(kind, x.device),
+        SHARE=_share(group, kind), CODES=assembly_of(kind, x.device),
         FULL=K % (16 // BITS[kind] * SPAN) == 0,
         BLOCK_M=max(LEAST_ROWS, 1 << (M - 1).bit_length()), BLOCK_N=way.rows,
-        num_warps=way.warps, num_stages=way.stages,
+        EARLY=early, num_warps=way.warps, num_stages=way.stages,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y
 
@@ -355,10 +378,10 @@ def _unpack(
     out = torch.empty(N, K, dtype=dtype, device=words.device)
     _dequantise_kernel()[(_tiles(K, kind), len(words))](
         words, scales, words if zeros is None else zeros, out, N, K, G, group,
-        RAW=_raw(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN,
+        RAW=raw_of_words(), KIND=kind, EACH=16 // BITS[kind], SPAN=SPAN,
         ZEROS="" if zeros is None else "added" if added else "taken",
         OFFSET=offset_of(kind, None if added else zeros),
-        WHOLE=G == 1 or group % SPAN == 0, CODES=_assembly(kind, words.device), ROWS=ROWS,
+        WHOLE=G == 1 or group % SPAN == 0, CODES=assembly_of(kind, words.device), ROWS=ROWS,
         enable_fp_fusion=False,  # product and sum are rounded one after the other
     )  # fmt: skip
     return out

@@ -22,6 +22,7 @@ Shapes: M rows, N outputs, K inputs, G groups
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from gpu_kernels.float8_matmul import E4M3, aligned, float8_matmul, padded
 from gpu_kernels.low_bit_matmul import arrivals_of, dequantise, low_bit_matmul, multiplies
-from gpu_kernels.packed_weights import OFFSET, Packed, pack
+from gpu_kernels.packed_weights import BITS, OFFSET, ROWS, SPAN, Packed, pack
 from quantisation.codes import Codes
 
 PartsByName = Mapping[str, Sequence[Codes]] | Iterable[tuple[str, Sequence[Codes]]]
@@ -209,6 +210,17 @@ def packed_of(codes: Codes) -> tuple[Packed, Tensor | None]:
         zeros = _zeros(zeros.float(), kind)
     words, scales = pack(q, kind), codes.scales.t().contiguous()
     return Packed(words, scales, zeros, kind, group, K, codes.added), order
+
+
+def held_bytes(some: Codes, N: int, K: int, G: int) -> int:
+    """What PackedWeight takes of a matrix [N, K] of G groups of which only some rows or columns are
+    at hand."""
+    packed, _ = packed_of(replace(some, groups=None))
+    blocks, tiles = -(-N // ROWS), -(-K // (16 // BITS[packed.kind] * SPAN))
+    size = blocks * (tiles * ROWS * SPAN * packed.words.element_size() + 4)  # and its counter
+    size += sum(N * G * t.element_size() for t in (packed.scales, packed.zeros) if t is not None)
+    shuffled = some.groups is not None and bool((some.groups.diff() < 0).any())
+    return size + (8 * K if shuffled else 0)
 
 
 def can_pack(codes: Codes) -> bool:

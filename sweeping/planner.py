@@ -23,6 +23,7 @@ from checkpoint import Checkpoint
 from config import GPTConfig
 from distributed import Dist, print0
 from evaluation import Evaluation, ModelOptions, Plan, Plans, Result
+from formats import filling
 from quantisation.names import Quantisation
 from sweeping.lease import Lease, Leases
 from sweeping.ledger import Ledger
@@ -90,6 +91,7 @@ class Work(NamedTuple):
     run: str
     pending: dict[str, str]  # label: resume_key
     ahead: Path | None  # likely to be next
+    block_bytes: float | None = None  # see filling.block_bytes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,7 +147,8 @@ class Planner:
         config = work.info["config"]
         config = GPTConfig.from_dict(config) if work.info["module"] == "GPTModel" else None
         at_once = self.rounded_at_once(work)
-        return parallel.in_groups(dist, self.models.shard, config, self.dtype, at_once)
+        packed = work.block_bytes if self.rules(work) == {None} else None
+        return parallel.in_groups(dist, self.models.shard, config, self.dtype, at_once, packed)
 
     def rules(self, work: Work) -> set[Quantisation | None]:
         """Those that a checkpoint is evaluated under; None among them: as it is."""
@@ -199,7 +202,8 @@ class Planner:
                     self.lease = lease
                     ahead = next((s.path for s in waiting[i + 1 :] if self._may_need(s)), None)
                     run = self.models.run_of(seen.path)
-                    return Work(seen.path, seen.files, seen.about, run, pending, ahead), 0
+                    more = pending, ahead, seen.block_bytes
+                    return Work(seen.path, seen.files, seen.about, run, *more), 0
                 lease.release()
             seen.settled = True
         return None, left
@@ -212,6 +216,8 @@ class Planner:
         try:
             ckpt = self.models.opened(path)
             about = ckpt.describe()
+            if self.models.shard == "auto" and self.dist.device.type == "cuda":
+                seen.block_bytes = filling.block_bytes(ckpt, self.dtype)
         except Exception as error:  # an edge: one checkpoint of a sweep
             problems = dict.fromkeys(self.entries, cli.reason_of(error))
         for label, entry in self.entries.items():

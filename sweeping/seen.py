@@ -20,6 +20,7 @@ class Seen:
     settled: bool = False  # nothing is left to do
     about: dict = field(default_factory=dict, repr=False)  # what records say of it, once planned
     keys: dict[str, tuple] = field(default_factory=dict, repr=False)  # label: (record, resume_key)
+    block_bytes: float | None = None  # see filling.block_bytes
     again: set[str] = field(default_factory=set, repr=False)  # labels: done, but more is asked for
 
 

@@ -27,8 +27,9 @@ FLOORS = [
     "tokenizing/pieces formats/pickles formats/gguf_file formats/vocabularies",
     "families/convert quantisation/names",
     "recording/runs recording/version_1 distributed config tokenizer gpu_kernels/cross_entropy "
-    "gpu_kernels/kv_codes gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
-    "gpu_kernels/packed_weights gpu_kernels/low_bit_matmul gpu_kernels/float8_matmul sandbox/kinds "
+    "gpu_kernels/packed_weights gpu_kernels/low_bit_matmul gpu_kernels/kv_codes "
+    "gpu_kernels/decode_attention gpu_kernels/elementwise gpu_kernels/experts "
+    "gpu_kernels/float8_matmul sandbox/kinds "
     "sandbox/frames costs/gpus backends",
     "formats quantisation/comparison modeling/rotary modeling/mlp modeling/norms endpoints",
     "modeling/attention quantisation/codes quantisation/rules quantisation/linear "

@@ -189,6 +189,7 @@ def latent_model():
     [
         (PlainModel, "int8", "--kv-dtype int8: this architecture runs through transformers"),
         (latent_model, "fp8", "--kv-dtype fp8: latent attention keeps latents"),
+        (lambda: small_model("gpt", head_dim=7), "int8", "--kv-dtype int8: heads of 7 channels"),
         (small_model, "int4", "--kv-dtype int4: there are fp8, int8"),
     ],
 )

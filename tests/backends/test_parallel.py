@@ -189,14 +189,16 @@ def test_a_rank_of_a_group_that_fails_ends_the_run_and_is_named(tmp_path, n, fai
 
 
 @pytest.mark.parametrize(
-    "shape, rule, wanted",
+    "shape, how, wanted",
     [
         *[("7b", None, 1), ("llama3-70b", None, 2), ("mixtral-8x7b", None, 2)],
         *[("deepseek-v3", None, None), ("llama3-70b", "rtn-w4-g128", 1), ("llama3-70b", "bf16", 2)],
+        *[("llama3-70b", 0.53, 1), ("llama3-70b", 1.25, 2)],
     ],
 )
-def test_auto_is_the_least_that_compute_says_fits(monkeypatch, shape, rule, wanted):
-    """On GPUs of 80 GB, of the divisors of four."""
+def test_auto_is_the_least_that_compute_says_fits(monkeypatch, shape, how, wanted):
+    """On GPUs of 80 GB, of the divisors of four. how: a rule, or bytes of a weight in a file."""
+    rule, packed = (how, None) if isinstance(how, str) else (None, how)
     card = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(parallel, "sharded", lambda dist, size: size)
@@ -206,8 +208,8 @@ def test_auto_is_the_least_that_compute_says_fits(monkeypatch, shape, rule, want
             parallel.in_groups(dist, "auto", config, "bfloat16")
         return
     rounded = Quantisation(rule) if rule else None
-    assert parallel.in_groups(dist, "auto", config, "bfloat16", rounded) == wanted
-    setup = {"training": False, "dtype": "bf16", "quantise": rule}
+    assert parallel.in_groups(dist, "auto", config, "bfloat16", rounded, packed) == wanted
+    setup = {"training": False, "dtype": "bf16", "quantise": rule, "block_bytes": packed}
     peaks = [estimate_memory(config, 1, 4096, shard=n, **setup)["peak_bytes"] for n in (1, 2)]
     fits = [peak <= usable_memory(find_gpu("h100")) for peak in peaks]
     assert fits == [wanted == 1, True]

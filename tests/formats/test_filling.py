@@ -15,9 +15,9 @@ from quantised_files import NAMES, changed, source
 import checkpoint
 import cli
 from backends.local import Local
-from formats import filling
+from formats import filling, quantised
 from quantisation.apply import Rounding, Weights, quantise_model
-from quantisation.linear import PackedLinear
+from quantisation.linear import PackedLinear, PackedWeight, weight_bytes
 from quantisation.names import Quantisation
 
 IDS = torch.arange(40).view(2, 20) * 7 % 48
@@ -31,6 +31,11 @@ def packed_layers(model):
 def both(path, dtype):
     """(packed, dequantised): the same file."""
     return [checkpoint.open(path).load(dtype, packed=packed) for packed in (True, False)]
+
+
+def bytes_of_blocks(model):
+    layers = [m for m in model.blocks.modules() if isinstance(m, PackedLinear | torch.nn.Linear)]
+    return sum(weight_bytes(layer) for layer in layers)
 
 
 def logits(model, ids=IDS):
@@ -48,6 +53,20 @@ def test_codes_of_files_stay_codes(name):
     assert len(packed_layers(packed)) == n and not packed_layers(dense)
     assert (packed.packing["packed"], packed.packing["dequantised"]) == (n, LAYERS - n)
     assert (dense.packing["packed"], dense.packing["dequantised"]) == (0, LAYERS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_known_from_a_few_codes(name):
+    """Of each matrix by itself, scales, zeros and the order of columns included."""
+    ckpt = checkpoint.open(source(name))
+    of_one, numbers = [], 0
+    for stored in ckpt.tensors.values():
+        numbers += stored.shape[0] * stored.shape[1] if quantised.is_quantised(stored) else 0
+        if codes := quantised.codes_of(stored):
+            of_one.append(weight_bytes(torch.nn.ModuleList(map(PackedWeight, codes))))
+            assert quantised.held_bytes(stored) == of_one[-1]
+    found = filling.block_bytes(ckpt, "bfloat16")
+    assert found == (sum(of_one) / numbers if of_one else None)
 
 
 def small_llama():
@@ -103,6 +122,8 @@ def test_codes_of_gguf_stay_codes(kind, tmp_path):
     assert len(packed_layers(packed)) == LAYERS
     assert packed.packing["packed"] == LAYERS and packed.packing["dequantised"] == 2  # the ends
     assert packed.packing["memory_bytes"] < 0.75 * dense.packing["memory_bytes"]
+    share = bytes_of_blocks(packed) / bytes_of_blocks(dense)
+    assert filling.block_bytes(checkpoint.open(path), "bfloat16") == pytest.approx(2 * share)
 
 
 def test_parts_of_a_fused_layer_in_several_types(tmp_path):
@@ -117,6 +138,8 @@ def test_parts_of_a_fused_layer_in_several_types(tmp_path):
     assert found == {f"blocks.0.{n}" for n in ("attn.qkv_proj", "attn.out_proj", "mlp.fc2")}
     assert len(packed.blocks[0].attn.qkv_proj.weights) == 2
     assert packed.packing["dequantised"] == 3  # up, beside its gate, and both ends
+    share = bytes_of_blocks(packed) / bytes_of_blocks(dense)
+    assert filling.block_bytes(checkpoint.open(path), "float32") == pytest.approx(4 * share)
 
 
 def test_columns_in_unequal_groups_are_dequantised(tmp_path):

@@ -67,14 +67,20 @@ def saved(folder, kind, shuffled=False, layers=LAYERS):
     return folder
 
 
+def asked_for():
+    """Bytes of tensors that are there. memory_allocated counts besides what a block has left of up
+    to 1 MiB, which no other tensor can have, and that hangs on the order of what was freed."""
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 def measured(path, **how):
     """(model, bytes held, bytes at the peak) of loading it."""
-    torch.cuda.empty_cache()
-    start = torch.cuda.memory_allocated()
+    torch.ones(16, 16, device="cuda", dtype=torch.bfloat16).mm(torch.ones(16, 16).cuda().bfloat16())
+    torch.cuda.empty_cache()  # all but cuBLAS's workspace, which the first product takes for good
+    start, asked = torch.cuda.memory_allocated(), asked_for()
     torch.cuda.reset_peak_memory_stats()
     model = checkpoint.open(path).load("bfloat16", "cuda", **how)
-    held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    return model, held - start, peak - start
+    return model, asked_for() - asked, torch.cuda.max_memory_allocated() - start
 
 
 @pytest.mark.parametrize("kind, share", [("gptq", 0.3), ("fp8", 0.58)])
@@ -87,7 +93,7 @@ def test_a_file_takes_its_own_memory(kind, share, tmp_path):
     dense, whole, _ = measured(path, packed=False)
     assert held < share * whole and peak < (share + 0.2) * whole, (held / whole, peak / whole)
     assert packed.packing["packed"] == 4 * LAYERS and packed.packing["dequantised"] == 0
-    assert abs(held - packed.packing["memory_bytes"]) < 0.02 * whole
+    assert abs(held - packed.packing["memory_bytes"]) < 0.001 * whole
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(0, V, (4, 100), generator=g).cuda()
     assert torch.equal(packed.hidden(ids), dense.hidden(ids))

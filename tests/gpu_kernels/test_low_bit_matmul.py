@@ -80,6 +80,10 @@ def test_spans_that_share_a_scale_never_lie_in_two_groups(group):
         ("int8", 70, 100, 100, 2),
         ("uint8", 70, 192, 64, 2),
         ("e4m3", 50, 160, 160, 2),
+        ("int4", 70, 312, 16, 2),
+        ("int8", 70, 100, 16, 1),
+        ("uint4", 50, 256, 48, 2),
+        ("int8", 130, 208, 80, 3),
     ],
 )
 def test_kernels_interpreted(monkeypatch, kind, N, K, group, M, zeros):

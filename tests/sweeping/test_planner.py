@@ -2,16 +2,23 @@
 tests/test_sweep.py."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
+from quantised_files import source
 
+import checkpoint
 import results
 from eval import PERPLEXITY
 from evaluation import ModelOptions
+from formats import filling
 from humaneval_eval import HUMANEVAL
 from mmlu_eval import MMLU
 from sweep import SharedOptions, entries_of
-from sweeping.planner import headline
+from sweeping import planner
+from sweeping.planner import Planner, Work, headline
+from sweeping.seen import Seen, signature
 
 
 def entries(kind, *values, **shared):
@@ -75,3 +82,26 @@ def test_an_error_that_is_not_known_is_not_printed(stderr, wanted):
     metrics = {"pass@1": results.metric(0.0, stderr, 1)}
     line = headline({"metrics": metrics, "cost": {"seconds": 1.5}})
     assert line == (wanted or "pass@1 0  (1.5 s)")
+
+
+def test_auto_counts_codes_where_all_entries_leave_them(monkeypatch):
+    """Of a quantised file, on a GPU; an entry's rule rounds what is no longer packed then."""
+    monkeypatch.setattr(planner.parallel, "in_groups", lambda *args: args[-1])
+    shard = {"data-mode": "fineweb_npy", "val-npy": "x.npy"}
+    both = entries(PERPLEXITY, shard, shard | {"quantise": "rtn-w8"})
+    gpus = SimpleNamespace(device=torch.device("cuda", 0))
+    options = SimpleNamespace(watch=False, poll_seconds=0.1)
+    path = source("gptq-4bit-v1")
+    kept = Planner(ModelOptions(shard="auto"), options, [], "bfloat16", gpus)
+    seen = Seen(path, signature(path), SimpleNamespace(name="m", step=None), 0.0)
+    assert kept._make_plan(seen)
+    wanted = filling.block_bytes(checkpoint.open(path), "bfloat16")
+    assert wanted and seen.block_bytes == wanted
+    kept.entries = {entry.label: entry for entry in both}
+    for labels, found in (
+        ([both[0].label], wanted),
+        ([both[1].label], None),
+        ([entry.label for entry in both], None),
+    ):
+        work = Work(path, seen.files, seen.about, "", dict.fromkeys(labels, ""), None, wanted)
+        assert kept.in_groups(work, gpus) == found
