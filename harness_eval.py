@@ -190,6 +190,7 @@ def run(backend: Backend, plan: Plan, folder: Folder) -> Outcome:
             "seconds": model.seconds,
             "tokens_per_second": model.tokens / model.seconds if model.seconds else 0.0,
             "samples_resumed": model.resumed,
+            "lm_eval_seconds": model.other_seconds,
         },
         samples=lambda: samples_of(found["samples"]),
     )
@@ -283,7 +284,10 @@ def show(records: list[Result]) -> None:
             name, metric = next(iter(metrics.items()))
             print(f"    {cli.printable(task):<36} {name} {show_metric(metric)}")
         cost = record["cost"]
-        print(f"  {cost['seconds']:.1f} s: {cost['tokens_per_second']:,.0f} tokens/s")
+        print(
+            f"  {cost['seconds']:.1f} s: {cost['tokens_per_second']:,.0f} tokens/s; "
+            f"{cost['lm_eval_seconds']:.1f} s of lm-eval's own"
+        )
         print(f"record: {record.place}")
 
 

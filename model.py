@@ -67,11 +67,11 @@ class Block(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         c, h = self.config, self._normed(self.ln1, x)
-        added = self._branch(self.ln1_post(self.attn(h, rope, mask, cache)))
+        branch = self._branch(self.ln1_post(self.attn(h, rope, mask, cache)))
         if isinstance(self.ln2, Norm) and not c.parallel_residual:
-            y, h = self.ln2.after(x, added, self.mlp.dtype)
+            y, h = self.ln2.after(x, branch, self.mlp.dtype)
         else:
-            y = x + added
+            y = x + branch
             if not c.shared_norm:
                 h = self._normed(self.ln2, x if c.parallel_residual else y)
         return y + self._branch(self.ln2_post(self.mlp(h)))

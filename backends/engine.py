@@ -45,7 +45,9 @@ from transformers_model import Model
 
 UNIT_BATCHES = 8  # a unit refills each row so often on average: its last rows wait for few others
 MIN_UNITS = 8  # a job has at least so many units where it has the prompts: work for as many ranks
-COMPILE_STEPS = 8192  # torch.compile costs up to a minute and saves milliseconds a step
+# torch.compile costs up to a minute and saves milliseconds a step, or a tenth of one where our own
+# kernels hold all between the products (gpu_kernels/elementwise.py)
+COMPILE_STEPS, COMPILE_STEPS_FUSED = 2**13, 2**18
 
 # ---------------------------------------------------------------------------------------------
 # The engine: requests in, tokens and samples out
@@ -246,13 +248,13 @@ def plan_units(n_prompts: int, n_samples: int, batch_size: int) -> list[range]:
 
 def default_batch_size(
     model: Model,
-    longest_prompt: int,
+    prompt_tokens: int,
     max_new_tokens: int,
-    kept: int = 0,
+    kept: Callable[[int], int] = lambda rows: 0,
     kv_dtype: str | None = None,
 ) -> int:
     """Rows whose cache fits beside the model, at most 256; 16 on a CPU or without a cache.
-    longest_prompt: tokens of it that a row needs room for; kept: tokens that lie there once.
+    prompt_tokens: that a row needs room for; kept: tokens that lie there once for so many rows.
 
     Computed from the device's size, not from what happens to be free, so that ranks agree."""
     if model.device.type != "cuda" or not model.supports_cache:
@@ -263,8 +265,23 @@ def default_batch_size(
     room = 0.85 * total - weights - 4e9  # logits, activations of a prefill
     if isinstance(model, Stage):  # whose weights may leave little, and as many batches take turns
         room = (0.92 * total - weights - 2e9) / model.pipe.size
-    rows = int((room - token * kept) // (token * (longest_prompt + max_new_tokens)))
-    return max(1, min(256, rows // 8 * 8 or rows))
+    tokens, own = room // token, prompt_tokens + max_new_tokens
+    sizes = (*range(256, 0, -8), *range(7, 1, -1))
+    return next((rows for rows in sizes if rows * own + kept(rows) <= tokens), 1)
+
+
+def compiling_pays(model: Model, steps: float) -> bool:
+    """Whether so many decode steps repay what torch.compile takes, by what a step is made of."""
+    if not model.supports_cache:
+        return False
+    c = model.config
+    many = c.n_experts, c.kv_lora_rank, c.qk_norm, c.post_norm, model.quantisation, model.packing
+    return steps >= (COMPILE_STEPS if any(many) else COMPILE_STEPS_FUSED)
+
+
+def prompts_at_once(kept: int, n_samples: int, rows: int) -> int:
+    """Of so many that are kept, those of whose samples rows are full, stragglers' included."""
+    return min(rows, -(-2 * rows // n_samples) + 6, kept)
 
 
 def shared_tokens(model: Model, prompts: list[list[int]], n_samples: int) -> list[int]:
@@ -337,17 +354,16 @@ def generate(
     shared = shared_tokens(model, prompts, n_samples)
     kept = len({tuple(p[:n]) for p, n in zip(prompts, shared)})
     own = max(len(p) - n for p, n in zip(prompts, shared))
-    once = kept * P if kept < len(prompts) / 2 else 0  # else counted with each row
+    alive = functools.partial(prompts_at_once, kept, n_samples)
     if batch_size is None:
-        batch_size = default_batch_size(model, own if once else P, S, once, kv_dtype)
+        batch_size = default_batch_size(model, own - 1, S, lambda rows: alive(rows) * P, kv_dtype)
     units = plan_units(len(prompts), n_samples, batch_size) if units is None else units
     B = min(batch_size, n_samples * max(map(len, units)))
-    alive = min(B, -(-2 * B // n_samples) + 6, kept)  # prompts at once, stragglers' included
     if compile == "auto":
-        compile = model.device.type == "cuda" and sum(limits) / B >= COMPILE_STEPS
+        compile = model.device.type == "cuda" and compiling_pays(model, sum(limits) / B)
     options: dict[str, Any] = {"eos_ids": eos_ids, "compiled": bool(compile)}
     options |= {"features": features_of(distinct), "on_launch": dist.bump if dist else lambda: None}
-    capacity = Capacity(B, P, S, alive, own, kv_dtype)
+    capacity = Capacity(B, P, S, alive(B), own, kv_dtype)
     engine = functools.partial(Engine, model, capacity, tokenizer, **options)
 
     def submit(to: Engine, unit: Collection[int]) -> None:

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from config import GPTConfig
-from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
+from gpu_kernels.decode_attention import decode_attention, plan_tiles
 from gpu_kernels.kv_codes import DTYPES, Codes, Room, read, store
 from model import GPTModel
 from modeling.attention import attend
@@ -347,10 +347,8 @@ class DecodeCache:
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
         own = self.k[layer], self.v[layer], self.lengths
         prompts = self.prompt_k[layer], self.prompt_v[layer], self.prompt_lengths
-        parts, lse = decode_attention(
-            q, k, v, own, prompts, self.row_prompt, self.tiles, self.read_limit, **options
-        )
-        return merge_parts(parts, lse).to(q.dtype)[:, :, None]
+        where = self.row_prompt, self.tiles, self.read_limit
+        return decode_attention(q, k, v, own, prompts, *where, **options)[:, :, None]
 
     def _plan_tiles(self, prompts) -> torch.Tensor:
         """Rows that continue the same prompt, together: see gpu_kernels/decode_attention.py."""

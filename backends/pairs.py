@@ -18,7 +18,7 @@ from backends import Backend
 from backends.continuations import MIN_PREFIX, Continuations
 
 BATCH_COST = 512  # tokens: what one more prefix, and the batch that it ends, are worth
-Ids = Sequence[int]
+Ids = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)

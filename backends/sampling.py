@@ -4,7 +4,8 @@
 
 A row's randomness is a function of (seed, key of its prompt, sample index, position), whatever its
 neighbours are: no state is kept, and the bits are the same on every device. To add a parameter of
-sampling: a field and its check in backends.Sampling, a column here, its lines in sample_tokens.
+sampling: a field and its check in backends.Sampling, a column here, its lines in sample_plainly and
+in gpu_kernels/token_sampling.py, which is the same in one kernel.
 
 Shapes: B rows, V vocabulary
 """
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from backends import Sampling
+from gpu_kernels import token_sampling
 
 # The parameters that the device knows of each row, by their names in Sampling: the type of the
 # column [B], and the value at which the parameter does nothing
@@ -78,6 +80,21 @@ def sample_tokens(
     likeliest; top_p then keeps the fewest likeliest tokens whose share reaches it. Tokens equal to
     the last one kept are kept too. features: the columns that any row needs.
     """
+    if logits.is_cuda and "temperature" in features:
+        parameters = columns["temperature"], columns["top_p"], columns["top_k"]
+        wanted = "top_p" in features, "top_k" in features
+        return token_sampling.sample(logits, keys, position, parameters, wanted)
+    return sample_plainly(logits, keys, position, columns, features)
+
+
+def sample_plainly(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    position: torch.Tensor,
+    columns: Mapping[str, torch.Tensor],
+    features: frozenset[str] = frozenset(COLUMNS),
+) -> torch.Tensor:
+    """`sample_tokens` in plain operations."""
     values = logits.float()
     if "temperature" not in features:
         return values.argmax(dim=-1)

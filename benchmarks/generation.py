@@ -5,10 +5,13 @@
 
 A 7B Llama shape in bfloat16 with random weights, 150-token prompts, 256 new tokens, temperature 0.8
 and top-p 0.95. First come checks (float32 greedy tokens against a loop without a cache), then each
-case twice, the second timed: prefill and decoding, without building the rows (cache, compilation,
-graph capture: reported as set-up). The limit is what a step must read at `--bandwidth`: the weights
-without the input embedding, and the cache of what each row sees, a shared prompt once. A case that
-fails is reported and the others go on; cases that would start after `--budget` seconds are skipped.
+case twice, the second timed, that of mixed lengths once, after the others: prefill and decoding,
+without building the rows (cache, compilation, graph capture: reported as set-up). The limit is what
+steps must read, at the bandwidth of a copy in the same minute (`--bandwidth` gives another): the
+weights without the input embedding, and the cache of what each row sees, a shared prompt once.
+`limit_with_arithmetic` gives the products the longer of their reading and their FLOPs at a large
+product's rate. Samples of mixed lengths need at least the steps of full rows. A case that fails is
+reported and the others go on; cases that would start after `--budget` seconds are skipped.
 """
 
 import sys
@@ -25,7 +28,6 @@ import cli
 from backends import Sampling, engine
 from benchmarks import cases
 from config import GPTConfig, load_config
-from gpu_kernels import decode_attention
 from model import GPTModel
 
 SAMPLED = Sampling(temperature=0.8, top_p=0.95, seed=0)
@@ -40,14 +42,24 @@ def random_model(config: GPTConfig, device, dtype=torch.bfloat16) -> GPTModel:
     return model.for_inference(dtype)
 
 
-def step_bytes(config, rows, prompts, prompt, new) -> float:
-    """Bytes that one step of `rows` sequences of `prompts` prompts reads at least, on average."""
-    c, word = config, 2
-    inner = c.head_dim * c.n_heads
-    layer = c.d_model * c.qkv_dim + inner * c.d_model + c.d_model * c.d_ff * (2 + c.gated_mlp)
-    weights = word * (c.n_layers * layer + c.vocab_size * c.d_model)
-    token = 2 * word * c.n_layers * c.n_kv_heads * c.head_dim
-    return weights + token * (prompts * prompt + rows * new / 2)
+class Limits:
+    """Seconds that drawing takes at least: at this bandwidth, and at this rate of products too."""
+
+    def __init__(self, config: GPTConfig, size: "Size"):
+        c, word, self.size = config, 2, size
+        inner = c.head_dim * c.n_heads
+        layer = c.d_model * c.qkv_dim + inner * c.d_model + c.d_model * c.d_ff * (2 + c.gated_mlp)
+        self.weights = c.n_layers * layer + c.vocab_size * c.d_model
+        self.token = 2 * word * c.n_layers * c.n_kv_heads * c.head_dim
+
+    def seconds(self, rows: int, prompts: float, limits: np.ndarray) -> tuple[float, float]:
+        """Of samples of so many tokens each, by `rows` at a time that go on from `prompts` prompts:
+        (with memory as the only limit, with arithmetic too)."""
+        size, steps = self.size, limits.sum() / rows
+        seen = steps * prompts * size.prompt + (limits * (limits - 1.0) / 2).sum()
+        read, kept = 2 * self.weights / size.bandwidth, self.token * seen / size.bandwidth
+        products = max(read, 2 * self.weights * rows / size.rate)
+        return steps * read + kept, steps * products + kept
 
 
 class SetupTimer:
@@ -76,11 +88,12 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def measure(model, prompts, limits, sampling: Sampling, **options) -> dict:
-    """Generate twice; seconds, tokens and tokens/s of the second time, set-up seconds of both."""
+def measure(model, prompts, limits, sampling: Sampling, times_in_all=2, **options) -> dict:
+    """Generate so often; seconds, tokens and tokens/s of the last time, set-up seconds of the first
+    and last."""
     times = []
     each = [[replace(sampling, max_new_tokens=int(n)) for n in own] for own in limits]
-    for _ in range(2):
+    for _ in range(times_in_all):
         synchronize()
         with SetupTimer() as timer:
             start = time.perf_counter()
@@ -88,7 +101,7 @@ def measure(model, prompts, limits, sampling: Sampling, **options) -> dict:
             synchronize()
         times.append((time.perf_counter() - start - timer.seconds, timer.seconds))
     assert tokens == limits.sum()
-    (_, first_setup), (seconds, setup) = times
+    (_, first_setup), (seconds, setup) = times[0], times[-1]
     return {
         "seconds": seconds, "tokens": int(tokens), "tokens_per_s": tokens / seconds,
         "first_setup_s": first_setup, "setup_s": setup,
@@ -104,16 +117,19 @@ def ours(model, size, *, rows, n_prompts, n_samples, compiled, greedy=False, rag
     sampling = Sampling() if greedy else SAMPLED
     result = measure(
         model, prompts, limits, sampling, n_samples=n_samples, batch_size=rows, compile=compiled,
-        units=[range(n_prompts)],
+        units=[range(n_prompts)], times_in_all=1 if ragged else 2,
     )  # fmt: skip
-    if not ragged:
-        steps = n_prompts * n_samples / rows * size.new
-        read = step_bytes(config, rows, n_prompts, size.prompt, size.new)
-        result["ms_per_step"] = result["seconds"] / steps * 1e3
-        result["limit_tokens_per_s"] = rows / (read / size.bandwidth)
-        result["share_of_limit"] = result["tokens_per_s"] / result["limit_tokens_per_s"]
-    else:
+    # at least one prompt is read each step, however the samples of several are mixed
+    each = n_prompts if n_samples == 1 else 1
+    memory, both = Limits(config, size).seconds(rows, each, limits)
+    result["limit_tokens_per_s"] = result["tokens"] / memory
+    result["limit_with_arithmetic"] = result["tokens"] / both
+    result["share_of_limit"] = memory / result["seconds"]
+    if ragged:
         result["rows_busy"] = result["tokens"] / rows / size.new  # steps of full rows, in lengths
+    else:
+        steps = n_prompts * n_samples / rows * size.new
+        result["ms_per_step"] = result["seconds"] / steps * 1e3
     return result
 
 
@@ -180,7 +196,7 @@ def peer_batching(config, size, rows, device) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# Checks and the kernel alone
+# Checks
 
 
 @torch.no_grad()
@@ -210,44 +226,13 @@ def check_greedy(device, compiled: bool) -> dict:
     return {"sequences_right": right}
 
 
-def kernel(size, G, R, block, warps, stages) -> dict:
-    """Own keys of 200 rows, half of them filled, one layer: bytes read per second."""
-    B, D, S = size.rows, 128, size.new
-    dtype, device = torch.bfloat16, "cuda"
-    layers = 4  # more than the 50 MB of cache hold
-    k, v = (torch.randn(layers, B, G, S, D, dtype=dtype, device=device) for _ in range(2))
-    q = torch.randn(B, G * R, D, dtype=dtype, device=device)
-    new = torch.randn(B, G, D, dtype=dtype, device=device)
-    lengths = torch.full((B,), S // 2, device=device)
-    none = torch.zeros(1, G, 0, D, dtype=dtype, device=device)
-    zeros = torch.zeros(B, dtype=torch.int64, device=device)
-    tiles = decode_attention.plan_tiles([0] * B, 1, R, dtype).to(device)
-    saved = {n: getattr(decode_attention, n) for n in ("BLOCK_BYTES", "WARPS", "STAGES")}
-    changed = {"BLOCK_BYTES": block * D * 2, "WARPS": warps, "STAGES": stages}
-    for name, value in changed.items():
-        setattr(decode_attention, name, value)
-    try:
-
-        def run():
-            for i in range(layers):
-                decode_attention.decode_attention(
-                    q, new, new, (k[i], v[i], lengths), (none, none, zeros[:1]), zeros, tiles, S
-                )
-
-        us = cases.seconds_under_graph(run) * 1e6 / layers
-    finally:
-        for name, value in saved.items():
-            setattr(decode_attention, name, value)
-    return {"us": us, "tb_per_s": 2 * 2 * B * G * (S // 2) * D / us / 1e6}
-
-
 # ---------------------------------------------------------------------------------------------
 
 
 class Size:
-    def __init__(self, small: bool, bandwidth: float):
+    def __init__(self, small: bool, bandwidth: float, rate: float):
         self.prompt, self.new, self.rows = (12, 10, 6) if small else (150, 256, 200)
-        self.bandwidth = bandwidth
+        self.bandwidth, self.rate = bandwidth, rate
 
 
 def all_cases(small: bool, size, device):
@@ -278,21 +263,16 @@ def all_cases(small: bool, size, device):
 
     n = size.rows
     one = {"n_prompts": 1, "n_samples": n, "rows": n}
-    four = {"n_prompts": 4, "n_samples": n, "rows": n}
+    eight = {"n_prompts": 8, "n_samples": n, "rows": n}
     single = {"n_prompts": 1, "n_samples": 1, "rows": 1, "greedy": True}
     apart = {"n_prompts": n, "n_samples": 1, "rows": n}
     some = {"n_prompts": 1, "n_samples": min(n, 64), "rows": min(n, 64)}
     yield "check eager", lambda: check_greedy(device, False)
     yield "7B 200 sampled, shared prompt, eager", of(large, **one, compiled=False)
     yield "7B 200 sampled, shared prompt, compiled", of(large, **one, compiled=True)
-    yield "7B 4x200 of 32..256 tokens, refilled", of(large, **four, compiled=True, ragged=True)
+    yield "7B 8x200 of 32..256 tokens, eager", of(large, **eight, compiled=False, ragged=True)
     yield "peer 7B 200 sampled, generate", peer(peer_generate, large, size, n, device)
     yield "7B 1 greedy, compiled", of(large, **single, compiled=True)
-    if device == "cuda":
-        for tile in ((64, 4, 2), (32, 4, 3), (64, 4, 3), (128, 4, 2), (32, 2, 3), (64, 8, 2)):
-            yield f"kernel 32x1, tile {tile}", lambda tile=tile: kernel(size, 32, 1, *tile)
-        for tile in ((64, 4, 2), (64, 4, 3)):
-            yield f"kernel 8x4, tile {tile}", lambda tile=tile: kernel(size, 8, 4, *tile)
     yield "check compiled", lambda: check_greedy(device, True)
     yield "7B 200 sampled, prompts apart, eager", of(large, **apart, compiled=False)
     yield "GPT-2 XL 64 sampled, eager", of(xl, **some, compiled=False)
@@ -318,8 +298,7 @@ def line(name, result) -> str:
         ("tokens_per_s", "{:9,.0f} tok/s"), ("ms_per_step", "{:7.2f} ms/step"),
         ("limit_tokens_per_s", "limit {:7,.0f}"), ("share_of_limit", "{:6.1%}"),
         ("first_setup_s", "set-up {:5.1f} s first,"), ("setup_s", "{:4.1f} s again"),
-        ("rows_busy", "{:5.2f} x length"), ("us", "{:7.1f} us"), ("tb_per_s", "{:5.2f} TB/s"),
-        ("sequences_right", "{} sequences right"),
+        ("rows_busy", "{:5.2f} x length"), ("sequences_right", "{} sequences right"),
     ):  # fmt: skip
         if key in result:
             words.append(form.format(result[key]))
@@ -328,10 +307,14 @@ def line(name, result) -> str:
 
 def main(argv=None):
     p = cases.parser(__doc__, budget=285)
-    p.add_argument("--bandwidth", type=float, default=4.27e12, help="bytes per second, measured")
+    p.add_argument("--bandwidth", type=float, help="bytes per second (a copy's, measured)")
     args = p.parse_args(argv)
-    device, _, report = cases.begin(args, bandwidth=args.bandwidth)
-    size = Size(args.small, args.bandwidth)
+    device, _, report = cases.begin(args)
+    bandwidth, rate = cases.measured_limits()
+    bandwidth = args.bandwidth or bandwidth
+    report["limits"] = {"bytes_per_s": bandwidth, "flop_per_s": rate}
+    print(f"{report['gpu']}: {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s")
+    size = Size(args.small, bandwidth, rate)
     cases.measure(all_cases(args.small, size, device), args, report, line)
     summary(report["cases"])
 

@@ -2,18 +2,20 @@
 
     python benchmarks/harness.py --mmlu data/mmlu --gsm8k data/gsm8k --tokenizer data/gpt2 \\
         --out benchmarks/results/harness.json
-    python benchmarks/harness.py --only choice …          # or generation
+    python benchmarks/harness.py --only choice …          # or generation, or fixed
     python benchmarks/harness.py --small …                # a CPU's rehearsal
 
-Two parts, each lm-eval's own definition over local files, 5-shot: mmlu's subjects (choice), and
-gsm8k with 256 greedy tokens (generation), whose examples are drawn anew for each problem, so that
-prompts share nothing. A 7B Llama shape of random weights with GPT-2's vocabulary, in bfloat16, from
-one Hugging Face directory. Each side is a process of its own, timed from its start to its last
-line, with lm-eval's making of all requests in it; before them harness_eval.py runs once on the
-first document of each task, which fills the caches of data, of bytecode and of kernels.
+Three parts, each lm-eval's own definition over local files: mmlu's subjects, 5-shot (choice); gsm8k
+(generation), whose five examples are drawn anew for each problem, so that prompts share nothing;
+and gsm8k_cot (fixed), whose eight are the same for all, as those of most tasks are. Texts are 256
+greedy tokens. A 7B Llama shape of random weights with GPT-2's vocabulary, in bfloat16, from one
+Hugging Face directory. Each side is a process of its own, timed from its start to its last line;
+before them harness_eval.py runs once on the first document of each task, which fills the caches of
+data, of bytecode and of kernels. Told apart on both sides: what lm-eval's own code took, which
+makes all requests and counts all answers; the answers; and the rest, imports and weights above all.
 
 The peer is lm-eval's Hugging Face class under lm-eval's simple_evaluate. It runs one row for warmth
-and one batch of each size of --peer-batch (of generation, an eighth of the tokens), which are not
+and one batch of each size of --peer-batch (of texts, an eighth of the tokens), which are not
 counted; then, at the quickest of them, every n-th block (--peer-every) of all rows ordered by
 length, as it orders them. Only the seconds of these rows are scaled to all: by the tokens read, or
 by the number of texts. Answers are compared on these rows; in bfloat16 random weights soon draw
@@ -35,14 +37,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from gsm8k import CONTEXT, shared_start  # noqa: E402
-from mmlu import SHOTS, hflm_terms, make_in_child, offline, timed, tokenizer_name  # noqa: E402
+from mmlu import hflm_terms, make_in_child, offline, timed, tokenizer_name  # noqa: E402
 
 import cli  # noqa: E402
 
 WANTED = 5
-TASK = {"choice": "mmlu", "generation": "gsm8k"}
-BATCH = {"choice": [16, 32], "generation": [32, 64]}
-EVERY = {"choice": 24, "generation": 10}
+TASK = {"choice": "mmlu", "generation": "gsm8k", "fixed": "gsm8k_cot"}
+SHOTS = {"choice": 5, "generation": 5, "fixed": 8}
+BATCH = {"choice": [16, 32], "generation": [32, 64], "fixed": [32, 64]}
+EVERY = {"choice": 24, "generation": 10, "fixed": 10}
 SMALL = {"model": "nano", "subjects": 3, "questions": 20, "problems": 12, "new_tokens": 16}
 SMALL |= {"peer_batch": [2, 4], "peer_every": 2}
 
@@ -52,7 +55,7 @@ SMALL |= {"peer_batch": [2, 4], "peer_every": 2}
 
 
 def write_tasks(folder: Path, args) -> None:
-    """lm-eval's mmlu and gsm8k over local files."""
+    """lm-eval's mmlu, gsm8k and gsm8k_cot over local files."""
     import yaml
     from harness_tasks import mmlu_rows, read_lines, rebase
 
@@ -69,6 +72,7 @@ def write_tasks(folder: Path, args) -> None:
     splits = {split: read_lines(args.gsm8k / f"{split}.jsonl") for split in ("train", "test")}
     splits["test"] = splits["test"][: args.problems]
     rebase(folder, "gsm8k", "gsm8k/gsm8k.yaml", splits)
+    rebase(folder, "gsm8k_cot", "gsm8k/gsm8k-cot.yaml", splits)
 
 
 def environment(work: Path) -> dict:
@@ -90,8 +94,10 @@ def peer_model(args):
         told: dict
 
         def loglikelihood(self, requests, disable_tqdm=False):
-            self.asked = requests
-            return super().loglikelihood(requests, disable_tqdm=True)
+            self.asked, start = requests, time.perf_counter()
+            answers = super().loglikelihood(requests, disable_tqdm=True)
+            self.told["verb_seconds"] = time.perf_counter() - start
+            return answers
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             score = super()._loglikelihood_tokens
@@ -120,16 +126,18 @@ def peer_model(args):
                     request.arguments = own
                 return texts
 
-            sized = [(len(self.tok_encode(r.args[0])), [i]) for i, r in enumerate(requests)]
+            start = time.perf_counter()
+            sized = ((len(self.tok_encode(r.args[0])), [i]) for i, r in enumerate(requests))
             found = self.run_part(sized, run, by_size=False)
             self.tell(requests, found)
+            self.told["verb_seconds"] = time.perf_counter() - start
             return [found.get(i, "") for i in range(len(requests))]
 
         def run_part(self, rows, run, by_size):
             """{request: its answer} of every n-th block of rows, (tokens, requests) each."""
+            begun, rows = time.perf_counter(), list(rows)
             blocks = blocks_of(rows, max(args.peer_batch))
             middle = blocks[len(blocks) // 2]
-            begun = time.perf_counter()
             run(middle[0][1], True)
             tried = {n: self.time_rows(middle[:n], run, n, True)[0] / n for n in args.peer_batch}
             trial_seconds = time.perf_counter() - begun
@@ -173,16 +181,25 @@ def blocks_of(rows: list[tuple], size: int) -> list[list[tuple]]:
 
 def peer(args):
     """lm-eval's own evaluation of one part's task."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    model = peer_model(args)
-    simple_evaluate(
+    model, evaluate = peer_model(args), evaluator.evaluate
+
+    def timed_evaluate(**asked):
+        start = time.perf_counter()
+        found = evaluate(**asked)
+        spent = time.perf_counter() - start
+        model.told["lm_eval_seconds"] = spent - model.told.pop("verb_seconds")
+        return found
+
+    evaluator.evaluate = timed_evaluate  # which simple_evaluate calls, once tasks are loaded
+    evaluator.simple_evaluate(
         model=model,
         tasks=[TASK[args.part]],
         task_manager=TaskManager(include_path=str(args.tasks), include_defaults=False),
-        num_fewshot=SHOTS,
-        gen_kwargs=gen_kwargs(args) if args.part == "generation" else None,
+        num_fewshot=SHOTS[args.part],
+        gen_kwargs=None if args.part == "choice" else gen_kwargs(args),
         bootstrap_iters=0,
         log_samples=False,
     )
@@ -201,7 +218,7 @@ def run_ours(args, work: Path, results: Path, parts: list[str], *words) -> tuple
     """(seconds, what it printed) of harness_eval.py."""
     command = [sys.executable, "harness_eval.py", "--checkpoint-path", work / args.model]
     command += ["--include-path", work / "tasks", "--tasks", *(TASK[part] for part in parts)]
-    command += ["--num-few-shot", SHOTS, "--tokenizer-name", tokenizer_name(args)]
+    command += ["--num-few-shot", SHOTS[parts[0]], "--tokenizer-name", tokenizer_name(args)]
     command += ["--dtype", "bfloat16", "--results-dir", results, *words]
     return timed(command, environment(work))
 
@@ -215,11 +232,18 @@ def prepare(args, work: Path, parts: list[str]) -> float:
 
 
 def ours(args, work: Path, part: str) -> dict:
-    words = ["--gen-kwargs", gen_kwargs(args)] if part == "generation" else []
+    words = [] if part == "choice" else ["--gen-kwargs", gen_kwargs(args)]
     seconds, text = run_ours(args, work, work / part, [part], "--log-samples", *words)
     print(text[-500:])
     record = json.loads(record_of(work / part).read_text())
-    return {"seconds": seconds, "documents": record["data"]["documents"], "cost": record["cost"]}
+    cost = record["cost"]
+    row = {"seconds": seconds, "documents": record["data"]["documents"], "cost": cost}
+    return row | phases(seconds, cost["lm_eval_seconds"], cost["seconds"])
+
+
+def phases(whole: float, of_lm_eval: float, answers: float) -> dict:
+    rest = whole - of_lm_eval - answers
+    return {"lm_eval_seconds": of_lm_eval, "answer_seconds": answers, "rest_seconds": rest}
 
 
 def record_of(results: Path) -> Path:
@@ -239,10 +263,10 @@ def theirs(args, work: Path, part: str, cases: dict) -> dict:
     seconds, _ = timed(command, environment(work))
     told = json.loads(result.read_text())
     documents = told.pop("documents")
-    around = seconds - told["seconds"] - told["trial_seconds"]
-    whole = around + told["seconds"] / told["part"]
+    answers = told["seconds"] / told["part"]
+    whole = seconds - told["seconds"] - told["trial_seconds"] + answers
     row = {"measured_seconds": seconds, "whole_seconds": whole, **told, "wanted": WANTED}
-    row |= agreement(samples, documents)
+    row |= phases(whole, told["lm_eval_seconds"], answers) | agreement(samples, documents)
     return row | {"speedup": whole / cases[f"{part} roseval"]["seconds"]}
 
 
@@ -272,14 +296,16 @@ def answers_of(sample: dict) -> list:
 def line(name: str, row: dict) -> str:
     if "error" in row:
         return f"{name:20} {row['error']}"
+    parts = [row[f"{part}_seconds"] for part in ("lm_eval", "answer", "rest")]
+    told = "lm-eval's own {:.1f}, answers {:.1f}, the rest {:.1f}".format(*parts)
     if "cost" in row:
         rate = row["cost"]["tokens_per_second"]
-        return f"{name:20} {row['seconds']:7.1f} s from start to table, {rate:,.0f} tokens/s"
+        return f"{name:20} {row['seconds']:7.1f} s ({told}), {rate:,.0f} tokens/s"
     same = row.get("same_choices", row.get("same_texts"))
     return (
-        f"{name:20} {row['whole_seconds']:7.1f} s from {row['part']:.1%}, {row['batch']} rows: "
-        f"{row['speedup']:.1f}x; of {row['compared']} {same} answers and {row['same_prompts']} "
-        "prompts equal"
+        f"{name:20} {row['whole_seconds']:7.1f} s ({told}) from {row['part']:.1%}, "
+        f"{row['batch']} rows: {row['speedup']:.1f}x; of {row['compared']} {same} answers and "
+        f"{row['same_prompts']} prompts equal"
     )
 
 
@@ -292,7 +318,7 @@ def parser():
     p.add_argument("--model", default="7b", help="a preset (7b)")
     p.add_argument("--subjects", type=cli.positive_int, default=57, help="so many of MMLU's (57)")
     p.add_argument("--questions", type=cli.positive_int, help="the first so many of each (all)")
-    p.add_argument("--problems", type=cli.positive_int, default=640, help="of GSM8K (640)")
+    p.add_argument("--problems", type=cli.positive_int, help="the first so many of GSM8K (all)")
     shared_arguments(p)
     return p
 

@@ -97,8 +97,7 @@ def attention(gpu, small: bool, device: str, kind: str | None, way: tuple[int, i
     def run():
         for k, v, prompt_k, prompt_v in kept:
             prompts = prompt_k, prompt_v, full
-            parts = kernel.decode_attention(q, new, new, (k, v, own), prompts, rows, tiles, 1)
-            kernel.merge_parts(*parts)
+            kernel.decode_attention(q, new, new, (k, v, own), prompts, rows, tiles, 1)
 
     try:
         for name, value in zip(names, (way[0] * D * (1 if kind else 2), *way[1:])):

@@ -459,7 +459,8 @@ def markdown(report: dict) -> str:
         cells = [cell(r, k) for k in ("load", "forward_end", "backward_peak", "step_peak", "peak")]
         errors = [error(r, k) for k in ("peak", "cookbook", "accelerate")]
         cells += ["" if e is None else f"{e:+.1%}" for e in errors]
-        cells += [f"{r['measured'][k] / 2**30:.2f}" for k in ("reserved", "outside_torch")]
+        held = (r["measured"].get(k) for k in ("reserved", "outside_torch"))
+        cells += ["" if n is None else f"{n / 2**30:.2f}" for n in held]
         layers = r["case"]["layers"] or "all"
         lines.append(f"| {r['name']} | {layers} | {' | '.join(cells)} |")
     for r in report["records"]:

@@ -18,6 +18,7 @@ clock that sinks as more of them work, and a hypervisor's tables of pages are no
 """
 
 import argparse
+import contextlib
 import functools
 import gzip
 import itertools
@@ -31,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sandbox.judge import TIERS, Sandbox
@@ -69,8 +71,39 @@ def sandbox_round(
 # Scaling
 
 
-def rate_of_tier(tier: str, workers: int, problems: list[dict], seconds: float) -> float:
-    """Verdicts a second of a Sandbox that has been at work for a while."""
+class Rate(NamedTuple):
+    """What so many workers did."""
+
+    per_second: float
+    idle: float  # the share of all processors' time that nobody used
+    cost: float  # seconds of processors for one, all processes together, whoever they are
+
+    def told(self, one: "Rate", workers: int) -> str:
+        """Beside one worker's."""
+        share = self.per_second / one.per_second / workers
+        return f"{self.per_second:,.0f} ({share:.2f}; {self.idle:.0%}; {1e3 * self.cost:.2f})"
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Callable[[int], Rate]]:
+    """A function that tells the Rate of so many programs since it began."""
+
+    def times() -> list[int]:
+        return [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+
+    began, before = time.perf_counter(), times()
+
+    def rate(n: int) -> Rate:
+        spent = [after - b for after, b in zip(times(), before)]
+        unused = spent[3] + spent[4]
+        busy = (sum(spent) - unused) / os.sysconf("SC_CLK_TCK")
+        return Rate(n / (time.perf_counter() - began), unused / sum(spent), busy / n)
+
+    yield rate
+
+
+def rate_of_tier(tier: str, workers: int, problems: list[dict], seconds: float) -> Rate:
+    """Of a Sandbox that has been at work for a while."""
 
     def programs(salt: str, length: float) -> Iterator[tuple[str, str, str, str]]:
         end = time.monotonic() + length
@@ -83,10 +116,11 @@ def rate_of_tier(tier: str, workers: int, problems: list[dict], seconds: float) 
 
     with Sandbox(workers=workers, tier=tier) as sandbox:
         list(sandbox.judge_many(programs("warm", 0.5)))
-        started = time.perf_counter()
-        passed = [verdict.passed for _, verdict in sandbox.judge_many(programs("timed", seconds))]
-        assert all(passed), f"tier {tier} failed {passed.count(False)} of {len(passed)}"
-        return len(passed) / (time.perf_counter() - started)
+        with counted() as rate:
+            judged = sandbox.judge_many(programs("timed", seconds))
+            passed = [verdict.passed for _, verdict in judged]
+            assert all(passed), f"tier {tier} failed {passed.count(False)} of {len(passed)}"
+            return rate(len(passed))
 
 
 PLAIN = """
@@ -106,27 +140,29 @@ while time.perf_counter() - begin < seconds:
             if fork:
                 os._exit(0)
         n += 1
-print(n / (time.perf_counter() - begin))
+print(n)
 """
 
 
-def rate_of_plain(workers: int, problems: list[dict], seconds: float, fork: bool) -> float:
-    """Programs a second that so many processes execute, with their tests, without any cage; fork:
-    each in a fork of its own."""
+def rate_of_plain(workers: int, problems: list[dict], seconds: float, fork: bool) -> Rate:
+    """Of so many processes that execute programs with their tests, without any cage; fork: each in
+    a fork of its own."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     started = [
         subprocess.Popen([sys.executable, "-c", PLAIN], **pipes, text=True) for _ in range(workers)
     ]
-    for process in started:
-        process.stdin.write(json.dumps([problems, seconds, fork]))
-        process.stdin.close()
-    return sum(float(process.stdout.read()) for process in started)
+    time.sleep(0.2)  # they start meanwhile
+    with counted() as rate:
+        for process in started:
+            process.stdin.write(json.dumps([problems, seconds, fork]))
+            process.stdin.close()
+        return rate(sum(int(process.stdout.read()) for process in started))
 
 
 def scaling(args, problems: list[dict]) -> str:
     """The table as Markdown."""
     given = {"problems": problems, "seconds": args.seconds}
-    kinds: dict[str, Callable[[int], float]] = {
+    kinds: dict[str, Callable[[int], Rate]] = {
         f"tier {tier}": functools.partial(rate_of_tier, tier, **given) for tier in TIERS
     }
     kinds["plain processes"] = functools.partial(rate_of_plain, **given, fork=False)
@@ -136,37 +172,23 @@ def scaling(args, problems: list[dict]) -> str:
     lines = [
         "# Verdicts per second by workers, canonical solutions of HumanEval",
         "",
-        f"{about_machine(args)}. In brackets: over one worker's, times their number; and "
-        "the share of the processors' time that was left.",
+        f"{about_machine(args)}. In brackets: over one worker's, times their number; the share of "
+        "the processors' time that was left; and milliseconds of processors for one program.",
         "",
         "| workers | " + " | ".join(map(str, args.scaling)) + " |",
         "|---|" + "---|" * len(args.scaling),
     ]
     for name, measure in kinds.items():
         try:
-            rates, idle = map(list, zip(*(with_idle(measure, n) for n in args.scaling)))
+            rates = [measure(n) for n in args.scaling]
         except ValueError as e:
             print(e)
             continue
-        one = rates[0] / args.scaling[0]
-        cells = [
-            f"{r:,.0f} ({r / one / n:.2f}; {i:.0%})" for n, r, i in zip(args.scaling, rates, idle)
-        ]
+        one = rates[0]._replace(per_second=rates[0].per_second / args.scaling[0])
+        cells = [rate.told(one, n) for rate, n in zip(rates, args.scaling)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
-
-
-def with_idle(measure: Callable[[int], float], workers: int) -> tuple[float, float]:
-    """(what is measured, the share of the processors' time that nobody used meanwhile)"""
-
-    def times() -> list[int]:
-        return [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
-
-    before = times()
-    rate = measure(workers)
-    spent = [after - b for after, b in zip(times(), before)]
-    return rate, spent[3] / sum(spent[:8])
 
 
 def about_machine(args) -> str:

@@ -44,11 +44,12 @@ def main(argv=None):
     p.add_argument("--small", action="store_true", help="a tiny model")
     args = p.parse_args(argv)
     make_checkpoints(args)
-    report = {"machine": machine(), "tokens": args.tokens, "first": swept(args, args.checkpoints)}
-    if args.again:
-        report["again"] = swept(args, args.again)
-    args.out.write_text(json.dumps(report, indent=1))
-    print(json.dumps(report, indent=1))
+    report = {"machine": machine(), "tokens": args.tokens}
+    for name, n in (("first", args.checkpoints), ("again", args.again)):
+        if n:
+            report[name] = swept(args, n)
+            args.out.write_text(json.dumps(report, indent=1) + "\n")  # if the next one fails
+            print(name, json.dumps(report[name]), flush=True)
 
 
 def make_checkpoints(args) -> None:

@@ -1,7 +1,6 @@
 """One decode step's attention: each row's one new query over its prompt and its own tokens.
 
-    out, lse = decode_attention(q, k_new, v_new, own, prompts, row_prompt, tiles, read_limit)
-    out = merge_parts(out, lse)
+    y = decode_attention(q, k_new, v_new, own, prompts, row_prompt, tiles, read_limit)
 
 Keys lie in two places: prompts, each kept once however many rows continue it, and every row's own
 tokens. On CUDA one Triton kernel reads both, each for exactly as long as it is filled: lengths are
@@ -16,13 +15,13 @@ Shapes: B rows, H query heads, G key/value heads, R = H / G, D head_dim, E of va
 at most P tokens, S own tokens of a row at most, X parts to be merged
 """
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gpu_kernels import decode_kernels
 from gpu_kernels.kv_codes import LARGEST, Codes, Room, read, store
 from gpu_kernels.low_bit_matmul import assembly_of, raw_of_words
 
@@ -33,190 +32,8 @@ WIDE = 256  # or where values are wider than this: each query's mixture of them 
 BLOCK_BYTES = 16384  # keys of one step of the kernel's loop, in the queries' dtype
 WARPS, STAGES = 4, 2
 CODE_BYTES, CODE_WARPS, CODE_STAGES = 16384, 4, 2  # the same of codes, in 8 bits
+MERGED = 2048  # numbers of each part that one program merges
 LOG2_E = 1.4426950408889634
-
-
-@functools.cache
-def _kernel():
-    """The Triton kernel, built on first use: there is no Triton where there is no GPU."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def rounded(x, scale, MOST: tl.constexpr):
-        """Codes of numbers, as bytes and as what they are."""
-        x = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0))
-        x = tl.minimum(tl.maximum(x, -MOST), MOST)
-        if MOST == 127:  # to the nearest whole number: beyond 2^23 there are no others
-            x = (x + 12582912.0) - 12582912.0
-            codes = x.to(tl.int32) & 255
-        else:
-            codes = x.to(tl.float8e4nv)
-            x = codes.to(tl.float32)
-            codes = codes.to(tl.uint8, bitcast=True).to(tl.int32)
-        return codes, x
-
-    @triton.jit
-    def keep(words, scales, slot, width, d, new, MOST: tl.constexpr):
-        """kv_codes.store of one key or value, `width` words of two channels each, in a slot: the
-        first and the second ones of words, as they are read there."""
-        a = tl.load(new + 2 * d, mask=d < width, other=0.0).to(tl.float32)
-        b = tl.load(new + 2 * d + 1, mask=d < width, other=0.0).to(tl.float32)
-        absmax = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=0)
-        scale = tl.div_rn(absmax, tl.full([], MOST, tl.float32))
-        scale += tl.sum(a * 0.0 + b * 0.0, axis=0)  # NaN, where a number is NaN or infinite
-        low, a = rounded(a, scale, MOST)
-        high, b = rounded(b, scale, MOST)
-        tl.store(words + slot * width + d, (low | high << 8).to(tl.int16), mask=d < width)
-        tl.store(scales + slot, scale)
-        return a * scale, b * scale
-
-    @triton.jit
-    def attend(
-        q, k_new, v_new, k, k_scales, v, v_scales, lengths, tiles, first, out, lse,
-        stride_q, stride_k, stride_v,
-        S, H, G, B, tile_width, scale, cap,
-        R: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
-        E: tl.constexpr, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
-        M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr,
-        WINDOW: tl.constexpr, CAP: tl.constexpr, MOST: tl.constexpr,
-        RAW: tl.constexpr, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ):  # fmt: skip
-        """One tile of M queries, one key head, HEADS of its R query heads, which are so many
-        GROUPS, one part of the keys. OWN: a tile is a row with its own keys, the new one among
-        them; otherwise tiles [., 1 + rows]: a prompt, and its rows. LATENT: the first so many
-        channels of a key are scored alone, the others are its value. MOST: the largest of the
-        codes that keys and values are, or 0. Codes come as words of two channels each: RAW makes
-        the numbers of their LOW or HIGH halves, so that even channels have a product of their own,
-        and odd ones another. Scores, and so scale and cap, are in base 2. Long, since Triton keeps
-        no arrays between functions: the running maximum, sum and mixture, of codes MOST times what
-        it is, live in registers from start to end."""
-        STEP: tl.constexpr = 2 if MOST else 1  # channels of what k and v point at
-        tile, split = tl.program_id(0), tl.program_id(2)
-        g = tl.program_id(1) // GROUPS
-        m, d, e = tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_L)
-        own_head = tl.program_id(1) % GROUPS * HEADS + m % HEADS
-        if OWN:
-            keys = tile
-            row = tile + 0 * m
-            real = (m < HEADS) & (own_head < R)
-        else:
-            keys = tl.load(tiles + tile * tile_width)
-            inside = m // HEADS < tile_width - 1
-            row = tl.load(tiles + tile * tile_width + 1 + m // HEADS, mask=inside, other=-1)
-            real = (row >= 0) & (own_head < R)
-        in_d, in_e = d < (D - LATENT) // STEP, e < LATENT
-        head = g * R + own_head
-        q_at = q + row[:, None].to(tl.int64) * stride_q + head[:, None] * D
-        channels, wanted = q_at + LATENT + STEP * d[None, :], real[:, None] & in_d[None, :]
-        queries = tl.load(channels, mask=wanted, other=0.0)
-        if MOST:
-            odd_queries = tl.load(channels + 1, mask=wanted, other=0.0)
-            mixed_odd = tl.zeros([M, BLOCK_D], tl.float32)
-        if LATENT:
-            first_queries = tl.load(
-                q_at + e[None, :], mask=real[:, None] & in_e[None, :], other=0.0
-            )
-        base = (keys.to(tl.int64) * G + g) * S
-        n = tl.minimum(tl.load(lengths + keys), S).to(tl.int32)
-        n = tl.where(tl.max(row) >= 0, n, 0)  # a tile without rows has nothing to do
-        share = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_N) * BLOCK_N
-        low = split * share
-        high = tl.minimum(low + share, n)
-        if WINDOW:  # the first key that each row still sees, counted as these keys are
-            oldest = tl.load(first + row, mask=real, other=2147483647).to(tl.int32)
-            low = tl.maximum(low, tl.min(oldest))
-        top = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
-        mixed = tl.zeros([M, BLOCK_D], tl.float32)
-        if OWN:  # noqa: SIM102 (decided when the kernel is compiled)
-            if split == 0:  # the new key: scored here, then stored for the steps to come
-                slot = base + tl.minimum(n, S - 1).to(tl.int64)
-                k_at = k_new + tile.to(tl.int64) * stride_k + g * D
-                v_at = v_new + tile.to(tl.int64) * stride_v + g * E
-                if MOST:
-                    new_k, odd_k = keep(k, k_scales, slot, D // 2, d, k_at, MOST)
-                    top = tl.sum(queries.to(tl.float32) * new_k[None, :], axis=1)
-                    top += tl.sum(odd_queries.to(tl.float32) * odd_k[None, :], axis=1)
-                    new_v, odd_v = keep(v, v_scales, slot, E // 2, d, v_at, MOST)
-                    new_v, mixed_odd = new_v * MOST, mixed_odd + odd_v[None, :] * MOST
-                else:
-                    new_k = tl.load(k_at + LATENT + d, mask=in_d, other=0.0)
-                    tl.store(k + slot * D + LATENT + d, new_k, mask=in_d)
-                    products = queries.to(tl.float32) * new_k.to(tl.float32)[None, :]
-                    top = tl.sum(products, axis=1)
-                    new_v = new_k
-                if LATENT:
-                    first_k = tl.load(k_at + e, mask=in_e, other=0.0)
-                    tl.store(k + slot * D + e, first_k, mask=in_e)
-                    products = first_queries.to(tl.float32) * first_k.to(tl.float32)[None, :]
-                    top += tl.sum(products, axis=1)
-                elif not MOST:
-                    new_v = tl.load(v_at + d, mask=d < E, other=0.0)
-                    tl.store(v + slot * E + d, new_v, mask=d < E)
-                top = top * scale
-                if CAP:
-                    top = cap * (2.0 * tl.sigmoid(2.0 * top / cap) - 1.0)  # tanh
-                total += 1.0
-                mixed += new_v.to(tl.float32)[None, :]
-        for start in range(low, high, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)
-            there = column < high
-            k_at = k + (base + column[None, :].to(tl.int64)) * (D // STEP)
-            block = tl.load(
-                k_at + LATENT + d[:, None], mask=there[None, :] & in_d[:, None], other=0.0
-            )
-            if MOST:
-                odd = RAW(block, KIND, 8, HIGH).to(queries.dtype)
-                block = RAW(block, KIND, 0, LOW).to(queries.dtype)
-            scores = tl.dot(queries, block, input_precision="ieee")
-            if MOST:
-                scores += tl.dot(odd_queries, odd, input_precision="ieee")
-            if LATENT:
-                part = tl.load(k_at + e[:, None], mask=there[None, :] & in_e[:, None], other=0.0)
-                scores += tl.dot(first_queries, part, input_precision="ieee")
-            scores = scores * scale
-            if MOST:
-                of_key = tl.load(k_scales + base + column, mask=there, other=0.0)
-                scores = scores * of_key[None, :]
-            if CAP:
-                scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
-            seen = there[None, :]
-            if WINDOW:
-                seen = seen & (column[None, :] >= oldest[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
-            finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-            fade = tl.exp2(top - finite)
-            weights = tl.exp2(scores - finite[:, None])
-            total = total * fade + tl.sum(weights, axis=1)
-            if LATENT:
-                block = tl.trans(block)
-            else:
-                in_v = d < E // STEP
-                v_at = v + (base + column[:, None].to(tl.int64)) * (E // STEP) + d[None, :]
-                block = tl.load(v_at, mask=there[:, None] & in_v[None, :], other=0.0)
-            if MOST:  # times MOST it is a value's absmax, which no dtype of the queries rounds away
-                of_value = tl.load(v_scales + base + column, mask=there, other=0.0)
-                weights = (weights * (of_value * MOST)[None, :]).to(queries.dtype)
-                odd = RAW(block, KIND, 8, HIGH).to(queries.dtype)
-                block = RAW(block, KIND, 0, LOW).to(queries.dtype)
-                mixed_odd = mixed_odd * fade[:, None]
-                mixed_odd += tl.dot(weights, odd, input_precision="ieee")
-            mixed = mixed * fade[:, None]
-            mixed += tl.dot(weights.to(block.dtype), block, input_precision="ieee")
-            top = new_top
-        seen_any = total > 0.0
-        divisor = tl.where(seen_any, total, 1.0)
-        at = (split * B + row.to(tl.int64)) * H + head
-        tl.store(lse + at, tl.where(seen_any, top + tl.log2(divisor), float("-inf")), mask=real)
-        in_v, divisor = d < E // STEP, (divisor * (MOST or 1))[:, None]
-        out_at, wanted = out + at[:, None] * E + STEP * d[None, :], real[:, None] & in_v[None, :]
-        tl.store(out_at, mixed / divisor, mask=wanted)
-        if MOST:
-            tl.store(out_at + 1, mixed_odd / divisor, mask=wanted)
-
-    return attend
 
 
 def _splits(tiles: int, heads: int, length: int) -> int:
@@ -236,8 +53,9 @@ def _heads(R: int, E: int) -> tuple[int, int]:
     return heads, -(-R // heads)
 
 
-def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, softcap):
-    """One call of the kernel; its own arguments, which say themselves what they are."""
+def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, softcap, y=None):
+    """One call of the kernel; its own arguments, which say themselves what they are. y: where the
+    mixture of all parts goes, of which out and lse are those that are there."""
     k, k_scales, v, v_scales, lengths = kept
     (B, H, D), E = q.shape, new[1].shape[-1]
     (G, S), latent = k.shape[1:3], D - E if v is None else 0
@@ -249,15 +67,15 @@ def _launch(own, n_tiles, q, new, kept, tiles, first, out, lse, splits, scale, s
         code = assembly_of(kind, k.device) if q.dtype == torch.bfloat16 else code
         k, v, block_d = k.view(torch.int16), v.view(torch.int16), _power_of_2(D // 2)
         keys, warps, stages = CODE_BYTES // D, CODE_WARPS, CODE_STAGES
-    _kernel()[(n_tiles, G * groups, splits)](
+    decode_kernels.attend()[(n_tiles, G * groups, splits)](
         q, *new, k, k_scales, k if v is None else v, v_scales, lengths, tiles, first, out, lse,
-        q.stride(0), new[0].stride(0), new[1].stride(0),
-        S, H, G, B, tiles.shape[1], scale * LOG2_E, softcap * LOG2_E,
+        out if y is None else y, q.stride(0), new[0].stride(0), new[1].stride(0),
+        S, H, G, B, len(out), tiles.shape[1], scale * LOG2_E, softcap * LOG2_E,
         R=H // G, HEADS=heads, GROUPS=groups, D=D, E=E, LATENT=latent, BLOCK_D=block_d,
         BLOCK_L=_power_of_2(latent), M=_power_of_2(heads * rows),
         BLOCK_N=max(16, min(128, keys)), SPLITS=splits,
         OWN=own, WINDOW=first is not None, CAP=softcap > 0,
-        MOST=most, RAW=raw_of_words(), KIND=kind, LOW=code[0], HIGH=code[1],
+        LAST=y is not None, MOST=most, RAW=raw_of_words(), KIND=kind, LOW=code[0], HIGH=code[1],
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
@@ -299,15 +117,14 @@ def decode_attention(  # one step's tensors, and the terms that attention.attend
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Store each row's new key and value, and attend to all that the row sees, as it is stored.
 
     q [B, H, D]; k_new, v_new [B, G, D]; own: k, v [B, G, S, D] and lengths [B], of which so many
     are filled; prompts: the same [N, G, P, D] and [N]; row_prompt [B]: each row's; tiles:
     plan_tiles(row_prompt). v, and v_new, may have another width E <= D; v None: the last E channels
     of k, and v_new of k_new. read_limit: an upper bound of the rows' lengths + 1 (torch only).
-    window, softcap, scale: as in attention.attend. Returns parts [X, B, H, E] and the base-2
-    log-sum-exp of their scores [X, B, H], both float32, for `merge_parts`.
+    window, softcap, scale: as in attention.attend. Returns [B, H, E] in q's dtype.
     """
     if not q.is_cuda:
         return _decode_torch(
@@ -353,38 +170,31 @@ def _decode_triton(
     window: int,
     softcap: float,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Writes k, v and scales in place. Compiled, it is an operator, whose schema knows tensors and
     numbers only: hence so many. window, softcap 0: none."""
     own = k, k_scales, v, v_scales, lengths
     prompts = prompt_k, prompt_k_scales, prompt_v, prompt_v_scales, prompt_lengths
     q, k_new, v_new = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k_new, v_new))
-    n_own, n_prompt = _parts(q, k, prompt_k, tiles, v_new)
-    out, lse = _empty(q, v_new, n_own + n_prompt)
-    first = lengths - (window - 1) if window else None
-    new = (k_new, v_new)
-    _launch(True, len(q), q, new, own, tiles, first, out, lse, n_own, scale, softcap)
-    if n_prompt:
-        if first is not None:
-            first = first + prompt_lengths[row_prompt]
-        _launch(
-            False, len(tiles), q, new, prompts, tiles, first, out[n_own:], lse[n_own:],
-            n_prompt, scale, softcap,
-        )  # fmt: skip
-    return out, lse
-
-
-def _parts(q, k, prompt_k, tiles, v_new):
-    """Parts of a row's own keys and of its prompt's."""
-    G, S, P = k.shape[1], k.shape[2], prompt_k.shape[2]
+    G, S, P = *k.shape[1:3], prompt_k.shape[2]
     programs = G * _heads(q.shape[1] // G, v_new.shape[-1])[1]
-    return _splits(len(q), programs, S), _splits(len(tiles), programs, P) if P else 0
-
-
-def _empty(q, v_new, parts):
-    shape = (parts, *q.shape[:2])
-    out = q.new_empty((*shape, v_new.shape[-1]), dtype=torch.float32)
-    return out, q.new_empty(shape, dtype=torch.float32)
+    n_own, n_prompt = _splits(len(q), programs, S), _splits(len(tiles), programs, P) if P else 0
+    # what few rows are split into is merged by a kernel of its own, else the last part merges all
+    n_apart = n_own if n_own > 1 else 0
+    y = q.new_empty((*q.shape[:2], v_new.shape[-1]))
+    out = q.new_empty((n_apart + n_prompt, *y.shape), dtype=torch.float32)
+    lse = q.new_empty(out.shape[:-1], dtype=torch.float32)
+    first = lengths - (window - 1) if window else None
+    terms, new = (scale, softcap), (k_new, v_new)
+    if n_prompt:
+        of_prompt = None if first is None else first + prompt_lengths[row_prompt]
+        there = out[n_apart:], lse[n_apart:], n_prompt
+        _launch(False, len(tiles), q, new, prompts, tiles, of_prompt, *there, *terms)
+    if not n_apart:
+        _launch(True, len(q), q, new, own, tiles, first, out, lse, 1, *terms, y)
+        return y
+    _launch(True, len(q), q, new, own, tiles, first, out[:n_own], lse[:n_own], n_own, *terms)
+    return merge_parts(out, lse, q.dtype)
 
 
 _operator = torch.library.custom_op(
@@ -394,7 +204,7 @@ _operator = torch.library.custom_op(
 
 @_operator.register_fake
 def _(q, k_new, v_new, k, ks, v, vs, n, prompt_k, pks, pv, pvs, pn, rp, tiles, *terms):
-    return _empty(q, v_new, sum(_parts(q, k, prompt_k, tiles, v_new)))
+    return q.new_empty((*q.shape[:2], v_new.shape[-1]))
 
 
 def _decode_torch(
@@ -402,7 +212,7 @@ def _decode_torch(
 ):
     """The same in plain operations, prompt and own keys side by side under a mask."""
     (k, v, lengths), (prompt_k, prompt_v, prompt_lengths) = own, prompts
-    (B, H, D), G = q.shape, k.shape[1]
+    (B, H, D), G, dtype = q.shape, k.shape[1], q.dtype
     rows, E = torch.arange(B, device=q.device), v_new.shape[-1]
     at = rows, slice(None), lengths.clamp(max=k.shape[2] - 1)
     for room, new in ((k, k_new), (v, v_new)):
@@ -436,12 +246,23 @@ def _decode_torch(
         out = scores.softmax(-1) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    return out.reshape(1, B, H, E).float(), q.new_zeros((1, B, H), dtype=torch.float32)
+    return out.reshape(B, H, E).to(dtype)
 
 
-def merge_parts(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Attention [B, H, E], float32, from that over disjoint keys [X, B, H, E] and base-2 lse."""
-    if len(out) == 1:
-        return out[0]
-    share = torch.exp2(lse - lse.amax(dim=0))
-    return (out * share[..., None]).sum(dim=0) / share.sum(dim=0)[..., None]
+def merge_parts(
+    out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Attention [B, H, E] in `dtype` from that over disjoint keys [X, B, H, E] and base-2 lse."""
+    X, B, H, E = out.shape
+    if X == 1:
+        return out[0].to(dtype)
+    if not out.is_cuda:
+        share = torch.exp2(lse - lse.amax(dim=0))
+        return ((out * share[..., None]).sum(dim=0) / share.sum(dim=0)[..., None]).to(dtype)
+    y = torch.empty((B, H, E), dtype=dtype, device=out.device)
+    block_e = _power_of_2(E)
+    block_n = max(1, MERGED // block_e)
+    decode_kernels.merge()[(-(-B * H // block_n),)](
+        out, lse, y, X, B * H, E, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=4
+    )
+    return y

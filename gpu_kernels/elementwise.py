@@ -1,13 +1,14 @@
 """What lies between the matrix products of a block, each in one pass over memory, for eager CUDA.
 
     y = norm(x, weight, bias, 1e-5, rms=True, offset=0.0, dtype=torch.bfloat16)     # [..., C]
-    x, y = add_norm(x, branch, weight, bias, 1e-5, rms=True, offset=0.0, dtype=torch.bfloat16)
-    rotate_(heads, cos, sin)                                # [B, T, H, D], in place
+    x, y = add_and_norm(x, branch, weight, …)               # of x + branch
+    rotate_(q, cos, sin, k)                                 # [B, T, H, D], in place
     h = gated(gate_and_up, "silu")                          # [..., 2F] -> [..., F]
 
 Eager PyTorch makes two to fourteen passes of each, casts to and from float32 among them; compiled,
 inductor fuses them as well as these do. So they serve whatever runs too short, or in too many
-shapes, to be compiled: choice questions, few prompts, a first result in seconds. Arithmetic is
+shapes, to be compiled: choice questions, few prompts, a first result in seconds; and decode steps,
+which are no faster compiled (benchmarks/results/generation.md). Arithmetic is
 float32 and rounded where PyTorch rounds; every row is computed alone and in a fixed order, so that
 bits do not depend on its neighbours. model.py and modeling/rotary.py hold plain twins, and ask
 `applies` first; `activate` does it for the MLPs. On an H100, 16,384 rows of a 7B
@@ -66,16 +67,17 @@ def _norm_kernel():
 
     @triton.jit
     def norm(
-        x, added, total, weight, bias, y, C, eps, offset, ADD: tl.constexpr,
-        RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+        x, branch, total, weight, bias, y, C, eps, offset,
+        ADD: tl.constexpr, RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One program a row [C]."""
+        """One program a row [C]: of x, or of x + branch, which is kept."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < C
         a = tl.load(x + row * C + column, mask=inside, other=0.0).to(tl.float32)
         if ADD:
-            a += tl.load(added + row * C + column, mask=inside, other=0.0).to(tl.float32)
+            a += tl.load(branch + row * C + column, mask=inside, other=0.0).to(tl.float32)
             tl.store(total + row * C + column, a, mask=inside)
         if not RMS:
             a = tl.where(inside, a - tl.sum(a, axis=0) / C, 0.0)
@@ -96,23 +98,28 @@ def _rotate_kernel():
 
     @triton.jit
     def rotate(
-        x, cos, sin, T, H, stride_b, stride_t, stride_h, stride_rope_b,
+        q, k, cos, sin, T, H, G, q_b, q_t, q_h, k_b, k_t, k_h, stride_rope_b,
         HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """One program a token, BLOCK_H of its heads."""
-        token = tl.program_id(0)
-        b, t = (token // T).to(tl.int64), token % T
-        h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        d = tl.arange(0, BLOCK_D)
+        """One program a token, BLOCK_H of its H heads of q, or of its G of k. q_b, q_t, q_h and
+        those of k: strides."""
+        token, block = tl.program_id(0), tl.program_id(1)
+        b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
+        of_q = tl.cdiv(H, BLOCK_H)
+        if block < of_q:
+            at, n, stride = q + b * q_b + t * q_t, H, q_h
+        else:
+            at, n, stride, block = k + b * k_b + t * k_t, G, k_h, block - of_q
+        h, d = block * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
         at_rope = b * stride_rope_b + t * HALF + d
         c = tl.load(cos + at_rope, mask=d < HALF, other=0.0)[None, :]
         s = tl.load(sin + at_rope, mask=d < HALF, other=0.0)[None, :]
-        at = x + b * stride_b + t.to(tl.int64) * stride_t + h[:, None] * stride_h + d[None, :]
-        inside = (h < H)[:, None] & (d < HALF)[None, :]
-        low = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-        tl.store(at, (low * c - high * s).to(x.dtype.element_ty), mask=inside)
-        tl.store(at + HALF, (high * c + low * s).to(x.dtype.element_ty), mask=inside)
+        low_at = at + h[:, None] * stride + d[None, :]
+        inside = (h < n)[:, None] & (d < HALF)[None, :]
+        low = tl.load(low_at, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(low_at + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(low_at, (low * c - high * s).to(q.dtype.element_ty), mask=inside)
+        tl.store(low_at + HALF, (high * c + low * s).to(q.dtype.element_ty), mask=inside)
 
     return rotate
 
@@ -157,14 +164,12 @@ def norm(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """RMSNorm or LayerNorm of x [..., C], C <= MAX_WIDTH, times weight + offset, in `dtype`."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _launch_norm(x, None, None, y, (weight, bias), eps, rms, offset)
-    return y
+    return add_and_norm(x, None, weight, bias, eps, rms=rms, offset=offset, dtype=dtype)[1]
 
 
-def add_norm(
+def add_and_norm(
     x: torch.Tensor,
-    added: torch.Tensor,
+    branch: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -173,41 +178,42 @@ def add_norm(
     offset: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + added, float32, of float32 x and `added` of any dtype; and the norm of that, as `norm`'s
-    to the bit."""
-    total, y = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
-    _launch_norm(x, added.contiguous(), total, y, (weight, bias), eps, rms, offset)
-    return total, y
-
-
-def _launch_norm(x, added, total, y, terms, eps, rms, offset) -> None:
-    C, (weight, bias) = x.shape[-1], terms
+    """(x + branch, its norm), both in one pass: x [..., C] float32, branch alike in any dtype."""
+    C, total = x.shape[-1], x
     assert C <= MAX_WIDTH and x.is_contiguous(), (x.shape, x.stride())
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if branch is not None:
+        assert x.dtype == torch.float32 and branch.shape == x.shape, (x.dtype, branch.shape)
+        branch, total = branch.contiguous(), torch.empty_like(x)
     if x.numel():
         block = 1 << (C - 1).bit_length()
-        given = [x if tensor is None else tensor for tensor in (added, total, weight, bias)]
         _norm_kernel()[(x.numel() // C,)](
-            x, *given, y, C, eps, offset, ADD=added is not None,
+            x, x if branch is None else branch, total, x if weight is None else weight,
+            x if bias is None else bias, y, C, eps, offset, ADD=branch is not None,
             RMS=rms, WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
+    return total, y
 
 
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, D], its first R channels turned in place by cos, sin [B or 1, T, 1, R/2] float32;
-    returns x."""
-    B, T, H, _ = x.shape
+def rotate_(
+    q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k: torch.Tensor | None = None
+) -> torch.Tensor:
+    """q [B, T, H, D], and k [B, T, G, D] in the same launch, their first R channels turned in place
+    by cos, sin [B or 1, T, 1, R/2] float32; returns q."""
+    (B, T, H, _), G = q.shape, 0 if k is None else k.shape[2]
+    k = q if k is None else k
     cos, sin, half = cos.contiguous(), sin.contiguous(), cos.shape[-1]
-    assert x.stride(-1) == 1, x.stride()
-    if x.numel():
+    assert q.stride(-1) == k.stride(-1) == 1 and q.dtype == k.dtype, (q.stride(), k.stride())
+    if q.numel():
         block_d = 1 << (half - 1).bit_length()
         block_h = min(1 << (H - 1).bit_length(), max(1, 2048 // block_d))
-        _rotate_kernel()[(B * T, -(-H // block_h))](
-            x, cos, sin, T, H, x.stride(0), x.stride(1), x.stride(2),
+        _rotate_kernel()[(B * T, -(-H // block_h) + -(-G // block_h))](
+            q, k, cos, sin, T, H, G, *q.stride()[:3], *k.stride()[:3],
             cos.stride(0) if cos.shape[0] > 1 else 0,
             HALF=half, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
-    return x
+    return q
 
 
 def gated(h: torch.Tensor, activation: str) -> torch.Tensor:

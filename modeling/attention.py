@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from config import GPTConfig
 from modeling.mlp import Linear
 from modeling.norms import head_norm, latent_norm
-from modeling.rotary import rotate
+from modeling.rotary import rotate_both
 
 DENSE_BYTES = 2**30  # of attention's scores, where no kernel computes them block by block
 BLOCK = 128  # queries, and keys, of a block that flex attention skips whole
@@ -321,7 +321,7 @@ class Attention(nn.Module):
         if c.qk_norm and not c.qk_norm_after_rope:
             q, k = self._normed(q, k)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate_both(q, k, *rope)
         if c.qk_norm and c.qk_norm_after_rope:
             q, k = self._normed(q, k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -379,7 +379,7 @@ class LatentAttention(nn.Module):
         turned, latent = self.kv_down_proj(x).split([self.R, self.L], dim=-1)
         turned = turned[:, :, None]
         if rope is not None:
-            q, turned = rotate(q, *rope), rotate(turned, *rope)
+            q, turned = rotate_both(q, turned, *rope)
         latent = self._normed(self.kv_down_norm, latent)[:, :, None]
         if cache is not None and cache.of_latents:
             q, k = self._absorbed(q), torch.cat((turned, latent), dim=-1)  # [B, T, heads or 1, R+L]

@@ -1,5 +1,7 @@
 """LayerNorm and RMSNorm in float32, of the residual stream, of queries and keys, of latents."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,13 +32,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """float32; or in `dtype`, that of the products it goes into, where one kernel does both."""
-        if dtype is not None and self._is_one_kernel(x, dtype):
-            return elementwise.norm(
-                *(x, self.weight, self.bias, self.eps),
-                rms=not self.layer_norm,
-                offset=self.offset,
-                dtype=dtype,
-            )
+        if dtype is not None and self._in_one_kernel(x, dtype):
+            return elementwise.norm(x, *self._terms, **self._how, dtype=dtype)
         x, shape = x.float(), (self.width,)
         # in 16 bits where training gathers all of a block so (training/fsdp.py)
         weight: Tensor | None = None if self.weight is None else self.weight.float()
@@ -51,22 +48,24 @@ class Norm(nn.Module):
             x = F.rms_norm(x, shape, shared, self.eps)
         return x if own is None else x * own
 
-    def after(self, x: Tensor, added: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x + added, and the norm of that in `dtype` or float32, as `forward`'s: x is the residual
-        stream."""
-        if x.dtype == torch.float32 and self._is_one_kernel(x, dtype):
-            return elementwise.add_norm(
-                *(x, added, self.weight, self.bias, self.eps),
-                rms=not self.layer_norm,
-                offset=self.offset,
-                dtype=dtype,
-            )
-        x = x + added
+    def after(self, x: Tensor, branch: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(x + branch, its norm in `dtype`) of the residual stream x and what is added to it."""
+        if x.dtype == torch.float32 and self._in_one_kernel(x, dtype):
+            return elementwise.add_and_norm(x, branch, *self._terms, **self._how, dtype=dtype)
+        x = x + branch
         return x, self(x, dtype)
 
-    def _is_one_kernel(self, x: Tensor, dtype: torch.dtype) -> bool:
+    def _in_one_kernel(self, x: Tensor, dtype: torch.dtype) -> bool:
         fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH
         return fits and elementwise.applies(x, dtype)
+
+    @property
+    def _terms(self) -> tuple[Tensor | None, Tensor | None, float]:
+        return self.weight, self.bias, self.eps
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"rms": not self.layer_norm, "offset": self.offset}
 
 
 def stream_norm(config: GPTConfig, wanted: bool = True) -> nn.Module:

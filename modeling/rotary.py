@@ -2,7 +2,7 @@
 
     frequencies, factor = rope_frequencies(config)                # [R/2], R = config.rotary_dim
     cos, sin = angles(positions, frequencies, factor)             # [B or 1, T, 1, R/2]
-    q = rotate(q, cos, sin)                                       # [B, T, H, D]
+    q, k = rotate_both(q, k, cos, sin)                            # [B, T, H, D], [B, T, G, D]
 
 Channel i of the first R pairs with i + R/2. Files whose pairs are neighbours (2i, 2i + 1) are
 permuted where they are read: see formats/layouts.py.
@@ -124,3 +124,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x[..., :R].float().chunk(2, dim=-1)
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
     return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), dim=-1)
+
+
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys: on a GPU in one launch."""
+    if elementwise.applies(q, q.dtype):
+        return elementwise.rotate_(q, cos, sin, k), k
+    return rotate(q, cos, sin), rotate(k, cos, sin)

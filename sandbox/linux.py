@@ -136,6 +136,13 @@ _O_TRUNC = 0x200
 _CLONE, _CLONE3, _LAST_KNOWN = (56, 220), 435, 460
 _ALLOW, _EPERM, _ENOSYS, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
 
+# Instructions of BPF: load, jumps of three kinds, return
+_LOAD, _EQUAL, _AT_LEAST, _BITS, _GIVE = 0x20, 0x15, 0x35, 0x45, 0x06
+_PID = -1  # in an instruction, for the caller's own
+# (operation, operand, how far to jump if it holds, if not): a number, or one of these ends
+_ENDS = {"allow": _ALLOW, "refuse": _EPERM, "absent": _ENOSYS}
+Code = list[tuple[int, int, int | str, int | str]]
+
 
 def seccomp_filter(also: str = "", truncate: bool = True) -> tuple[bytearray, list[int]]:
     """The filter as (bytearray of BPF instructions, offsets at which the caller's pid belongs).
@@ -147,63 +154,66 @@ def seccomp_filter(also: str = "", truncate: bool = True) -> tuple[bytearray, li
     if machine is None or sys.maxsize < 1 << 32:
         raise SetupError(f"seccomp: no filter for {os.uname().machine}")
     column, arch = machine
-    code, pids = bytearray(), []
+    begin: Code = [(_LOAD, 4, 0, 0), (_EQUAL, arch, 1, 0), (_GIVE, _KILL, 0, 0), (_LOAD, 0, 0, 0)]
+    answers = sorted(_answers(column, also, truncate).items())
+    changes = [each for i, each in enumerate(answers) if i == 0 or each[1] != answers[i - 1][1]]
+    found = _searched(changes)
+    assert not isinstance(found, str), found
+    code = [*begin, *found, *((_GIVE, k, 0, 0) for k in _ENDS.values())]
+    ends = {name: len(code) - len(_ENDS) + i for i, name in enumerate(_ENDS)}
+    packed = bytearray()
+    for i, (operation, operand, *jumps) in enumerate(code):
+        yes, no = (to if isinstance(to, int) else ends[to] - i - 1 for to in jumps)
+        packed += struct.pack("<HBBI", operation, yes, no, max(operand, 0))
+    return packed, [8 * i + 4 for i, (_, operand, *_) in enumerate(code) if operand == _PID]
 
-    def emit(op, k, yes=0, no=0):
-        code.extend(struct.pack("<HBBI", op, yes, no, k))
 
-    load, equal, more, at_least, bits, give = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
-    emit(load, 4)
-    emit(equal, arch, 1, 0)
-    emit(give, _KILL)
-    emit(load, 0)
+def _answers(column: int, also: str, truncate: bool) -> dict[int, Code | str]:
+    """What answers a call's number and all that follow, as far as the next one here."""
+    answers: dict[int, Code | str] = {
+        int(number): "allow"
+        for entry in [*_ALLOWED.split(), *also.split()]
+        if (number := entry.split(":")[1 + column])
+    }
     for entry, argument in {} if truncate else _OPEN.items():
         if number := entry.split(":")[1 + column]:
-            emit(equal, int(number), 0, 6)
-            emit(load, 16 + 8 * argument)
-            emit(bits, _O_TRUNC, 2, 0)
-            emit(bits, 1, 0, 2)
-            emit(bits, 2, 0, 1)
-            emit(give, _EPERM)
-            emit(give, _ALLOW)
-    entries = [*_ALLOWED.split(), *also.split()]
-    numbers = [int(n) for entry in entries if (n := entry.split(":")[1 + column])]
-    for low, high in _ranges(numbers):
-        emit(at_least, low, 0, 2)
-        emit(more, high, 1, 0)
-        emit(give, _ALLOW)
-    emit(equal, _CLONE[column], 0, 4)  # threads only
-    emit(load, 16)
-    emit(bits, 0x10000, 0, 1)
-    emit(give, _ALLOW)
-    emit(give, _EPERM)
+            answers[int(number)] = [
+                (_LOAD, 16 + 8 * argument, 0, 0),
+                (_BITS, _O_TRUNC, "refuse", 0),
+                (_BITS, 1, 0, "allow"),
+                (_BITS, 2, "refuse", "allow"),
+            ]
+    answers[_CLONE[column]] = [(_LOAD, 16, 0, 0), (_BITS, 0x10000, "allow", "refuse")]  # threads
     for name, (argument, values) in _CONDITIONAL.items():
-        wide = 2 if values == [0] else 0
-        emit(equal, int(name.split(":")[1 + column]), 0, len(values) + wide + 3)
-        if wide:
-            emit(load, 20 + 8 * argument)  # the upper half
-            emit(equal, 0, 0, 2)
-        emit(load, 16 + 8 * argument)
-        for i, value in enumerate(values):
-            if value == "pid":
-                pids.append(len(code) + 4)
-                value = 0
-            emit(equal, value, len(values) - i, 0)
-        emit(give, _EPERM)
-        emit(give, _ALLOW)
+        answers[int(name.split(":")[1 + column])] = _one_of(argument, values)
     # glibc falls back only if clone3 and calls newer than it are "not there", not if "forbidden".
-    emit(equal, _CLONE3, 1, 0)
-    emit(more, _LAST_KNOWN, 0, 1)
-    emit(give, _ENOSYS)
-    emit(give, _EPERM)
-    return code, pids
+    answers[_CLONE3] = answers[_LAST_KNOWN + 1] = "absent"
+    for last in (-1, *answers):
+        answers.setdefault(last + 1, "refuse" if last < _LAST_KNOWN else "absent")
+    return answers
 
 
-def _ranges(numbers):
-    numbers = sorted(numbers)
-    starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
-    ends = [n for i, n in enumerate(numbers) if n == numbers[-1] or numbers[i + 1] != n + 1]
-    return zip(starts, ends, strict=True)
+def _one_of(argument: int, values: list) -> Code:
+    """Allow a call whose argument has one of these values."""
+    code: Code = []
+    if values == [0]:  # in the upper half too
+        code += [(_LOAD, 20 + 8 * argument, 0, 0), (_EQUAL, 0, 0, "refuse")]
+    code.append((_LOAD, 16 + 8 * argument, 0, 0))
+    code += [(_EQUAL, _PID if value == "pid" else value, "allow", 0) for value in values]
+    return [*code[:-1], (*code[-1][:3], "refuse")]
+
+
+def _searched(answers: list[tuple[int, Code | str]]) -> Code | str:
+    """Halves, until one answers: whenever a filter is installed the kernel compiles it, and runs it
+    for every number that there is. Through a list, that was two fifths of confining a candidate."""
+    if len(answers) == 1:
+        return answers[0][1]
+    half = len(answers) // 2
+    below, above = _searched(answers[:half]), _searched(answers[half:])
+    parts = [[] if isinstance(part, str) else part for part in (below, above)]
+    yes = above if isinstance(above, str) else len(parts[0])
+    no = below if isinstance(below, str) else 0
+    return [(_AT_LEAST, answers[half][0], yes, no), *parts[0], *parts[1]]
 
 
 class SeccompFilter:

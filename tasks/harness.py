@@ -12,25 +12,32 @@ and puts documents into another order.
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import cli
 from backends import Backend, Sampling
-from backends.pairs import score_pairs
+from backends.pairs import Ids, score_pairs
 from durable import Folder
 from tasks import drawing
 from tasks.chat import Chat
+from tasks.prompts import cut_safely
 
 try:
     from lm_eval import evaluator
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
+    from lm_eval.utils import env as templates
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ValueError(
@@ -144,25 +151,61 @@ def evaluate(asked: Asked, model: "Verbs", limit: int | None) -> dict:
     chat = model.chat
     for task in asked.tasks.values():  # each model is shown the examples that the first one was
         task.set_fewshot_seed(seed=SEED)
-    return evaluator.evaluate(
-        model,
-        asked.loaded,
-        limit=limit,
-        bootstrap_iters=0,
-        system_instruction=(chat and chat.system) or None,
-        apply_chat_template=chat is not None,
-        fewshot_as_multiturn=bool(chat and chat.as_turns),
-    )
+    start = time.perf_counter()
+    with compiled_once():
+        found = evaluator.evaluate(
+            model,
+            asked.loaded,
+            limit=limit,
+            bootstrap_iters=0,
+            system_instruction=(chat and chat.system) or None,
+            apply_chat_template=chat is not None,
+            fewshot_as_multiturn=bool(chat and chat.as_turns),
+        )
+    model.other_seconds = time.perf_counter() - start - model.verb_seconds
+    return found
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """lm-eval compiles a task's templates anew for every document and every example of it, which
+    is most of what the making of its requests costs. A compiled one has no state of its own."""
+    compiled = templates.from_string
+    known = functools.lru_cache(1024)(compiled)
+
+    def from_string(source, *how, **named):  # a task's own code may give it more, which is its own
+        return compiled(source, *how, **named) if how or named else known(source)
+
+    templates.from_string = from_string
+    try:
+        yield
+    finally:
+        templates.from_string = compiled
 
 
 # ---------------------------------------------------------------------------------------------
 # The model
 
 
+def _timed(verb: Callable) -> Callable:
+    """Adds up what the verbs take, so that the rest of an evaluation is lm-eval's."""
+
+    @functools.wraps(verb)
+    def timed(self: "Verbs", requests: list, disable_tqdm: bool = False) -> list:
+        start = time.perf_counter()
+        answers = verb(self, requests)
+        self.verb_seconds += time.perf_counter() - start
+        return answers
+
+    return timed
+
+
 class Verbs(TemplateLM):
     """lm-eval's LM over a backend. bos: whether a text begins with the tokenizer's BOS, as its own
     add_special_tokens would have it; counted once where the text holds it already. check: is given
-    the highest token of all, and refuses one that the model does not have."""
+    the highest token of all, and refuses one that the model does not have. Of an evaluation's
+    seconds, `seconds` went by in the model, `verb_seconds` with the tokenizer's in them, and
+    `other_seconds` in lm-eval's code, which makes the requests and counts the answers."""
 
     def __init__(
         self,
@@ -181,7 +224,8 @@ class Verbs(TemplateLM):
         self.batch_tokens, self.tok = batch_tokens, backend.facts.tokenizer
         self.start = [self.tok.bos_token_id] if bos else []
         self.bos_text = self.tok.decode(self.start) if bos else None
-        self.tokens, self.seconds, self.resumed = 0, 0.0, 0
+        self.tokens, self.resumed = 0, 0
+        self.seconds, self.verb_seconds, self.other_seconds = 0.0, 0.0, 0.0
 
     @property
     def eot_token_id(self) -> int:
@@ -221,39 +265,59 @@ class Verbs(TemplateLM):
     def _encode(
         self, texts: Iterable[str], add_special_tokens: bool | None = None
     ) -> dict[str, list[int]]:
+        found = self._ids(texts)
+        if add_special_tokens is False:
+            return {text: ids.tolist() for text, ids in found.items()}
+        return {text: self._start_of(text) + ids.tolist() for text, ids in found.items()}
+
+    def _start_of(self, text: str) -> list[int]:
+        begun = self.bos_text is not None and text.startswith(self.bos_text)
+        return [] if begun else self.start
+
+    def _ids(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
         """{text: token ids}, each text once."""
         texts = list(dict.fromkeys(texts))
-        found = {}
-        for text, ids in zip(texts, self.tok.encode_batch(texts, specials=self.chat is not None)):
-            begun = self.bos_text is not None and text.startswith(self.bos_text)
-            start = [] if begun or add_special_tokens is False else self.start
-            found[text] = start + ids.tolist()
-        self.check(max((max(ids, default=0) for ids in found.values()), default=0))
-        return found
+        found = self.tok.encode_batch(texts, specials=self.chat is not None)
+        self.check(int(max((ids.max() for ids in found if len(ids)), default=0)))
+        return dict(zip(texts, found))
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """lm-eval's rule of where a continuation begins, over all texts at once: spaces that end a
-        context begin the continuation, whose tokens are those of both after the context's."""
+    @_timed
+    def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
         moved = [_move_spaces(*request.args) for request in requests]
-        whole = self._encode(before + after for before, after in moved if before)
-        alone = self._encode(before for before, _ in moved if before)
-        bare = self._encode((after for before, after in moved if not before), False)
-        pairs = []
-        for before, after in moved:
-            if before:
-                context = alone[before]
-                pairs.append((context, whole[before + after][len(context) :]))
-            elif bare[after][:1] == [self.prefix_token_id]:
-                pairs.append((bare[after][:1], bare[after][1:]))
-            else:
-                pairs.append(([self.prefix_token_id], bare[after]))
+        pairs = self._pairs(moved)
         for request, (_, ids) in zip(requests, pairs):
-            if not ids:
+            if len(ids) == 0:
                 raise ValueError(
                     f"{request.task_name}, document {request.doc_id}: the continuation "
                     f"{request.args[1]!r} has no token of its own after its context"
                 )
         return self._score(pairs)
+
+    def _pairs(self, moved: list[tuple[str, str]]) -> list[tuple[Ids, Ids]]:
+        """lm-eval's rule of where a continuation begins: its tokens are those of both texts after
+        the context's. Of a context, only what follows its last safe cut is encoded again."""
+        cut = {before: self._cut(before) for before in dict.fromkeys(before for before, _ in moved)}
+        last = [cut[before][1] + after for before, after in moved]
+        ids = self._ids(itertools.chain(*cut.values(), last))
+        contexts = {}
+        for before, (head, rest) in cut.items():
+            parts = (np.array(self._start_of(before), dtype=np.int64), ids[head], ids[rest])
+            contexts[before] = np.concatenate(parts)
+        pairs: list[tuple[Ids, Ids]] = []
+        for (before, after), text in zip(moved, last):
+            if before:
+                start, whole = self._start_of(before), self._start_of(before + after)
+                begins = len(start) + len(ids[cut[before][1]])
+                pairs.append((contexts[before], [*whole, *ids[text].tolist()][begins:]))
+            elif (bare := ids[text].tolist())[:1] == [self.prefix_token_id]:
+                pairs.append((bare[:1], bare[1:]))
+            else:
+                pairs.append(([self.prefix_token_id], bare))
+        return pairs
+
+    def _cut(self, text: str) -> tuple[str, str]:
+        """Special tokens of a chat may reach over what is a safe cut of other texts."""
+        return cut_safely(self.tok, text) if self.chat is None else ("", text)
 
     def _loglikelihood_tokens(self, requests: list, **kwargs) -> list[tuple[float, bool]]:
         return self._score([(before, after) for _, before, after in requests])
@@ -263,7 +327,8 @@ class Verbs(TemplateLM):
         self._count(found.tokens)
         return list(zip(found.logprobs.tolist(), found.greedy.tolist()))
 
-    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+    @_timed
+    def loglikelihood_rolling(self, requests: list) -> list[float]:
         """Every token of each text once, in windows of the context's length, the last of which
         overlaps the one before it."""
         texts = [request.args[0] for request in requests]
@@ -278,7 +343,8 @@ class Verbs(TemplateLM):
         values = iter([value for value, _ in self._score(pairs)])
         return [sum(next(values) for _ in range(n)) for n in counts]
 
-    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+    @_timed
+    def generate_until(self, requests: list) -> list[str]:
         """A text for each request, cut before its first stop string. Drawn again after a kill are
         those that no journal holds."""
         encoded = self._encode(request.args[0] for request in requests)

@@ -12,7 +12,6 @@ chat the description is the system turn, and an answer begins its turn, without 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ import numpy as np
 from tasks.chat import Chat, encode
 from tasks.questions import QuestionSet
 from tasks.templates import Template
-from tokenizer import SAFE_BREAK
+from tokenizer import SAFE_BREAK, utf8_bytes
 
 if TYPE_CHECKING:  # which loads torch
     from backends.continuations import Continuations, RowScores
@@ -30,24 +29,30 @@ if TYPE_CHECKING:  # which loads torch
 MAX_NEW_TOKENS = 16  # of --scoring generate
 
 
+def cut_safely(tokenizer: Any, text: str) -> tuple[str, str]:
+    """Both sides of the last place where the tokenizer says that a text can be cut: the tokens of
+    each, whatever follows, are those of the whole. ("", text) where there is no such place."""
+    data = utf8_bytes(text)
+    at = data.rfind(b"\n") if tokenizer.splits_at_newline else -1
+    while at >= 0 and not SAFE_BREAK.match(data, at):
+        at = data.rfind(b"\n", 0, at)
+    return data[: at + 1].decode(), data[at + 1 :].decode()
+
+
 def encode_after(
     tokenizer: Any, head: str, tails: list[str], before: Sequence[int] = ()
 ) -> list[np.ndarray]:
-    """int64 token ids of head + tail for each tail, as if every text were encoded whole; `before`
-    come first.
-
-    Where the tokenizer tells how a text can be cut without changing its tokens, what lies before
-    the head's last such place is encoded once; checked on the first text."""
-    breaks = list(re.finditer(SAFE_BREAK, head.encode())) if tokenizer.splits_at_newline else []
+    """int64 token ids of head + tail for each tail, as if every text were encoded whole: what lies
+    before the head's last safe cut is encoded once; checked on the first text. `before` come
+    first."""
+    start, rest = cut_safely(tokenizer, head)
     first = np.array(before, dtype=np.int64)
 
     def joined(parts, *shared):
         return [np.concatenate((first, *shared, ids), dtype=np.int64) for ids in parts]
 
-    if not breaks or len(tails) < 3:
+    if not start or len(tails) < 3:
         return joined(tokenizer.encode_batch([head + tail for tail in tails]))
-    cut = breaks[-1].end()
-    start, rest = head.encode()[:cut].decode(), head.encode()[cut:].decode()
     shared, whole, *ends = tokenizer.encode_batch(
         [start, head + tails[0], *(rest + tail for tail in tails)]
     )

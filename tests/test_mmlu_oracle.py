@@ -115,7 +115,7 @@ def pair(request, data_dir, tmp_path_factory):
 
 def compare(pair, data_path, template, shots, limit, subjects, tmp_path):
     model, tokenizer, theirs = pair
-    data = read_data(data_path, shots, subjects=subjects, limit=limit)
+    data = read_data(data_path, shots, subjects=subjects or None, limit=limit)
     requests = [r for s in data.subjects for r in instances(template, data, s, shots, tmp_path)]
     assert len(requests) == len(LETTERS) * len(data.questions)
     wanted = theirs.loglikelihood(requests, disable_tqdm=True)
@@ -167,4 +167,4 @@ def test_whole_choices_score_as_in_lm_eval(pair, data_dir, tmp_path):
 @pytest.mark.parametrize("template,shots", [("lm_eval", 5), ("lm_eval", 0), ("continuation", 5)])
 def test_hundreds_of_questions_score_as_in_lm_eval(template, shots, pair, data_dir, tmp_path):
     limit = 2 if template == "continuation" else 5
-    compare(pair, data_dir / "mmlu", template, shots, limit, None, tmp_path)
+    compare(pair, data_dir / "mmlu", template, shots, limit, (), tmp_path)

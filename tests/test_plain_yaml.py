@@ -1,10 +1,14 @@
 """plain_yaml.py: settings are read, and what is made to fill memory is refused in one line."""
 
 import os
+import random
 import tracemalloc
 
 import pytest
+import yaml
+from builders import ROOT
 
+import plain_yaml
 from plain_yaml import LONGEST, find_yaml, load_yaml
 from tasks import choice_sets, templates, translation, word_problems
 
@@ -14,6 +18,37 @@ def test_settings_are_read_with_their_aliases(tmp_path):
     path.write_text("base: &b {x: 1, y: [2, 3]}\none: *b\ntwo: {<<: *b, x: 5}\nall: {<<: [*b]}\n")
     base = {"x": 1, "y": [2, 3]}
     assert load_yaml(path) == {"base": base, "one": base, "two": base | {"x": 5}, "all": base}
+
+
+PIECES = [
+    *"aye10.-+_~:#'\"[é=%@!&*\t\r ",
+    "on",
+    "off",
+    "yes",
+    "null",
+    "true",
+    "false",
+    "nan",
+    ".inf",
+]
+PIECES += ["e-5", "e5", "0x1", "1_0", "1:20", "007", ".5", "5.", "2020-01-01", "<<", ".inf"]
+
+
+def test_lines_of_numbers_and_words_are_read_as_pyyaml_reads_them():
+    """Without it, then: every preset, and lines of whatever YAML might take for something else."""
+    files = [path.read_bytes() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    assert sum(bool(plain_yaml._of_lines(data)) for data in files) >= 15
+    rng = random.Random(0)
+
+    def some(most):
+        return "".join(rng.choice(PIECES) for _ in range(rng.randint(1, most)))
+
+    for _ in range(20_000):
+        files.append("\n".join(f"{some(2)}: {some(3)}" for _ in range(rng.randint(1, 2))).encode())
+    read = [(data, values) for data in files if (values := plain_yaml._of_lines(data))]
+    assert len(read) > 100
+    for data, values in read:
+        assert repr(values) == repr(yaml.safe_load(data)), data
 
 
 def test_settings_are_found_by_name_or_by_path(tmp_path):

@@ -1,10 +1,16 @@
 """rows.py: rows refill, idle ones stay where they may, a host that looks late sees the same. The
 tokens themselves: test_engine.py; the captured step: tests/gpu/test_engine_gpu.py."""
 
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
 from test_engine import draw, plain_greedy, ragged_prompts, run, says, small_model
 
-from backends import Sampling, rows
+from backends import Sampling, engine, rows
 from backends.engine import Capacity, Engine, generate
+from config import load_config
 from tokenizer import build_tokenizer
 
 
@@ -67,3 +73,46 @@ def test_logprobs_off_leave_nothing_on_the_device():
     streamed, _ = run(server)
     assert server.rows.state.keys() == rows.STATE.keys()
     assert all(token.logprobs is None for token in streamed["a", 0])
+
+
+@pytest.mark.parametrize("n_samples, least, most", [(1, 100, 120), (20, 160, 192), (200, 190, 208)])
+def test_as_many_rows_as_fit_beside_the_prompts_that_they_share(
+    monkeypatch, n_samples, least, most
+):
+    """HumanEval's lengths, a 7B on a card of 80 GB: what lies in memory, as the engine is made."""
+    card = SimpleNamespace(total_memory=85_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    made = []
+    monkeypatch.setattr(engine, "Engine", lambda model, capacity, *_, **__: made.append(capacity))
+    config, weights = load_config("7b"), 13.5e9
+    model = SimpleNamespace(
+        config=config, device=SimpleNamespace(type="cuda"), supports_cache=True,
+        dtype=torch.bfloat16, largest_share=(config.n_layers, weights), max_positions=4096,
+    )  # fmt: skip
+    g = np.random.default_rng(0)
+    prompts = [g.integers(0, 32000, n).tolist() for n in [400, *g.integers(60, 400, 163)]]
+    options = {"n_samples": n_samples, "units": [range(len(prompts))], "compile": False}
+    samples = generate(model, prompts, Sampling(512), **options)
+    with pytest.raises(AttributeError):  # this engine steps no further
+        next(samples)
+    (capacity,) = made
+    assert least <= capacity.rows <= most, capacity
+    token = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    held = capacity.prompts * 400 + capacity.rows * capacity.row_tokens
+    assert weights + token * held < 0.85 * card.total_memory
+
+
+@pytest.mark.parametrize(
+    "changes, least",
+    [
+        ({}, 2**18),
+        ({"kind": "gpt"}, 2**18),
+        ({"qk_norm": True}, 2**13),
+        ({"n_experts": 4, "n_experts_per_token": 2, "d_ff_expert": 32}, 2**13),
+    ],
+)
+def test_compiling_a_step_is_left_to_where_it_saves_much(changes, least):
+    model = small_model(**changes)
+    assert [engine.compiling_pays(model, n) for n in (least - 1, least)] == [False, True]
+    model.packing = {"rule": "int8"}
+    assert engine.compiling_pays(model, 2**13)

@@ -1,11 +1,15 @@
 """The plain form of a decode step's attention against a loop over rows and heads in float64, the
-grouping of rows for the kernel, and merging. tests/gpu/test_engine_gpu.py compares the kernel."""
+grouping of rows for the kernel, and merging. tests/gpu/test_engine_gpu.py compares the kernel on
+CUDA, the last test here in Triton's interpreter."""
 
 import numpy as np
 import pytest
 import torch
 from eight_bits import dequantised
+from interpreted import expose, interpreted
 
+from gpu_kernels import decode_attention as kernels
+from gpu_kernels import decode_kernels, low_bit_matmul
 from gpu_kernels.decode_attention import decode_attention, merge_parts, plan_tiles
 from gpu_kernels.kv_codes import DTYPES, Codes, read
 
@@ -48,7 +52,7 @@ def test_every_row_sees_its_prompt_and_its_own_tokens(N, P, window, G, R, softca
     own, prompts = [*own, torch.tensor(lengths)], [*prompts, torch.tensor(prefix_lengths)]
     where = torch.tensor(prefix), plan_tiles(prefix, N, R, torch.float64), int(lengths.max()) + 1
     terms = {"window": window or None, "softcap": softcap, "scale": scale}
-    got = merge_parts(*decode_attention(*as_torch, own, prompts, *where, **terms))
+    got = decode_attention(*as_torch, own, prompts, *where, **terms)
     for b in range(B):
         n, p = lengths[b], prefix[b]
         for h in range(G * R):
@@ -94,3 +98,56 @@ def test_merging_parts_is_attention_over_all_keys():
     out, lse = torch.tensor(np.array(out))[:, None, None], torch.tensor(lse)[:, None, None]
     merged = merge_parts(out.float(), lse.float())[0, 0]
     np.testing.assert_allclose(merged, softmax_attention(q, keys, values), rtol=1e-5, atol=1e-6)
+
+
+def interpret(monkeypatch, programs):
+    expose(monkeypatch, decode_kernels, decode_kernels.attend(), decode_kernels.merge())
+    expose(monkeypatch, low_bit_matmul, low_bit_matmul.raw_of_words())
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+
+
+@interpreted
+@pytest.mark.parametrize("programs", [1, 264])  # the second splits each row's keys
+@pytest.mark.parametrize("P, window, softcap", [(30, 0, None), (90, 17, 2.0), (0, 0, None)])
+@pytest.mark.parametrize("kind", [None, "int8"])  # it rounds to 8-bit floats otherwise than CUDA
+def test_the_kernel_in_the_interpreter(monkeypatch, programs, P, window, softcap, kind):
+    """TRITON_INTERPRET=1 python -m pytest tests/gpu_kernels/test_decode_attention.py"""
+    interpret(monkeypatch, programs)
+    B, N, G, R, D, S = 3, 2, 2, 3, 24, 140
+    g = torch.Generator().manual_seed(P)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    def room(*shape):
+        return normal(*shape) if kind is None else Codes.of(normal(*shape), DTYPES[kind])
+
+    q, k_new, v_new = normal(B, G * R, D), normal(B, G, D), normal(B, G, D)
+    own, prompts = [room(B, G, S, D) for _ in range(2)], [room(N, G, P, D) for _ in range(2)]
+    own, prompts = [*own, torch.tensor([0, 5, S - 1])], [*prompts, torch.tensor([P, P // 3])]
+    of_row = torch.tensor([0, 1, 0])
+    tiles = plan_tiles(of_row, N, R, torch.float32)
+    parts = *kernels._parts_of(own), *kernels._parts_of(prompts)
+    terms = window or None, softcap, None
+    wanted = kernels._decode_torch(q, k_new, v_new, own, prompts, of_row, S, *terms)
+    how = window, softcap or 0.0, D**-0.5
+    found = kernels._decode_triton(q, k_new, v_new, *parts, of_row, tiles, *how)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("programs", [1, 264])
+def test_the_kernel_over_latents_in_the_interpreter(monkeypatch, programs):
+    interpret(monkeypatch, programs)
+    B, H, R, L, S, P = 3, 5, 10, 36, 130, 40
+    g = torch.Generator().manual_seed(0)
+    q, new = (torch.randn(B, n, R + L, generator=g) for n in (H, 1))
+    k, prompt_k = (torch.randn(n, 1, s, R + L, generator=g) for n, s in ((B, S), (1, P)))
+    own, prompts = (k, None, torch.tensor([0, 5, S - 1])), (prompt_k, None, torch.tensor([P - 3]))
+    of_row = torch.zeros(B, dtype=torch.int64)
+    tiles = plan_tiles(of_row, 1, H, torch.float32, L)
+    wanted = kernels._decode_torch(q, new, new[..., R:], own, prompts, of_row, S)
+    parts = *kernels._parts_of(own), *kernels._parts_of(prompts)
+    how = 0, 0.0, (R + L) ** -0.5
+    found = kernels._decode_triton(q, new, new[..., R:], *parts, of_row, tiles, *how)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
