@@ -132,11 +132,11 @@ def test_memory_that_runs_out_on_one_rank_of_a_group(tmp_path, n):
     out = run_ranks(n, tmp_path, body)
     lines = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("found")]
     rows = {2: ("30", "60"), 4: ("60", "30")}  # where a rank's second prefix is among them
-    wanted = [  # batches of windows; of two kinds of rows; of samples
-        ["0", "through_blocks", "2", "15", "15", "2", "2"],
-        ["1", "through_blocks", "2", "15", "15", "2", "2"],
-        ["1", "nll", "2", "60", "60", "4", "4"],
-        ["0", "prefix", "4", *rows[n], "4", "4"],
+    wanted = [  # batches of windows; of two kinds of rows; of three of samples
+        ["0", "through_blocks", "2", "15", "15", "2", "2", "2"],
+        ["1", "through_blocks", "2", "15", "15", "2", "2", "2"],
+        ["1", "nll", "2", "60", "60", "4", "4", "4"],
+        ["0", "prefix", "4", *rows[n], "4", "4", "4"],
     ]
     for rank in range(n):
         assert [line[1:] for line in lines if line[0] == str(rank)] == wanted, (rank, lines)
