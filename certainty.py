@@ -133,8 +133,10 @@ def _by_confidence(
     order = np.argsort(-columns[:, 0], kind="stable")
     p, right = columns[order].T
     starts = np.flatnonzero(np.append(True, p[1:] != p[:-1]))
-    n = np.add.reduceat(weights[:, order], starts, axis=1)
-    hits = np.add.reduceat(weights[:, order] * right, starts, axis=1)
+    n = np.take(weights, order, axis=1)  # rows lie whole, whose sums go in their order
+    hits = n * right
+    if len(starts) < len(p):
+        n, hits = (np.add.reduceat(each, starts, axis=1) for each in (n, hits))
     return n, hits, np.cumsum(n, axis=1) - n, np.cumsum(hits, axis=1) - hits
 
 

@@ -27,6 +27,7 @@ from cli import printable
 from durable import check_writable
 from evaluation import EndpointOptions, Evaluation, ModelOptions, Plans, Result
 from quantisation.names import Quantisation, QuantiseOptions
+from recording import sources
 from recording.identity import run_directory
 from recording.runs import called
 
@@ -309,6 +310,7 @@ def measure_checkpoint(
     rooms = ["backends/local.py", *(["quantisation/apply.py"] if quantisation else [])]
     evaluation, options = plans[0].evaluation, plans[0].options
     start = time.perf_counter()
+    sources.keep()
     at_once = quantisation if ckpt.base is None and not loader.keep else None
     block_bytes = None
     if models.shard == "auto" and dist.device.type == "cuda" and quantisation is None:
@@ -326,9 +328,9 @@ def measure_checkpoint(
         return made
 
     planned = background.submit(make_plans)
-    background.submit(evaluation.code_version, *ckpt.rooms, *rooms)  # remembered for the record
     model = loader.load(ckpt, dist, quantisation)
     made = planned.result()
+    background.submit(evaluation.code_version, *ckpt.rooms, *rooms)  # remembered for the record
     load_seconds = time.perf_counter() - start
     backend = frame.local_backend(options, model, facts, dist, n_models)
     done = []

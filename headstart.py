@@ -4,14 +4,16 @@
         import torch
 
 `import torch` runs a thousand modules of Python. Meanwhile the driver, in C, makes the context that
-the first tensor on the GPU would wait for. What fails here is left for torch to say.
+the first tensor on the GPU would wait for. Then Triton, which the first kernels of ours wait for,
+is imported beside the weights, which are read in C. What fails here is left for torch to say.
 """
 
 import contextlib
 import ctypes
 import gc
-import threading
+import importlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import launcher
 
@@ -19,21 +21,33 @@ import launcher
 @contextlib.contextmanager
 def loading(device: str | None = None) -> Iterator[None]:
     """Within it modules are imported. device: as of distributed.setup."""
+    beside, context = ThreadPoolExecutor(1), None
     if device != "cpu":
-        threading.Thread(target=_make_context).start()
+        context = beside.submit(_make_context)
     gc.disable()  # what is imported stays: the collector would look through it a dozen times
     try:
         yield
+        if context is not None:
+            beside.submit(_import_triton, context)  # now: two that import wait for each other
     finally:
         gc.enable()
+        beside.shutdown(wait=False)
     gc.freeze()
 
 
-def _make_context() -> None:
-    """The primary context of this rank's GPU, which is the one that torch works in."""
+def _import_triton(context: "Future[bool]") -> None:
+    if context.result():
+        with contextlib.suppress(ImportError):
+            importlib.import_module("triton.language")
+
+
+def _make_context() -> bool:
+    """The primary context of this rank's GPU, which is the one that torch works in: whether there
+    is one."""
     with contextlib.suppress(OSError, AttributeError):  # no driver, or not NVIDIA's
         cuda = ctypes.CDLL("libcuda.so.1")
         gpu, context = ctypes.c_int(), ctypes.c_void_p()
         local_rank = launcher.launch().local_rank
         if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(gpu), local_rank) == 0:
-            cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu)
+            return cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu) == 0
+    return False

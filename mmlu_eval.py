@@ -14,7 +14,7 @@
 A set is a YAML file of configs/choice_sets: how it lies in files, and how it is asked. Questions
 (tasks/questions.py) and templates become rows of tokens in tasks/prompts.py. A subject's few-shot
 examples are run once and their keys and values shared by all its questions
-(backends/continuations.py). tasks/choices.py counts the answers. Guessing gives 25% on MMLU;
+(backends/continuations.py, strips.py). tasks/choices.py counts the answers. Guessing: 25% on MMLU;
 Llama-2-7B's published score is 45.3% (5-shot).
 
 How sure the answers are is measured, too (certainty.py): --fit-temperature scales it by what a

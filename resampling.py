@@ -3,6 +3,7 @@
     columns = np.column_stack([confidence, correct])        # what each example gives, [n, k]
     score_of("auroc", columns)
     spread("auroc", columns)                                # {stderr, low, high}
+    spreads(("auroc", "ece"), columns)                      # of several, on the same draws
     paired("bleu", a, b)                                    # b against a: difference, interval, p
 
 A score is a function of weighted examples, so that a resample is one row of weights: how often each
@@ -11,8 +12,10 @@ pair, and those that sacrebleu draws (Koehn 2004, "Statistical Significance Test
 Translation Evaluation"). Standard library and numpy only.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -81,10 +84,25 @@ def spread(
 ) -> dict[str, float]:
     """{stderr, low, high} of a score of columns [n, k]: the standard deviation and the 95%
     percentile interval over resamples. NaN for fewer than two examples."""
+    return spreads((name,), columns, resamples, seed)[name]
+
+
+def spreads(
+    names: Sequence[str], columns: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
+) -> dict[str, dict[str, float]]:
+    """`spread` of each score, side by side, of one drawing."""
     if len(columns) < 2:
-        return dict.fromkeys(("stderr", "low", "high"), math.nan)
-    parts = [SCORES[name](weights, columns) for weights in drawn(len(columns), resamples, seed)]
-    return _described(np.concatenate(parts))
+        return {name: dict.fromkeys(("stderr", "low", "high"), math.nan) for name in names}
+    parts: list[list[np.ndarray]] = []
+    with ThreadPoolExecutor(len(names)) as pool:  # numpy lets others work meanwhile
+        for weights in drawn(len(columns), resamples, seed):
+            score = functools.partial(_scored, weights, columns)
+            parts.append(list(pool.map(score, names)))
+    return {name: _described(np.concatenate(own)) for name, own in zip(names, zip(*parts))}
+
+
+def _scored(weights: np.ndarray, columns: np.ndarray, name: str) -> np.ndarray:
+    return SCORES[name](weights, columns)
 
 
 def paired(

@@ -9,10 +9,11 @@ A prefix's keys and values are computed once and shared by all rows that go on f
 scored positions meet the head. A batch gives the same bits wherever it runs.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -57,13 +58,13 @@ class Continuations:
     def highest_token(self) -> int:
         """Of all that a model would read or be asked about."""
         tokens = (*self.prefixes, *self.ids, *self.targets, np.array(self.choice_ids or [0]))
-        return max(int(np.max(ids, initial=0)) for ids in tokens)
+        return max(int(np.maximum.reduce(ids, initial=0)) for ids in tokens)
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         return np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
-    @property
+    @functools.cached_property
     def target_offsets(self) -> np.ndarray:
         """[R + 1]: where each row's targets lie among all of them."""
         return np.cumsum([0, *map(len, self.targets)])
@@ -73,10 +74,42 @@ class Continuations:
         return int(self.lengths.sum()) + sum(len(self.prefixes[g]) for g in used)
 
 
+class Portion(Protocol):
+    """Rows that are scored in one pass: those of a Batch, or of a Strip (backends/strips.py).
+
+    prefix: what is run before it, once for portions that follow each other and share it. tokens: of
+    the pass, padding included. overhead: what one more costs, in tokens.
+    """
+
+    @property
+    def prefix(self) -> int: ...
+
+    @property
+    def rows(self) -> np.ndarray: ...
+
+    @property
+    def overhead(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    def before(self, rows: Continuations) -> int:
+        """Tokens of what is run before it."""
+
+    def open(self, model: Any, rows: Continuations, dist: Dist) -> Any:
+        """The cache that this runs, and portions of the same prefix after it."""
+
+    def lay(self, rows: Continuations) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """input_ids, the places [B] after each row's last token among them, counted through, and
+        what `seen` needs on the device."""
+
+    def seen(self, cache: Any, more: Sequence[torch.Tensor]) -> Any:
+        """What `hidden` is given as its cache. more: of `lay`."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Rows [B] of one prefix, right-padded to `length` tokens; `overhead`: what one more batch
-    costs, in tokens."""
+    """Rows [B] of one prefix, right-padded to `length` tokens: a Portion."""
 
     prefix: int
     rows: np.ndarray
@@ -86,6 +119,21 @@ class Batch:
     @property
     def tokens(self) -> int:
         return len(self.rows) * self.length
+
+    def before(self, rows: Continuations) -> int:
+        return len(rows.prefixes[self.prefix])
+
+    def open(self, model: Any, rows: Continuations, dist: Dist) -> "PrefixCache | None":
+        longest = int(rows.lengths[rows.prefix == self.prefix].max())
+        ids = rows.prefixes[self.prefix]
+        return make_prefix_cache(model, ids, dist.device, longest, dist.attempt)
+
+    def lay(self, rows: Continuations) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        ids = pad_rows([rows.ids[r] for r in self.rows], self.length)
+        return ids, np.arange(len(ids)) * self.length + rows.lengths[self.rows], []
+
+    def seen(self, cache: "PrefixCache | None", more: Sequence[torch.Tensor]) -> Any:
+        return cache
 
 
 def plan_batches(
@@ -135,14 +183,14 @@ def _length_classes(lengths, max_tokens, overhead):
     return runs[::-1]
 
 
-def deal_batches(rows: Continuations, batches: list[Batch], world_size: int) -> list[range]:
+def deal_batches(rows: Continuations, batches: Sequence[Portion], world_size: int) -> list[range]:
     """One contiguous run of batches for each rank, the largest run's cost being the least possible.
 
     Contiguous, so that at most world_size - 1 prefixes are computed twice; a prefix's batches give
     the same values wherever they run.
     """
     costs = [batch.tokens + batch.overhead for batch in batches]
-    prefix_costs = [len(rows.prefixes[batch.prefix]) + batch.overhead for batch in batches]
+    prefix_costs = [batch.before(rows) + batch.overhead for batch in batches]
 
     def cut(capacity):
         """Where runs of at most `capacity` start, each as long as can be."""
@@ -186,23 +234,24 @@ def make_prefix_cache(
     return cache
 
 
-def _pack(rows: Continuations, batch: Batch, offsets):
-    """What a batch needs on the device: input_ids [B, T], the last position of each row in B*T,
-    row ids [B], and for all targets: position in B*T, token, slot in the result."""
-    own = [rows.ids[r] for r in batch.rows]
-    ids, lengths = pad_rows(own, batch.length), np.array([len(row) for row in own], dtype=np.int64)
-    ends = np.arange(len(lengths)) * batch.length + lengths
-    counts = [len(rows.targets[r]) for r in batch.rows]
-    spare = [0] * len(counts)  # targets beyond the first in one place
+def _pack(rows: Continuations, batch: Portion) -> list[np.ndarray]:
+    """What a portion needs on the device: input_ids, the last position of each row [B], row ids
+    [B], and for all targets: position, token, slot in the result; then what it adds itself."""
+    ids, ends, more = batch.lay(rows)
+    first = rows.target_offsets[batch.rows]
+    counts = rows.target_offsets[batch.rows + 1] - first
+    spare = np.zeros_like(counts)  # targets beyond the first in one place
     if rows.alternatives is not None:
         spare = rows.alternatives[batch.rows] - 1
-    positions = [  # the last ones share the last position
-        np.minimum(np.arange(end - n, end) + more, end - 1)
-        for end, n, more in zip(ends, counts, spare)
-    ]
-    slots = [np.arange(offsets[r], offsets[r] + n) for r, n in zip(batch.rows, counts)]
-    targets = np.concatenate([np.asarray(rows.targets[r], np.int64) for r in batch.rows])
-    return ids, ends - 1, batch.rows, np.concatenate(positions), targets, np.concatenate(slots)
+
+    def of_each(values):
+        return np.repeat(values, counts)
+
+    nth = np.arange(counts.sum()) - of_each(np.cumsum(counts) - counts)  # of its row's targets
+    # the last ones share the last position
+    positions = np.minimum(of_each(ends - counts + spare) + nth, of_each(ends) - 1)
+    own = [np.asarray(rows.targets[r], np.int64) for r in batch.rows]
+    return [ids, ends - 1, batch.rows, positions, np.concatenate(own), of_each(first) + nth, *more]
 
 
 def choice_logprobs(model: Model, hidden: torch.Tensor, choice_ids: torch.Tensor) -> torch.Tensor:
@@ -234,7 +283,7 @@ class RowScores:
 def score_continuations(
     model: Model,
     rows: Continuations,
-    batches: list[Batch],
+    batches: Sequence[Portion],
     dist: Dist,
     progress: "tqdm | None" = None,
     greedy: bool = False,
@@ -249,22 +298,20 @@ def score_continuations(
     """
     device, K = dist.device, len(rows.choice_ids or ())
     choice_ids = torch.tensor(rows.choice_ids or [], dtype=torch.int64, device=device)
-    offsets = rows.target_offsets
     choices = torch.zeros(len(rows.ids), K, dtype=torch.float64, device=device)
-    scored = torch.zeros(int(offsets[-1]), dtype=torch.float64, device=device)
+    scored = torch.zeros(int(rows.target_offsets[-1]), dtype=torch.float64, device=device)
     likeliest = torch.zeros(len(scored) if greedy else 0, dtype=torch.float64, device=device)
     mine = deal_batches(rows, batches, dist.n_groups)[dist.group]
 
     def score_mine():
         prefix, cache = None, None
-        packed = prefetch(lambda i: _pack(rows, batches[i], offsets), mine, device)
-        for i, (ids, last, row_ids, positions, targets, slots) in zip(mine, packed):
+        packed = prefetch(lambda i: _pack(rows, batches[i]), mine, device)
+        for i, (ids, last, row_ids, positions, targets, slots, *more) in zip(mine, packed):
             if batches[i].prefix != prefix:
-                prefix = batches[i].prefix
-                longest = int(rows.lengths[rows.prefix == prefix].max())
-                ids_of = rows.prefixes[prefix]
-                cache = make_prefix_cache(model, ids_of, device, longest, dist.attempt)
-            dist.attempt(score, cache, ids, last, row_ids, positions, targets, slots)
+                prefix, cache = batches[i].prefix, None  # nothing holds two
+                cache = batches[i].open(model, rows, dist)
+            seen = batches[i].seen(cache, more)
+            dist.attempt(score, seen, ids, last, row_ids, positions, targets, slots)
             dist.bump()
             if progress is not None:
                 progress.update(min(len(row_ids) * dist.n_groups, progress.total - progress.n))

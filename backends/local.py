@@ -24,6 +24,7 @@ from backends import (
     continuations,
     engine,
     scoring,
+    strips,
 )
 from costs import gpus
 from costs.flops import count_parameters, estimate_flops
@@ -178,16 +179,18 @@ class Local:
         greedy: bool = False,
         consumer: scoring.Consumers | None = None,
     ) -> continuations.RowScores:
-        """Log-probabilities of rows after shared prefixes, in batches of at most max_tokens padded
-        tokens and max_rows rows; always eager: compiling would cost more than it saves. greedy: as
-        in continuations.py. consumer: makes one of its consumers. Where a batch does not fit, all
-        begins anew with half of it, and with another consumer. ValueError where the model gives
-        NaN."""
+        """Log-probabilities of rows after shared prefixes, in strips or padded batches of at most
+        max_tokens tokens and max_rows rows; always eager: compiling would cost more than it saves.
+        greedy: as in continuations.py. consumer: makes one of its consumers. Where a batch does not
+        fit, all begins anew with half of it, and with another consumer. ValueError where the model
+        gives NaN."""
         overhead = batch_overhead(self.model, self.dist.device)
         max_tokens = max_tokens or BATCH_TOKENS[self.dist.device.type]
+        end_to_end = strips.apply(self.model, rows, self.dist)
+        plan = strips.plan_strips if end_to_end else continuations.plan_batches
 
         def score(most):
-            batches = continuations.plan_batches(rows, most, max_rows, overhead)
+            batches: Sequence[continuations.Portion] = plan(rows, most, max_rows, overhead)
             see = consumer() if consumer else None
             with cli.progress(len(rows.ids), "rows", "row") as bar:
                 return batches, continuations.score_continuations(

@@ -10,8 +10,9 @@ The peer's requests are built from our templates, which is quicker than its own 
 the larger models it gets every n-th question of every subject (--peer-every) and its scoring time
 is scaled by the length of their prompts to all of them: whole subjects would not do, for one of
 them, professional_law, is a quarter of all tokens. With --gpus, only roseval on so many GPUs is
-run, and added to the model's row of an earlier run. The row is written after each step, so that
-what was measured is kept.
+run, and added to the model's row of an earlier run. With --no-peer the peer's figures of an earlier
+run on the same GPU stay, under its date. The row is written after each step, so that what was
+measured is kept.
 
 --tokenizer: a directory with vocab.json and merges.txt. TIKTOKEN_CACHE_DIR, where set, is used by
 our side, as users of `--tokenizer-name gpt2` would.
@@ -34,6 +35,8 @@ SHOTS = 5
 MODELS = {"gpt2": 1, "gpt2-xl": 8, "7b": 16}  # the peer gets every n-th question
 PEER_BATCH = {"gpt2": 32, "gpt2-xl": 32, "7b": 16}
 TARGETS = {"gpt2": 10, "gpt2-xl": 5, "7b": 5}
+OF_THE_PEER = ("peer_seconds", "peer_measured_seconds", "peer_part", "peer_questions", "peer_batch")
+OF_THE_PEER += ("target", "same_prediction", "largest_difference", "peer_date")
 
 
 def make_model(name, directory, context):
@@ -211,6 +214,8 @@ def compare(args, row, work):
             row["ours"] = [*row.get("ours", []), cost]
             row["questions"] = record["metrics"]["accuracy"]["n"]
             row["ours_seconds"] = min(cost["wall_seconds"] for cost in row["ours"])
+            if "peer_seconds" in row:
+                row["speedup"] = row["peer_seconds"] / row["ours_seconds"]
         print(f"{name} roseval, {gpus} GPU: {seconds:.1f} s from start to table", flush=True)
         yield row
     print(text[-900:])
@@ -227,7 +232,9 @@ def report(rows, about) -> str:
         "",
         f"{about['gpu']}, torch {about['torch']}, lm-eval {about['lm_eval']}, {about['date']}. "
         "Five-shot, all 14,042 questions; seconds from process start to printed table; random "
-        f"weights, context {about['context']:,}. `benchmarks/mmlu.py` made this file.",
+        f"weights, context {about['context']:,}. The arithmetic limit: the GPU's dense rate for "
+        "every prefix and every row once, the head where something is scored, no padding. "
+        "`benchmarks/mmlu.py` made this file.",
         "",
         "| model | roseval, s | of it scoring, s | tokens/s | of the arithmetic limit | "
         "lm-eval, s | speed-up | wanted | same prediction |",
@@ -245,6 +252,13 @@ def report(rows, about) -> str:
         else:
             cells += ["–"] * 4
         lines.append("| " + " | ".join(cells) + " |")
+    dates = {row["peer_date"] for row in rows if "peer_date" in row}
+    if dates:
+        lines += [
+            "",
+            f"lm-eval was run on {', '.join(sorted(dates))}, on such a GPU, and its answers "
+            "compared with what we gave then.",
+        ]
     for row in rows:
         one = min(row["ours"], key=lambda cost: cost["wall_seconds"])
         for gpus, cost in ((key[5:], row[key]) for key in row if key.startswith("gpus_")):
@@ -289,19 +303,24 @@ def main():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     about = {"gpu": gpu, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     about["context"] = args.context
-    about["lm_eval"] = "not run" if args.no_peer else metadata.version("lm_eval")
     parts = ["mmlu", *(gpu or "cpu").lower().split()]
     parts += [str(args.context)] if args.context != 4096 else []
     parts += [args.dtype] if args.dtype != "bfloat16" else []
     path = Path(args.out) / ("-".join(parts) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    before = json.loads(path.read_text()) if path.is_file() else {"rows": [], "about": {}}
+    rows, date = before["rows"], before["about"].get("date")
+    known = before["about"].get("lm_eval", "not run")
+    about["lm_eval"] = known if args.no_peer else metadata.version("lm_eval")
     with tempfile.TemporaryDirectory() as work:
         for model in args.models:  # a model measured anew replaces its row, the others stay
             earlier = next((r for r in rows if r["model"] == model), None)
             if args.gpus and earlier is None:
                 p.error(f"{path} has no row of {model} to add to: run it without --gpus first")
             begun = earlier if args.gpus else {"model": model, "dtype": args.dtype}
+            if args.no_peer and not args.gpus and earlier:
+                begun |= {name: earlier[name] for name in OF_THE_PEER if name in earlier}
+                begun.setdefault("peer_date", date)
             for row in compare(args, begun, Path(work)):
                 rows = sorted([r for r in rows if r["model"] != model] + [row], key=order_of)
                 path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

@@ -174,12 +174,13 @@ def print_table(found: dict) -> None:
 
 
 def print_plan(args) -> None:
-    """Of MMLU, 5-shot, the whole test set: batches of each model, and the balance on many ranks."""
+    """Of MMLU, 5-shot, the whole test set: strips of each model, and the balance on many ranks."""
     import torch
 
     from backends import BATCH_TOKENS, Facts, engine
-    from backends.continuations import deal_batches, plan_batches
+    from backends.continuations import deal_batches
     from backends.local import batch_overhead
+    from backends.strips import plan_strips
     from config import load_config
     from mmlu_eval import MMLU
     from model import GPTModel
@@ -194,7 +195,7 @@ def print_plan(args) -> None:
     for name in ("gpt2", "7b"):
         model = GPTModel.on_meta(load_config(name))
         overhead = batch_overhead(model, torch.device("cuda"))
-        batches = plan_batches(rows, BATCH_TOKENS["cuda"], None, overhead)
+        batches = plan_strips(rows, BATCH_TOKENS["cuda"], None, overhead)
         shares = []
         for n in PLANNED:
             costs = [run_cost(rows, batches, run) for run in deal_batches(rows, batches, n)]
@@ -207,13 +208,13 @@ def print_plan(args) -> None:
 
 
 def run_cost(rows, batches, run) -> int:
-    """Padded tokens of a contiguous run of batches, each prefix that it meets computed once."""
+    """Tokens of a contiguous run of strips, the prefixes of each section that it meets once."""
     total, prefix = 0, None
     for i in run:
         batch = batches[i]
         if batch.prefix != prefix:
             prefix = batch.prefix
-            total += len(rows.prefixes[prefix]) + batch.overhead
+            total += batch.before(rows) + batch.overhead
         total += batch.tokens + batch.overhead
     return total
 

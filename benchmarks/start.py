@@ -9,7 +9,9 @@ From outside: seconds from the launch until the first line of the result can be 
 command has ended, medians of --repeat runs, by plain Python, after one that warms the disk, and
 under torchrun with one rank. From inside: the same command once more with a stamp after each phase
 (PHASES), by a clock that both share; what a phase is given is the time since the stamp before it,
-so phases that run side by side show as the one that ends last. --root times another checkout.
+so phases that run side by side show as the one that ends last. Beside them, of the same minute, the
+parts that no code of ours can shorten (BARE): what a command takes is to be read next to those.
+--root times another checkout.
 """
 
 import json
@@ -39,6 +41,15 @@ LAUNCHERS = {
         "--nproc-per-node=1",
     ],
 }
+BARE = {  # programs that end when they have done so much
+    "python": "pass",
+    "import numpy": "import numpy",
+    "import torch": "import torch",
+    "import torch, without the collector": "import gc; gc.disable(); import torch",
+    "torch and its first product": "import torch as t; a = t.ones(64, 64, device=DEVICE); a @ a; "
+    "t.cuda.synchronize() if a.is_cuda else None",
+    "import triton": "import triton.language",
+}
 PHASES = {
     "python": "the interpreter, and under torchrun its agent",
     "flags": "what reads flags and data is imported",
@@ -67,7 +78,9 @@ def main(argv=None):
     p.add_argument("--root", type=Path, default=ROOT, help="time the commands of this checkout")
     p.add_argument("--small", action="store_true", help="a tiny model, little work")
     args = p.parse_args(argv)
-    report: dict[str, Any] = {"machine": machine(), "phases": PHASES, "cases": {}}
+    report: dict[str, Any] = {"machine": machine(), "phases": PHASES}
+    report |= {"bare": bare(args), "cases": {}}
+    print(json.dumps(report["bare"]), flush=True)
     for script, launcher, command in cases(args):
         warming = launcher == args.launchers[0]
         runs = [
@@ -140,6 +153,19 @@ def machine() -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------
 # From outside
+
+
+def bare(args) -> dict[str, float | None]:
+    """Median seconds, launch to end, of each program of BARE; None where it fails."""
+    device, out = "cpu" if args.small else "cuda", {}
+    for name, program in BARE.items():
+        words, seconds = [sys.executable, "-c", program.replace("DEVICE", repr(device))], []
+        for _ in range(args.repeat + 1):  # the first warms the disk
+            start = time.time()
+            done = subprocess.run(words, capture_output=True, cwd=ROOT)
+            seconds.append(time.time() - start)
+        out[name] = None if done.returncode else round(statistics.median(seconds[1:]), 3)
+    return out
 
 
 def timed(command: list[str], root: Path, first_line: str, **more: str) -> dict[str, float]:

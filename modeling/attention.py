@@ -1,14 +1,16 @@
 """Attention: which kernel runs, and the modules around it.
 
     y = attend(q, k, v, causal=True, window=4096)    # [B, H, T, E]; all but a decode step
+    y, lse = attend_segments(q, k, v, queries, keys, causal=True)    # sequences laid end to end
     y = Attention(config, layer)(x, rope)            # [B, T, C] -> [B, T, C]
     y = LatentAttention(config, layer)(x, rope)
 
 Shapes: B sequences, T tokens, C d_model, H query heads, G key/value heads, D head_dim, E of values
 """
 
+import itertools
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +171,43 @@ def attend(  # so many parameters, since they are the terms of attention itself
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
     )
+
+
+class Segments(NamedTuple):
+    """Where sequences begin that are laid end to end. starts [S + 1] int32: the last is where they
+    end. longest: tokens of one at most."""
+
+    starts: Tensor
+    longest: int
+
+
+def attend_segments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Segments,
+    keys: Segments,
+    *,
+    causal: bool,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) as `attend`'s, of q [1, H, N, D] over k, v [1, G, M, D], sequences end to end:
+    those of a segment of queries see the keys of the segment of the same number, none of which is
+    empty. What a segment gives depends on no other one."""
+    if q.is_cuda and q.dtype != torch.float32:
+        flash = torch.ops.aten._flash_attention_forward
+        flat = (x[0].transpose(0, 1) for x in (q, k, v))
+        most = max(queries.longest, 2), keys.longest  # of one, it may be taken for a decode step
+        terms = queries.starts, keys.starts, *most, 0.0, causal, False
+        out, lse, *_ = flash(*flat, *terms, scale=scale)
+        return out.transpose(0, 1)[None], lse[None, :, : q.shape[2]]
+    parts = []
+    spans = zip(*(itertools.pairwise(of.starts.tolist()) for of in (queries, keys)))
+    for (start, stop), (first, last) in spans:
+        own, k_own, v_own = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
+        parts.append(attend(own, k_own, v_own, causal=causal, scale=scale, lse=True))
+    outs, sums = zip(*parts)
+    return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
 
 
 def _dense_attention(q, k, v, mask, softcap, scale, dropout):

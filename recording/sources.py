@@ -1,7 +1,8 @@
 """Which code made a number: the hash of the sources that an evaluation depends on, and the commit.
 
     code_version("eval.py", ("formats/tensorfiles.py",))    # an edited README changes nothing
-    running_code(__file__)                                  # of the code as it was at the start
+    keep()                                                  # from here on of the code as it is now
+    running_code(__file__)                                  # remembered
 
 Sources are read, not imported. Standard library only.
 """
@@ -42,6 +43,19 @@ def statements_that_run(tree: ast.AST) -> Iterator[ast.AST]:
 PRINTING = re.compile(r"show|(show|print)_\w+|main")
 
 
+_KEPT: dict[Path, bytes] = {}
+
+
+def keep() -> None:
+    """Remember every source as it is now, whatever is edited later: reading them takes a hundredth
+    of the time that their hash does, which then need not hold up what comes first."""
+    _KEPT.update({path: path.read_bytes() for path in source_files() if path not in _KEPT})
+
+
+def _read(path: Path) -> bytes:
+    return _KEPT[path] if path in _KEPT else path.read_bytes()
+
+
 @functools.cache  # by content, so an edit is seen
 def _imports_and_hash(source: bytes) -> tuple[tuple[tuple[int, str, tuple[str, ...]], ...], str]:
     """What a source file imports, as (level, module, names), and the sha256 of what its numbers
@@ -68,7 +82,7 @@ def _imported_files(path: Path, root: Path) -> Iterator[Path]:
     """The files below `root` that a source file imports, at its top or inside a function: `import
     a.b`, `from a import b` and `from a.b import c`, and the packages' own files that come first."""
     within = path.parent.relative_to(root).parts if path.is_relative_to(root) else ()
-    for level, module, names in _imports_and_hash(path.read_bytes())[0]:
+    for level, module, names in _imports_and_hash(_read(path))[0]:
         package = ".".join(within[: len(within) - level + 1]) if level else ""
         module = ".".join(filter(None, (package, module)))
         for name in (module, *(f"{module}.{name}" for name in names)):
@@ -109,7 +123,7 @@ def code_version(
     root = root or Path(module_file).resolve().parent
     digest = hashlib.sha256()
     for path in code_files(module_file, chosen, root):
-        content = _imports_and_hash(path.read_bytes())[1]
+        content = _imports_and_hash(_read(path))[1]
         digest.update(f"{os.path.relpath(path, root)} {content}\n".encode())
     return digest.hexdigest()
 

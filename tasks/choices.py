@@ -76,9 +76,13 @@ def first_letter(text: str, n: int = 4) -> int:
 def right_places(data: QuestionSet, rotations: int) -> np.ndarray:
     """[questions, rotations, K]: whether the choice at that place of that order is right."""
     right = np.zeros((len(data.questions), rotations, data.n_choices.max()), dtype=bool)
-    for i, q in enumerate(data.questions):
-        for r in range(rotations):
-            right[i, r, [(c - r) % len(q.choices) for c in q.right]] = True
+    question, place = (
+        np.array([(i, c) for i, q in enumerate(data.questions) for c in q.right], np.int64)
+        .reshape(-1, 2)
+        .T
+    )
+    for r in range(rotations):
+        right[question, r, (place - r) % data.n_choices[question]] = True
     return right
 
 

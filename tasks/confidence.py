@@ -33,11 +33,9 @@ def measured(
     values = certainty.measure(confidence, correct)
     columns = certainty.columns_of(confidence, correct)
     own, metrics = certainty.brier(*columns.T), {}
+    spreads = resampling.spreads([name for name in values if name != "brier"], columns, RESAMPLES)
     for name, value in values.items():
-        if name == "brier":
-            error = stats.mean_stderr(own)
-        else:
-            error = resampling.spread(name, columns, RESAMPLES)["stderr"]
+        error = stats.mean_stderr(own) if name == "brier" else spreads[name]["stderr"]
         metrics[prefix + name] = results.metric(value, error, len(own), BETTER[name])
     breakdown = {
         f"{prefix}calibration": certainty.reliability(confidence, correct),

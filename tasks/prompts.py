@@ -12,7 +12,7 @@ chat the description is the system turn, and an answer begins its turn, without 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,18 +39,26 @@ def cut_safely(tokenizer: Any, text: str) -> tuple[str, str]:
     return data[: at + 1].decode(), data[at + 1 :].decode()
 
 
-def encode_after(tokenizer: Any, head: str, tails: list[str]) -> list[np.ndarray]:
-    """Token ids of head + tail for each tail, as if every text were encoded whole: what lies before
-    the head's last safe cut is encoded once; checked on the first text."""
+def encode_after(
+    tokenizer: Any, head: str, tails: list[str], before: Sequence[int] = ()
+) -> list[np.ndarray]:
+    """int64 token ids of head + tail for each tail, as if every text were encoded whole: what lies
+    before the head's last safe cut is encoded once; checked on the first text. `before` come
+    first."""
     start, rest = cut_safely(tokenizer, head)
+    first = np.array(before, dtype=np.int64)
+
+    def joined(parts, *shared):
+        return [np.concatenate((first, *shared, ids), dtype=np.int64) for ids in parts]
+
     if not start or len(tails) < 3:
-        return tokenizer.encode_batch([head + tail for tail in tails])
+        return joined(tokenizer.encode_batch([head + tail for tail in tails]))
     shared, whole, *ends = tokenizer.encode_batch(
         [start, head + tails[0], *(rest + tail for tail in tails)]
     )
-    encoded = [np.concatenate((shared, end)) for end in ends]
-    if not np.array_equal(whole, encoded[0]):
-        return tokenizer.encode_batch([head + tail for tail in tails])
+    encoded = joined(ends, shared)
+    if not np.array_equal(whole, encoded[0][len(first) :]):
+        return joined(tokenizer.encode_batch([head + tail for tail in tails]))
     return encoded
 
 
@@ -235,9 +243,7 @@ class PromptMaker:
         if self.chat:
             encoded = encode(self.tokenizer, [head + tail for tail in tails], self.bos)
             return [np.array(ids, dtype=np.int64) for ids in encoded]
-        encoded = encode_after(self.tokenizer, head, tails)
-        bos = [self.tokenizer.bos_token_id] * self.bos
-        return [np.concatenate((bos, ids)).astype(np.int64) for ids in encoded]
+        return encode_after(self.tokenizer, head, tails, [self.tokenizer.bos_token_id] * self.bos)
 
     def _read_letters(self, head, questions, text, context_length):
         """The letters' ids, from a prompt with each letter as its answer. They may share leading
@@ -264,7 +270,9 @@ def _repeated(values, counts) -> list:
 
 def _shared_length(contexts) -> int:
     """How many first tokens all contexts share, leaving at least one to each."""
-    least = min(map(len, contexts)) - 1
-    first = np.stack([context[:least] for context in contexts])
-    differs = (first != first[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else least
+    least, first = min(map(len, contexts)) - 1, next(iter(contexts))
+    for context in contexts:
+        differs = context[:least] != first[:least]
+        if differs.any():
+            least = int(differs.argmax())
+    return least

@@ -19,6 +19,7 @@ import json
 import random
 import re
 import string
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import CONFIGS_DIR, load_yaml
+from packed import require_file
 from recording.identity import rows_hash
 from tasks.layouts import Layout
 from tasks.question_files import ANSWERS, rows_of, split_files, where_to_get
 
 LETTERS = string.ascii_uppercase
 LM_EVAL_SEED = 1234  # of the examples that its tasks draw, anew for each question in turn
+SETTLED = 2  # seconds after which a file shows by its time that it was written again
 NO_TABLE: dict = {"categories": {}, "names": {}}
 
 
@@ -188,10 +191,7 @@ def _read_split(root: Path, split: str, layout: Layout) -> tuple[list["_Read"], 
     files = split_files(root, split, layout)
     hidden, questions = split in layout.hidden, []
     for path, subject in files:
-        found = [
-            _question(values, subject, where, layout, hidden)
-            for where, values in rows_of(path, layout)
-        ]
+        found = _read_file(path, subject, layout, hidden)
         if not found:
             raise ValueError(f"{path}:1: no question in this file")
         questions += found
@@ -200,6 +200,24 @@ def _read_split(root: Path, split: str, layout: Layout) -> tuple[list["_Read"], 
         first = next(r.question for r in questions if r.question.answer < 0)
         raise ValueError(f"{first.where}: no answer, while others of the split have one")
     return questions, files
+
+
+_KNOWN: dict[tuple, list["_Read"]] = {}  # of files as they were: they are checked, then planned
+
+
+def _read_file(path: Path, subject: str | None, layout: Layout, hidden: bool) -> list["_Read"]:
+    require_file(path)
+    there = path.stat()
+    state = there.st_size, there.st_mtime_ns, there.st_ino
+    key = str(path), *state, subject, repr(layout), hidden
+    if key in _KNOWN:
+        return _KNOWN[key]
+    rows = rows_of(path, layout)
+    found = [_question(row, subject, where, layout, hidden) for where, row in rows]
+    # another write within a tick of the clock would show nowhere, nor does a file beside this one
+    if time.time() > there.st_mtime + SETTLED and not layout.answers_beside:
+        _KNOWN[key] = found
+    return found
 
 
 class _Read(NamedTuple):
@@ -244,10 +262,11 @@ def _choices(values: dict, where: str, layout: Layout) -> list:
     low, high = layout.choices
     choices = values.get("choices", values.get("options"))
     if choices is None:
-        fields = {letter: values.get(letter.lower()) for letter in LETTERS}
-        n = next((i for i, x in enumerate(fields.values()) if i >= low and x in (None, "")), high)
-        choices = list(fields.values())[: min(n, high)]
-        beyond = [x for x in LETTERS[len(choices) : 10] if fields[x] not in (None, "")]
+        fields = [values.get(letter) for letter in string.ascii_lowercase[: max(high, 10)]]
+        n = next((i for i, x in enumerate(fields) if i >= low and x in (None, "")), high)
+        choices = fields[: min(n, high)]
+        rest = zip(LETTERS[len(choices) : 10], fields[len(choices) :])
+        beyond = [letter for letter, field in rest if field not in (None, "")]
         if beyond:
             raise ValueError(
                 f"{where}: {layout.wanted} expected, but there is a choice {beyond[0]}"

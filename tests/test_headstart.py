@@ -32,7 +32,11 @@ class Driver:
         return 0
 
 
-def asked_of(driver, device, monkeypatch, **environment) -> list[int]:
+def asked_of(driver, device, monkeypatch, **environment) -> tuple[list[int], list[str]]:
+    """The contexts, and what is imported beside the weights."""
+    imported = []
+    monkeypatch.setattr(headstart.importlib, "import_module", imported.append)
+
     def load(name):
         if driver is None:
             raise OSError(f"{name}: cannot open shared object file")
@@ -43,11 +47,11 @@ def asked_of(driver, device, monkeypatch, **environment) -> list[int]:
         monkeypatch.setenv(name, value)
     before = set(threading.enumerate())
     with headstart.loading(device):
-        assert not gc.isenabled()
+        assert not gc.isenabled() and not imported
     assert gc.isenabled()
     for thread in set(threading.enumerate()) - before:
         thread.join()
-    return getattr(driver, "asked", [])
+    return getattr(driver, "asked", []), imported
 
 
 RANK_1 = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -66,7 +70,9 @@ RANK_1 = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a",
     ],
 )
 def test_the_context_of_this_ranks_gpu(driver, device, environment, wanted, monkeypatch):
-    assert asked_of(driver, device, monkeypatch, **environment) == wanted
+    asked, imported = asked_of(driver, device, monkeypatch, **environment)
+    assert asked == wanted
+    assert imported == ["triton.language"] * len(wanted), "where there is a GPU, and nowhere else"
 
 
 def test_the_collector_is_back_after_an_error():

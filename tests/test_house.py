@@ -53,7 +53,7 @@ FLOORS = [
     "formats/gguf_config formats/gguf formats/nanochat formats/pt_files formats/readers "
     "formats/inspection",
     "checkpoint backends/sampling backends/kvcache",
-    "backends/scoring backends/continuations backends/pairs backends/rows "
+    "backends/scoring backends/continuations backends/strips backends/pairs backends/rows "
     "backends/stages backends/steady backends/endings backends/engine backends/wanted",
     "tasks/divergence tasks/windows",
     "backends/states backends/local backends/endpoint backends/reference tasks/chat "

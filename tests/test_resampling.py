@@ -72,6 +72,17 @@ def test_an_area_is_resampled_as_one_would_by_hand():
     )
 
 
+def test_scores_side_by_side_are_those_of_each_alone(monkeypatch):
+    rng = np.random.default_rng(1)
+    columns = np.column_stack([rng.random(90), rng.random(90) < 0.5])
+    names = ("ece", "auroc", "aurc", "selective_accuracy")
+    monkeypatch.setattr(resampling, "CELLS", 90 * 7)  # several drawings
+    found = resampling.spreads(names, columns, 40, 3)
+    assert list(found) == list(names)
+    assert found == {name: resampling.spread(name, columns, 40, 3) for name in names}
+    assert len({values["stderr"] for values in found.values()}) == 4
+
+
 def test_what_is_not_defined_is_not_a_number():
     one = np.array([[0.5, 1.0]])
     assert all(math.isnan(value) for value in resampling.spread("ece", one).values())

@@ -1,6 +1,7 @@
 """Tokenizers against independent ones: transformers for tiktoken, UTF-8 itself for byte counts."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,30 @@ def test_tiktoken_equals_transformers_on_real_text(gpt2, data_dir, text):
         assert tok.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
         batch = tok.encode_batch([*UGLY, text[:5000]])
         assert [b.tolist() for b in batch] == [tok.encode(s) for s in [*UGLY, text[:5000]]]
+
+
+def test_texts_of_a_batch_are_encoded_apart(gpt2, monkeypatch):
+    """Whatever one ends and the next begins with: halves of words, newlines, ends of text."""
+    parts = ["", " ", "\n", "  \n", "a", "'", "'s", "é", "<|endof", "text|>", "<|endoftext|", ">"]
+    parts += [
+        ".\n",
+        "ne",
+        "w",
+        "\r\n",
+        "\u3000",
+        "数据",
+        "12",
+        "345",
+        " 🙂",
+        "\ud800",
+        "<|im_start|>",
+    ]
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(parts, k=rng.randrange(5))) for _ in range(3000)]
+    whole = [text for text in texts if "<|endoftext|>" not in text]
+    for tok in (gpt2, openai_encoding("o200k_base", gpt2, monkeypatch)):
+        for batch in (whole, texts, ["", *whole[:20], ""], [""]):
+            assert [ids.tolist() for ids in tok.encode_batch(batch)] == list(map(tok.encode, batch))
 
 
 def test_token_bytes_add_up_to_the_text(gpt2, data_dir, text):

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 EOT = "<|endoftext|>"
 BOS = "<|bos|>"  # nanochat's, which begins every document and stands between two
@@ -138,3 +139,13 @@ def is_byte_tokenizer(path: Path) -> bool:
     added = {token.get("content") for token in definition.get("added_tokens") or []}
     # a post-processor may put a BOS before every text: then it is transformers' to say
     return added <= {EOT} and definition.get("post_processor") in (None, BYTE_LEVEL)
+
+
+def mentions(part: Any, kind: str, **settings: Any) -> bool:
+    """Whether a component of a tokenizer.json, or one inside it, is a `kind` so set."""
+    if isinstance(part, list):
+        return any(mentions(p, kind, **settings) for p in part)
+    if not isinstance(part, dict):
+        return False
+    here = part.get("type") == kind and all(part.get(k) == v for k, v in settings.items())
+    return here or any(mentions(p, kind, **settings) for p in part.values())

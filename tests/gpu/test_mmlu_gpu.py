@@ -10,9 +10,11 @@ import torch
 from builders import CONFIGS, save_model, torchrun
 
 import checkpoint
+from backends import strips
 from config import load_config
 from mmlu_eval import evaluate_mmlu
 from model import GPTModel
+from modeling.attention import Segments, attend_segments
 from tasks.questions import read_data
 from tasks.templates import load_template
 from tokenizer import build_tokenizer
@@ -105,6 +107,38 @@ def test_bfloat16_stays_near_float32(saved, data_dir):
     spread = exact.std(axis=-1).mean()  # what tells the choices apart
     assert np.abs(exact - rounded).mean() < 0.1 * spread
     assert np.mean(exact.argmax(-1) == rounded.argmax(-1)) > 0.9
+
+
+def test_rows_laid_end_to_end_are_as_near_to_float32_as_padded_ones(saved, data_dir, monkeypatch):
+    exact = evaluate(saved, data_dir, limit=8)
+    found = evaluate(saved, data_dir, "bfloat16", limit=8)
+    monkeypatch.setattr(strips, "apply", lambda *asked: False)
+    padded = evaluate(saved, data_dir, "bfloat16", limit=8)
+    assert found["cost"]["batches"] < padded["cost"]["batches"] / 2
+    wanted = exact.arrays["logprobs"]
+    errors = [np.abs(x.arrays["logprobs"] - wanted).mean() for x in (found, padded)]
+    print(f"mean errors: {errors[0]:.2e} end to end, {errors[1]:.2e} padded")
+    assert errors[0] < 1.3 * errors[1]
+
+
+@pytest.mark.parametrize("scale", [None, 0.2])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 64), (8, 2, 128), (4, 1, 256)])
+def test_segments_of_attention_are_their_plain_twins(heads, groups, width, causal, scale):
+    torch.manual_seed(0)
+    queries = torch.tensor([0, 300, 301, 555, 1000], dtype=torch.int32)
+    keys = queries if causal else torch.tensor([7, 200, 1000, 1003, 1900], dtype=torch.int32)
+    N, M = int(queries[-1]), int(keys[-1])
+    shapes = (1, heads, N, width), (1, groups, M, width), (1, groups, M, width)
+    q, k, v = (torch.randn(shape).bfloat16() for shape in shapes)
+    on_gpu = [Segments(x.cuda(), int(x.diff().max())) for x in (queries, keys)]
+    terms = {"causal": causal, "scale": scale}
+    out, lse = attend_segments(q.cuda(), k.cuda(), v.cuda(), *on_gpu, **terms)
+    twins = attend_segments(
+        q.float(), k.float(), v.float(), Segments(queries, 0), Segments(keys, 0), **terms
+    )
+    assert (out.cpu().float() - twins[0]).abs().max() < 0.02
+    assert (lse.cpu() - twins[1]).abs().max() < 0.02
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -55,6 +55,21 @@ def test_code_version_follows_every_form_of_import(tmp_path):
     assert sources.code_version(tmp_path / "job.py") != base  # another format opened it
 
 
+def test_sources_that_are_kept_count_as_they_were(tmp_path, monkeypatch):
+    job, room = tmp_path / "job.py", tmp_path / "room.py"
+    job.write_text("import room\n")
+    room.write_text("x = 1\n")
+    monkeypatch.setattr(sources, "_KEPT", {})
+    monkeypatch.setattr(sources, "source_files", lambda: [job, room])
+    base = sources.code_version(job)
+    sources.keep()
+    room.write_text("x = 2\n")
+    sources.keep()  # of another checkpoint: the code that runs is still the one of the start
+    assert sources.code_version(job) == base
+    sources._KEPT.clear()
+    assert sources.code_version(job) != base
+
+
 def test_what_prints_does_not_count(tmp_path):
     job = tmp_path / "job.py"
     text = "def score():\n    return 1\n\n\ndef show(records):\n    print({})\n\n\n"

@@ -4,11 +4,14 @@ line, and templates are compared with literals byte for byte."""
 import csv
 import gzip
 import json
+import os
+import time
 from collections import Counter
 
 import pytest
 from builders import ROOT
 
+from tasks import questions as room
 from tasks.questions import LETTERS, Question, read_data, subject_table
 from tasks.templates import load_template
 
@@ -244,6 +247,27 @@ def test_lists_as_python_and_json_print_them(tmp_path):
     write_csv(tmp_path / "test/anatomy_test.csv", [*rows, ["q", lists[2], 0]])
     with pytest.raises(ValueError, match="four choices expected"):
         read_data(tmp_path)
+
+
+def test_a_file_is_read_again_where_it_may_have_changed(tmp_path, monkeypatch):
+    (tmp_path / "test").mkdir()
+    path, read, rows = tmp_path / "test/anatomy_test.csv", [], room.rows_of
+
+    def counted(path, layout):
+        read.append(path)
+        return rows(path, layout)
+
+    monkeypatch.setattr(room, "rows_of", counted)
+    for answers, age, times in (
+        ("DA", 100, 1),  # checked, then planned
+        ("AD", 99, 2),  # as long, at another time
+        ("BC", 0, 4),  # just written: what is written in the same moment has the same time
+    ):
+        path.write_text(rows_of(answers))
+        os.utime(path, (time.time() - age,) * 2)
+        wanted = ["ABCD".index(letter) for letter in answers]
+        assert answers_of(tmp_path) == answers_of(tmp_path) == wanted
+        assert len(read) == times
 
 
 def test_long_fields(tmp_path):
