@@ -74,6 +74,7 @@ class Block(nn.Module):
             y = x + branch
             if not c.shared_norm:
                 h = self._normed(self.ln2, x if c.parallel_residual else y)
+        del branch  # or it would be held while the MLP runs
         return y + self._branch(self.ln2_post(self.mlp(h)))
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:

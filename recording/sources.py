@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_NUMBERS = ("cli.py", "streams.py", "headstart.py")
 # A door to rooms of which one is entered: its imports of those are left to `chosen`
 DOORS: dict[str, tuple[str, ...]] = {"checkpoint.py": ("formats",), "tokenizer.py": ("formats",)}
-DOORS |= {"evaluation.py": ("backends",), "command.py": ("backends", "quantisation")}
+DOORS |= {"evaluation.py": ("backends",), "command.py": ("backends", "formats", "quantisation")}
 
 
 def statements_that_run(tree: ast.AST) -> Iterator[ast.AST]:
