@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -56,11 +57,22 @@ def _read(path: Path) -> bytes:
     return _KEPT[path] if path in _KEPT else path.read_bytes()
 
 
+_PARSING = threading.Lock()  # Python 3.11 counts its parser's depth once for all threads
+
+
+def _parse(source: bytes) -> ast.Module:
+    with _PARSING:
+        try:
+            return ast.parse(source)
+        except SystemError:  # some library's thread was at it too
+            return ast.parse(source)
+
+
 @functools.cache  # by content, so an edit is seen
 def _imports_and_hash(source: bytes) -> tuple[tuple[tuple[int, str, tuple[str, ...]], ...], str]:
     """What a source file imports, as (level, module, names), and the sha256 of what its numbers
     depend on: all but its functions that print (by their names, PRINTING) and what starts it."""
-    tree = ast.parse(source)
+    tree = _parse(source)
     imports: list[tuple[int, str, tuple[str, ...]]] = []
     for node in statements_that_run(tree):
         if isinstance(node, ast.Import):
