@@ -8,7 +8,9 @@ Sources are read, not imported. Standard library only.
 """
 
 import ast
+import contextlib
 import functools
+import gc
 import hashlib
 import os
 import re
@@ -57,22 +59,29 @@ def _read(path: Path) -> bytes:
     return _KEPT[path] if path in _KEPT else path.read_bytes()
 
 
-_PARSING = threading.Lock()  # Python 3.11 counts its parser's depth once for all threads
+_ONE = threading.Lock()
 
 
-def _parse(source: bytes) -> ast.Module:
-    with _PARSING:
+@contextlib.contextmanager
+def _parsing() -> Iterator[None]:
+    """One thread of ours at a time, and no collections of garbage meanwhile: Python 3.11's parser
+    counts its depth once for all threads, and loses count where a collection within it lets in
+    another, of ours or of some library that reads its own kernels."""
+    with _ONE:
+        collects = gc.isenabled()
+        gc.disable()
         try:
-            return ast.parse(source)
-        except SystemError:  # some library's thread was at it too
-            return ast.parse(source)
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 @functools.cache  # by content, so an edit is seen
 def _imports_and_hash(source: bytes) -> tuple[tuple[tuple[int, str, tuple[str, ...]], ...], str]:
     """What a source file imports, as (level, module, names), and the sha256 of what its numbers
     depend on: all but its functions that print (by their names, PRINTING) and what starts it."""
-    tree = _parse(source)
+    tree = ast.parse(source)
     imports: list[tuple[int, str, tuple[str, ...]]] = []
     for node in statements_that_run(tree):
         if isinstance(node, ast.Import):
@@ -134,9 +143,10 @@ def code_version(
     nothing, an edited score everything."""
     root = root or Path(module_file).resolve().parent
     digest = hashlib.sha256()
-    for path in code_files(module_file, chosen, root):
-        content = _imports_and_hash(_read(path))[1]
-        digest.update(f"{os.path.relpath(path, root)} {content}\n".encode())
+    with _parsing():
+        for path in code_files(module_file, chosen, root):
+            content = _imports_and_hash(_read(path))[1]
+            digest.update(f"{os.path.relpath(path, root)} {content}\n".encode())
     return digest.hexdigest()
 
 
