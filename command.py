@@ -10,6 +10,7 @@ it is printed, and printed when it could not be saved: then the command ends in 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -312,10 +313,10 @@ def measure_checkpoint(
     start = time.perf_counter()
     sources.keep()
     at_once = quantisation if ckpt.base is None and not loader.keep else None
-    block_bytes = None
-    if models.shard == "auto" and dist.device.type == "cuda" and quantisation is None:
-        block_bytes = filling.block_bytes(ckpt, loader.dtype) if loader.packs else None
-    dist = in_groups(dist, models.shard, ckpt.config, loader.dtype, at_once, block_bytes)
+    packed = None
+    if loader.packs and quantisation is None:
+        packed = functools.partial(filling.block_bytes, ckpt, loader.dtype)
+    dist = in_groups(dist, models.shard, ckpt.config, loader.dtype, at_once, packed)
     info = background.submit(ckpt.describe).result if dist.is_main else None
     needed = evaluation.needs_tokenizer(options)
     tokenizer = frame.pick_tokenizer(models.tokenizer_name, ckpt, needed)

@@ -16,6 +16,7 @@ takes no more requests, finishes those that are there, and ends.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -169,9 +170,8 @@ def load(
     from quantisation.apply import Rounding
 
     n, at_once = dist.world_size, rule if ckpt.base is None else None
-    packs = shard == "auto" and dist.device.type == "cuda" and rule is None
-    block_bytes = filling.block_bytes(ckpt, dtype) if packs else None
-    dist = parallel.in_groups(dist, shard, ckpt.config, dtype, at_once, block_bytes)
+    packed = functools.partial(filling.block_bytes, ckpt, dtype) if rule is None else None
+    dist = parallel.in_groups(dist, shard, ckpt.config, dtype, at_once, packed)
     if dist.group_size != n:
         raise wrong_number(dist.group_size, n)
     rounding = Rounding(rule) if rule else None

@@ -207,18 +207,18 @@ def in_groups(
     config: GPTConfig | None,
     dtype: str,
     rounded: Quantisation | None = None,
-    block_bytes: float | None = None,
+    block_bytes: Callable[[], float | None] | None = None,
 ) -> Dist:
     """The run in groups of as many ranks as are asked for or, for "auto", as compute.py's formulas
     say that memory needs, of the divisors of the world's size. config: None of a model that
-    transformers runs. rounded: how, if it is as soon as it is read; block_bytes: of a file whose
-    codes stay packed, see costs/symbols.Setup. All ranks call it alike; ValueError where no number
-    would do."""
+    transformers runs. rounded: how, if it is as soon as it is read; block_bytes: asked where they
+    count, of a file whose codes stay packed, see costs/symbols.Setup. All ranks call it alike;
+    ValueError where no number would do."""
     if asked == "auto":
         asked = 1
         if config is not None and dist.device.type == "cuda":
             rule = rounded.rule if rounded and not rounded.skip else None
-            packed = block_bytes if rounded is None else None
+            packed = block_bytes() if block_bytes and rounded is None else None
             setup = Setup(dtype=dtype, training=False, quantise=rule, block_bytes=packed)
             asked = dist.broadcast(_fewest(config, dist, setup))
     if not asked:

@@ -147,7 +147,7 @@ class Planner:
         config = work.info["config"]
         config = GPTConfig.from_dict(config) if work.info["module"] == "GPTModel" else None
         at_once = self.rounded_at_once(work)
-        packed = work.block_bytes if self.rules(work) == {None} else None
+        packed = (lambda: work.block_bytes) if self.rules(work) == {None} else None
         return parallel.in_groups(dist, self.models.shard, config, self.dtype, at_once, packed)
 
     def rules(self, work: Work) -> set[Quantisation | None]:

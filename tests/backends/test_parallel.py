@@ -208,7 +208,7 @@ def test_auto_is_the_least_that_compute_says_fits(monkeypatch, shape, how, wante
             parallel.in_groups(dist, "auto", config, "bfloat16")
         return
     rounded = Quantisation(rule) if rule else None
-    assert parallel.in_groups(dist, "auto", config, "bfloat16", rounded, packed) == wanted
+    assert parallel.in_groups(dist, "auto", config, "bfloat16", rounded, lambda: packed) == wanted
     setup = {"training": False, "dtype": "bf16", "quantise": rule, "block_bytes": packed}
     peaks = [estimate_memory(config, 1, 4096, shard=n, **setup)["peak_bytes"] for n in (1, 2)]
     fits = [peak <= usable_memory(find_gpu("h100")) for peak in peaks]

@@ -86,7 +86,7 @@ def test_an_error_that_is_not_known_is_not_printed(stderr, wanted):
 
 def test_auto_counts_codes_where_all_entries_leave_them(monkeypatch):
     """Of a quantised file, on a GPU; an entry's rule rounds what is no longer packed then."""
-    monkeypatch.setattr(planner.parallel, "in_groups", lambda *args: args[-1])
+    monkeypatch.setattr(planner.parallel, "in_groups", lambda *args: args[-1] and args[-1]())
     shard = {"data-mode": "fineweb_npy", "val-npy": "x.npy"}
     both = entries(PERPLEXITY, shard, shard | {"quantise": "rtn-w8"})
     gpus = SimpleNamespace(device=torch.device("cuda", 0))
