@@ -24,7 +24,7 @@ from config import VOCAB_MULTIPLE, GPTConfig
 from gpu_kernels.cross_entropy import IGNORE, cross_entropy, head_cross_entropy
 from modeling.attention import Attention, Cache, DocumentMask, LatentAttention, Mask
 from modeling.mlp import MLP, Linear, Mixture
-from modeling.norms import Norm, stream_norm
+from modeling.norms import Norm, Stream, stream_norm
 from modeling.rotary import angles, is_long, rope_tables
 from quantisation.linear import weight_bytes
 
@@ -61,25 +61,25 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Stream,
         rope: tuple[Tensor, Tensor] | None = None,
         mask: Mask = None,
         cache: Cache | None = None,
-    ) -> Tensor:
-        c, h = self.config, self._normed(self.ln1, x)
+    ) -> Tensor | Stream:
+        """The residual stream after this block, as it came: a tensor, or a Stream to which this
+        block's last branch may still be to be added."""
+        c, dtype = self.config, self.mlp.dtype
+        stream = x if isinstance(x, Stream) else Stream(x)
+        h = stream.normed(self.ln1, dtype)
         branch = self._branch(self.ln1_post(self.attn(h, rope, mask, cache)))
-        if isinstance(self.ln2, Norm) and not c.parallel_residual:
-            y, h = self.ln2.after(x, branch, self.mlp.dtype)
-        else:
-            y = x + branch
-            if not c.shared_norm:
-                h = self._normed(self.ln2, x if c.parallel_residual else y)
+        if c.parallel_residual and not c.shared_norm:
+            h = stream.normed(self.ln2, dtype)
+        stream.add(branch)
         del branch  # or it would be held while the MLP runs
-        return y + self._branch(self.ln2_post(self.mlp(h)))
-
-    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """What goes into a branch."""
-        return norm(x, self.mlp.dtype) if isinstance(norm, Norm) else norm(x)
+        if not c.parallel_residual:
+            h = stream.normed(self.ln2, dtype)
+        stream.add(self._branch(self.ln2_post(self.mlp(h))))
+        return stream if x is stream else stream.whole()
 
     def _branch(self, y: Tensor) -> Tensor:
         """What a branch adds to the residual stream."""
@@ -159,6 +159,11 @@ class GPTModel(nn.Module):
     def layers(self) -> range:
         """Those whose blocks are here."""
         return range(self.config.n_layers)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether blocks run as torch.compile made them (backends/scoring.py)."""
+        return any(self.blocks[layer]._compiled_call_impl for layer in self.layers)
 
     def whole(self) -> "GPTModel":
         """The names and shapes of the whole model, whatever part of it is here."""
@@ -285,21 +290,24 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """The residual stream [B, T, C] after the blocks that are here. came: what the stream was
         before them, if that is not the embeddings; it is taken out, so that nothing holds it."""
-        x = came.pop() if came else self.embed(input_ids, positions)
-        ropes = self._ropes(positions, x.shape[1] if cache is None else cache.longest)
+        x: Tensor | Stream = came.pop() if came else self.embed(input_ids, positions)
+        ropes = self._ropes(positions, input_ids.shape[1] if cache is None else cache.longest)
 
-        def through(x: Tensor, layers: range) -> Tensor:
+        def through(x: Tensor | Stream, layers: range) -> Tensor | Stream:
             for layer in layers:
                 own = None if mask is None else mask[layer]
                 x = self.blocks[layer](x, ropes.get(self.config.layer_rope(layer)), own, cache)
             return x
 
+        # what a compiled block takes, and what a backward begins again with, is whole
+        if isinstance(x, Tensor) and not torch.is_grad_enabled() and not self.is_compiled:
+            x = Stream(x)
         again = self.activation_checkpointing and torch.is_grad_enabled()
         n = self.recomputed_together if again else 1  # one, so that no older x is held
         for first in self.layers[::n]:
             layers = range(first, min(first + n, self.layers.stop))
             x = checkpoint(through, x, layers, use_reentrant=False) if again else through(x, layers)
-        return x
+        return x.whole() if isinstance(x, Stream) else x
 
     def within_documents(self, starts: Tensor) -> dict[str, Any]:
         """Options of `hidden` under which a token sees its own document alone, in which positions

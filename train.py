@@ -352,8 +352,7 @@ def validate(
 ) -> float:
     """Exact loss over the validation stream, the number that eval.py gives."""
     model = loss_fn.model.eval()
-    by_block = any(block._compiled_call_impl for block in model.blocks)
-    nll = scoring.nll_function(model, compiled=by_block)
+    nll = scoring.nll_function(model, compiled=model.is_compiled)
 
     def nll_fn(input_ids, targets, *more):
         with amp:

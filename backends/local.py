@@ -26,10 +26,12 @@ from backends import (
     scoring,
     strips,
 )
+from config import GPTConfig
 from costs import gpus
 from costs.flops import count_parameters, estimate_flops
 from costs.shards import part
 from distributed import Dist, print0
+from gpu_kernels.elementwise import ACTIVATIONS
 from quantisation.names import Quantisation
 from tokenizer import Tokenizer
 from transformers_model import Model
@@ -41,10 +43,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What compiling saves is memory traffic between layers, in proportion to layers x width; what it
-# costs is nearly the same for every size, since all blocks share one compilation
+# What compiling saves is launches, and memory traffic between products, in proportion to layers x
+# width; what it costs is nearly the same for every size, since all blocks share one compilation
 SAVED_SECONDS_PER_UNIT = 4e-11  # a token, a layer, a channel: H200, bfloat16, 124M to 7B
 COMPILE_SECONDS = 8.0
+# Tokens x weights of a block for which a GPU takes longer than its host takes to launch the kernels
+# one by one: half of GPT-2 124M's 32 x 1024, H100
+BUSY = 1.2e11
 WITH_COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}  # engine's words
 OUT_OF_MEMORY = "out of memory with a batch of one: shorter sequences or a smaller --dtype help"
 
@@ -135,7 +140,8 @@ class Local:
                 "--documents: this architecture runs through transformers, where attention cannot "
                 "be told where documents end; score it without"
             )
-        compiled = self.should_compile(len(windows) * windows.seq_len)
+        at_once = batch_size * windows.seq_len
+        compiled = self.should_compile(len(windows) * windows.seq_len, at_once)
         token_bytes, special = scoring.bytes_of_tokens(self.facts)
         seconds = {}
 
@@ -310,11 +316,14 @@ class Local:
 
     # -- Inside -------------------------------------------------------------------------------
 
-    def should_compile(self, n_tokens: int) -> bool:
-        """Whether torch.compile pays for itself over n_tokens of scoring and the jobs to come."""
+    def should_compile(self, n_tokens: int, at_once: int) -> bool:
+        """Whether torch.compile pays for itself over n_tokens of scoring, so many at once, and the
+        jobs to come."""
         c = self.config
         if self.compile != "auto" or c is None:
             return self.compile == "on" and c is not None
+        if _in_few_kernels(self.model) and at_once * block_weights(c) > BUSY:
+            return False
         saved = n_tokens * self.n_jobs * c.n_layers * c.d_model * SAVED_SECONDS_PER_UNIT
         return self.dist.device.type == "cuda" and saved > COMPILE_SECONDS
 
@@ -360,8 +369,24 @@ def batch_overhead(model: Model, device: torch.device) -> int:
     """
     if device.type == "cpu" or not model.is_native:
         return 128
-    weights = count_parameters(part(model.config, range(1)))["block"]  # wherever it lies
-    return int(min(max(2e10 / weights, 512), 8192))
+    return int(min(max(2e10 / block_weights(model.config), 512), 8192))
+
+
+def block_weights(config: GPTConfig) -> int:
+    """Of the first block, wherever it lies."""
+    return count_parameters(part(config, range(1)))["block"]
+
+
+def _in_few_kernels(model: Model) -> bool:
+    """Whether all between two products of an eager block is one kernel already
+    (gpu_kernels/elementwise.py), so that compiling saves launches alone: on an H100 it made 124M,
+    XL and 7B 1 to 2% slower."""
+    assert model.is_native, "others are never compiled"
+    c, rounded = model.config, model.quantisation  # whose activations may be rounded as well
+    one = c.activation in ACTIVATIONS if c.gated_mlp else c.activation == "gelu_new" and c.mlp_bias
+    norms = not c.pre_norm, c.post_norm, c.parallel_residual, c.qk_norm
+    more = c.n_experts, c.kv_lora_rank, c.clip_qkv, c.attention_softcap, c.residual_scale != 1.0
+    return one and model.dtype != torch.float32 and not any((rounded, *norms, *more))
 
 
 def halve_until_it_fits(score: Callable[[int], T], batch_size: int) -> tuple[T, int]:

@@ -272,7 +272,8 @@ def theirs(args, work: Path, part: str, cases: dict) -> dict:
 
 def agreement(samples: Path, documents: dict[str, dict]) -> dict:
     """How many documents of the peer's have our prompt, and our answer."""
-    own = (json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines())
+    with open(samples, encoding="utf-8") as lines:  # splitlines would cut at U+2028 in a text too
+        own = [json.loads(line) for line in lines]
     found = {sample["id"]: sample for sample in own}
     pairs = [(found[at], theirs) for at, theirs in documents.items()]
     counts = {"compared": len(pairs)}

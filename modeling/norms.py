@@ -1,4 +1,5 @@
-"""LayerNorm and RMSNorm in float32, of the residual stream, of queries and keys, of latents."""
+"""LayerNorm and RMSNorm in float32, of the residual stream, of queries and keys, of latents; and
+the residual stream, whose sums they take over where one kernel does both."""
 
 from typing import Any
 
@@ -66,6 +67,36 @@ class Norm(nn.Module):
     @property
     def _how(self) -> dict[str, Any]:
         return {"rms": not self.layer_norm, "offset": self.offset}
+
+
+class Stream:
+    """The residual stream [..., C], float32. What a branch adds waits for the norm that follows, of
+    this block or of the next: where one kernel adds and norms, the sum costs no pass of its own."""
+
+    def __init__(self, x: Tensor):
+        self._x: Tensor = x
+        self._branch: Tensor | None = None
+
+    def add(self, branch: Tensor) -> None:
+        """[..., C], to be added."""
+        self.whole()
+        self._branch = branch
+
+    def normed(self, norm: nn.Module, dtype: torch.dtype) -> Tensor:
+        """What a branch begins with: the norm of the stream, of stream_norm, for products in
+        `dtype`; the stream itself where there is none."""
+        if self._branch is None or not isinstance(norm, Norm):
+            x = self.whole()
+            return norm(x, dtype) if isinstance(norm, Norm) else norm(x)
+        self._x, h = norm.after(self._x, self._branch, dtype)
+        self._branch = None
+        return h
+
+    def whole(self) -> Tensor:
+        """The stream, to which nothing is left to be added."""
+        if self._branch is not None:
+            self._x, self._branch = self._x + self._branch, None
+        return self._x
 
 
 def stream_norm(config: GPTConfig, wanted: bool = True) -> nn.Module:

@@ -377,7 +377,7 @@ def test_embeddings_are_scaled_by_a_number_of_their_own_precision():
     assert model_of(c).embedding_scales[torch.float32] == torch.tensor(3584.0).sqrt().item()
     model = model_of(c).for_inference(torch.bfloat16)
     seen = []
-    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].whole()))
     model.hidden(IDS)
     embedded = model.token_embedding.weight[IDS].float() * 59.75
     positions = model.position_embedding.weight[:T].float()

@@ -18,6 +18,7 @@ from backends.local import Local, facts_in_memory, facts_of, halve_until_it_fits
 from backends.scoring import BatchTooLarge
 from config import load_config
 from dataset import RandomWindows, Windows, build_tokenizer, open_stream
+from model import GPTModel
 from transformers_model import TransformersModel
 
 T = 32
@@ -353,11 +354,12 @@ def test_facts_of_a_checkpoint_are_those_of_its_model(tmp_path, byte):
 
 def test_eager_is_chosen_for_small_jobs_and_on_cpu(byte):
     cuda, gpt2 = torch.device("cuda"), load_config("gpt2")
+    float32 = GPTModel.on_meta(gpt2)
 
-    def compiles(compile, device, n_tokens, n_jobs=1):
-        local = Local(tiny_model(), byte, dist=Rank(0, 1, 0, device), compile=compile)
-        local.config, local.n_jobs = gpt2, n_jobs
-        return local.should_compile(n_tokens)
+    def compiles(compile, device, n_tokens, n_jobs=1, at_once=2**15, model=float32):
+        local = Local(model, byte, dist=Rank(0, 1, 0, device), compile=compile)
+        local.n_jobs = n_jobs
+        return local.should_compile(n_tokens, at_once)
 
     assert not compiles("auto", cuda, 1_000_000)
     assert compiles("auto", cuda, 1_000_000, n_jobs=100)
@@ -365,3 +367,29 @@ def test_eager_is_chosen_for_small_jobs_and_on_cpu(byte):
     assert not compiles("auto", CPU, 10**12)
     assert not compiles("off", cuda, 10**12)
     assert compiles("on", CPU, 1)
+    # in 16 bits what is between products is one kernel: compiling saves launches, where they count
+    half = GPTModel.on_meta(gpt2).bfloat16()
+    assert not compiles("auto", cuda, 10**12, model=half)
+    assert compiles("auto", cuda, 10**9, at_once=8 * 1024, model=half)
+    assert compiles("on", cuda, 1, model=half)
+    half.quantisation = {"rule": "fp8-a8", "embeddings": False, "skip": []}
+    assert compiles("auto", cuda, 10**9, model=half)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"post_norm": True},
+        {"pre_norm": False, "post_norm": True},
+        {"parallel_residual": True},
+        {"qk_norm": True},
+        {"activation": "relu", "gated_mlp": False},
+        {"attention_softcap": 30.0},
+        {"n_experts": 4, "n_experts_per_token": 2},
+    ],
+)
+def test_what_no_kernel_of_ours_does_is_compiled(more, byte):
+    cuda, config = torch.device("cuda"), load_config("7b")
+    for c, wanted in ((config, False), (config.replace(**more), True)):
+        local = Local(GPTModel.on_meta(c).bfloat16(), byte, dist=Rank(0, 1, 0, cuda))
+        assert local.should_compile(10**9, 2**14) == wanted

@@ -1,9 +1,18 @@
-"""Commands of every verb on GPUs, and all that their records hold."""
+"""Commands of every verb on GPUs, and all that their records hold; and what is held already."""
 
+import gc
 import json
 
 import numpy as np
+import torch
 from builders import small_humaneval, small_mmlu, token_shard, torchrun
+
+
+def held() -> int:
+    """Bytes on the GPU that tests before this one still hold; what nobody holds is freed."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
 
 
 def write_data(root) -> None:

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import tiny_model
 
 from gpu_kernels import elementwise
 from gpu_kernels.elementwise import PLAIN
@@ -56,6 +57,16 @@ def test_a_branch_is_added_and_the_sum_normed_at_once(width):
         total, y = elementwise.add_and_norm(x, branch, w, None if rms else b, 1e-5, **how)
         assert torch.equal(total, x + branch), "the very sum"
         assert torch.equal(y, elementwise.norm(total, w, None if rms else b, 1e-5, **how))
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_sums_across_blocks_have_the_bits_of_sums_made_at_once(kind):
+    model = tiny_model(kind, n_layers=5).cuda().for_inference(torch.bfloat16)
+    ids, positions = torch.randint(257, (3, 50), device="cuda"), torch.arange(50, device="cuda")
+    x = model.embed(ids, positions)
+    for block in model.blocks:
+        x = block(x, model._ropes(positions, 50).get("global"))
+    assert torch.equal(model.through_blocks(ids, positions, None), x)
 
 
 @pytest.mark.parametrize("D, R", [(2, 2), (16, 16), (64, 64), (80, 32), (96, 72), (128, 128)])

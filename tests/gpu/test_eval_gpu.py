@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from builders import ROOT, saved_checkpoint, torchrun
+from on_gpus import held
 
 import eval as eval_script
 from config import load_config
@@ -93,8 +94,7 @@ def test_a_short_eager_run_never_loads_the_compiler(saved, tmp_path, name):
 def test_out_of_memory_halves_the_batch_and_goes_on(saved, tmp_path, capsys):
     small, _ = evaluate(saved, "gpt2", 1, tmp_path)
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(150e6 / total)
+    torch.cuda.set_per_process_memory_fraction((held() + 150e6) / total)
     flags = ["--val-data", str(ROOT / "model.py"), str(ROOT / "train.py"), "--seq-len", "256"]
     flags += ["--checkpoint-path", str(saved / "gpt2" / "checkpoint-1"), "--batch-size", "128"]
     try:
