@@ -105,8 +105,8 @@ def reader_of(path: Path) -> ModuleType:
         require_file(path)
     if finding.closed_to_us(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    wanted = ", ".join(huggingface.WEIGHT_FILES)
-    raise ValueError(f"{path} holds no weights: none of {wanted}")
+    instead = finding.inside(path, LOOK) or f"none of {', '.join(huggingface.WEIGHT_FILES)}"
+    raise ValueError(f"{path} holds no weights: {instead}")
 
 
 class Checkpoint:

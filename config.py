@@ -347,7 +347,9 @@ class GPTConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known, key=str)
         if unknown:
-            raise ValueError(f"{source}: unknown field {unknown[0]!r}; fields are {sorted(known)}")
+            raise ValueError(
+                f"{source}: unknown field {unknown[0]!r} of a model; fields are {sorted(known)}"
+            )
         try:
             return cls(**values)
         except ValueError as error:

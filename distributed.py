@@ -187,7 +187,7 @@ def setup(device: str | None = None, timeout: float = 120) -> Iterator[Dist]:
     """
     rank, world_size, local_rank, launched = launcher.check_launch()
     _keep_compiled()
-    chosen = _pick_device(device, local_rank)
+    chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.cuda.synchronize()  # makes the context: seconds that belong to no checkpoint
@@ -218,7 +218,8 @@ def _keep_compiled() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
 
 
-def _pick_device(name: str | None, local_rank: int) -> torch.device:
+def pick_device(name: str | None, local_rank: int) -> torch.device:
+    """The device of a rank of this host: cpu, cuda, or None for cuda where there is one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
@@ -227,7 +228,10 @@ def _pick_device(name: str | None, local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise ValueError(f"rank {local_rank} of this host has no GPU: there are {count}")
+        raise ValueError(
+            f"rank {local_rank} of this host has no GPU: torch sees {count}. Start as many "
+            "processes (torchrun --nproc-per-node), or give --device cpu"
+        )
     return torch.device("cuda", local_rank)
 
 

@@ -64,6 +64,8 @@ def load_yaml(path: str | Path) -> dict:
         if not type(error).__module__.startswith("yaml."):
             raise
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        raise ValueError(f"{path} is empty: it must hold `field: value` lines")
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `field: value` lines, not {type(values).__name__}")
     if _written_out(values, {}) > MOST_VALUES:

@@ -123,7 +123,12 @@ def open_model(
     models = ModelOptions(
         config=options.config, base=options.base, tokenizer_name=options.tokenizer_name
     )
-    (path,) = checkpoint.expand_paths((options.checkpoint_path,))
+    path, *others = checkpoint.expand_paths((options.checkpoint_path,))
+    if others:
+        raise ValueError(
+            f"--checkpoint-path {options.checkpoint_path} holds {1 + len(others)} checkpoints; a "
+            f"server has one: {others[-1]}, say"
+        )
     ckpt = models.opened(path)
     dtype = evaluation.set_precision(precision, dist)
     tokenizer = evaluation.pick_tokenizer(options.tokenizer_name, ckpt, needed=True)

@@ -77,6 +77,8 @@ def main(argv=None):
         state = TrainingState(model, optimizer, scheduler, tokenizer, adapters)
         if latest:
             resume(state, latest)
+            if state.step >= (wanted := options.optimization.num_steps):
+                cli.note(f"step {state.step} is there: nothing is left of --num-steps {wanted}")
         train(options, state, loss_fn, data, dtype, dist)
 
 

@@ -218,7 +218,7 @@ def check_prompt(prompt: list[int], longest: int | None, name: str) -> None:
     if longest is not None and len(prompt) > longest:
         raise ValueError(
             f"{name} has {len(prompt)} tokens, more than the model's context of {longest}; "
-            "shorten it"
+            "shorten it, by fewer examples say"
         )
 
 

@@ -20,7 +20,7 @@ def adapter_symbols(targets: Sequence[str] | None) -> dict[str, int]:
     that is not known."""
     for name in targets or ():
         if name not in MODULES:
-            raise ValueError(f"lora_targets {name!r}: known are {', '.join(sorted(MODULES))}")
+            raise ValueError(f"--lora-targets {name!r}: known are {', '.join(sorted(MODULES))}")
     held = [MODULES[name] for name in targets or ()]
     chosen = {matrix for matrices in held for matrix in matrices} if held else set(MATRICES)
     symbols = {f"on_{name}": int(name in chosen) for name in MATRICES}

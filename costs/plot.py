@@ -26,4 +26,8 @@ def plot_timeline(memory: dict, path: str) -> None:
     axes.set_title(f"peak {memory['peak_bytes'] / 2**30:.4g} GiB at: {memory['peak_at']}")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # ValueError: no kind of picture that it knows
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"--plot {path} cannot be written: {why}") from None

@@ -181,13 +181,13 @@ class Setup:
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be 0 or more, not {self.lora_rank}")
         if self.train_embeddings and not self.lora_rank:
-            raise ValueError("train_embeddings goes with a LoRA rank")
+            raise ValueError("--train-embeddings goes with --lora-rank")
         if self.lora_targets and not self.lora_rank:
-            raise ValueError("lora_targets goes with a LoRA rank")
+            raise ValueError("--lora-targets goes with --lora-rank")
         adapter_symbols(self.lora_targets)  # which knows their names
         if self.training and not self.trains:
             kind = self.quantise or self.dtype
-            raise ValueError(f"{kind} weights do not train: add a LoRA rank")
+            raise ValueError(f"{kind} weights do not train: add --lora-rank")
 
     @property
     def trains(self) -> bool:
@@ -266,7 +266,7 @@ def tables(c: GPTConfig, batch_size: int, seq_len: int, setup: Setup) -> list[tu
     widths = c.d_ff, c.d_ff_expert, c.d_ff_shared
     whole |= mlp_symbols(c, *widths, together=setup.together(c))
     if setup.lora_targets and c.kv_lora_rank is not None:
-        raise ValueError("lora_targets: matrices of latent attention are counted together")
+        raise ValueError("--lora-targets: matrices of latent attention are counted together")
     if c.n_heads % t or any(width % t for width in widths):
         raise ValueError(f"tp {t} does not divide n_heads {c.n_heads} and d_ff {c.d_ff}")
     each = c.d_ff // t, c.d_ff_expert // t, c.d_ff_shared // t

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import cli
 from endpoints.timing import Timing, timed
 
 Job = TypeVar("Job")
@@ -37,6 +38,7 @@ LONGEST_RETRY_AFTER = 600.0  # seconds that a server may ask for
 CONNECT_SECONDS = 20.0
 MOST_BYTES = 256 << 20  # of an answer; that a whole vocabulary is named in has a few millions
 AWAY = ("no connection", "the connection broke off")
+NO_HOST = "no such host"
 CUT_SHORT = "an answer that is no JSON, cut short perhaps"
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 # what permanent errors say that come with a status of PASSING, in small letters
@@ -162,6 +164,8 @@ class Client:
                 trouble = self._hidden(str(error))
             except self._errors.HTTPError as error:
                 trouble = self._name(error)
+            if not said and trouble in (AWAY[0], NO_HOST):
+                cli.note(f"{self.root}: {trouble}; it is asked again, for a minute or so")
             if trouble.startswith((*AWAY, "503")):
                 with self._lock:
                     self.breaks += 1
@@ -237,7 +241,10 @@ class Client:
         if (is_same or slow >= TIMEOUT_TRIES) and self._answers_control():
             raise Refused(said[-1])
         if len(said) >= TRIES or slow >= TIMEOUT_TRIES:
-            self._gone = f"{self.root}: {said[-1]} (asked {len(said)} times)"
+            self._gone = (
+                f"{self.root}: {said[-1]} (asked {len(said)} times); is the server up, and this "
+                "its address (--endpoint)?"
+            )
         if self._gone:
             raise Gone(self._gone)
 
@@ -264,7 +271,7 @@ class Client:
         if isinstance(error, errors.SSLError):
             raise ValueError(f"{self.root}: TLS fails: {error!s:.200}") from None
         if isinstance(error, errors.NameResolutionError):
-            return "no such host"
+            return NO_HOST
         if isinstance(error, errors.NewConnectionError):
             return AWAY[0]
         if isinstance(error, errors.TimeoutError):

@@ -21,7 +21,7 @@ import torch
 
 import cli
 from config import CHOICES, GPTConfig
-from durable import dumps
+from durable import check_writable, dumps
 from families.convert import config_to_hf
 from formats import huggingface, layouts, naming, native, tensorfiles
 from formats.stored import FLOATS
@@ -107,6 +107,7 @@ def bytes_of(size: str) -> int:
 def refuse(ckpt: "Checkpoint", final: Path) -> None:
     if os.path.lexists(final):
         raise ValueError(f"{final} exists already: name a new directory")
+    check_writable(final, "the new directory")
     if not ckpt.native:
         raise ValueError(f"{ckpt.path} is of an architecture that transformers alone has")
 

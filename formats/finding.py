@@ -151,6 +151,12 @@ def _say_of_folders(paths: Iterable[Path], look: Look) -> None:
                 note(f"{path} holds checkpoints too, such as {inner.name}, which are left out")
 
 
+def inside(path: Path, look: Look) -> str | None:
+    """Which checkpoint could be meant where one was asked for and a directory of them was named."""
+    inner = next(_below(path, look), None)
+    return inner and f"checkpoints lie in it, name one, such as {inner}"
+
+
 def _what_is_there(given: str | Path, look: Look) -> str:
     """Why nothing was found at a path or glob."""
     path = Path(given)

@@ -120,9 +120,10 @@ def check_manifest(path: Path, content: bool = False) -> dict[str, Any] | None:
         file = path / name
         size = os.path.getsize(file) if os.path.isfile(file) else None
         if size != entry["bytes"]:
+            there = "is missing" if size is None else f"has {size:,} bytes"
             raise ValueError(
-                f"{file} has {size} bytes, its manifest says {entry['bytes']:,}: it is damaged, or "
-                "was changed on purpose: then delete manifest.json"
+                f"{file} {there}, its manifest says {entry['bytes']:,}: it is damaged, or was "
+                "changed on purpose: then delete manifest.json"
             )
         if content and sha256(file) != entry["sha256"]:
             raise ValueError(f"{file} is damaged: its sha256 is not the manifest's")

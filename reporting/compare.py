@@ -195,7 +195,8 @@ def pairs_of(a: str | Path, b: str | Path) -> list[tuple[Record, Record]]:
     else:
         missing = [str(p) for p in (a, b) if not p.exists()]
         raise ValueError(
-            f"{missing[0]}: no such file or folder"
+            f"--compare {missing[0]}: no such file or folder; give a record's path, or that of a "
+            "checkpoint's folder of records, results/RUN/CHECKPOINT-…"
             if missing
             else "--compare takes two record files or two checkpoints' folders, not one of each"
         )

@@ -62,9 +62,11 @@ class ChatOptions:
     )
 
     def __post_init__(self):
-        for name in ("system_prompt", "chat_template_args"):
-            if getattr(self, name) and self.chat_template == "off":
-                raise ValueError(f"{cli.flag_of(name)} goes with --chat-template")
+        given = {cli.flag_of(n): getattr(self, n) for n in ("system_prompt", "chat_template_args")}
+        given["--no-fewshot-as-turns"] = not self.fewshot_as_turns
+        for flag, value in given.items():
+            if value and self.chat_template == "off":
+                raise ValueError(f"{flag} goes with --chat-template")
         _ = self.arguments
 
     @property

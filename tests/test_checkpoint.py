@@ -268,6 +268,13 @@ def test_seven_billion_parameters(tmp_path):
     assert grown < held + stored.READ_BYTES + (64 << 20)
 
 
+def test_a_directory_of_checkpoints_where_one_is_wanted(tmp_path):
+    save_checkpoint(make_model(CONFIGS["gpt2"]), None, None, 0, 10, 1.0, tmp_path / "runs/a")
+    for place in ("runs/a", "runs"):
+        with pytest.raises(ValueError, match=rf"{place} holds no weights: .* as \S+checkpoint-10$"):
+            checkpoint.open(tmp_path / place)
+
+
 def test_directories_without_weights(tmp_path):
     with pytest.raises(ValueError, match="holds no weights"):
         load_model(tmp_path)

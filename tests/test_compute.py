@@ -60,6 +60,7 @@ def test_wrong_input_gets_one_line_and_exit_2(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "ckpt.pt").write_bytes(b"")
     (tmp_path / "bad.yaml").write_text("flops: 3\n")
+    (tmp_path / "empty.yaml").touch()
     for arguments, expected in (
         (("--config", tmp_path / "step.pt"), f"python checkpoint.py inspect {tmp_path}/step.pt"),
         (("--config", tmp_path / "run"), f"python checkpoint.py inspect {tmp_path}/run"),
@@ -67,10 +68,12 @@ def test_wrong_input_gets_one_line_and_exit_2(tmp_path):
         (("--config", "7b", "--gpu", "z9"), "no GPU named 'z9'"),
         (("--config", "7b", "--gpu", tmp_path / "bad.yaml"), "bf16_flops"),
         (("--config", "7b", "--tp", "5"), "tp 5"),
-        (("--config", "7b", "--dtype", "int8", "--training"), "LoRA"),
+        (("--config", "7b", "--dtype", "int8", "--training"), "add --lora-rank"),
         (("--config", "deepseek-v2-lite", "--kv-dtype", "int8"), "latents are not rounded"),
         (("--config", "7b", "--fsdp", "--zero", "1"), "contradicts"),
-        (("--config", "7b", "--lora-targets", "q_proj"), "goes with a LoRA rank"),
+        (("--config", "7b", "--lora-targets", "q_proj"), "targets goes with --lora-rank"),
+        (("--config", tmp_path / "empty.yaml"), "empty.yaml is empty"),
+        (("--config", "nano", "--plot", tmp_path / "no/x.svg"), "--plot " + str(tmp_path)),
         (("--config", "7b", "--lora-rank", "8", "--lora-targets", "w1"), "'w1': known are c_attn"),
         (("--config", "deepseek-v3", "--lora-rank", "8", "--lora-targets", "q_proj"), "latent"),
         ((), "--config"),

@@ -11,7 +11,7 @@ import pytest
 from builders import PATIENCE, ROOT, command, is_there, ranks_script, run_ranks, started
 from torch.distributed import HashStore
 
-from distributed import Watch
+from distributed import Watch, pick_device
 
 
 def run(tmp_path, body, n, **options):
@@ -68,6 +68,15 @@ def test_bad_input_is_one_line_from_rank_zero(tmp_path):
     assert err.count("no such file") == 1
     assert "\nerror: data.npy: no such file; give --val-npy\n" in "\n" + err
     assert 'ranks.py", line' not in err  # no traceback of ours
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_what_helps(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert pick_device("cuda", 1).index == 1 and pick_device("cpu", 7).type == "cpu"
+    with pytest.raises(
+        ValueError, match=r"rank 2 .* torch sees 2\. .*nproc-per-node.*--device cpu"
+    ):
+        pick_device("cuda", 2)
 
 
 def test_whoever_lost_the_failing_rank_leaves_the_word_to_it(tmp_path):

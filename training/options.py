@@ -310,5 +310,6 @@ def with_toy_data(options: Options) -> Options:
     model, optimization = options.model, options.optimization
     if not (model.config or model.init_from or any(model.config_fields.values())):
         model = dataclasses.replace(model, config="nano")
-        optimization = dataclasses.replace(optimization, seq_len=min(optimization.seq_len, 256))
+        if optimization.seq_len == OptimizationOptions.seq_len:  # as long as the model's context
+            optimization = dataclasses.replace(optimization, seq_len=256)
     return dataclasses.replace(options, model=model, data=data, optimization=optimization)

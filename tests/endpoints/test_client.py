@@ -66,6 +66,15 @@ def test_a_little_at_a_time_for_ever_is_no_answer():
             client.ask("POST", "/v1/completions", {})
 
 
+def test_a_server_that_is_not_there_is_waited_for_aloud(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(Gone, match=rf"{url}: no connection .* address \(--endpoint\)\?"):
+        Client(url, pause=0.001).ask("GET", "/health")
+    said = capsys.readouterr().err
+    assert said == f"note: {url}: no connection; it is asked again, for a minute or so\n"
+
+
 def test_what_is_no_stream():
     with (
         Endless(HEAD % (JSON, 2), b"{}") as server,

@@ -142,5 +142,7 @@ def test_refusals(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("x")
     refused("exists already", "--to", "hf")
+    words[-1] = str(tmp_path / "a.pt/out")
+    refused("the new directory .*a.pt is no directory", "--to", "hf")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     assert conversion.bytes_of("2GiB") == 2 << 30 and conversion.bytes_of("1.5MB") == 1_500_000

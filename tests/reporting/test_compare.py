@@ -29,6 +29,8 @@ def test_compare_questions(tmp_path):
         )
         for step, right, p in ((1, a, logprobs[0]), (2, b, logprobs[1]))
     ]
+    with pytest.raises(ValueError, match=r"--compare checkpoint-1: no such .* results/RUN/CHECKP"):
+        pairs_of("checkpoint-1", paths[1])
     (pair,) = pairs_of(*paths)
     out = compare(*pair, examples=5)
     only_b, only_a = int((b & ~a).sum()), int((a & ~b).sum())

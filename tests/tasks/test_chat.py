@@ -221,6 +221,11 @@ def test_checkpoints_of_one_tokenizer_and_two_templates_share_no_plan():
             {"chat_template": "off", "system_prompt": "x"},
             "--system-prompt goes with",
         ),
+        (
+            CHATML,
+            {"chat_template": "off", "fewshot_as_turns": False},
+            "--no-fewshot-as-turns goes with",
+        ),
         (CHATML, {"chat_template_args": ("a b=1",)}, "--chat-template-args 'a b=1': NAME=VALUE"),
         (CHATML, {"chat_template_args": ("messages=1",)}, "chat template"),
     ],

@@ -113,6 +113,8 @@ def test_toy_data_chooses_a_small_model_unless_one_is_chosen():
     assert toy.model == ModelOptions(config="nano") and toy.optimization.seq_len == 256
     assert (toy.data.data_mode, toy.data.tokenizer_name) == ("text", "byte")
     assert toy.data.val_ratio == 0.1 and any("train.py" in name for name in toy.data.train_data)
+    longer = parse([*NEEDED, "--use-toy-data", "--seq-len", "512"], "")
+    assert longer.optimization.seq_len == 512, "which the model refuses: nothing is cut in silence"
     chosen = parse([*NEEDED, "--use-toy-data", "--n-layers", "2", "--val-ratio", "0.2"], "")
     assert chosen.model == ModelOptions(n_layers=2) and chosen.optimization.seq_len == 1024
     assert chosen.data.val_ratio == 0.2
