@@ -39,6 +39,7 @@ def open_shard(path: Path, token_dtype: str | None = None) -> tuple[np.ndarray, 
     suffix = path.suffix.lower()
     if start.startswith(b"\x93NUMPY"):
         dtype, n, offset = _npy_layout(path)
+        _check_agree(path, dtype, token_dtype)
     elif suffix == ".bin" or (suffix == ".npy" and token_dtype):
         dtype, n, offset = _bin_layout(path, size, token_dtype)
     elif suffix == ".npy":
@@ -83,6 +84,11 @@ def _npy_layout(path: Path) -> tuple[np.dtype, int, int]:
     return dtype, shape[0], offset
 
 
+def _check_agree(path: Path, dtype: np.dtype, token_dtype: str | None) -> None:
+    if token_dtype and RAW[token_dtype] != dtype:
+        raise ValueError(f"{path}: its header says {dtype}, not {token_dtype}")
+
+
 def _bin_layout(path: Path, size: int, token_dtype: str | None) -> tuple[np.dtype, int, int]:
     """(dtype, tokens, offset of the first): llm.c's by its magic number, Megatron's by the index
     beside it, else raw ids."""
@@ -93,8 +99,7 @@ def _bin_layout(path: Path, size: int, token_dtype: str | None) -> tuple[np.dtyp
             raise ValueError(f"{path}: llm.c data of version {header[1]}, known is {version}")
         if header[2] < 1:
             raise ValueError(f"{path}: its header promises {header[2]} tokens")
-        if token_dtype and RAW[token_dtype] != dtype:
-            raise ValueError(f"{path}: its header says {np.dtype(dtype)}, not {token_dtype}")
+        _check_agree(path, np.dtype(dtype), token_dtype)
         return np.dtype(dtype), int(header[2]), 1024
     raw = np.dtype(
         _megatron_dtype(path) or (token_dtype and RAW[token_dtype]) or _width(path, size)

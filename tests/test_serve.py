@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -71,11 +72,17 @@ def test_errors_are_one_line(path, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         bare = save_model(tiny_model(), tmp_path, tokenizer=None)
+        for step in (10, 20):
+            shutil.copytree(path, tmp_path / f"runs/checkpoint-{step}")
         for words, said in (
             (["--checkpoint-path", path, "--port", port], f"--port {port}: Address already in use"),
             (["--checkpoint-path", path, "--port", 99999], "--port 99999"),
             (["--checkpoint-path", path, "--host", "300.1.1.1"], "--host 300.1.1.1"),
             (["--checkpoint-path", tmp_path / "no"], "no"),
+            (
+                ["--checkpoint-path", tmp_path / "runs"],
+                "runs holds 2 checkpoints; a server has one",
+            ),
             (["--checkpoint-path", bare], "has no tokenizer files"),
             (["--checkpoint-path", path, "--context", 300], "the model has 256 positions"),
             (["--checkpoint-path", path, "--bos", "on"], "has no BOS token"),

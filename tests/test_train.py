@@ -287,6 +287,9 @@ def test_errors_are_plain(shards, tmp_path):
     assert "no loss scaling for float16" in error("--dtype", "fp16")
     run(shards, tmp_path, "--num-steps", 1)
     assert "--resume goes on from checkpoint-1" in error("--num-steps", 2)
+    flags = flags_of(shards, tmp_path, "--num-steps", 1, "--resume")
+    done = "note: step 1 is there: nothing is left of --num-steps 1\n"
+    assert torchrun(0, "train.py", *flags).stderr == done
 
 
 def test_toy_data_and_held_out_tail(tmp_path):

@@ -5,6 +5,7 @@ rosetrainer's flags keep their names. --train-config FILE.yaml sets any of them 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,6 +222,14 @@ class OptimizationOptions:
     grad_clip_norm: float = option(1.0, "0: no clipping", type=float)
 
     def __post_init__(self):
+        for name in ("lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip_norm"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{cli.flag_of(name)} must be 0 or more, not {value:g}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(
+                    f"{cli.flag_of(name)} must be 0 or more, and below 1, not {value:g}"
+                )
         for name in ("decay_steps", "decay_shape") if self.lr_scheduler != "wsd" else ():
             if getattr(self, name) != getattr(OptimizationOptions, name):
                 raise ValueError(f"{cli.flag_of(name)} goes with --lr-scheduler wsd")

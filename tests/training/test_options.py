@@ -100,6 +100,10 @@ def test_contradictions_are_refused(with_yaml, capsys):
         ("--train-data a --val-data b --val-ratio 0.1", "--val-ratio does not go with --val-data"),
         ("--train-data a --val-max-tokens 9", "--val-max-tokens needs --val-data"),
         ("--use-toy-data --train-data a", "--train-data does not go with --use-toy-data"),
+        ("--lr -1", "--lr must be 0 or more, not -1"),
+        ("--weight-decay nan", "--weight-decay must be 0 or more, not nan"),
+        ("--warmup-steps -5", "--warmup-steps must be 0 or more, not -5"),
+        ("--beta2 1", "--beta2 must be 0 or more, and below 1, not 1"),
         ("--use-toy-data --tokenizer-name gpt2", "--tokenizer-name does not go with --use-toy-"),
     ],
 )
