@@ -6,7 +6,7 @@ python = .venv/bin/python
 install:            ## .venv with what the tests need
 	bash scripts/install.sh test
 
-check: install      ## style, types and the plan of the house, in seconds
+check: install      ## style, types and the plan of the house, in under a minute
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy

@@ -154,7 +154,7 @@ def _say_of_folders(paths: Iterable[Path], look: Look) -> None:
 def inside(path: Path, look: Look) -> str | None:
     """Which checkpoint could be meant where one was asked for and a directory of them was named."""
     inner = next(_below(path, look), None)
-    return inner and f"checkpoints lie in it, name one, such as {inner}"
+    return f"checkpoints lie in it, name one, such as {inner}" if inner else None
 
 
 def _what_is_there(given: str | Path, look: Look) -> str:
