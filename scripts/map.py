@@ -4,9 +4,13 @@ python scripts/map.py
 """
 
 import ast
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cli  # noqa: E402
 
 
 def main() -> None:
@@ -29,4 +33,4 @@ def summary(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -55,7 +55,8 @@ def with_abstention(data: QuestionSet) -> QuestionSet:
     """The same questions and examples with one more choice, the last, which is never right."""
 
     def more(q: Question) -> Question:
-        return q._replace(choices=(*q.choices, ABSTAIN))
+        where = f"{q.where} (with --allow-abstain)"  # whose choice is none of the file's
+        return q._replace(choices=(*q.choices, ABSTAIN), where=where)
 
     return replace(
         data,

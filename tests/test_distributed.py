@@ -234,11 +234,19 @@ def test_exit_codes_of_a_plain_process(tmp_path):
     assert code_of(flags)[0] == 2 and "Traceback" not in code_of(flags)[1]
 
 
-@pytest.mark.parametrize("flags", [["--explain"], ["--json"]], ids=["long", "short"])
-def test_a_reader_that_has_enough_ends_the_script_quietly(flags):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compute.py", "--config", "7b", "--explain"],
+        ["compute.py", "--config", "7b", "--json"],
+        ["scripts/map.py"],
+    ],
+    ids=["long", "short", "map"],
+)
+def test_a_reader_that_has_enough_ends_the_script_quietly(words):
     reader, writer = os.pipe()
     os.close(reader)  # as `| head` does once it has its lines
-    command = [sys.executable, f"{ROOT}/compute.py", "--config", "7b", *flags]
+    command = [sys.executable, f"{ROOT}/{words[0]}", *words[1:]]
     out = subprocess.run(
         command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=PATIENCE
     )
