@@ -1,6 +1,6 @@
 """Is scoring faster compiled? Eager and compiled blocks in turns, on one model of random weights.
 
-    python benchmarks/compiled.py --out benchmarks/results/compiled.json     # two minutes of one GPU
+    python benchmarks/compiled.py --out benchmarks/results/compiled.json    # two minutes of a GPU
     python benchmarks/compiled.py --models 7b --out …
     python benchmarks/compiled.py --small --out …                            # a CPU's rehearsal
 
