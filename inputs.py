@@ -103,6 +103,16 @@ def decode_utf8(data: bytes, where: str | Path, offset: int = 0) -> str:
         ) from None
 
 
+def text_lines(path: str | Path) -> list[tuple[str, str]]:
+    """(file:line, text) of a text file, gzipped or not. Only a newline ends a line, with a carriage
+    return before it or not: str.splitlines cuts at what may stand in a sentence, as U+2028 may."""
+    refuse_impostor(path)
+    with open_packed(path) as file:
+        text = decode_utf8(file.read(), path).removeprefix("\ufeff")
+    lines = text.removesuffix("\n").split("\n")
+    return [(f"{path}:{i}", line.removesuffix("\r")) for i, line in enumerate(lines, 1)]
+
+
 def read_jsonl(path: str | Path, what: str = "file") -> Iterator[tuple[str, int, dict]]:
     """Yield (file:line, bytes of the line, object) of a file of JSON lines, gzipped or not, or of
     one JSON array of objects (then file: item); blank lines are passed over. what: how the file is

@@ -282,6 +282,7 @@ class CachedRows:
     def _prefill(self, texts, room: int, before: Request | None = None) -> None:
         """Keys and values of texts [(place, ids)], as many a call as PREFILL_TOKENS allow, for a
         place of so much room: a slot, or a row that goes on from what is kept of `before`."""
+        texts = sorted(texts, key=lambda text: len(text[1]))  # by length: little padding
         while texts:
             n, T = 0, 0
             for _, ids in texts:

@@ -29,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from mmlu import hflm_terms, make_in_child, offline, timed, tokenizer_name  # noqa: E402
 
+from inputs import read_jsonl  # noqa: E402
+
 CONTEXT = 4096
 WANTED = 10
 
@@ -70,7 +72,7 @@ def ours(args, model_dir, work):
     command += ["--limit", args.limit] if args.limit else []
     seconds, text = timed(command)
     path = next(results.glob("*/*/gsm8k-*.json"))
-    samples = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    samples = [row for _, _, row in read_jsonl(path.with_suffix(".jsonl"))]
     print(text[-700:])
     return seconds, json.loads(path.read_text()), samples
 

@@ -40,6 +40,7 @@ from gsm8k import CONTEXT, shared_start  # noqa: E402
 from mmlu import hflm_terms, make_in_child, offline, timed, tokenizer_name  # noqa: E402
 
 import cli  # noqa: E402
+from inputs import read_jsonl  # noqa: E402
 
 WANTED = 5
 TASK = {"choice": "mmlu", "generation": "gsm8k", "fixed": "gsm8k_cot"}
@@ -272,9 +273,7 @@ def theirs(args, work: Path, part: str, cases: dict) -> dict:
 
 def agreement(samples: Path, documents: dict[str, dict]) -> dict:
     """How many documents of the peer's have our prompt, and our answer."""
-    with open(samples, encoding="utf-8") as lines:  # splitlines would cut at U+2028 in a text too
-        own = [json.loads(line) for line in lines]
-    found = {sample["id"]: sample for sample in own}
+    found = {sample["id"]: sample for _, _, sample in read_jsonl(samples)}
     pairs = [(found[at], theirs) for at, theirs in documents.items()]
     counts = {"compared": len(pairs)}
     counts["same_prompts"] = sum(our["prompt_hash"] == their["prompt"] for our, their in pairs)

@@ -37,6 +37,7 @@ from durable import write_json  # noqa: E402
 from endpoints.client import KEY, Client, message_of, root_of  # noqa: E402
 from endpoints.kinds import only_model  # noqa: E402
 from endpoints.timing import timed  # noqa: E402
+from inputs import read_jsonl, text_lines  # noqa: E402
 
 PATH = "/v1/completions"
 
@@ -172,10 +173,11 @@ def prompts_of(args: argparse.Namespace, tokenizer: Any, vocab_size: int) -> lis
     """So many, from the file over and over, or random ones."""
     n, rng = args.num_prompts, np.random.default_rng(args.seed)
     if args.prompts:
-        lines = [x for x in Path(args.prompts).read_text().splitlines() if x.strip()]
         if args.prompts.endswith(".jsonl"):
-            rows = [json.loads(line) for line in lines]
-            lines = [row.get("prompt") or row.get("question") for row in rows]
+            rows = read_jsonl(args.prompts, "file of prompts")
+            lines = [row.get("prompt") or row.get("question") for _, _, row in rows]
+        else:
+            lines = [line for _, line in text_lines(args.prompts) if line.strip()]
         if not lines or not all(isinstance(line, str) for line in lines):
             raise ValueError(f"{args.prompts}: no prompts, or lines without `prompt` or `question`")
         return [lines[i % len(lines)] for i in range(n)]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import CONFIGS_DIR
-from inputs import decode_utf8, read_jsonl, refuse_impostor
-from packed import open_packed, suffix_of
+from inputs import read_jsonl, text_lines
+from packed import suffix_of
 from plain_yaml import check_fields, find_yaml, load_yaml
 from recording.identity import rows_hash
 from tasks.chat import Chat
@@ -51,7 +51,7 @@ def read_segments(
     if references:
         rows = _parallel(Path(path), [Path(other) for other in references])
     elif suffix_of(path) == ".tsv":
-        rows = ((where, text.split("\t")) for where, text in _lines(Path(path)))
+        rows = ((where, text.split("\t")) for where, text in text_lines(Path(path)))
     elif suffix_of(path) in (".jsonl", ".json"):
         rows = _of_json(Path(path), *names)
     else:
@@ -71,17 +71,8 @@ def read_segments(
     return segments
 
 
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """(file:line, text). Only a newline ends a line: other separators are part of the text."""
-    refuse_impostor(path)
-    with open_packed(path) as file:
-        text = decode_utf8(file.read(), path).removeprefix("\ufeff")
-    lines = text.removesuffix("\n").split("\n")
-    return [(f"{path}:{i}", line.removesuffix("\r")) for i, line in enumerate(lines, 1)]
-
-
 def _parallel(source: Path, others: list[Path]):
-    files = [_lines(path) for path in (source, *others)]
+    files = [text_lines(path) for path in (source, *others)]
     for path, lines in zip(others, files[1:]):
         if len(lines) != len(files[0]):
             raise ValueError(

@@ -9,7 +9,6 @@ GSM8K's JSON lines hold `question` and `answer`, the worked solution ending in `
 mgsm_LANG.tsv a question and its number in a line. What is wrong is named with file and line.
 """
 
-import csv
 import hashlib
 import re
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import CONFIGS_DIR
-from inputs import decode_utf8, read_jsonl
+from inputs import read_jsonl, text_lines
 from plain_yaml import check_fields, find_yaml, load_yaml
 from recording.identity import rows_hash
 from tasks.answers import number
@@ -100,12 +99,11 @@ def _read_json(path: Path):
 
 
 def _read_tsv(path: Path):
-    text = decode_utf8(path.read_bytes(), path).removeprefix("\ufeff")
-    for line, row in enumerate(csv.reader(text.splitlines(), "excel-tab", quoting=3), 1):
-        where = f"{path}:{line}"
+    for where, text in text_lines(path):
+        row = text.split("\t")
         if len(row) != 2:
             raise ValueError(f"{where}: a question, a tab and a number expected")
-        yield str(line), where, *row
+        yield where.rpartition(":")[2], where, *row
 
 
 def data_hash(problems: Sequence[Problem]) -> str:

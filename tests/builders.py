@@ -152,7 +152,8 @@ def write_jsonl(path, rows) -> Path:
 
 
 def read_lines(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    with open(path, encoding="utf-8") as lines:  # splitlines would cut texts at U+2028 too
+        return [json.loads(line) for line in lines]
 
 
 def five_problems(problems, folder):

@@ -116,3 +116,18 @@ def test_compiling_a_step_is_left_to_where_it_saves_much(changes, least):
     assert [engine.compiling_pays(model, n) for n in (least - 1, least)] == [False, True]
     model.packing = {"rule": "int8"}
     assert engine.compiling_pays(model, 2**13)
+
+
+def test_prompts_are_read_beside_others_of_their_length(monkeypatch):
+    """However long and short ones follow one another, little of what is computed is padding."""
+    model, seen = small_model(), []
+    hidden = model.hidden
+    lengths = [3, 40, 5, 38, 4, 41, 6, 39]
+    prompts = [[(i * 7 + j) % 250 for j in range(n)] for i, n in enumerate(lengths)]
+    monkeypatch.setattr(rows, "PREFILL_TOKENS", 170)
+    alone = {i: plain_greedy(model, prompt, 3) for i, prompt in enumerate(prompts)}
+    monkeypatch.setattr(model, "hidden", lambda ids, **k: seen.append(ids) or hidden(ids, **k))
+    samples = draw(model, prompts, max_new_tokens=3, batch_size=8, units=[range(8)])
+    assert {i: samples[i, 0].token_ids for i in range(8)} == alone
+    read = sum(ids.numel() for ids in seen if ids.shape[1] > 1)
+    assert read < 1.1 * sum(lengths), (read, sum(lengths))

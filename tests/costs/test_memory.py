@@ -341,10 +341,14 @@ MEMORY = measured("memory.json") + measured("memory-fsdp.json")
 def test_memory_measured_on_a_gpu(record):
     case = memory_benchmark.Case(**record["case"])
     within = 0.05 if case.recompute == "full" else WITHIN[case.kind]
+    measured = dict(record["measured"])
+    if case.kind == "prefill":
+        # when these were measured, a block's float32 input was still held while its MLP ran
+        measured["peak"] -= case.B * case.T * case.model_config().d_model * 4
     for stage, estimate in memory_benchmark.estimate(case).items():
         if stage in ("load", "decode", "step_peak", "peak"):
             tolerance = within if stage == "peak" else max(within, 0.025)
-            assert estimate == pytest.approx(record["measured"][stage], rel=tolerance), stage
+            assert estimate == pytest.approx(measured[stage], rel=tolerance), stage
 
 
 def test_the_matrix_of_measured_cases_is_whole():

@@ -134,6 +134,9 @@ def test_against_a_server(tmp_path, monkeypatch, capsys):
         (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
         bench.main([*words[:4], *words[-5:-1], "--prompts", str(tmp_path / "p.jsonl")])
         assert {b["prompt"] for b in server.bodies[-6:]} == {"one?", "two"}
+        (tmp_path / "p.txt").write_text("one\u2028line\n\ntwo\n")
+        bench.main([*words[:4], *words[-5:-1], "--prompts", str(tmp_path / "p.txt")])
+        assert {b["prompt"] for b in server.bodies[-6:]} == {"one\u2028line", "two"}
     out, err = capsys.readouterr()
     assert "4 requests in" in out and "2 of 6 requests failed" in err
     assert "sk-secret" not in out + err + (tmp_path / "x.json").read_text()

@@ -130,6 +130,13 @@ def test_what_is_wrong_is_named(tmp_path, name, text, said):
         read_problems(tmp_path)
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1c"])
+def test_only_a_newline_ends_a_line(tmp_path, mark):
+    """str.splitlines would cut the question in two."""
+    write(tmp_path / "mgsm_de.tsv", f"one{mark}two?\t1\r", "b?\t2")
+    assert [p.question for p in read_problems(tmp_path)] == [f"one{mark}two?", "b?"]
+
+
 def test_a_tsv_that_is_not_text_is_named(tmp_path):
     (tmp_path / "mgsm_de.tsv").write_bytes(b"\xff\xfe\t1\n")
     with pytest.raises(ValueError, match=r"mgsm_de\.tsv"):
