@@ -237,7 +237,7 @@ def run_with_stamps(file: Path, script: str, *flags: str) -> None:
 
             yield
         stamps["torch"] = time.time()
-        stamp(distributed, "_pick_device", "process group")
+        stamp(distributed, "pick_device", "process group")
         stamp(Local, "_warm_up", "first kernels")
         stamp(Local, "score_windows", "scored")
         stamp(Local, "score_rows", "scored")
