@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
+import durable  # noqa: E402
 from tokenizer import Tokenizer, build_tokenizer  # noqa: E402
 
 # Installed packages are not the library; its tests are missing from some distributions; help
@@ -43,6 +44,7 @@ def main():
     args = parse_args()
     if not 0 < args.val_fraction < 1:
         raise ValueError(f"--val-fraction must lie between 0 and 1, not {args.val_fraction}")
+    durable.check_writable(args.out, "--out")
     documents = library_sources()
     made_from = {
         "tokenizer": args.tokenizer,

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 import cli  # noqa: E402
-from durable import write_json  # noqa: E402
+from durable import check_writable, write_json  # noqa: E402
 from endpoints.client import KEY, Client, message_of, root_of  # noqa: E402
 from endpoints.kinds import only_model  # noqa: E402
 from endpoints.timing import timed  # noqa: E402
@@ -356,6 +356,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("request_rate", "burstiness"):
         if not getattr(args, name) > 0:
             raise ValueError(f"{cli.flag_of(name)} must be above 0")
+    if args.out:  # before minutes of work whose result it is to hold
+        if Path(args.out).is_dir():
+            raise ValueError(f"--out {args.out} is a directory: name a file in it")
+        check_writable(Path(args.out).parent, "--out")
     return args
 
 

@@ -655,3 +655,5 @@ def test_corpus_of_the_standard_library(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]  # nothing left behind
     (out / "corpus.json").unlink()
     assert make().returncode == 2 and (out / "val_text").is_dir()  # not ours: left alone
+    nowhere = make("--out", str(out / "stdlib_val_000000.npy" / "corpus"))
+    assert nowhere.returncode == 2 and "--out" in nowhere.stderr.splitlines()[-1]

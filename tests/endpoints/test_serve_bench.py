@@ -142,5 +142,8 @@ def test_against_a_server(tmp_path, monkeypatch, capsys):
     assert "sk-secret" not in out + err + (tmp_path / "x.json").read_text()
     with pytest.raises(ValueError, match=r"--goodput itl:3: like ttft:200"):
         bench.main(["--endpoint", "http://h:1", "--goodput", "itl:3"])
+    for out, said in ((tmp_path, "is a directory"), (tmp_path / "x.json/y", "is no directory")):
+        with pytest.raises(ValueError, match=f"--out .*{said}"):
+            bench.main(["--endpoint", "http://h:1", "--out", str(out)])
     with pytest.raises(ValueError, match="--request-rate must be above 0"):
         bench.main(["--endpoint", "http://h:1", "--request-rate", "0"])
