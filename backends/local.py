@@ -140,8 +140,7 @@ class Local:
                 "--documents: this architecture runs through transformers, where attention cannot "
                 "be told where documents end; score it without"
             )
-        at_once = batch_size * windows.seq_len
-        compiled = self.should_compile(len(windows) * windows.seq_len, at_once)
+        compiled = self.should_compile(windows, batch_size)
         token_bytes, special = scoring.bytes_of_tokens(self.facts)
         seconds = {}
 
@@ -316,10 +315,11 @@ class Local:
 
     # -- Inside -------------------------------------------------------------------------------
 
-    def should_compile(self, n_tokens: int, at_once: int) -> bool:
-        """Whether torch.compile pays for itself over n_tokens of scoring, so many at once, and the
-        jobs to come."""
-        c = self.config
+    def should_compile(self, windows: "AnyWindows", batch_size: int) -> bool:
+        """Whether torch.compile pays for itself over the scoring of these windows, so many at once,
+        and the jobs to come."""
+        c, n_tokens = self.config, len(windows) * windows.seq_len
+        at_once = min(batch_size, len(windows)) * windows.seq_len
         if self.compile != "auto" or c is None:
             return self.compile == "on" and c is not None
         if _in_few_kernels(self.model) and at_once * block_weights(c) > BUSY:

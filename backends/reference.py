@@ -170,16 +170,11 @@ class Reference:
                 "reference": [self.protocol, self.ckpt.config and self.ckpt.config.to_dict()],
                 "tokens": [stream.fingerprint, stream.bos_id if of_windows.get("bos") else None],
                 "windows": [type(windows).__name__, of_windows],
-                "batches": [batch_size, self._compiled(backend, windows, batch_size)],
+                "batches": [batch_size, backend.should_compile(windows, batch_size)],
                 "device": _device_name(backend.dist),
                 "code": running_code(__file__, self.ckpt.rooms, ROOT),
             }
         )
-
-    def _compiled(self, backend, windows, batch_size: int) -> bool:
-        """As the model that is compared, or rounding alone would set them apart."""
-        T = windows.seq_len
-        return backend.should_compile(len(windows) * T, min(batch_size, len(windows)) * T)
 
     def _run(self, states: States, backend: "Local", stream, batch_size: int) -> Model | None:
         """The head, once all states are there; None where another rank of a group has it."""
@@ -188,7 +183,8 @@ class Reference:
         if part is not None:
             print0(f"{printable(self.ckpt.path)}: the reference's states of {len(part):,} windows")
             model = self._made(lambda: parallel.load(self.ckpt, self.dtype, dist))
-            compile = "on" if self._compiled(backend, states.windows, batch_size) else "off"
+            # as the model that is compared, or rounding alone would set them apart
+            compile = "on" if backend.should_compile(states.windows, batch_size) else "off"
             facts = replace(backend.facts, name=self.ckpt.name, dtype=self.dtype)
             # of the same kind, which is not imported: the code of the one that runs counts anyway
             local = type(backend)(model, facts=facts, dist=dist, compile=compile)

@@ -359,7 +359,7 @@ def test_eager_is_chosen_for_small_jobs_and_on_cpu(byte):
     def compiles(compile, device, n_tokens, n_jobs=1, at_once=2**15, model=float32):
         local = Local(model, byte, dist=Rank(0, 1, 0, device), compile=compile)
         local.n_jobs = n_jobs
-        return local.should_compile(n_tokens, at_once)
+        return local.should_compile(Windows(n_tokens + 1, 1024), at_once // 1024)
 
     assert not compiles("auto", cuda, 1_000_000)
     assert compiles("auto", cuda, 1_000_000, n_jobs=100)
@@ -392,4 +392,4 @@ def test_what_no_kernel_of_ours_does_is_compiled(more, byte):
     cuda, config = torch.device("cuda"), load_config("7b")
     for c, wanted in ((config, False), (config.replace(**more), True)):
         local = Local(GPTModel.on_meta(c).bfloat16(), byte, dist=Rank(0, 1, 0, cuda))
-        assert local.should_compile(10**9, 2**14) == wanted
+        assert local.should_compile(Windows(10**9, 1024), 16) == wanted
