@@ -2,7 +2,7 @@
 
     y = norm(x, weight, bias, 1e-5, rms=True, offset=0.0, dtype=torch.bfloat16)     # [..., C]
     x, y = add_and_norm(x, branch, weight, …)               # of x + branch
-    rotate_(q, cos, sin, k)                                 # [B, T, H, D], in place
+    rotate_(q, cos, sin, k, norms)                          # [B, T, H, D], in place
     h = gated(gate_and_up, "silu")                          # [..., 2F] -> [..., F]
 
 Eager PyTorch makes two to fourteen passes of each, casts to and from float32 among them; compiled,
@@ -98,18 +98,21 @@ def _rotate_kernel():
 
     @triton.jit
     def rotate(
-        q, k, cos, sin, T, H, G, q_b, q_t, q_h, k_b, k_t, k_h, stride_rope_b,
-        HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+        q, k, q_weight, k_weight, cos, sin, eps, offset, T, H, G,
+        q_b, q_t, q_h, k_b, k_t, k_h, stride_rope_b,
+        NORM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
         """One program a token, BLOCK_H of its H heads of q, or of its G of k. q_b, q_t, q_h and
         those of k: strides."""
         token, block = tl.program_id(0), tl.program_id(1)
         b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
         of_q = tl.cdiv(H, BLOCK_H)
+        weight = q_weight
         if block < of_q:
             at, n, stride = q + b * q_b + t * q_t, H, q_h
         else:
             at, n, stride, block = k + b * k_b + t * k_t, G, k_h, block - of_q
+            weight = k_weight
         h, d = block * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
         at_rope = b * stride_rope_b + t * HALF + d
         c = tl.load(cos + at_rope, mask=d < HALF, other=0.0)[None, :]
@@ -118,6 +121,14 @@ def _rotate_kernel():
         inside = (h < n)[:, None] & (d < HALF)[None, :]
         low = tl.load(low_at, mask=inside, other=0.0).to(tl.float32)
         high = tl.load(low_at + HALF, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
+            scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+            w_low = tl.load(weight + d, mask=d < HALF, other=0.0).to(tl.float32) + offset
+            w_high = tl.load(weight + HALF + d, mask=d < HALF, other=0.0).to(tl.float32) + offset
+            # rounded between, as PyTorch does
+            low = (low * scale * w_low[None, :]).to(q.dtype.element_ty).to(tl.float32)
+            high = (high * scale * w_high[None, :]).to(q.dtype.element_ty).to(tl.float32)
         tl.store(low_at, (low * c - high * s).to(q.dtype.element_ty), mask=inside)
         tl.store(low_at + HALF, (high * c + low * s).to(q.dtype.element_ty), mask=inside)
 
@@ -197,21 +208,28 @@ def add_and_norm(
 
 
 def rotate_(
-    q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k: torch.Tensor | None = None
+    q: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k: torch.Tensor | None = None,
+    norms: tuple[torch.Tensor, torch.Tensor, float, float] | None = None,
 ) -> torch.Tensor:
     """q [B, T, H, D], and k [B, T, G, D] in the same launch, their first R channels turned in place
-    by cos, sin [B or 1, T, 1, R/2] float32; returns q."""
+    by cos, sin [B or 1, T, 1, R/2] float32; returns q. norms: (weight of q's heads and of k's [D],
+    eps, offset): an RMSNorm of each head first, where all of its channels are turned."""
     (B, T, H, _), G = q.shape, 0 if k is None else k.shape[2]
     k = q if k is None else k
     cos, sin, half = cos.contiguous(), sin.contiguous(), cos.shape[-1]
     assert q.stride(-1) == k.stride(-1) == 1 and q.dtype == k.dtype, (q.stride(), k.stride())
+    assert norms is None or 2 * half == q.shape[-1], (half, q.shape)
+    q_weight, k_weight, eps, offset = norms or (q, k, 0.0, 0.0)
     if q.numel():
         block_d = 1 << (half - 1).bit_length()
         block_h = min(1 << (H - 1).bit_length(), max(1, 2048 // block_d))
         _rotate_kernel()[(B * T, -(-H // block_h) + -(-G // block_h))](
-            q, k, cos, sin, T, H, G, *q.stride()[:3], *k.stride()[:3],
-            cos.stride(0) if cos.shape[0] > 1 else 0,
-            HALF=half, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
+            q, k, q_weight, k_weight, cos, sin, eps, offset, T, H, G,
+            *q.stride()[:3], *k.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0,
+            NORM=norms is not None, HALF=half, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return q
 

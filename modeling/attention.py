@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import GPTConfig
+from gpu_kernels import elementwise
 from modeling.mlp import Linear
 from modeling.norms import head_norm, latent_norm
 from modeling.rotary import rotate_both
@@ -305,6 +306,10 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = head_norm(config, config.n_heads)
             self.k_norm = head_norm(config, config.n_kv_heads)
+        # whether heads are normed and turned by one kernel, where there is one
+        whole = config.qk_norm_over == "head" and config.rotary_fraction == 1.0
+        plain = config.qk_norm_type == "rmsnorm" and config.norm_weight
+        self.turns_normed = config.qk_norm and not config.qk_norm_after_rope and whole and plain
 
     def forward(
         self,
@@ -318,12 +323,13 @@ class Attention(nn.Module):
         if c.clip_qkv is not None:
             heads = heads.clamp(-c.clip_qkv, c.clip_qkv)
         q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)  # [B, T, heads, D]
-        if c.qk_norm and not c.qk_norm_after_rope:
-            q, k = self._normed(q, k)
-        if rope is not None:
-            q, k = rotate_both(q, k, *rope)
-        if c.qk_norm and c.qk_norm_after_rope:
-            q, k = self._normed(q, k)
+        if self.turns_normed and rope is not None and elementwise.applies(q, q.dtype):
+            norm, of_keys = self.q_norm, self.k_norm.weight
+            assert norm.weight is not None and of_keys is not None, "turns_normed says so"
+            terms = norm.weight, of_keys, norm.eps, norm.offset
+            q = elementwise.rotate_(q, *rope, k, terms)  # and k, both in place
+        else:
+            q, k = self._turned(q, k, rope)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             y = cache.attend(self.layer, q, k, v, **self.options)
@@ -332,11 +338,24 @@ class Attention(nn.Module):
             y = attend(q, k, v, causal=True, mask=mask, dropout=dropout, **self.options)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
 
+    def _turned(
+        self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """q, k [B, T, heads, D], normalised and with their positions."""
+        c = self.config
+        if c.qk_norm and not c.qk_norm_after_rope:
+            q, k = self._normed(q, k)
+        if rope is not None:
+            q, k = rotate_both(q, k, *rope)
+        if c.qk_norm and c.qk_norm_after_rope:
+            q, k = self._normed(q, k)
+        return q, k
+
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q, k [B, T, heads, D], each normalised."""
         if self.config.qk_norm_over != "width":
             return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
-        flat = self.q_norm(q.flatten(2)), self.k_norm(k.flatten(2))
+        flat = self.q_norm(q.flatten(2), q.dtype), self.k_norm(k.flatten(2), k.dtype)
         return flat[0].to(q.dtype).view_as(q), flat[1].to(k.dtype).view_as(k)
 
 

@@ -33,8 +33,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """float32; or in `dtype`, that of the products it goes into, where one kernel does both."""
-        if dtype is not None and self._in_one_kernel(x, dtype):
-            return elementwise.norm(x, *self._terms, **self._how, dtype=dtype)
+        if self._in_one_kernel(x, dtype or x.dtype):
+            return elementwise.norm(x, *self._terms, **self._how, dtype=dtype or torch.float32)
         x, shape = x.float(), (self.width,)
         # in 16 bits where training gathers all of a block so (training/fsdp.py)
         weight: Tensor | None = None if self.weight is None else self.weight.float()
@@ -57,7 +57,7 @@ class Norm(nn.Module):
         return x, self(x, dtype)
 
     def _in_one_kernel(self, x: Tensor, dtype: torch.dtype) -> bool:
-        fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH
+        fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH and x.is_contiguous()
         return fits and elementwise.applies(x, dtype)
 
     @property

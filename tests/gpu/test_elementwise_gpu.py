@@ -83,6 +83,40 @@ def test_rotary_positions(D, R):
         assert torch.equal(found[..., R:], kept[:, :, :H, R:])
 
 
+@pytest.mark.parametrize("D", [2, 16, 64, 128, 256])
+def test_heads_are_normed_and_turned(D):
+    for B, T, H, G in itertools.product((1, 3), (1, 5, 130), (1, 12, 40), (1, 8)):
+        fused = torch.randn(B, T, H + 2 * G, D, device="cuda").bfloat16() * 3
+        kept, (q, k, _) = fused.clone(), fused.split([H, G, G], dim=2)
+        angle = torch.randn(B, T, 1, D // 2, device="cuda") * 9
+        weights = torch.randn(2, D, device="cuda")
+        elementwise.rotate_(q, angle.cos(), angle.sin(), k, (*weights, 1e-6, 1.0))
+        for found, part, w in zip((q, k), kept.split([H, G, G], dim=2), weights):
+            with torch.enable_grad():  # the plain twin
+                normed = F.rms_norm(part.float(), (D,), w + 1, 1e-6).bfloat16()
+                assert error(found, rotate(normed, angle.cos(), angle.sin())) < 2e-3
+        assert torch.equal(fused[:, :, H + G :], kept[:, :, H + G :])
+
+
+NORMED = {
+    "qwen3": {},
+    "gemma3": {"post_norm": True, "norm_offset": True},
+    "olmo2": {"qk_norm_over": "width", "pre_norm": False, "post_norm": True},
+}
+
+
+@pytest.mark.parametrize("kind", NORMED)
+def test_families_whose_heads_and_branches_are_normed(kind):
+    """In 16 bits as near to float32 as plain operations are."""
+    model = tiny_model("llama", n_layers=3, qk_norm=True, **NORMED[kind]).cuda()
+    ids = torch.randint(257, (3, 50), device="cuda")
+    exact = model.hidden(ids)
+    half = model.for_inference(torch.bfloat16)
+    with torch.enable_grad():
+        plain = error(half.hidden(ids), exact)
+    assert error(half.hidden(ids), exact) < 1.2 * plain + 1e-4
+
+
 @pytest.mark.parametrize("name", elementwise.ACTIVATIONS)
 def test_gates(name):
     for rows, width in ((1, 1), (5, 37), (100, 1024), (33, 11008), (7, 1025)):

@@ -1,0 +1,57 @@
+"""Kernels between a block's products in Triton's interpreter, against plain operations: norms of
+heads that are turned, norms of what a branch adds.
+
+TRITON_INTERPRET=1 python -m pytest -q tests/gpu_kernels/test_elementwise.py
+
+On CUDA: tests/gpu/test_elementwise_gpu.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreted import expose, interpreted
+
+from gpu_kernels import elementwise
+from modeling.rotary import rotate
+
+
+@interpreted
+@pytest.mark.parametrize("D, H, G", [(16, 3, 1), (64, 5, 5), (6, 4, 2)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_heads_are_normed_and_turned(monkeypatch, D, H, G, offset):
+    """In float16: the interpreter cuts bfloat16 off instead of rounding it."""
+    dtype = torch.float16
+    expose(monkeypatch, elementwise, elementwise._rotate_kernel())
+    g = torch.Generator().manual_seed(D)
+    fused = torch.randn(2, 7, H + 2 * G, D, generator=g).to(dtype) * 3
+    kept, (q, k, v) = fused.clone(), fused.split([H, G, G], dim=2)
+    angle = torch.randn(2, 7, 1, D // 2, generator=g) * 9
+    weights = torch.randn(D, generator=g), torch.randn(D, generator=g)
+
+    def wanted(x, weight):
+        normed = F.rms_norm(x.float(), (D,), weight + offset, 1e-6).to(dtype)
+        return rotate(normed, angle.cos(), angle.sin())
+
+    parts = kept.split([H, G, G], dim=2)
+    elementwise.rotate_(q, angle.cos(), angle.sin(), k, (*weights, 1e-6, offset))
+    for found, part, weight in zip((q, k), parts, weights):
+        plain = wanted(part, weight)
+        step = 3 * torch.finfo(dtype).eps * plain.abs().max().item()  # both halves, and the sum
+        torch.testing.assert_close(found, plain, rtol=0, atol=step)
+        same = (found == plain).float().mean()
+        assert same > 0.98, "but where a sum in another order rounds the other way"
+    assert torch.equal(v, parts[2]), "values stay"
+
+
+@interpreted
+@pytest.mark.parametrize("rms", [True, False])
+def test_a_norm_of_16_bits_in_float32(monkeypatch, rms):
+    """Of what attention and the MLP add, where a family norms that."""
+    expose(monkeypatch, elementwise, elementwise._norm_kernel())
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 100, generator=g).bfloat16(), torch.randn(100, generator=g)
+    how = {"rms": rms, "offset": 0.0, "dtype": torch.float32}
+    found = elementwise.norm(x, weight, None, 1e-5, **how)
+    wanted = F.rms_norm(x.float(), (100,), weight, 1e-5)
+    if not rms:
+        wanted = F.layer_norm(x.float(), (100,), weight, None, 1e-5)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
