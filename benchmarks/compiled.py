@@ -29,6 +29,7 @@ from config import load_config  # noqa: E402
 from model import GPTModel  # noqa: E402
 
 BATCHES = {"gpt2": (32, 1024), "gpt2-xl": (16, 1024), "7b": (4, 4096)}
+BATCHES |= {"qwen3-8b": (4, 2048), "gemma-3-4b": (4, 2048), "olmo-2-7b": (4, 2048)}
 SIDES = {"eager": False, "compiled": True}
 
 
