@@ -67,15 +67,15 @@ def _norm_kernel():
 
     @triton.jit
     def norm(
-        x, branch, total, weight, bias, y, C, eps, offset,
+        x, branch, total, weight, bias, y, C, x_row, eps, offset,
         ADD: tl.constexpr, RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One program a row [C]: of x, or of x + branch, which is kept."""
+        """One program a row [C]: of x, or of x + branch, which is kept. x_row: stride of x."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < C
-        a = tl.load(x + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
         if ADD:
             a += tl.load(branch + row * C + column, mask=inside, other=0.0).to(tl.float32)
             tl.store(total + row * C + column, a, mask=inside)
@@ -191,16 +191,17 @@ def add_and_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + branch, its norm), both in one pass: x [..., C] float32, branch alike in any dtype."""
     C, total = x.shape[-1], x
-    assert C <= MAX_WIDTH and x.is_contiguous(), (x.shape, x.stride())
+    rows = x.reshape(-1, C)  # as they lie, also in a part of a wider product
+    assert C <= MAX_WIDTH and rows.stride(1) == 1, (x.shape, x.stride())
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if branch is not None:
         assert x.dtype == torch.float32 and branch.shape == x.shape, (x.dtype, branch.shape)
-        branch, total = branch.contiguous(), torch.empty_like(x)
+        branch, total = branch.contiguous(), torch.empty(x.shape, device=x.device)
     if x.numel():
         block = 1 << (C - 1).bit_length()
         _norm_kernel()[(x.numel() // C,)](
-            x, x if branch is None else branch, total, x if weight is None else weight,
-            x if bias is None else bias, y, C, eps, offset, ADD=branch is not None,
+            rows, x if branch is None else branch, total, x if weight is None else weight,
+            x if bias is None else bias, y, C, rows.stride(0), eps, offset, ADD=branch is not None,
             RMS=rms, WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip

@@ -55,3 +55,17 @@ def test_a_norm_of_16_bits_in_float32(monkeypatch, rms):
     if not rms:
         wanted = F.layer_norm(x.float(), (100,), weight, None, 1e-5)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_a_norm_of_rows_that_lie_apart(monkeypatch):
+    """Of the width of all queries, which are a part of a wider product."""
+    expose(monkeypatch, elementwise, elementwise._norm_kernel())
+    g = torch.Generator().manual_seed(1)
+    wide = torch.randn(2, 5, 3 * 48, generator=g).half()
+    part, weight = wide[..., 24 : 24 + 72], torch.randn(72, generator=g)
+    how = {"rms": True, "offset": 0.0, "dtype": torch.float16}
+    found = elementwise.norm(part, weight, None, 1e-5, **how)
+    wanted = F.rms_norm(part.float(), (72,), weight, 1e-5).half()
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-5)
