@@ -71,20 +71,23 @@ class Block(nn.Module):
         c, dtype = self.config, self.mlp.dtype
         stream = x if isinstance(x, Stream) else Stream(x)
         h = stream.normed(self.ln1, dtype)
-        branch = self._branch(self.ln1_post(self.attn(h, rope, mask, cache)))
+        branch = self._branch(self.attn(h, rope, mask, cache), self.ln1_post)
         if c.parallel_residual and not c.shared_norm:
             h = stream.normed(self.ln2, dtype)
-        stream.add(branch)
+        stream.add(*branch)
         del branch  # or it would be held while the MLP runs
         if not c.parallel_residual:
             h = stream.normed(self.ln2, dtype)
-        stream.add(self._branch(self.ln2_post(self.mlp(h))))
+        stream.add(*self._branch(self.mlp(h), self.ln2_post))
         return stream if x is stream else stream.whole()
 
-    def _branch(self, y: Tensor) -> Tensor:
-        """What a branch adds to the residual stream."""
-        y, scale = self.dropout(y), self.config.residual_scale
-        return y if scale == 1.0 else y * scale
+    def _branch(self, y: Tensor, norm: nn.Module) -> tuple[Tensor, nn.Module | None]:
+        """What is added to the residual stream: y, and the norm that is still to be taken of it."""
+        scale = self.config.residual_scale
+        if scale == 1.0 and not self.training:
+            return y, norm
+        y = self.dropout(norm(y))
+        return y if scale == 1.0 else y * scale, None
 
 
 class _WithoutInit(TorchFunctionMode):
