@@ -84,11 +84,11 @@ def _norm_kernel():
     @triton.jit
     def norm(
         x, branch, total, weight, bias, of_weight, of_bias, y, C, x_row, eps, offset,
-        ADD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-        RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+        ADD: tl.constexpr, FIRST: tl.constexpr, RMS: tl.constexpr, WEIGHT: tl.constexpr,
+        BIAS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program a row [C]: of x, or of x + branch, which is kept. FIRST: the branch is normed
-        before it is added. LAST: what comes of it is. x_row: stride of x."""
+        before it is added. x_row: stride of x."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < C
@@ -99,9 +99,8 @@ def _norm_kernel():
                 b = normed(b, inside, C, of_weight, of_bias, column, eps, offset, RMS, WEIGHT, BIAS)
             a += b
             tl.store(total + row * C + column, a, mask=inside)
-        if LAST:
-            a = normed(a, inside, C, weight, bias, column, eps, offset, RMS, WEIGHT, BIAS)
-            tl.store(y + row * C + column, a.to(y.dtype.element_ty), mask=inside)
+        a = normed(a, inside, C, weight, bias, column, eps, offset, RMS, WEIGHT, BIAS)
+        tl.store(y + row * C + column, a.to(y.dtype.element_ty), mask=inside)
 
     return norm
 
@@ -200,37 +199,36 @@ def norm(x: torch.Tensor, terms: Terms, dtype: torch.dtype) -> torch.Tensor:
 def add_and_norm(
     x: torch.Tensor,
     branch: torch.Tensor,
-    terms: Terms | None,
+    terms: Terms,
     dtype: torch.dtype,
     of_branch: Terms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + branch, its norm in `dtype`), both in one pass: x [..., C] float32, branch alike in any
-    dtype. of_branch: of the norm of the branch that is added instead, of the same kind. Without
-    terms the sum, twice."""
+    dtype. of_branch: of the norm of the branch that is added instead, of the same kind."""
     assert x.dtype == torch.float32 and branch.shape == x.shape, (x.dtype, branch.shape)
-    total = torch.empty(x.shape, device=x.device)
-    y = total if terms is None else torch.empty(x.shape, dtype=dtype, device=x.device)
+    total, y = torch.empty(x.shape, device=x.device), x.new_empty(x.shape, dtype=dtype)
     _launch(x.reshape(-1, x.shape[-1]), branch.contiguous(), total, y, terms, of_branch)
     return total, y
 
 
-def _launch(rows, branch, total, y, last: Terms | None, first: Terms | None) -> None:
-    """rows [N, C]; branch, total, y: of as many, without gaps. Without a branch, it is total."""
-    (N, C), terms = rows.shape, last or first
-    assert terms is not None and C <= MAX_WIDTH and rows.stride(1) == 1, (C, rows.stride())
-    if last is not None and first is not None:  # one kind, as all norms of a residual stream are
-        assert last[2:] == first[2:], (last[2:], first[2:])
+def _launch(rows, branch, total, y, terms: Terms, first: Terms | None) -> None:
+    """rows [N, C]; branch, total, y: of as many, without gaps. Without a branch, it is total.
+    first: of the branch."""
+    N, C = rows.shape
+    assert C <= MAX_WIDTH and rows.stride(1) == 1, (C, rows.stride())
+    # one kind, as all norms of a residual stream are
+    assert first is None or terms[2:] == first[2:], (terms[2:], first)
     if N == 0:
         return
     block = 1 << (C - 1).bit_length()
     weight, bias, of_weight, of_bias = (
-        rows if term is None else term for term in (*(last or terms)[:2], *(first or terms)[:2])
+        rows if term is None else term for term in (*terms[:2], *(first or terms)[:2])
     )
     _norm_kernel()[(N,)](
         rows, branch, total, weight, bias, of_weight, of_bias, y, C, rows.stride(0),
         terms.eps, terms.offset, ADD=branch is not total, FIRST=first is not None,
-        LAST=last is not None, RMS=terms.rms, WEIGHT=terms.weight is not None,
-        BIAS=terms.bias is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        RMS=terms.rms, WEIGHT=terms.weight is not None, BIAS=terms.bias is not None,
+        BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
 
 

@@ -72,7 +72,9 @@ def plus(x: Tensor, branch: Tensor, of_branch: Norm | None) -> Tensor:
     if of_branch is None:
         return x + branch
     if x.dtype == torch.float32 and of_branch._in_one_kernel(branch, branch.dtype):
-        return elementwise.add_and_norm(x, branch, None, x.dtype, of_branch._terms)[0]
+        # and a norm of the sum that nobody wants: by another kernel the sum could have other bits
+        terms = of_branch._terms
+        return elementwise.add_and_norm(x, branch, terms, branch.dtype, terms)[0]
     return x + of_branch(branch)
 
 

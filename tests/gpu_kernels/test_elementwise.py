@@ -95,4 +95,4 @@ def test_a_branch_is_added_and_the_sum_normed(monkeypatch, C, rms):
     total, y = elementwise.add_and_norm(x, branch, last, torch.bfloat16, first)
     torch.testing.assert_close(total, x + plain(branch, first), rtol=1e-5, atol=1e-5)
     assert torch.equal(y, elementwise.norm(total, last, torch.bfloat16))
-    assert torch.equal(elementwise.add_and_norm(x, branch, None, x.dtype, first)[0], total)
+    assert torch.equal(elementwise.add_and_norm(x, branch, first, x.dtype, first)[0], total)
