@@ -238,24 +238,28 @@ INFERENCE = (
      "keys and values, or the latents that they are made of", "Pope 2022; DeepSeek-AI 2024"),
     ("R_cache", "slack(L*(2 - latent), kv/(2 - latent)*c_kv*s, kv/(2 - latent)*c_scale*s)", "byte",
      "rest of the allocator's blocks: the cache", "CUDACachingAllocator"),
-    ("W_attention", "s*(8*h + c*w_qkv + (c*(2*kv + widened*a*d + max(widened*a*d, a*dv + h))"
-     " if latent else rope*(8 + 4*(c < 4))*a*d + qk_norm*c*(a + k)*d))",
-     "byte", "prefill, at the rotation of q, or at the output of latent attention", ""),
+    ("W_stream", "4*h + (c if one else 4)*h", "byte", "a token's stream, and its norm", ""),
+    ("W_turned", "c*(a*dv + h) if one else rope*(8 + 4*(c < 4))*a*d", "byte",
+     "a token's attention and output; or the rotation of its queries by plain operations", ""),
+    ("W_attention", "s*(W_stream + c*w_qkv + (c*(2*kv + widened*a*d + max(widened*a*d, a*dv + h))"
+     " if latent else W_turned + qk_norm*c*(a + k)*d))", "byte", "prefill, of attention", ""),
     ("W_rounding", "(c_scale > 0)*s*(8*h + c*w_qkv + rope*c*(a + k)*d + (5 + c + 4*(c < 4))*k*d)",
      "byte", "prefill, where values become codes", ""),
-    ("W_dense", "s*(8*h + (2*c*h + c*f if tanh and mlp_bias and c < 4 else c*f*(2 + 2*gated)))",
-     "byte", "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
+    ("W_dense", "s*(W_stream + ((2 - one)*c*h + c*f if tanh and mlp_bias and c < 4"
+     " else c*f*(2 + (2 - one)*gated)))", "byte",
+     "prefill, at the activation; cuBLAS applies tanh GELU with a bias", ""),
     ("W_experts", "s*(12*h + c*h + K*c*(2*h + fe*(2 + 2*gated)))", "byte",
      "of a mixture: tokens sorted by expert, and what comes of them", ""),
     ("W_mlp", "max((L > L_moe)*W_dense, (m > 0)*W_experts)", "byte", "the larger of the two", ""),
     ("W_decode", "last*B*(Vp*c + V*4*(1 + capped))", "byte", "logits of B tokens, and in float32",
      ""),
-    ("W_logits", "W_decode + s*4*h", "byte", "beside the last hidden states", ""),
+    ("W_hidden", "(c if one and not scaled else 4)*h", "byte", "a token's last hidden state", ""),
+    ("W_logits", "W_decode + s*W_hidden", "byte", "beside the last hidden states", ""),
     ("W_sent", "(not last)*sent*s*4*h", "byte", "on its way to the next stage", "Huang 2019"),
     ("W_prefill", "max(W_attention, W_rounding, W_mlp, W_logits) + W_sent", "byte",
      "workspace of a prefill", ""),
-    ("W_scoring", "max(W_attention, W_mlp, s*4*h + last*min(s, chunk)*(Vp*c + c*h)) + W_sent",
-     "byte", "of scoring.py: logits of a chunk", ""),
+    ("W_scoring", "max(W_attention, W_mlp, s*W_hidden + last*min(s, chunk)*(Vp*c"
+     " + (W_hidden > c*h)*c*h)) + W_sent", "byte", "of scoring.py: logits of a chunk", ""),
 )
 
 PASS = (  # T new tokens a sequence over X of context: operation, FLOPs, bytes moved, kernels

@@ -76,6 +76,7 @@ def model_symbols(c: GPTConfig, batch_size: int = 1, seq_len: int = 1) -> dict:
         "norm_inputs": (2 - c.parallel_residual) * c.pre_norm + 2 * c.post_norm,
         "learned": int(c.position == "learned"),
         "rope": 1 if turned == c.n_layers else turned / c.n_layers,  # share of the layers
+        "scaled": int(c.logit_scale != 1.0),
         "relu": int(c.activation == "relu"),
         "tanh": int(c.activation == "gelu_new"),
         "drop": int(c.dropout > 0),
@@ -151,6 +152,7 @@ class Setup:
     quantise: str | None = None  # a rule of quantisation/names.py, of weights that do not train
     block_bytes: float | None = None  # of a weight of the blocks' matrices: of packed files
     kv_dtype: str | None = None  # of inference: keys and values in 8 bits, by --kv-dtype's words
+    kernels: bool = True  # of inference in 16 bits: norms, rotations and gates in one kernel each
     workspace: int = 32 * 2**20  # bytes of cuBLAS a handle (Hopper): forward and backward have one
 
     def __post_init__(self):
@@ -234,6 +236,7 @@ class Setup:
             "master": int(mixed == "master-weights"),
             "adam": int(self.optimizer == "adamw"),
             "fused": int(self.fused),
+            "one": int(self.kernels and c == 2),
             "full_recompute": int(self.recompute == "full"),
             "together": self.together(model),
             "math": int(self.attention == "math" and self.recompute == "none"),

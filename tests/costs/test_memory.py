@@ -237,7 +237,9 @@ def test_peak_of_a_prefill_on_cpu(kind, kv):
     c = c.replace(norm="layernorm", activation="silu" if c.gated_mlp else "gelu")
     model, (B, T) = GPTModel(c).for_inference(torch.bfloat16), (2, 256)
     ids = torch.randint(0, c.vocab_size, (B, T))
-    estimate = estimate_memory(c, B, T, "bf16", training=False, workspace=0, kv_dtype=kv)
+    estimate = estimate_memory(
+        c, B, T, "bf16", training=False, workspace=0, kv_dtype=kv, kernels=False
+    )
     assert estimate["states"]["weights"] == sum(p.nbytes for p in model.parameters())
     with LiveBytes(model) as live, torch.no_grad():
         cache = DecodeCache(model, n_prompts=B, prompt_len=T, n_rows=B, max_len=0, kv_dtype=kv)
@@ -341,12 +343,9 @@ MEMORY = measured("memory.json") + measured("memory-fsdp.json")
 def test_memory_measured_on_a_gpu(record):
     case = memory_benchmark.Case(**record["case"])
     within = 0.05 if case.recompute == "full" else WITHIN[case.kind]
-    measured = dict(record["measured"])
-    if case.kind == "prefill":
-        # when these were measured, a block's float32 input was still held while its MLP ran
-        measured["peak"] -= case.B * case.T * case.model_config().d_model * 4
+    measured, stages = record["measured"], {"load", "decode", "step_peak", "peak"}
     for stage, estimate in memory_benchmark.estimate(case).items():
-        if stage in ("load", "decode", "step_peak", "peak"):
+        if stage in stages & {*measured}:
             tolerance = within if stage == "peak" else max(within, 0.025)
             assert estimate == pytest.approx(measured[stage], rel=tolerance), stage
 
@@ -356,6 +355,8 @@ def test_the_matrix_of_measured_cases_is_whole():
         c.name for c in memory_benchmark.matrix()
     }
     assert len(MEMORY) >= 60
+    # four prefills were measured beside the cache of the one before: how much at most is not known
+    assert sum("peak" not in record["measured"] for record in MEMORY) == 4
 
 
 # ---------------------------------------------------------------------------------------------
