@@ -55,7 +55,26 @@ COMPILERS = ("torch._dynamo", "torch._inductor")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, from rank 0 alone."""
+    """argparse whose errors are one line, from rank 0 alone. What it returns also has `given`: the
+    names of the options that the command line gives, at their default values or others."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        values = super().parse_args(args, namespace)
+        values.given = self._given(args)
+        return values
+
+    def _given(self, args: Any) -> set[str]:
+        """What is left where nothing has a default."""
+        defaults = [(action, action.default) for action in self._actions]
+        of_parser, self._defaults = self._defaults, {}
+        try:
+            for action, _ in defaults:
+                action.default = argparse.SUPPRESS
+            return set(vars(super().parse_args(args)))
+        finally:
+            self._defaults = of_parser
+            for action, default in defaults:
+                action.default = default
 
     def error(self, message: str) -> NoReturn:
         if rank() == 0:
@@ -253,6 +272,13 @@ class RunOptions:
             raise ValueError(
                 f"--timeout must be a positive number of seconds, not {self.timeout:g}"
             )
+
+
+def check_unused(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """ValueError for options that are given where nothing would come of them."""
+    for name in names:
+        if name in args.given:
+            raise ValueError(f"{flag_of(name)} goes {why}")
 
 
 def check_seconds(p: Parser, args: argparse.Namespace, *names: str) -> None:

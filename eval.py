@@ -78,7 +78,7 @@ class Options:
         "step between windows; default: the window (disjoint). Smaller: more context each",
         type=cli.positive_int,
     )
-    bos: str = evaluation.bos_option("off")
+    bos: str | None = evaluation.bos_option(None, "default: off; not of published --windows")
     windows: str = cli.option(
         "exact",
         "gptq, llama.cpp: those of published tables (tasks/windows.py); random: rosetrainer's "
@@ -113,13 +113,13 @@ class Options:
             raise ValueError(f"--token-dtype does not go with {mode}")
         if self.windows in LENGTHS and not text:
             raise ValueError(f"--windows {self.windows} tokenises text itself: --data-mode text")
-        if self.windows != "exact" and (self.stride or self.bos != "off"):
+        if self.windows != "exact" and (self.stride or self.bos):
             raise ValueError(f"--windows {self.windows} has no --stride and no --bos")
         if self.reference_dtype and not self.reference:
             raise ValueError("--reference-dtype goes with --reference PATH")
         if self.documents and self.windows != "exact":
             raise ValueError(f"--documents does not go with --windows {self.windows}")
-        if self.documents and self.bos != "off":
+        if self.documents and self.bos in ("on", "auto"):
             raise ValueError("--documents begin with what the data holds: it has no --bos")
         if self.documents and self.reference:
             raise ValueError("--documents does not go with --reference: compare without it")

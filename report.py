@@ -174,6 +174,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             p.error(f"--{name} cannot be negative")
     if args.domain and not args.since:
         p.error("--domain goes with --since")
+    of_compare = {"compare", "examples", "seed"}
+    if args.compare:
+        if "results_dir" in args.given:
+            p.error(f"--compare takes two places: what is {args.results_dir}?")
+        of_report = args.given - of_compare - {"debug"}
+        cli.check_unused(args, sorted(of_report), "without --compare, which only prints")
+    else:
+        cli.check_unused(args, sorted(of_compare), "with --compare A B")
     cli.check_seconds(p, args, "watch")
     return args
 

@@ -326,6 +326,7 @@ def main(argv=None):
     check_installed()
     check_processes(options)
     if options.port_base is not None:
+        cli.check_unused(args, ("port",), "without --port-base, which says all ports")
         place = launcher.launch().local_rank
         options = replace(options, port=options.port_base + place)
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}  # each alone: they share nothing

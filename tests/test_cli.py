@@ -80,6 +80,25 @@ def test_defaults(parse):
     assert wanted.drawing.temperature == 0.5  # the instance's, not the class's
 
 
+@pytest.mark.parametrize(
+    "words, given",
+    [
+        ("--data-path x", "data_path"),
+        ("--data-path x --n-shots 5 --bos auto --strip", "data_path n_shots bos strip"),
+        ("--data-path x --names a --no-strip --temperature 0", "data_path names strip temperature"),
+        ("--data-path=x --limit=3 --truncate", "data_path limit truncate"),
+    ],
+)
+def test_what_a_command_line_gives_whatever_its_value(words, given):
+    p = cli.parser("What it does.")
+    cli.add_options(p, Options)
+    p.set_defaults(limit=7)  # as a file of settings does
+    for _ in range(2):
+        args = p.parse_args(words.split())
+        assert args.given == set(given.split())
+        assert args.limit == (3 if "limit" in given else 7) and args.bos == "auto"
+
+
 def test_an_instance_gives_the_defaults():
     p = cli.parser("")
     cli.add_options(p, Drawing(0.25, ("end",)))

@@ -13,6 +13,13 @@ def test_errors_are_one_line_and_exit_2(tmp_path):
     for arguments in ([tmp_path / "nowhere"], ["--compare", "x", "y"], ["--sort"], *wrong):
         out = run_report(*arguments)
         assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
+    for words, said in (
+        ("--seed 0", "--seed goes with --compare A B"),
+        ("--compare x y --rows 20", "--rows goes without --compare"),
+        ("results --compare x y", "--compare takes two places: what is results?"),
+    ):
+        out = run_report(*words.split())
+        assert out.returncode == 2 and said in out.stderr and out.stderr.count("\n") == 1
     save(tmp_path, "mmlu", {"accuracy": 0.5})
     out = run_report(tmp_path, "--sort", "acuracy")
     assert out.returncode == 2 and "there are step, accuracy" in out.stderr
