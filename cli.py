@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import installed
+
 import streams
 from launcher import launch, rank
 
@@ -314,9 +316,12 @@ def run(main: Callable[[], object]) -> None:
         _report(error)
     except Exception as error:
         code = 1
+        said = installed.missing(error)
         if type(error).__module__.startswith(COMPILERS):
+            said = f"torch.compile: {first_line(error)}; --compile off goes without"
+        if said:
             code = 2
-            _report(ValueError(f"torch.compile: {first_line(error)}; --compile off goes without"))
+            _report(error, said)
         else:
             _print_traceback(error)
     sys.stdout.flush()
@@ -349,18 +354,20 @@ def reason_of(error: Exception) -> str:
     on; what nobody foresaw with its type. --debug shows where it came from."""
     _show_traceback(error)
     expected = isinstance(error, USER_ERRORS)
-    return first_line(error) if expected else f"{type(error).__name__}: {first_line(error)}"
+    said = first_line(error) if expected else f"{type(error).__name__}: {first_line(error)}"
+    return installed.missing(error) or said
 
 
-def _report(error: Exception) -> None:
-    """One line. Bad input fails every rank alike, so the others leave the word to rank 0, whose
-    exit makes torchrun end them; a rank that failed alone is still there to speak."""
+def _report(error: Exception, said: str = "") -> None:
+    """One line: what the error says, or `said`. Bad input fails every rank alike, so the others
+    leave the word to rank 0, whose exit makes torchrun end them; a rank that failed alone is still
+    there to speak."""
     _show_traceback(error)
     prefix = "error"
     if rank():
         time.sleep(2.0)
         prefix = f"error on rank {rank()}"
-    text = printable(" ".join(str(error).split())) or type(error).__name__
+    text = printable(" ".join((said or str(error)).split())) or type(error).__name__
     print(f"{prefix}: {text}", file=sys.stderr, flush=True)
 
 

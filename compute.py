@@ -24,6 +24,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
 
+import installed  # noqa: F401
+
 from config import GPTConfig, load_config, load_yaml, presets
 from costs.flops import count_parameters, estimate_flops
 from costs.formulas import ACTIVATIONS, OPTIMIZERS

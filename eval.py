@@ -24,6 +24,8 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import installed  # noqa: F401
+
 import numpy as np
 
 import cli

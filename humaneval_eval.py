@@ -34,6 +34,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
+
 import cli
 import command
 import evaluation

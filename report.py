@@ -18,6 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import installed  # noqa: F401
+
 import cli
 from durable import write_atomic
 from recording.runs import walk

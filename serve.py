@@ -23,6 +23,8 @@ import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import installed  # noqa: F401
+
 import cli
 import evaluation
 import launcher

@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import installed  # noqa: F401
+
 import cli
 import evaluation
 import headstart

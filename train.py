@@ -23,6 +23,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
