@@ -57,8 +57,19 @@ COMPILERS = ("torch._dynamo", "torch._inductor")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, from rank 0 alone. What it returns also has `given`: the
-    names of the options that the command line gives, at their default values or others."""
+    """argparse whose errors are one line, from rank 0 alone, and whose --help says defaults that no
+    help names. What it returns also has `given`: the names of the options that the command line
+    gives, at their default values or others."""
+
+    def add_argument(self, *flags: Any, **how: Any) -> argparse.Action:
+        action = super().add_argument(*flags, **how)
+        default, said = action.default, action.help or ""
+        if isinstance(default, float):
+            default = f"{default:g}"
+        plain = isinstance(default, str | int) and not isinstance(default, bool)
+        if plain and default not in ("", argparse.SUPPRESS) and f"{default}" not in said:
+            action.help = f"{said} ({str(default).replace('%', '%%')})".strip()
+        return action
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         values = super().parse_args(args, namespace)

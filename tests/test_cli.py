@@ -80,6 +80,26 @@ def test_defaults(parse):
     assert wanted.drawing.temperature == 0.5  # the instance's, not the class's
 
 
+def test_help_says_each_default_once():
+    p = cli.parser("What it does.")
+    shown = [("size", 8, "rows"), ("share", 0.95, "95% of it"), ("kind", "auto", "auto: by itself")]
+    shown += [("rate", 6e-4, None), ("wait", 600.0, "seconds (600)"), ("name", None, "a name")]
+    for name, default, help in shown:
+        p.add_argument(f"--{name}", default=default, help=help and help.replace("%", "%%"))
+    p.add_argument("--switch", action="store_true", help="on")
+    lines = [" ".join(line.split()[2:]) for line in p.format_help().splitlines() if "  --" in line]
+    assert lines == [
+        "rows (8)",
+        "95% of it (0.95)",
+        "auto: by itself",
+        "(0.0006)",
+        "seconds (600)",
+        "a name",
+        "",
+    ]
+    assert p.format_help().endswith("--switch       on\n")
+
+
 @pytest.mark.parametrize(
     "words, given",
     [
