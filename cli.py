@@ -18,6 +18,7 @@ failure as 1.
 """
 
 import argparse
+import copy
 import functools
 import os
 import signal
@@ -37,14 +38,8 @@ from launcher import launch, rank
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-DTYPES = {
-    "fp32": "float32",
-    "float32": "float32",
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp16": "float16",
-    "float16": "float16",
-}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES |= {name: name for name in DTYPES.values()}
 USER_ERRORS = (ValueError, OSError)  # OSError: a file that is not there, a full disk, …
 SIGNAL_GRACE = 5.0  # seconds that the main thread has to notice a signal
 ENDED_BY_OTHERS = 60.0  # seconds that torchrun has to end a rank whose peers are gone
@@ -64,11 +59,13 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *flags: Any, **how: Any) -> argparse.Action:
         action = super().add_argument(*flags, **how)
         default, said = action.default, action.help or ""
-        if isinstance(default, float):
-            default = f"{default:g}"
-        plain = isinstance(default, str | int) and not isinstance(default, bool)
-        if plain and default not in ("", argparse.SUPPRESS) and f"{default}" not in said:
-            action.help = f"{said} ({str(default).replace('%', '%%')})".strip()
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+        plain = isinstance(default, str | int | float) and not isinstance(default, bool)
+        if plain and shown not in said and default != argparse.SUPPRESS:
+            action.help = f"{said} ({shown.replace('%', '%%')})".strip()
+        jobs = isinstance(action, argparse._SubParsersAction)
+        if action.type is None and action.nargs != 0 and default != "" and not jobs:
+            action.type = filled
         return action
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -78,16 +75,11 @@ class Parser(argparse.ArgumentParser):
 
     def _given(self, args: Any) -> set[str]:
         """What is left where nothing has a default."""
-        defaults = [(action, action.default) for action in self._actions]
-        of_parser, self._defaults = self._defaults, {}
-        try:
-            for action, _ in defaults:
-                action.default = argparse.SUPPRESS
-            return set(vars(super().parse_args(args)))
-        finally:
-            self._defaults = of_parser
-            for action, default in defaults:
-                action.default = default
+        bare = copy.deepcopy(self)
+        bare._defaults = {}
+        for action in bare._actions:
+            action.default = argparse.SUPPRESS
+        return set(vars(argparse.ArgumentParser.parse_args(bare, args)))
 
     def error(self, message: str) -> NoReturn:
         if rank() == 0:
@@ -101,6 +93,13 @@ def parser(description: str | None) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def filled(text: str) -> str:
+    """Text, not what a shell makes of a variable that is not set: a path would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a value, or leave it out")
+    return text
 
 
 def positive_int(text: str) -> int:
@@ -209,21 +208,21 @@ def _convert(f, value):
         items = value if isinstance(value, (list, tuple)) else [value]
         if value == [] and argument["nargs"] == "+":
             raise ValueError("needs a value")
-        return tuple(_convert_one(argument, item) for item in items)
+        return tuple(_convert_one(argument, item, f.default) for item in items)
     if isinstance(f.default, bool):
         if not isinstance(value, bool):
             raise ValueError(f"needs true or false, not {value!r}")
         return value
-    return None if value is None and f.default is None else _convert_one(argument, value)
+    return None if value is None and f.default is None else _convert_one(argument, value, f.default)
 
 
-def _convert_one(argument, value):
+def _convert_one(argument, value, default):
     choices = argument.get("choices")
     if isinstance(value, bool) and ("on" in (choices or ()) or argument.get("const") == "on"):
         value = "on" if value else "off"  # as YAML reads these two words
     if isinstance(value, (bool, list, dict)) or value is None:
         raise ValueError(f"needs one value, not {value!r}")
-    kind = argument.get("type", str)
+    kind = argument.get("type", filled if default != "" else str)
     try:
         value = kind(str(value))
     except ValueError:
@@ -299,8 +298,7 @@ def check_seconds(p: Parser, args: argparse.Namespace, *names: str) -> None:
     for name in names:
         seconds = getattr(args, name)
         if seconds is not None and not 0 < seconds <= threading.TIMEOUT_MAX:
-            flag = name.replace("_", "-")
-            p.error(f"--{flag} must be a positive number of seconds, not {seconds:g}")
+            p.error(f"{flag_of(name)} must be a positive number of seconds, not {seconds:g}")
 
 
 # ---------------------------------------------------------------------------------------------

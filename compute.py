@@ -19,6 +19,7 @@ FLOPs with the full attention mask.
 
 import contextlib
 import json
+import shlex
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -88,7 +89,7 @@ def read_config(spec: str) -> GPTConfig:
     if path.suffix in weights or (inside and not (path / "config.json").exists()):
         raise ValueError(
             f"{spec} has no config.json, and weights are not opened here: "
-            f"`python checkpoint.py inspect {spec}` prints its config"
+            f"`python checkpoint.py inspect {shlex.quote(spec)}` prints its config"
         )
     return load_config(spec)
 

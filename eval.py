@@ -21,6 +21,7 @@ text with windows of 1024 and --stride 1024, and 16.44 with --stride 512.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -351,7 +352,9 @@ def print_record(record: Result) -> None:
     print(f"\n{called([record])[0]}  ({printable(info['path'])})")
     print(f"avg_loss: {metrics['loss']['value']:.6f}")
     print(f"ppl: {metrics['perplexity']['value']:.4f}")
-    print(f"stderr: {metrics['loss']['stderr']:.6f} (of avg_loss)")
+    stderr, one = metrics["loss"]["stderr"], record["examples"]["unit"].removesuffix("s")
+    undefined = f"undefined (there is one {one})"
+    print(f"stderr: {undefined if math.isnan(stderr) else f'{stderr:.6f} (of avg_loss)'}")
     if "bits_per_byte" in metrics:
         print(f"bits_per_byte: {metrics['bits_per_byte']['value']:.6f}")
     if "kl" in metrics:

@@ -241,7 +241,7 @@ def protocol_of(options: Options, work: Asked) -> dict:
         "shots": options.num_few_shot,
         **({"few_shot_draw": options.few_shot_draw} if work.data.drawn else {}),
         "split": options.split or work.choice_set.layout.ask,
-        "subjects": sorted(options.subjects) or None,
+        "subjects": sorted({*options.subjects}) or None,
         "limit": options.limit,
         "permute_choices": options.permute_choices,
         "truncate": options.truncate,

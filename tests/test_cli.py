@@ -2,10 +2,12 @@
 are in tests/test_distributed.py."""
 
 import argparse
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,6 +194,32 @@ def test_wrong_values_of_a_file_are_one_line(values, said):
 )
 def test_values_of_a_file_are_read_as_flags_would_be(name, given, read):
     assert cli.convert_options(Options, {name: given}, "e.yaml") == {name: read}
+
+
+@pytest.mark.parametrize("name, default", [("path", None), ("paths", ()), ("folder", "results")])
+def test_an_empty_text_is_no_value(name, default, capsys):
+    """A variable that is not set, in quotes: of a path Python would make this folder."""
+    several = {"nargs": "+"} if default == () else {}
+    text = cli.option(default, "a path", **several)
+    options = dataclasses.make_dataclass("Options", [(name, Any, text)], frozen=True)
+    p = cli.parser("What it does.")
+    cli.add_options(p, options)
+    for words in ([f"--{name}", ""], [f"--{name}="]):
+        with pytest.raises(SystemExit):
+            p.parse_args(words)
+        assert f"--{name}: is empty: give a value, or leave it out" in capsys.readouterr().err
+    for value in ("", ["a", ""]) if several else ("",):
+        with pytest.raises(ValueError, match=f"y: --{name}: is empty"):
+            cli.convert_options(options, {name: value}, "y")
+    assert p.parse_args([f"--{name}", " "]) and p.parse_args([])
+
+
+def test_an_empty_text_where_it_is_the_default():
+    options = dataclasses.make_dataclass("Options", [("kwargs", str, cli.option("", "K=V"))])
+    p = cli.parser("What it does.")
+    cli.add_options(p, options)
+    assert p.parse_args(["--kwargs", ""]).kwargs == ""
+    assert cli.convert_options(options, {"kwargs": ""}, "y") == {"kwargs": ""}
 
 
 def test_an_options_own_checks_speak_of_flags(parse):
