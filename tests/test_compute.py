@@ -63,6 +63,7 @@ def test_wrong_input_gets_one_line_and_exit_2(tmp_path):
     (tmp_path / "empty.yaml").touch()
     for arguments, expected in (
         (("--config", tmp_path / "step.pt"), f"python checkpoint.py inspect {tmp_path}/step.pt"),
+        (("--config", tmp_path / "a b.pt"), f"python checkpoint.py inspect '{tmp_path}/a b.pt'`"),
         (("--config", tmp_path / "run"), f"python checkpoint.py inspect {tmp_path}/run"),
         (("--config", "8b"), "presets are"),
         (("--config", "7b", "--gpu", "z9"), "no GPU named 'z9'"),
