@@ -188,7 +188,7 @@ def _agreement(
 
 def _disagree(client: Client, tokenizer: Tokenizer, text: str) -> str:
     return (
-        f"{client.root} reads {text!r:.40} as other tokens than {tokenizer.name} does: name the "
+        f"{client.root} reads {text[:38]!r} as other tokens than {tokenizer.name} does: name the "
         "tokenizer of the model that is served (--tokenizer-name)"
     )
 
