@@ -4,11 +4,11 @@
     torchrun --nproc-per-node=8 eval.py --checkpoint-path ckpt.pt \\
         --data-mode fineweb_npy --val-npy 'data/edufineweb_val_*.npy' --batch-size 32
 
-Takes checkpoints of rosetrainer, nanoGPT, Hugging Face and roseval. Prints loss (nats per token),
-perplexity and bits per byte with a standard error, and writes one JSON record per checkpoint with
-the whole protocol, and the loss of every window beside it. The same bits on any number of ranks.
-With --reference also how far each token's distribution lies from another model's. --documents
-scores each document by itself, as a model trained with document masks saw them.
+Takes every checkpoint that checkpoint.py opens. Prints loss (nats per token), perplexity and bits
+per byte with a standard error, and writes one JSON record per checkpoint with the whole protocol,
+and the loss of every window beside it. The same bits on any number of ranks. With --reference also
+how far each token's distribution lies from another model's. --documents scores each document by
+itself, as a model trained with document masks saw them.
 
     from eval import evaluate_perplexity
     result = evaluate_perplexity(model, tokenizer, val_data=["data/val.txt"])
