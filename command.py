@@ -34,6 +34,7 @@ from recording.runs import called
 
 if TYPE_CHECKING:  # these load torch
     from checkpoint import Checkpoint
+    from config import GPTConfig
     from distributed import Dist
     from quantisation.apply import Rounding, Weights
     from transformers_model import Model
@@ -102,7 +103,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
     check_results_dir(models, paths + adapters)
     with (
         distributed.setup(where.device, where.timeout) as dist,
-        ThreadPoolExecutor(2) as background,
+        ThreadPoolExecutor(3) as background,
     ):
         of_path = (1 + len(adapters)) * len(rules)
         n_models, keep_base = len(paths) * of_path, of_path > (1 if rules[0] else 2)
@@ -206,6 +207,11 @@ class Loader:
         self.undo: Callable[[], None] = lambda: None
         self.weights: Weights | None = None
 
+    def rehearses(self, ckpt: Checkpoint, dist: Dist) -> GPTConfig | None:
+        """Of which layers kernels are to be made ready before `load`: of the first model's."""
+        first = self.model is None and ckpt.native and dist.device.type == "cuda"
+        return ckpt.config if first else None
+
     def load(self, ckpt: Checkpoint, dist: Dist, quantisation: Quantisation | None = None) -> Model:
         """The model of a handle, or this rank's part of it; it lasts until the next is asked
         for."""
@@ -291,9 +297,11 @@ def measure_checkpoint(
     n_models: int,
 ) -> list[Result]:
     """A Result for each of the plans of one evaluation. asked: of which model, rounded how. Beside
-    the loading, prompts are made and, on one rank, the checkpoint is hashed: both take seconds."""
+    the loading, prompts are made, on one rank the checkpoint is hashed, and before the first model
+    kernels are made ready: each takes seconds."""
     from backends.local import facts_of
     from backends.parallel import in_groups
+    from backends.rehearsal import rehearse
     from formats import filling
 
     ckpt, quantisation = asked
@@ -301,6 +309,7 @@ def measure_checkpoint(
     evaluation, options = plans[0].evaluation, plans[0].options
     start = time.perf_counter()
     sources.keep()
+    rehearsed = background.submit(rehearse, loader.rehearses(ckpt, dist), loader.dtype, dist.device)
     at_once = quantisation if ckpt.base is None and not loader.keep else None
     packed = None
     if loader.packs and quantisation is None:
@@ -320,6 +329,7 @@ def measure_checkpoint(
     planned = background.submit(make_plans)
     model = loader.load(ckpt, dist, quantisation)
     made = planned.result()
+    rehearsed.result()
     background.submit(evaluation.code_version, *ckpt.rooms, *rooms)  # remembered for the record
     load_seconds = time.perf_counter() - start
     backend = frame.local_backend(options, model, facts, dist, n_models)

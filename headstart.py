@@ -4,8 +4,9 @@
         import torch
 
 `import torch` runs a thousand modules of Python. Meanwhile the driver, in C, makes the context that
-the first tensor on the GPU would wait for. Then Triton, which the first kernels of ours wait for,
-is imported beside the weights, which are read in C. What fails here is left for torch to say.
+the first tensor on the GPU would wait for, and Triton, which the first kernels of ours wait for, is
+imported and hashes its compiler, by which it finds compiled kernels. What fails here is left for
+torch to say.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import ctypes
 import gc
 import importlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import launcher
 
@@ -21,24 +22,24 @@ import launcher
 @contextlib.contextmanager
 def loading(device: str | None = None) -> Iterator[None]:
     """Within it modules are imported. device: as of distributed.setup."""
-    beside, context = ThreadPoolExecutor(1), None
+    beside = ThreadPoolExecutor(1)
     if device != "cpu":
-        context = beside.submit(_make_context)
+        beside.submit(_make_ready)
     gc.disable()  # what is imported stays: the collector would look through it a dozen times
     try:
         yield
-        if context is not None:
-            beside.submit(_import_triton, context)  # now: two that import wait for each other
     finally:
         gc.enable()
         beside.shutdown(wait=False)
     gc.freeze()
 
 
-def _import_triton(context: "Future[bool]") -> None:
-    if context.result():
-        with contextlib.suppress(ImportError):
-            importlib.import_module("triton.language")
+def _make_ready() -> None:
+    if _make_context():
+        # half a second of sha256 over libtriton.so, which the first kernel would wait for; neither
+        # Triton nor torch imports the other, so no two imports wait for each other
+        with contextlib.suppress(ImportError, AttributeError, TypeError, OSError):
+            importlib.import_module("triton.runtime.cache").triton_key()
 
 
 def _make_context() -> bool:

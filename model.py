@@ -2,7 +2,7 @@
 
     model = GPTModel(load_config("gpt2"))
     logits, loss = model(input_ids, labels=input_ids)      # as rosetrainer's model
-    hidden = model.hidden(input_ids)                       # [B, T, C], float32
+    hidden = model.hidden(input_ids)                       # [B, T, C]
     logits = model.logits(hidden)                          # [..., V]; scoring.py feeds it in chunks
 
 Shapes: B sequences, T tokens, C d_model, H query heads, G key/value heads, D head_dim, V vocabulary
@@ -71,20 +71,23 @@ class Block(nn.Module):
         c, dtype = self.config, self.mlp.dtype
         stream = x if isinstance(x, Stream) else Stream(x)
         h = stream.normed(self.ln1, dtype)
-        branch = self._branch(self.ln1_post(self.attn(h, rope, mask, cache)))
+        branch = self._branch(self.attn(h, rope, mask, cache), self.ln1_post)
         if c.parallel_residual and not c.shared_norm:
             h = stream.normed(self.ln2, dtype)
-        stream.add(branch)
+        stream.add(*branch)
         del branch  # or it would be held while the MLP runs
         if not c.parallel_residual:
             h = stream.normed(self.ln2, dtype)
-        stream.add(self._branch(self.ln2_post(self.mlp(h))))
+        stream.add(*self._branch(self.mlp(h), self.ln2_post))
         return stream if x is stream else stream.whole()
 
-    def _branch(self, y: Tensor) -> Tensor:
-        """What a branch adds to the residual stream."""
-        y, scale = self.dropout(y), self.config.residual_scale
-        return y if scale == 1.0 else y * scale
+    def _branch(self, y: Tensor, norm: nn.Module) -> tuple[Tensor, nn.Module | None]:
+        """What is added to the residual stream: y, and the norm that is still to be taken of it."""
+        scale = self.config.residual_scale
+        if scale == 1.0 and not self.training:
+            return y, norm
+        y = self.dropout(norm(y))
+        return y if scale == 1.0 else y * scale, None
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -253,7 +256,8 @@ class GPTModel(nn.Module):
         cache: Cache | None = None,
         mask: Sequence[Mask] | None = None,
     ) -> Tensor:
-        """Final hidden states [B, T, C], float32, of input_ids [B, T] int64.
+        """Final hidden states [B, T, C] of input_ids [B, T] int64: float32, or rounded as the head
+        rounds them, where one kernel does both.
 
         positions: [T] or [B, T], 0..T-1 unless given (or what the cache says). cache: keys and
         values already computed (backends/kvcache.py): an object with `positions(T)` and `attend`.
@@ -261,7 +265,11 @@ class GPTModel(nn.Module):
         (`within_documents` does).
         """
         positions = self.positions(input_ids, positions, cache)
-        return self.ln_f(self.through_blocks(input_ids, positions, cache, mask))
+        return self._final_norm(self.through_blocks(input_ids, positions, cache, mask))
+
+    def _final_norm(self, stream: Stream) -> Tensor:
+        scaled = self.config.logit_scale != 1.0  # before it is rounded
+        return stream.normed(self.ln_f, torch.float32 if scaled else self.dtype)
 
     @staticmethod
     def positions(input_ids: Tensor, given: Tensor | None, cache: Cache | None) -> Tensor:
@@ -273,12 +281,12 @@ class GPTModel(nn.Module):
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """The residual stream [B, T, C], float32, that the blocks begin with."""
-        x = self.token_embedding(input_ids).float()
+        x = self.token_embedding(input_ids)
         if self.config.embedding_scale != 1.0:
-            x = x * self.embedding_scales[self.token_embedding.weight.dtype]
+            x = x.float() * self.embedding_scales[self.token_embedding.weight.dtype]
         if self.config.position == "learned":
-            x = x + self.position_embedding(positions).float()
-        return self.dropout(self.ln_embedding(x))
+            x = x + self.position_embedding(positions).float()  # which makes all float32, exactly
+        return self.dropout(self.ln_embedding(x.float()))
 
     def through_blocks(
         self,
@@ -287,7 +295,7 @@ class GPTModel(nn.Module):
         cache: Cache | None,
         mask: Sequence[Mask] | None = None,
         came: list[Tensor] | None = None,
-    ) -> Tensor:
+    ) -> Stream:
         """The residual stream [B, T, C] after the blocks that are here. came: what the stream was
         before them, if that is not the embeddings; it is taken out, so that nothing holds it."""
         x: Tensor | Stream = came.pop() if came else self.embed(input_ids, positions)
@@ -307,7 +315,7 @@ class GPTModel(nn.Module):
         for first in self.layers[::n]:
             layers = range(first, min(first + n, self.layers.stop))
             x = checkpoint(through, x, layers, use_reentrant=False) if again else through(x, layers)
-        return x.whole() if isinstance(x, Stream) else x
+        return x if isinstance(x, Stream) else Stream(x)
 
     def within_documents(self, starts: Tensor) -> dict[str, Any]:
         """Options of `hidden` under which a token sees its own document alone, in which positions

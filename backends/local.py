@@ -32,6 +32,7 @@ from costs.flops import count_parameters, estimate_flops
 from costs.shards import part
 from distributed import Dist, print0
 from gpu_kernels.elementwise import ACTIVATIONS
+from modeling.attention import turns_normed
 from quantisation.names import Quantisation
 from tokenizer import Tokenizer
 from transformers_model import Model
@@ -380,11 +381,11 @@ def block_weights(config: GPTConfig) -> int:
 def _in_few_kernels(model: Model) -> bool:
     """Whether all between two products of an eager block is one kernel already
     (gpu_kernels/elementwise.py), so that compiling saves launches alone: on an H100 it made 124M,
-    XL and 7B 1 to 2% slower."""
+    XL, 7B and Qwen3's 8B 1 to 2% slower."""
     assert model.is_native, "others are never compiled"
     c, rounded = model.config, model.quantisation  # whose activations may be rounded as well
     one = c.activation in ACTIVATIONS if c.gated_mlp else c.activation == "gelu_new" and c.mlp_bias
-    norms = not c.pre_norm, c.post_norm, c.parallel_residual, c.qk_norm
+    norms = not c.pre_norm, c.post_norm, c.parallel_residual, c.qk_norm and not turns_normed(c)
     more = c.n_experts, c.kv_lora_rank, c.clip_qkv, c.attention_softcap, c.residual_scale != 1.0
     return one and model.dtype != torch.float32 and not any((rounded, *norms, *more))
 

@@ -136,8 +136,8 @@ class Stage(GPTModel):
         mask: Sequence[Any] | None,
     ) -> Tensor:
         positions = self.positions(input_ids, positions, cache)
-        x = self.through_blocks(input_ids, positions, cache, mask, came)
-        return self.ln_f(x)  # of all but the last stage, nothing
+        stream = self.through_blocks(input_ids, positions, cache, mask, came)
+        return self._final_norm(stream)  # of all but the last stage, nothing
 
 
 def head_alone(config: GPTConfig) -> GPTModel:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
 from gpu_kernels import elementwise  # noqa: E402
+from gpu_kernels.elementwise import Terms  # noqa: E402
 from modeling.rotary import rotate  # noqa: E402
 
 ROWS = 16384
@@ -46,18 +47,17 @@ def main(argv=None):
 def cases(width, d_ff):
     """(what, bytes moved at least, PyTorch's way, ours)"""
     x, w = torch.randn(ROWS, width, device="cuda"), torch.randn(width, device="cuda")
-    more = {"offset": 0.0, "dtype": HALF}
     yield (
         "RMSNorm",
         ROWS * width * 6,
         lambda: F.rms_norm(x, (width,), w, 1e-5).to(HALF),
-        lambda: elementwise.norm(x, w, None, 1e-5, rms=True, **more),
+        lambda: elementwise.norm(x, Terms(w, None, 1e-5, True), HALF),
     )
     yield (
         "LayerNorm",
         ROWS * width * 6,
         lambda: F.layer_norm(x, (width,), w, w, 1e-5).to(HALF),
-        lambda: elementwise.norm(x, w, w, 1e-5, rms=False, **more),
+        lambda: elementwise.norm(x, Terms(w, w, 1e-5, False), HALF),
     )
     h = torch.randn(ROWS, 2 * d_ff, device="cuda", dtype=HALF)
     yield (

@@ -1,7 +1,7 @@
 """What lies between the matrix products of a block, each in one pass over memory, for eager CUDA.
 
-    y = norm(x, weight, bias, 1e-5, rms=True, offset=0.0, dtype=torch.bfloat16)     # [..., C]
-    x, y = add_and_norm(x, branch, weight, …)               # of x + branch
+    y = norm(x, Terms(weight, bias, 1e-5, rms=True), torch.bfloat16)     # [..., C]
+    x, y = add_and_norm(x, branch, terms, torch.bfloat16)   # of x + branch, or x + norm(branch)
     rotate_(q, cos, sin, k, norms)                          # [B, T, H, D], in place
     h = gated(gate_and_up, "silu")                          # [..., 2F] -> [..., F]
 
@@ -19,6 +19,7 @@ Shapes: B sequences, T tokens, C d_model, H heads, D head_dim, R rotary channels
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -66,19 +67,11 @@ def _norm_kernel():
     import triton.language as tl
 
     @triton.jit
-    def norm(
-        x, branch, total, weight, bias, y, C, eps, offset,
-        ADD: tl.constexpr, RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-        BLOCK: tl.constexpr,
+    def normed(
+        a, inside, C, weight, bias, column, eps, offset,
+        RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     ):  # fmt: skip
-        """One program a row [C]: of x, or of x + branch, which is kept."""
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        inside = column < C
-        a = tl.load(x + row * C + column, mask=inside, other=0.0).to(tl.float32)
-        if ADD:
-            a += tl.load(branch + row * C + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(total + row * C + column, a, mask=inside)
+        """The norm of a row a [BLOCK], which is zero from C on; so is this."""
         if not RMS:
             a = tl.where(inside, a - tl.sum(a, axis=0) / C, 0.0)
         a = a * tl.rsqrt(tl.sum(a * a, axis=0) / C + eps)
@@ -86,7 +79,29 @@ def _norm_kernel():
             a = a * (tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset)
         if BIAS:
             a = a + tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + row * C + column, a.to(y.dtype.element_ty), mask=inside)
+        return a
+
+    @triton.jit
+    def norm(
+        x, branch, total, weight, bias, of_weight, of_bias, y, C, x_row, eps, offset,
+        ADD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+        RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program a row [C]: of x, or of x + branch, which is kept. FIRST: the branch is normed
+        before it is added. LAST: what comes of it is. x_row: stride of x."""
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < C
+        a = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            b = tl.load(branch + row * C + column, mask=inside, other=0.0).to(tl.float32)
+            if FIRST:
+                b = normed(b, inside, C, of_weight, of_bias, column, eps, offset, RMS, WEIGHT, BIAS)
+            a += b
+            tl.store(total + row * C + column, a, mask=inside)
+        if LAST:
+            a = normed(a, inside, C, weight, bias, column, eps, offset, RMS, WEIGHT, BIAS)
+            tl.store(y + row * C + column, a.to(y.dtype.element_ty), mask=inside)
 
     return norm
 
@@ -164,47 +179,59 @@ def _gated_kernel():
     return gated
 
 
-def norm(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    *,
-    rms: bool,
-    offset: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """RMSNorm or LayerNorm of x [..., C], C <= MAX_WIDTH, times weight + offset, in `dtype`."""
-    return add_and_norm(x, None, weight, bias, eps, rms=rms, offset=offset, dtype=dtype)[1]
+class Terms(NamedTuple):
+    """Of an RMSNorm or a LayerNorm over C channels, times weight + offset, plus bias."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+    rms: bool
+    offset: float = 0.0
+
+
+def norm(x: torch.Tensor, terms: Terms, dtype: torch.dtype) -> torch.Tensor:
+    """The norm of x [..., C], C <= MAX_WIDTH, in `dtype`."""
+    C = x.shape[-1]
+    rows, y = x.reshape(-1, C), torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch(rows, x, x, y, terms, None)  # rows as they lie, also in a part of a wider product
+    return y
 
 
 def add_and_norm(
     x: torch.Tensor,
-    branch: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    *,
-    rms: bool,
-    offset: float,
+    branch: torch.Tensor,
+    terms: Terms | None,
     dtype: torch.dtype,
+    of_branch: Terms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + branch, its norm), both in one pass: x [..., C] float32, branch alike in any dtype."""
-    C, total = x.shape[-1], x
-    assert C <= MAX_WIDTH and x.is_contiguous(), (x.shape, x.stride())
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if branch is not None:
-        assert x.dtype == torch.float32 and branch.shape == x.shape, (x.dtype, branch.shape)
-        branch, total = branch.contiguous(), torch.empty_like(x)
-    if x.numel():
-        block = 1 << (C - 1).bit_length()
-        _norm_kernel()[(x.numel() // C,)](
-            x, x if branch is None else branch, total, x if weight is None else weight,
-            x if bias is None else bias, y, C, eps, offset, ADD=branch is not None,
-            RMS=rms, WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
-        )  # fmt: skip
+    """(x + branch, its norm in `dtype`), both in one pass: x [..., C] float32, branch alike in any
+    dtype. of_branch: of the norm of the branch that is added instead, of the same kind. Without
+    terms the sum, twice."""
+    assert x.dtype == torch.float32 and branch.shape == x.shape, (x.dtype, branch.shape)
+    total = torch.empty(x.shape, device=x.device)
+    y = total if terms is None else torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch(x.reshape(-1, x.shape[-1]), branch.contiguous(), total, y, terms, of_branch)
     return total, y
+
+
+def _launch(rows, branch, total, y, last: Terms | None, first: Terms | None) -> None:
+    """rows [N, C]; branch, total, y: of as many, without gaps. Without a branch, it is total."""
+    (N, C), terms = rows.shape, last or first
+    assert terms is not None and C <= MAX_WIDTH and rows.stride(1) == 1, (C, rows.stride())
+    if last is not None and first is not None:  # one kind, as all norms of a residual stream are
+        assert last[2:] == first[2:], (last[2:], first[2:])
+    if N == 0:
+        return
+    block = 1 << (C - 1).bit_length()
+    weight, bias, of_weight, of_bias = (
+        rows if term is None else term for term in (*(last or terms)[:2], *(first or terms)[:2])
+    )
+    _norm_kernel()[(N,)](
+        rows, branch, total, weight, bias, of_weight, of_bias, y, C, rows.stride(0),
+        terms.eps, terms.offset, ADD=branch is not total, FIRST=first is not None,
+        LAST=last is not None, RMS=terms.rms, WEIGHT=terms.weight is not None,
+        BIAS=terms.bias is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
 
 
 def rotate_(

@@ -295,6 +295,14 @@ def attention_without_plans() -> AbstractContextManager[None]:
 # The modules. Names and registration order of Attention's are rosetrainer's
 
 
+def turns_normed(config: GPTConfig) -> bool:
+    """Whether heads are normed and turned by one kernel, where there is one."""
+    c = config
+    whole = c.qk_norm_over == "head" and c.position == "rope" and c.rotary_fraction == 1.0
+    plain = c.qk_norm_type == "rmsnorm" and c.norm_weight
+    return c.qk_norm and not c.qk_norm_after_rope and whole and plain
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -306,10 +314,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = head_norm(config, config.n_heads)
             self.k_norm = head_norm(config, config.n_kv_heads)
-        # whether heads are normed and turned by one kernel, where there is one
-        whole = config.qk_norm_over == "head" and config.rotary_fraction == 1.0
-        plain = config.qk_norm_type == "rmsnorm" and config.norm_weight
-        self.turns_normed = config.qk_norm and not config.qk_norm_after_rope and whole and plain
+        self.turns_normed = turns_normed(config)
 
     def forward(
         self,

@@ -1,8 +1,6 @@
 """LayerNorm and RMSNorm in float32, of the residual stream, of queries and keys, of latents; and
 the residual stream, whose sums they take over where one kernel does both."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +32,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """float32; or in `dtype`, that of the products it goes into, where one kernel does both."""
         if self._in_one_kernel(x, dtype or x.dtype):
-            return elementwise.norm(x, *self._terms, **self._how, dtype=dtype or torch.float32)
+            return elementwise.norm(x, self._terms, dtype or torch.float32)
         x, shape = x.float(), (self.width,)
         # in 16 bits where training gathers all of a block so (training/fsdp.py)
         weight: Tensor | None = None if self.weight is None else self.weight.float()
@@ -49,24 +47,33 @@ class Norm(nn.Module):
             x = F.rms_norm(x, shape, shared, self.eps)
         return x if own is None else x * own
 
-    def after(self, x: Tensor, branch: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(x + branch, its norm in `dtype`) of the residual stream x and what is added to it."""
+    def after(
+        self, x: Tensor, branch: Tensor, dtype: torch.dtype, of_branch: "Norm | None" = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x + branch, its norm in `dtype`) of the residual stream x and what is added to it, after
+        a norm of its own where there is one."""
         if x.dtype == torch.float32 and self._in_one_kernel(x, dtype):
-            return elementwise.add_and_norm(x, branch, *self._terms, **self._how, dtype=dtype)
-        x = x + branch
+            first = None if of_branch is None else of_branch._terms
+            return elementwise.add_and_norm(x, branch, self._terms, dtype, first)
+        x = plus(x, branch, of_branch)
         return x, self(x, dtype)
 
     def _in_one_kernel(self, x: Tensor, dtype: torch.dtype) -> bool:
-        fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH and x.is_contiguous()
+        fits = self.heads == 1 and self.width <= elementwise.MAX_WIDTH
         return fits and elementwise.applies(x, dtype)
 
     @property
-    def _terms(self) -> tuple[Tensor | None, Tensor | None, float]:
-        return self.weight, self.bias, self.eps
+    def _terms(self) -> elementwise.Terms:
+        return elementwise.Terms(self.weight, self.bias, self.eps, not self.layer_norm, self.offset)
 
-    @property
-    def _how(self) -> dict[str, Any]:
-        return {"rms": not self.layer_norm, "offset": self.offset}
+
+def plus(x: Tensor, branch: Tensor, of_branch: Norm | None) -> Tensor:
+    """The residual stream x [..., C] and what is added to it, after its norm if it has one."""
+    if of_branch is None:
+        return x + branch
+    if x.dtype == torch.float32 and of_branch._in_one_kernel(branch, branch.dtype):
+        return elementwise.add_and_norm(x, branch, None, x.dtype, of_branch._terms)[0]
+    return x + of_branch(branch)
 
 
 class Stream:
@@ -76,11 +83,12 @@ class Stream:
     def __init__(self, x: Tensor):
         self._x: Tensor = x
         self._branch: Tensor | None = None
+        self._of_branch: Norm | None = None
 
-    def add(self, branch: Tensor) -> None:
-        """[..., C], to be added."""
+    def add(self, branch: Tensor, norm: nn.Module | None = None) -> None:
+        """[..., C], to be added; where there is a norm, of stream_norm, after it."""
         self.whole()
-        self._branch = branch
+        self._branch, self._of_branch = branch, norm if isinstance(norm, Norm) else None
 
     def normed(self, norm: nn.Module, dtype: torch.dtype) -> Tensor:
         """What a branch begins with: the norm of the stream, of stream_norm, for products in
@@ -88,14 +96,14 @@ class Stream:
         if self._branch is None or not isinstance(norm, Norm):
             x = self.whole()
             return norm(x, dtype) if isinstance(norm, Norm) else norm(x)
-        self._x, h = norm.after(self._x, self._branch, dtype)
+        self._x, h = norm.after(self._x, self._branch, dtype, self._of_branch)
         self._branch = None
         return h
 
     def whole(self) -> Tensor:
         """The stream, to which nothing is left to be added."""
         if self._branch is not None:
-            self._x, self._branch = self._x + self._branch, None
+            self._x, self._branch = plus(self._x, self._branch, self._of_branch), None
         return self._x
 
 

@@ -33,7 +33,7 @@ class Driver:
 
 
 def asked_of(driver, device, monkeypatch, **environment) -> tuple[list[int], list[str]]:
-    """The contexts, and what is imported beside the weights."""
+    """The contexts, and what is imported beside torch."""
     imported = []
     monkeypatch.setattr(headstart.importlib, "import_module", imported.append)
 
@@ -47,7 +47,7 @@ def asked_of(driver, device, monkeypatch, **environment) -> tuple[list[int], lis
         monkeypatch.setenv(name, value)
     before = set(threading.enumerate())
     with headstart.loading(device):
-        assert not gc.isenabled() and not imported
+        assert not gc.isenabled()
     assert gc.isenabled()
     for thread in set(threading.enumerate()) - before:
         thread.join()
@@ -72,7 +72,7 @@ RANK_1 = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a",
 def test_the_context_of_this_ranks_gpu(driver, device, environment, wanted, monkeypatch):
     asked, imported = asked_of(driver, device, monkeypatch, **environment)
     assert asked == wanted
-    assert imported == ["triton.language"] * len(wanted), "where there is a GPU, and nowhere else"
+    assert imported == ["triton.runtime.cache"] * len(wanted), "where there is a GPU alone"
 
 
 def test_the_collector_is_back_after_an_error():

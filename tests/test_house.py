@@ -56,7 +56,8 @@ FLOORS = [
     "backends/scoring backends/continuations backends/strips backends/pairs backends/rows "
     "backends/stages backends/steady backends/endings backends/engine backends/wanted",
     "tasks/divergence tasks/windows",
-    "backends/states backends/local backends/endpoint backends/reference tasks/chat "
+    "backends/states backends/local backends/endpoint backends/reference backends/rehearsal "
+    "tasks/chat "
     "tasks/agreement tasks/evalplus tasks/extraction tasks/code_prompts "
     "tasks/problems tasks/scores tasks/layouts tasks/question_files tasks/questions "
     "tasks/templates tasks/choice_sets tasks/prompts tasks/confidence tasks/p_true tasks/choices "

@@ -382,7 +382,7 @@ def test_eager_is_chosen_for_small_jobs_and_on_cpu(byte):
         {"post_norm": True},
         {"pre_norm": False, "post_norm": True},
         {"parallel_residual": True},
-        {"qk_norm": True},
+        {"qk_norm": True, "qk_norm_over": "width"},
         {"activation": "relu", "gated_mlp": False},
         {"attention_softcap": 30.0},
         {"n_experts": 4, "n_experts_per_token": 2},
@@ -390,6 +390,7 @@ def test_eager_is_chosen_for_small_jobs_and_on_cpu(byte):
 )
 def test_what_no_kernel_of_ours_does_is_compiled(more, byte):
     cuda, config = torch.device("cuda"), load_config("7b")
-    for c, wanted in ((config, False), (config.replace(**more), True)):
+    heads = config.replace(qk_norm=True)  # normed and turned by one kernel
+    for c, wanted in ((config, False), (heads, False), (config.replace(**more), True)):
         local = Local(GPTModel.on_meta(c).bfloat16(), byte, dist=Rank(0, 1, 0, cuda))
         assert local.should_compile(Windows(10**9, 1024), 16) == wanted

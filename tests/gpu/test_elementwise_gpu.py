@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from builders import tiny_model
 
 from gpu_kernels import elementwise
-from gpu_kernels.elementwise import PLAIN
+from gpu_kernels.elementwise import PLAIN, Terms
 from modeling.rotary import rotate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -38,10 +38,9 @@ def test_norms(width, dtype):
         w = torch.randn(width, device="cuda") if weighted else None
         b = torch.randn(width, device="cuda")
         scale = None if w is None else w.double() + offset
-        more = {"offset": offset, "dtype": dtype}
-        rms = elementwise.norm(x, w, None, 1e-5, rms=True, **more)
+        rms = elementwise.norm(x, Terms(w, None, 1e-5, True, offset), dtype)
         assert error(rms, F.rms_norm(x.double(), (width,), scale, 1e-5).to(dtype)) < 1e-3
-        layer = elementwise.norm(x, w, b, 1e-5, rms=False, **more)
+        layer = elementwise.norm(x, Terms(w, b, 1e-5, False, offset), dtype)
         wanted = F.layer_norm(x.double(), (width,), scale, b.double(), 1e-5)
         assert error(layer, wanted.to(dtype)) < 1e-3
 
@@ -53,10 +52,18 @@ def test_a_branch_is_added_and_the_sum_normed_at_once(width):
         branch = torch.randn(rows, width, device="cuda")
         branch = branch.bfloat16() if half else branch
         w, b = torch.randn(width, device="cuda"), torch.randn(width, device="cuda")
-        how = {"rms": rms, "offset": 1.0, "dtype": torch.bfloat16}
-        total, y = elementwise.add_and_norm(x, branch, w, None if rms else b, 1e-5, **how)
+        terms = Terms(w, None if rms else b, 1e-5, rms, 1.0)
+        total, y = elementwise.add_and_norm(x, branch, terms, torch.bfloat16)
         assert torch.equal(total, x + branch), "the very sum"
-        assert torch.equal(y, elementwise.norm(total, w, None if rms else b, 1e-5, **how))
+        assert torch.equal(y, elementwise.norm(total, terms, torch.bfloat16))
+        first = Terms(torch.randn_like(w), None if rms else -b, 1e-5, rms, 1.0)
+        total, y = elementwise.add_and_norm(x, branch, terms, torch.bfloat16, first)
+        apart = x + elementwise.norm(branch, first, torch.float32)
+        assert error(total, apart) < 1e-6 and torch.equal(
+            y, elementwise.norm(total, terms, torch.bfloat16)
+        )
+        alone, again = elementwise.add_and_norm(x, branch, None, torch.float32, first)
+        assert torch.equal(alone, total) and again is alone
 
 
 @pytest.mark.parametrize("kind", ["gpt", "llama"])
@@ -66,7 +73,7 @@ def test_sums_across_blocks_have_the_bits_of_sums_made_at_once(kind):
     x = model.embed(ids, positions)
     for block in model.blocks:
         x = block(x, model._ropes(positions, 50).get("global"))
-    assert torch.equal(model.through_blocks(ids, positions, None), x)
+    assert torch.equal(model.through_blocks(ids, positions, None).whole(), x)
 
 
 @pytest.mark.parametrize("D, R", [(2, 2), (16, 16), (64, 64), (80, 32), (96, 72), (128, 128)])
@@ -128,10 +135,10 @@ def test_gates(name):
 def test_a_row_does_not_depend_on_its_neighbours():
     x = torch.randn(50, 4096, device="cuda")
     w = torch.randn(4096, device="cuda")
-    more = {"rms": True, "offset": 0.0, "dtype": torch.bfloat16}
-    whole = elementwise.norm(x, w, None, 1e-5, **more)
+    terms = Terms(w, None, 1e-5, True)
+    whole = elementwise.norm(x, terms, torch.bfloat16)
     for rows in (slice(0, 1), slice(3, 20), slice(49, 50)):
-        alone = elementwise.norm(x[rows].contiguous(), w, None, 1e-5, **more)
+        alone = elementwise.norm(x[rows].contiguous(), terms, torch.bfloat16)
         assert torch.equal(alone, whole[rows])
 
 

@@ -1,17 +1,16 @@
 """Kernels of a decode step in Triton's interpreter, against their plain twins: what draws a token,
-what merges attention's parts, what adds a branch and norms.
+what merges attention's parts.
 
 TRITON_INTERPRET=1 python -m pytest -q tests/gpu_kernels/test_token_sampling.py
 
-On CUDA: tests/gpu/test_engine_gpu.py and test_elementwise_gpu.py."""
+On CUDA: tests/gpu/test_engine_gpu.py."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from interpreted import expose, interpreted
 
 from backends import sampling
-from gpu_kernels import decode_attention, decode_kernels, elementwise, token_sampling
+from gpu_kernels import decode_attention, decode_kernels, token_sampling
 
 FEATURES = [{"temperature"}, {"temperature", "top_p"}, {"temperature", "top_k"}]
 FEATURES += [set(sampling.COLUMNS)]
@@ -59,21 +58,3 @@ def test_parts_are_merged_as_by_plain_operations(monkeypatch, X, B, H, E):
     wanted = decode_attention.merge_parts(out, lse)
     found = decode_attention.merge_parts(out.as_subclass(OnGPU), lse)
     torch.testing.assert_close(torch.Tensor(found), wanted, rtol=1e-5, atol=1e-6)
-
-
-@interpreted
-@pytest.mark.parametrize("C", [64, 100, 1000])
-@pytest.mark.parametrize("rms", [True, False])
-def test_a_branch_is_added_and_the_sum_normed(monkeypatch, C, rms):
-    expose(monkeypatch, elementwise, elementwise._norm_kernel())
-    g = torch.Generator().manual_seed(C)
-    x, branch = torch.randn(5, C, generator=g), torch.randn(5, C, generator=g).bfloat16()
-    weight, bias = torch.randn(C, generator=g), None if rms else torch.randn(C, generator=g)
-    how = {"rms": rms, "offset": 0.0, "dtype": torch.bfloat16}
-    total, y = elementwise.add_and_norm(x, branch, weight, bias, 1e-5, **how)
-    assert torch.equal(total, x + branch)
-    assert torch.equal(y, elementwise.norm(x + branch, weight, bias, 1e-5, **how))
-    wanted = F.rms_norm(total, (C,), weight, 1e-5)
-    if not rms:
-        wanted = F.layer_norm(total, (C,), weight, bias, 1e-5)
-    torch.testing.assert_close(y.float(), wanted, rtol=1e-2, atol=1e-5)

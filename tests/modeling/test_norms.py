@@ -1,5 +1,5 @@
 """The residual stream, whose sums wait for the norm after them: the bits of sums made at once, in
-every order of a block, and none but the last, or where a norm comes first, made apart."""
+every order of a block, and none made apart but where no norm follows."""
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ KINDS = {
     "gpt": {},
     "parallel": {"parallel_residual": True},
     "one norm": {"parallel_residual": True, "shared_norm": True},
-    "norms around": {"post_norm": True, "residual_scale": 0.5},
+    "norms around": {"post_norm": True},
+    "scaled": {"post_norm": True, "residual_scale": 0.5},
     "norms behind": {"pre_norm": False, "post_norm": True},
 }
 
@@ -23,14 +24,14 @@ def model_of(name):
 
 def by_hand(model, x):
     """Blocks as their paper draws them, each sum made where it stands."""
-    c = model.config
+    c, scale = model.config, model.config.residual_scale
     rope = model._ropes(torch.arange(x.shape[1]), x.shape[1]).get("global")
     for block in model.blocks:
-        a = block._branch(block.ln1_post(block.attn(block.ln1(x), rope, None, None)))
+        a = block.ln1_post(block.attn(block.ln1(x), rope, None, None)) * scale
         before = x if c.parallel_residual else x + a
         h = block.ln1(before) if c.shared_norm else block.ln2(before)
         x = x + a
-        x = x + block._branch(block.ln2_post(block.mlp(h)))
+        x = x + block.ln2_post(block.mlp(h)) * scale
     return x
 
 
@@ -40,7 +41,7 @@ def test_the_bits_of_sums_made_at_once(name):
     model, ids = model_of(name), torch.arange(24).view(2, 12)
     positions = torch.arange(12)
     wanted = by_hand(model, model.embed(ids, positions))
-    assert torch.equal(model.through_blocks(ids, positions, None), wanted)
+    assert torch.equal(model.through_blocks(ids, positions, None).whole(), wanted)
     x = model.embed(ids, positions)
     for block in model.blocks:  # as a compiled block and a backward have them: whole
         x = block(x, model._ropes(positions, 12).get("global"))
@@ -49,11 +50,11 @@ def test_the_bits_of_sums_made_at_once(name):
 
 
 @pytest.mark.parametrize(
-    "name, taken", [("llama", 5), ("gpt", 5), ("parallel", 2), ("norms around", 5)]
+    "name, taken", [("llama", 6), ("gpt", 6), ("parallel", 3), ("norms around", 6), ("scaled", 6)]
 )
 @torch.no_grad()
 def test_norms_take_over_all_sums_that_they_follow(name, taken, monkeypatch):
-    """Of three layers' six; of parallel branches one a layer, and the last layer's has no norm."""
+    """Of three layers' six, the last by the norm before the head; of parallel branches half."""
     calls, after = [], Norm.after
     monkeypatch.setattr(Norm, "after", lambda *args: calls.append(0) or after(*args))
     model_of(name).hidden(torch.arange(8)[None])
