@@ -69,7 +69,7 @@ def test_what_is_imported_late_too(without_torch, tmp_path):
     assert traced.stderr.endswith(line)
 
 
-@pytest.mark.parametrize("name, where", [("stats", "early"), ("dataset", "late")])
+@pytest.mark.parametrize("name, where", [("stats", "early"), ("checkpoint", "late")])
 def test_a_module_of_ours_that_is_not_there_is_a_traceback(name, where, tmp_path):
     (tmp_path / "x.txt").write_text("abc")
     flags = ["eval.py", "--checkpoint-path", "c", "--val-data", str(tmp_path / "x.txt")]
