@@ -74,7 +74,8 @@ def write_report(
             pictures = draw(groups_of(found["ok"]), out_dir)
             pictures += draw_families(families_of(found["ok"]), out_dir)
     except OSError as error:  # a full disk, a directory of somebody else's
-        raise ValueError(f"{error}; --out FOLDER writes the report elsewhere") from None
+        where, why = error.filename or out_dir, error.strerror or error
+        raise ValueError(f"{where}: {why}; --out FOLDER writes the report elsewhere") from None
     parts = [terminal(table, sys.stdout.isatty()) for table in tables]
     parts = parts or [f"{cli.printable(results_dir)}: no results yet"]
     parts += beside_tables(found)
