@@ -59,7 +59,10 @@ def load_and_fail(*args):
             fault.unlink()
         if what == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(*args) * (float("nan") if what == "nan" else 1)
+        stream = real(*args)
+        if what == "nan":
+            stream.add(stream.whole() * float("nan"))
+        return stream
     model.through_blocks = through_blocks
     return model, dist
 
