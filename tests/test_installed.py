@@ -42,6 +42,14 @@ def test_every_command_without_its_packages_is_one_line(tmp_path):
         assert f"bash {ROOT}/scripts/install.sh" in line
 
 
+def test_a_shell_script_too(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    python.chmod(0o755)
+    sweep = ["bash", ROOT / "scripts/sweep_checkpoints.sh", tmp_path]
+    assert "is not installed" in said(run(sweep, env=os.environ | {"PYTHON": str(python)}))
+
+
 @pytest.fixture(scope="module")
 def without_torch(tmp_path_factory):
     """An environment of an interpreter that finds all that is installed here but torch."""
