@@ -26,6 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
+
 import numpy as np
 
 import cli

@@ -31,6 +31,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import installed  # noqa: F401
+
 import torch
 from torch import nn
 
@@ -87,8 +89,8 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        file = error.filename or path
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+        why = error.strerror or error
+        raise ValueError(f"{error.filename or path} cannot be read: {why}") from None
 
 
 def reader_of(path: Path) -> ModuleType:
@@ -98,9 +100,8 @@ def reader_of(path: Path) -> ModuleType:
         for reader in READERS:
             if getattr(reader, question, lambda path: False)(path):
                 return reader
-        tried = question == "tries" or not os.path.isdir(path)
-        if tried and (foreign_kind := foreign.what_is(path)):
-            raise ValueError(f"{path} is {foreign_kind}")
+        if (question == "tries" or not os.path.isdir(path)) and (kind := foreign.what_is(path)):
+            raise ValueError(f"{path} is {kind}")
     if not os.path.isdir(path):
         require_file(path)
     if finding.closed_to_us(path):
@@ -274,9 +275,8 @@ class Checkpoint:
 
     def _check_unchanged(self) -> None:
         with _readable(self.path):
-            now = self._state_of_files()
-        if now != self._as_opened:
-            raise ValueError(f"{self.path} was replaced or changed since it was opened")
+            if self._state_of_files() != self._as_opened:
+                raise ValueError(f"{self.path} was replaced or changed since it was opened")
 
 
 # ---------------------------------------------------------------------------------------------

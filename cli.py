@@ -18,6 +18,7 @@ failure as 1.
 """
 
 import argparse
+import copy
 import functools
 import os
 import signal
@@ -29,20 +30,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import installed
+
 import streams
 from launcher import launch, rank
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-DTYPES = {
-    "fp32": "float32",
-    "float32": "float32",
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp16": "float16",
-    "float16": "float16",
-}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES |= {name: name for name in DTYPES.values()}
 USER_ERRORS = (ValueError, OSError)  # OSError: a file that is not there, a full disk, …
 SIGNAL_GRACE = 5.0  # seconds that the main thread has to notice a signal
 ENDED_BY_OTHERS = 60.0  # seconds that torchrun has to end a rank whose peers are gone
@@ -55,7 +52,34 @@ COMPILERS = ("torch._dynamo", "torch._inductor")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, from rank 0 alone."""
+    """argparse whose errors are one line, from rank 0 alone, and whose --help says defaults that no
+    help names. What it returns also has `given`: the names of the options that the command line
+    gives, at their default values or others."""
+
+    def add_argument(self, *flags: Any, **how: Any) -> argparse.Action:
+        action = super().add_argument(*flags, **how)
+        default, said = action.default, action.help or ""
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+        plain = isinstance(default, str | int | float) and not isinstance(default, bool)
+        if plain and shown not in said and default != argparse.SUPPRESS:
+            action.help = f"{said} ({shown.replace('%', '%%')})".strip()
+        jobs = isinstance(action, argparse._SubParsersAction)
+        if action.type is None and action.nargs != 0 and default != "" and not jobs:
+            action.type = filled
+        return action
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        values = super().parse_args(args, namespace)
+        values.given = self._given(args)
+        return values
+
+    def _given(self, args: Any) -> set[str]:
+        """What is left where nothing has a default."""
+        bare = copy.deepcopy(self)
+        bare._defaults = {}
+        for action in bare._actions:
+            action.default = argparse.SUPPRESS
+        return set(vars(argparse.ArgumentParser.parse_args(bare, args)))
 
     def error(self, message: str) -> NoReturn:
         if rank() == 0:
@@ -69,6 +93,13 @@ def parser(description: str | None) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def filled(text: str) -> str:
+    """Text, not what a shell makes of a variable that is not set: a path would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a value, or leave it out")
+    return text
 
 
 def positive_int(text: str) -> int:
@@ -177,21 +208,21 @@ def _convert(f, value):
         items = value if isinstance(value, (list, tuple)) else [value]
         if value == [] and argument["nargs"] == "+":
             raise ValueError("needs a value")
-        return tuple(_convert_one(argument, item) for item in items)
+        return tuple(_convert_one(argument, item, f.default) for item in items)
     if isinstance(f.default, bool):
         if not isinstance(value, bool):
             raise ValueError(f"needs true or false, not {value!r}")
         return value
-    return None if value is None and f.default is None else _convert_one(argument, value)
+    return None if value is None and f.default is None else _convert_one(argument, value, f.default)
 
 
-def _convert_one(argument, value):
+def _convert_one(argument, value, default):
     choices = argument.get("choices")
     if isinstance(value, bool) and ("on" in (choices or ()) or argument.get("const") == "on"):
         value = "on" if value else "off"  # as YAML reads these two words
     if isinstance(value, (bool, list, dict)) or value is None:
         raise ValueError(f"needs one value, not {value!r}")
-    kind = argument.get("type", str)
+    kind = argument.get("type", filled if default != "" else str)
     try:
         value = kind(str(value))
     except ValueError:
@@ -255,13 +286,19 @@ class RunOptions:
             )
 
 
+def check_unused(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """ValueError for options that are given where nothing would come of them."""
+    for name in names:
+        if name in args.given:
+            raise ValueError(f"{flag_of(name)} goes {why}")
+
+
 def check_seconds(p: Parser, args: argparse.Namespace, *names: str) -> None:
     """Flags that are None or a number of seconds to wait for: threads cannot wait longer."""
     for name in names:
         seconds = getattr(args, name)
         if seconds is not None and not 0 < seconds <= threading.TIMEOUT_MAX:
-            flag = name.replace("_", "-")
-            p.error(f"--{flag} must be a positive number of seconds, not {seconds:g}")
+            p.error(f"{flag_of(name)} must be a positive number of seconds, not {seconds:g}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -288,9 +325,12 @@ def run(main: Callable[[], object]) -> None:
         _report(error)
     except Exception as error:
         code = 1
+        said = installed.missing(error)
         if type(error).__module__.startswith(COMPILERS):
+            said = f"torch.compile: {first_line(error)}; --compile off goes without"
+        if said:
             code = 2
-            _report(ValueError(f"torch.compile: {first_line(error)}; --compile off goes without"))
+            _report(error, said)
         else:
             _print_traceback(error)
     sys.stdout.flush()
@@ -323,18 +363,20 @@ def reason_of(error: Exception) -> str:
     on; what nobody foresaw with its type. --debug shows where it came from."""
     _show_traceback(error)
     expected = isinstance(error, USER_ERRORS)
-    return first_line(error) if expected else f"{type(error).__name__}: {first_line(error)}"
+    said = first_line(error) if expected else f"{type(error).__name__}: {first_line(error)}"
+    return installed.missing(error) or said
 
 
-def _report(error: Exception) -> None:
-    """One line. Bad input fails every rank alike, so the others leave the word to rank 0, whose
-    exit makes torchrun end them; a rank that failed alone is still there to speak."""
+def _report(error: Exception, said: str = "") -> None:
+    """One line: what the error says, or `said`. Bad input fails every rank alike, so the others
+    leave the word to rank 0, whose exit makes torchrun end them; a rank that failed alone is still
+    there to speak."""
     _show_traceback(error)
     prefix = "error"
     if rank():
         time.sleep(2.0)
         prefix = f"error on rank {rank()}"
-    text = printable(" ".join(str(error).split())) or type(error).__name__
+    text = printable(" ".join((said or str(error)).split())) or type(error).__name__
     print(f"{prefix}: {text}", file=sys.stderr, flush=True)
 
 

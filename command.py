@@ -81,7 +81,7 @@ def run_command(evaluation: Evaluation, args: argparse.Namespace) -> None:
     under each rule of quantisation; or the model that is served."""
     if args.endpoint:
         return run_served(evaluation, args)
-    check_unused(evaluation, args, cli.option_names(EndpointOptions), "only with --endpoint")
+    cli.check_unused(args, cli.option_names(EndpointOptions), "only with --endpoint")
     models = cli.read_options(ModelOptions, args)
     over = cli.read_options(AdapterOptions, args).adapter
     rules = cli.read_options(QuantiseOptions, args).wanted
@@ -136,20 +136,9 @@ OF_CHECKPOINTS += ["device", "compile", "batch_size", "batch_tokens", "no_prefix
 OF_CHECKPOINTS += ["reference", "reference_dtype", "kv_dtype"]
 
 
-def check_unused(
-    evaluation: Evaluation, args: argparse.Namespace, names: Iterable[str], why: str
-) -> None:
-    """ValueError for flags that are given where nothing would come of them."""
-    p = cli.parser(None)
-    add_flags(p, evaluation)
-    for name in names:
-        if hasattr(args, name) and getattr(args, name) != p.get_default(name):
-            raise ValueError(f"{cli.flag_of(name)} goes {why}")
-
-
 def run_served(evaluation: Evaluation, args: argparse.Namespace) -> None:
     """The evaluation of a model behind an endpoint, in one process."""
-    check_unused(evaluation, args, OF_CHECKPOINTS, "with checkpoints, not with --endpoint")
+    cli.check_unused(args, OF_CHECKPOINTS, "with checkpoints, not with --endpoint")
     models = cli.read_options(ModelOptions, args)
     served = cli.read_options(EndpointOptions, args)
     options = cli.read_options(evaluation.Options, args)

@@ -19,10 +19,13 @@ FLOPs with the full attention mask.
 
 import contextlib
 import json
+import shlex
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
+
+import installed  # noqa: F401
 
 from config import GPTConfig, load_config, load_yaml, presets
 from costs.flops import count_parameters, estimate_flops
@@ -86,7 +89,7 @@ def read_config(spec: str) -> GPTConfig:
     if path.suffix in weights or (inside and not (path / "config.json").exists()):
         raise ValueError(
             f"{spec} has no config.json, and weights are not opened here: "
-            f"`python checkpoint.py inspect {spec}` prints its config"
+            f"`python checkpoint.py inspect {shlex.quote(spec)}` prints its config"
         )
     return load_config(spec)
 
@@ -174,9 +177,24 @@ def make_parser(cli: ModuleType) -> ArgumentParser:
     return p
 
 
+def check_given(args: Namespace, cli: ModuleType) -> None:
+    """ValueError for flags of which nothing would come."""
+    if args.params is not None:
+        of_config = args.given - {"params", "gpu", "debug"}
+        cli.check_unused(args, sorted(of_config), "with --config, not with --params")
+    answers = [name for name in ("json", "explain", "fits") if name in args.given]
+    if len(answers) > 1:
+        raise ValueError(f"{' and '.join(map(cli.flag_of, answers))} are two answers: give one")
+    if answers:
+        cli.check_unused(args, ("price",), f"with the summary, not with --{answers[0]}")
+    if args.shard > 1:
+        cli.check_unused(args, ("explain", "fits"), "with one GPU, not with --shard")
+        cli.check_unused(args, ("tokens", "mfu", "price"), "with training, not with --shard")
+
+
 def read_setup(args: Namespace) -> Setup:
     """The flags that say how a model is run; ValueError where they contradict each other."""
-    if args.fsdp and args.zero not in (0, 3):
+    if args.fsdp and "zero" in args.given and args.zero != 3:
         raise ValueError(f"--fsdp is ZeRO stage 3 and contradicts --zero {args.zero}")
     given = vars(args) | {"fused": not args.foreach, "zero": 3 if args.fsdp else args.zero}
     given |= {"lora_targets": args.lora_targets and tuple(args.lora_targets)}
@@ -207,6 +225,7 @@ def main(argv=None) -> None:
     args = make_parser(cli).parse_args(argv)
     if (args.config is None) == (args.params is None):
         raise ValueError("give either --config (a model) or --params (a number of parameters)")
+    check_given(args, cli)
     gpu = load_gpu(args.gpu)
     if args.params is not None:
         return print_rules(args.params, gpu)
@@ -227,8 +246,6 @@ def main(argv=None) -> None:
         report |= {"parameters": count_parameters(c), "flops": flops, "memory": memory}
         report["time"] = time_report(c, gpu, batch_size, seq_len, setup, args)
         return print(json.dumps(report, indent=2))
-    if setup.shard > 1 and (args.explain or args.fits):
-        raise ValueError("--explain and --fits are of one GPU: they do not go with --shard")
     if args.explain:
         return explain(c, batch_size, seq_len, setup)
     heads = f"{c.n_heads} heads ({c.n_kv_heads} of keys and values) of {c.head_dim}"

@@ -4,11 +4,11 @@
     torchrun --nproc-per-node=8 eval.py --checkpoint-path ckpt.pt \\
         --data-mode fineweb_npy --val-npy 'data/edufineweb_val_*.npy' --batch-size 32
 
-Takes checkpoints of rosetrainer, nanoGPT, Hugging Face and roseval. Prints loss (nats per token),
-perplexity and bits per byte with a standard error, and writes one JSON record per checkpoint with
-the whole protocol, and the loss of every window beside it. The same bits on any number of ranks.
-With --reference also how far each token's distribution lies from another model's. --documents
-scores each document by itself, as a model trained with document masks saw them.
+Takes every checkpoint that checkpoint.py opens. Prints loss (nats per token), perplexity and bits
+per byte with a standard error, and writes one JSON record per checkpoint with the whole protocol,
+and the loss of every window beside it. The same bits on any number of ranks. With --reference also
+how far each token's distribution lies from another model's. --documents scores each document by
+itself, as a model trained with document masks saw them.
 
     from eval import evaluate_perplexity
     result = evaluate_perplexity(model, tokenizer, val_data=["data/val.txt"])
@@ -21,8 +21,11 @@ text with windows of 1024 and --stride 1024, and 16.44 with --stride 512.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
+
+import installed  # noqa: F401
 
 import numpy as np
 
@@ -78,7 +81,7 @@ class Options:
         "step between windows; default: the window (disjoint). Smaller: more context each",
         type=cli.positive_int,
     )
-    bos: str = evaluation.bos_option("off")
+    bos: str | None = evaluation.bos_option(None, "default: off; not of published --windows")
     windows: str = cli.option(
         "exact",
         "gptq, llama.cpp: those of published tables (tasks/windows.py); random: rosetrainer's "
@@ -113,13 +116,13 @@ class Options:
             raise ValueError(f"--token-dtype does not go with {mode}")
         if self.windows in LENGTHS and not text:
             raise ValueError(f"--windows {self.windows} tokenises text itself: --data-mode text")
-        if self.windows != "exact" and (self.stride or self.bos != "off"):
+        if self.windows != "exact" and (self.stride or self.bos):
             raise ValueError(f"--windows {self.windows} has no --stride and no --bos")
         if self.reference_dtype and not self.reference:
             raise ValueError("--reference-dtype goes with --reference PATH")
         if self.documents and self.windows != "exact":
             raise ValueError(f"--documents does not go with --windows {self.windows}")
-        if self.documents and self.bos != "off":
+        if self.documents and self.bos in ("on", "auto"):
             raise ValueError("--documents begin with what the data holds: it has no --bos")
         if self.documents and self.reference:
             raise ValueError("--documents does not go with --reference: compare without it")
@@ -349,7 +352,9 @@ def print_record(record: Result) -> None:
     print(f"\n{called([record])[0]}  ({printable(info['path'])})")
     print(f"avg_loss: {metrics['loss']['value']:.6f}")
     print(f"ppl: {metrics['perplexity']['value']:.4f}")
-    print(f"stderr: {metrics['loss']['stderr']:.6f} (of avg_loss)")
+    stderr, one = metrics["loss"]["stderr"], record["examples"]["unit"].removesuffix("s")
+    undefined = f"undefined (there is one {one})"
+    print(f"stderr: {undefined if math.isnan(stderr) else f'{stderr:.6f} (of avg_loss)'}")
     if "bits_per_byte" in metrics:
         print(f"bits_per_byte: {metrics['bits_per_byte']['value']:.6f}")
     if "kl" in metrics:

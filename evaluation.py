@@ -342,11 +342,11 @@ def pick_tokenizer(name: str | None, ckpt: Checkpoint, needed: bool) -> Tokenize
 # Options that evaluations share
 
 
-def bos_option(default: str = "auto") -> str:
+def bos_option(default: str | None = "auto", help: str = "") -> Any:
     return cli.option(
         default,
         "BOS before each prompt; auto: as the tokenizer does by itself; --bos alone: on "
-        f"(default: {default})",
+        f"({help or f'default: {default}'})",
         nargs="?",
         const="on",
         choices=("auto", "on", "off"),

@@ -30,6 +30,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
+
 import numpy as np
 
 import cli

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import installed  # noqa: F401
+
 import numpy as np
 
 import cli

@@ -34,6 +34,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
+
 import cli
 import command
 import evaluation
@@ -380,9 +382,8 @@ def main(argv=None):
         p.error("--ignore-incomplete goes with --samples-file")
     if not args.samples_file:
         return command.run_command(HUMANEVAL, args)
-    for name, value in vars(args).items():
-        if name not in JUDGING and value != p.get_default(name):
-            p.error(f"{cli.flag_of(name)} goes with --checkpoint-path, not --samples-file")
+    for name in sorted(args.given - set(JUDGING)):
+        p.error(f"{cli.flag_of(name)} goes with --checkpoint-path, not --samples-file")
     judge_samples(args.samples_file, args.ignore_incomplete, cli.read_options(Options, args))
 
 

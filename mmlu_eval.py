@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
+
 import numpy as np
 
 import cli
@@ -239,7 +241,7 @@ def protocol_of(options: Options, work: Asked) -> dict:
         "shots": options.num_few_shot,
         **({"few_shot_draw": options.few_shot_draw} if work.data.drawn else {}),
         "split": options.split or work.choice_set.layout.ask,
-        "subjects": sorted(options.subjects) or None,
+        "subjects": sorted({*options.subjects}) or None,
         "limit": options.limit,
         "permute_choices": options.permute_choices,
         "truncate": options.truncate,

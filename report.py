@@ -18,6 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import installed  # noqa: F401
+
 import cli
 from durable import write_atomic
 from recording.runs import walk
@@ -72,7 +74,8 @@ def write_report(
             pictures = draw(groups_of(found["ok"]), out_dir)
             pictures += draw_families(families_of(found["ok"]), out_dir)
     except OSError as error:  # a full disk, a directory of somebody else's
-        raise ValueError(f"{error}; --out FOLDER writes the report elsewhere") from None
+        where, why = error.filename or out_dir, error.strerror or error
+        raise ValueError(f"{where}: {why}; --out FOLDER writes the report elsewhere") from None
     parts = [terminal(table, sys.stdout.isatty()) for table in tables]
     parts = parts or [f"{cli.printable(results_dir)}: no results yet"]
     parts += beside_tables(found)
@@ -174,6 +177,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             p.error(f"--{name} cannot be negative")
     if args.domain and not args.since:
         p.error("--domain goes with --since")
+    of_compare = {"compare", "examples", "seed"}
+    if args.compare:
+        if "results_dir" in args.given:
+            p.error(f"--compare takes two places: what is {args.results_dir}?")
+        of_report = args.given - of_compare - {"debug"}
+        cli.check_unused(args, sorted(of_report), "without --compare, which only prints")
+    else:
+        cli.check_unused(args, sorted(of_compare), "with --compare A B")
     cli.check_seconds(p, args, "watch")
     return args
 

@@ -23,6 +23,8 @@ import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import installed  # noqa: F401
+
 import cli
 import evaluation
 import launcher
@@ -137,7 +139,7 @@ def open_model(
     evaluation.check_vocabulary(max(tokenizer.encode("a")), facts)
     model, dist = load(ckpt, dtype, dist, options.shard, rule or None)
     context = read_context(options.context, facts.context)
-    new_tokens = options.max_new_tokens or min(NEW_TOKENS, context)
+    new_tokens = read_new_tokens(options.max_new_tokens, context)
     room, kv_dtype = prompt_room(model, context, new_tokens), options.cache.kv_dtype
     rows = options.max_rows or rows_that_fit(model, room or context, new_tokens, kv_dtype, dist)
     texts = Texts(tokenizer, facts.vocab_size, evaluation.resolve_bos(options.bos, tokenizer))
@@ -211,6 +213,12 @@ def read_context(wanted: int | None, own: int | None) -> int:
     if not (wanted or own):
         raise ValueError("nobody says how many positions the model has: --context N")
     return wanted or own or 0
+
+
+def read_new_tokens(wanted: int | None, context: int) -> int:
+    if wanted and wanted > context:
+        raise ValueError(f"--max-new-tokens {wanted}: a prompt and its answer have {context}")
+    return wanted or min(NEW_TOKENS, context)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -326,6 +334,7 @@ def main(argv=None):
     check_installed()
     check_processes(options)
     if options.port_base is not None:
+        cli.check_unused(args, ("port",), "without --port-base, which says all ports")
         place = launcher.launch().local_rank
         options = replace(options, port=options.port_base + place)
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}  # each alone: they share nothing

@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import installed  # noqa: F401
+
 import cli
 import evaluation
 import headstart
@@ -101,6 +103,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     models, shared, options, precision, run = (cli.read_options(kind, args) for kind in kinds)
     cli.check_seconds(p, args, "poll_seconds", "quiet_seconds", "lease_seconds")
+    if not options.watch:
+        cli.check_unused(args, ("quiet_seconds",), "with --watch")
     if not (models.checkpoint_path or load_yaml(options.evaluations).get(SERVED)):
         p.error(
             "the following arguments are required: --checkpoint-path (or endpoint: in the YAML)"

@@ -18,10 +18,13 @@ Reference: nanoGPT trains GPT-2 124M to a validation loss of about 2.85 on OpenW
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import installed  # noqa: F401
 
 import torch
 from torch import nn
@@ -378,7 +381,7 @@ def open_log(
     if dist.is_main:
         project = run.wandb_project if run.use_wandb else None
         about = options.flags() | {"model": config.to_dict()}
-        key = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
+        key = hashlib.sha256(os.fsencode(directory)).hexdigest()[:8]
         sent_to = {
             where: start(run.wandb_run_name or directory.name, about, key)
             for where, start in trackers(run.tensorboard, project, "--use-wandb").items()

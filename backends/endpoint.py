@@ -28,7 +28,7 @@ from distributed import Dist
 from endpoints import Route, Scores
 from endpoints.client import Client, Gone, Refused, in_flight
 from endpoints.kinds import only_model
-from endpoints.probing import CHAT, Probed, probe
+from endpoints.probing import CHAT, QUESTIONS, Probed, probe
 from endpoints.timing import measures
 from tokenizer import Tokenizer
 
@@ -58,6 +58,10 @@ def connect(
     server, found by asking unless given. timeout: seconds that an answer may take. ValueError and
     OSError for what cannot be evaluated, in one line."""
     client = Client(url, concurrency, timeout)
+    cli.note(
+        f"{client.root} is probed first: up to {QUESTIONS} short questions, one after the other, "
+        f"for each of which it may take {timeout:g} s (--request-timeout)"
+    )
     model = model or only_model(client)
     probed, route = probe(client, model, tokenizer, kind)
     return Endpoint(client, route, model, tokenizer, probed, concurrency, dist)

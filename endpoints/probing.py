@@ -33,6 +33,7 @@ TEXTS = (
     "def f(x):\n    return x + 1\n\n\nprint(f(41), f(-1))\n",
     "Größe 東京, 1234567 km², naïve café; Größe 東京",
 )
+QUESTIONS = 50  # at most, those that find out its kind among them
 MOST_IDS = 48  # of a probe: small contexts hold it, and what is generated after it
 PROBED = Sampling(max_new_tokens=16)
 TOLERANCE = 0.25  # nats between one token's values in two requests: batches round differently
@@ -87,8 +88,8 @@ class Probed:
 def probe(
     client: Client, model: str, tokenizer: Tokenizer, kind: str | None = None
 ) -> tuple[Probed, Route]:
-    """Asks two dozen short questions. ValueError for a server that does not answer, serves no such
-    model, or reads texts as other tokens than ours."""
+    """Asks QUESTIONS at most, all short. ValueError for a server that does not answer, serves no
+    such model, or reads texts as other tokens than ours."""
     own_kind, stated = found(client, model)
     kind = kind or own_kind
     route = _open_route(client, model, tokenizer, kind, own_kind)
@@ -187,7 +188,7 @@ def _agreement(
 
 def _disagree(client: Client, tokenizer: Tokenizer, text: str) -> str:
     return (
-        f"{client.root} reads {text!r:.40} as other tokens than {tokenizer.name} does: name the "
+        f"{client.root} reads {text[:38]!r} as other tokens than {tokenizer.name} does: name the "
         "tokenizer of the model that is served (--tokenizer-name)"
     )
 

@@ -54,6 +54,8 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
                 f"the file has {size:,} (the header's limit is {MAX_HEADER:,})"
             )
         header = f.read(header_bytes)
+    if str(path) != str(path).encode(errors="replace").decode():
+        raise ValueError(f"{path}: safetensors opens no path that is not UTF-8: rename what is not")
     try:
         with safe_open(path, "pt"):  # the library's own checks: bounds, overlaps, holes
             header = json.loads(header)

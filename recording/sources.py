@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # What an evaluation's numbers do not depend on: how flags are read, modules loaded, lines printed
-WITHOUT_NUMBERS = ("cli.py", "streams.py", "headstart.py")
+WITHOUT_NUMBERS = ("cli.py", "streams.py", "headstart.py", "installed.py")
 # A door to rooms of which one is entered: its imports of those are left to `chosen`
 DOORS: dict[str, tuple[str, ...]] = {"checkpoint.py": ("formats",), "tokenizer.py": ("formats",)}
 DOORS |= {"evaluation.py": ("backends",), "command.py": ("backends", "formats", "quantisation")}

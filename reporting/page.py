@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from durable import dumps
+from durable import dumps, encode
 from reporting.groups import (
     Group,
     Record,
@@ -167,7 +167,7 @@ def page(data: dict) -> str:
             "report.html needs plotly, whose plotly.js it carries: pip install plotly "
             "(or --no-html)"
         ) from None
-    packed = gzip.compress(dumps(data, separators=(",", ":")).encode(), compresslevel=6)
+    packed = gzip.compress(encode(dumps(data, separators=(",", ":"))), compresslevel=6)
     parts = {"{{plotly.js}}": get_plotlyjs(), "{{data}}": base64.b64encode(packed).decode()}
     out = PAGE.read_text(encoding="utf-8")
     for name, part in parts.items():

@@ -24,10 +24,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import installed  # noqa: E402, F401
+
+import numpy as np  # noqa: E402
 
 import cli  # noqa: E402
 import durable  # noqa: E402

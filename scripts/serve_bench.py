@@ -30,6 +30,8 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import installed  # noqa: E402, F401
+
 import numpy as np  # noqa: E402
 
 import cli  # noqa: E402

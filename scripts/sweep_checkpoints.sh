@@ -19,7 +19,8 @@ if [[ $* != *--evaluations* ]]; then
     set -- --evaluations "$root/configs/sweep.yaml" "$@"
 fi
 if [[ -z ${NPROC:-} ]]; then
-    NPROC=$("$python" -c "import torch; print(max(1, torch.cuda.device_count()))")
+    NPROC=$("$python" -c "import torch; print(max(1, torch.cuda.device_count()))" 2> /dev/null) ||
+        exec "$python" "$root/sweep.py" --checkpoint-path "$directory" "$@" # which says why not
 fi
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$NPROC" \
     "$root/sweep.py" --checkpoint-path "$directory" "$@"

@@ -7,6 +7,7 @@ while work := planner.next_work():                             # rank 0: waits i
 """
 
 import os
+import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -364,7 +365,7 @@ class Planner:
             print0(f"{self.n_filled} of those done before were given what they lacked")
         elif not n_made:
             print0("nothing was left to do (--force does it again)")
-        print0(f"table: python report.py {cli.printable(self.models.results_dir)}")
+        print0(f"table: python report.py {shlex.quote(cli.printable(self.models.results_dir))}")
         return n_failed
 
     def say(self, path: Path, text: str) -> None:

@@ -3,6 +3,7 @@ answer differently, and the answers to hand in where the right ones are not publ
 
 import hashlib
 import itertools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,9 +109,11 @@ def print_details(record: "Result") -> None:
 def print_confidence(record: "Result") -> None:
     """How sure the answers were, by the probability of the choice, then by the model's own word."""
     value = {name: metric["value"] for name, metric in record["metrics"].items()}
+    # all answers right, or all wrong: nothing to tell apart
+    auroc = "undefined" if math.isnan(value["auroc"]) else f"{value['auroc']:.3f}"
     print(
         f"  calibration error {value['ece']:.4f}, Brier {value['brier']:.4f}; bins of equal mass "
-        f"{value['ece_mass']:.4f}, AUROC {value['auroc']:.3f}, AURC {value['aurc']:.3f}"
+        f"{value['ece_mass']:.4f}, AUROC {auroc}, AURC {value['aurc']:.3f}"
     )
     if "log_loss_scaled" in value:
         protocol = record["protocol"]

@@ -34,6 +34,7 @@ from tasks.prompts import cut_safely
 
 try:
     from lm_eval import evaluator
+    from lm_eval.api import task as tasks_of_lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
@@ -152,7 +153,7 @@ def evaluate(asked: Asked, model: "Verbs", limit: int | None) -> dict:
     for task in asked.tasks.values():  # each model is shown the examples that the first one was
         task.set_fewshot_seed(seed=SEED)
     start = time.perf_counter()
-    with compiled_once():
+    with compiled_once(), quiet_bar():
         found = evaluator.evaluate(
             model,
             asked.loaded,
@@ -181,6 +182,19 @@ def compiled_once() -> Iterator[None]:
         yield
     finally:
         templates.from_string = compiled
+
+
+@contextmanager
+def quiet_bar() -> Iterator[None]:
+    """lm-eval shows how many requests are made, on every rank: rank 0 alone, on a terminal."""
+    bar = tasks_of_lm_eval.tqdm
+    # None: shown where there is a terminal
+    disable = None if cli.rank() == 0 else True
+    tasks_of_lm_eval.tqdm = functools.partial(bar, disable=disable, leave=False)
+    try:
+        yield
+    finally:
+        tasks_of_lm_eval.tqdm = bar
 
 
 # ---------------------------------------------------------------------------------------------

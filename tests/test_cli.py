@@ -2,10 +2,12 @@
 are in tests/test_distributed.py."""
 
 import argparse
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +80,45 @@ def test_defaults(parse):
     assert parse("--data-path", "x") == wanted
     assert cli.read_options(Options, {"data_path": "x"}) == wanted
     assert wanted.drawing.temperature == 0.5  # the instance's, not the class's
+
+
+def test_help_says_each_default_once():
+    p = cli.parser("What it does.")
+    shown = [("size", 8, "rows"), ("share", 0.95, "95% of it"), ("kind", "auto", "auto: by itself")]
+    shown += [("rate", 6e-4, None), ("wait", 600.0, "seconds (600)"), ("name", None, "a name")]
+    for name, default, help in shown:
+        p.add_argument(f"--{name}", default=default, help=help and help.replace("%", "%%"))
+    p.add_argument("--switch", action="store_true", help="on")
+    lines = [" ".join(line.split()[2:]) for line in p.format_help().splitlines() if "  --" in line]
+    assert lines == [
+        "rows (8)",
+        "95% of it (0.95)",
+        "auto: by itself",
+        "(0.0006)",
+        "seconds (600)",
+        "a name",
+        "",
+    ]
+    assert p.format_help().endswith("--switch       on\n")
+
+
+@pytest.mark.parametrize(
+    "words, given",
+    [
+        ("--data-path x", "data_path"),
+        ("--data-path x --n-shots 5 --bos auto --strip", "data_path n_shots bos strip"),
+        ("--data-path x --names a --no-strip --temperature 0", "data_path names strip temperature"),
+        ("--data-path=x --limit=3 --truncate", "data_path limit truncate"),
+    ],
+)
+def test_what_a_command_line_gives_whatever_its_value(words, given):
+    p = cli.parser("What it does.")
+    cli.add_options(p, Options)
+    p.set_defaults(limit=7)  # as a file of settings does
+    for _ in range(2):
+        args = p.parse_args(words.split())
+        assert args.given == set(given.split())
+        assert args.limit == (3 if "limit" in given else 7) and args.bos == "auto"
 
 
 def test_an_instance_gives_the_defaults():
@@ -153,6 +194,32 @@ def test_wrong_values_of_a_file_are_one_line(values, said):
 )
 def test_values_of_a_file_are_read_as_flags_would_be(name, given, read):
     assert cli.convert_options(Options, {name: given}, "e.yaml") == {name: read}
+
+
+@pytest.mark.parametrize("name, default", [("path", None), ("paths", ()), ("folder", "results")])
+def test_an_empty_text_is_no_value(name, default, capsys):
+    """A variable that is not set, in quotes: of a path Python would make this folder."""
+    several = {"nargs": "+"} if default == () else {}
+    text = cli.option(default, "a path", **several)
+    options = dataclasses.make_dataclass("Options", [(name, Any, text)], frozen=True)
+    p = cli.parser("What it does.")
+    cli.add_options(p, options)
+    for words in ([f"--{name}", ""], [f"--{name}="]):
+        with pytest.raises(SystemExit):
+            p.parse_args(words)
+        assert f"--{name}: is empty: give a value, or leave it out" in capsys.readouterr().err
+    for value in ("", ["a", ""]) if several else ("",):
+        with pytest.raises(ValueError, match=f"y: --{name}: is empty"):
+            cli.convert_options(options, {name: value}, "y")
+    assert p.parse_args([f"--{name}", " "]) and p.parse_args([])
+
+
+def test_an_empty_text_where_it_is_the_default():
+    options = dataclasses.make_dataclass("Options", [("kwargs", str, cli.option("", "K=V"))])
+    p = cli.parser("What it does.")
+    cli.add_options(p, options)
+    assert p.parse_args(["--kwargs", ""]).kwargs == ""
+    assert cli.convert_options(options, {"kwargs": ""}, "y") == {"kwargs": ""}
 
 
 def test_an_options_own_checks_speak_of_flags(parse):

@@ -53,7 +53,9 @@ def test_every_option_is_a_flag_a_key_and_a_keyword(script, monkeypatch):
     shared += (command.QuantiseOptions, cli.PrecisionOptions, cli.RunOptions)
     offered = {name for options in shared for name in cli.option_names(options)} | names
     extra = {"mmlu_eval": {"log_samples"}, "humaneval_eval": {"samples_file", "ignore_incomplete"}}
-    assert vars(args).keys() == offered | extra.get(script, set())  # and nothing does nothing
+    assert vars(args).keys() - {"given"} == offered | extra.get(
+        script, set()
+    )  # and nothing does nothing
     values = {name: getattr(args, name) for name in names}
     read = cli.read_options(kind.Options, args)
     assert read == cli.read_options(kind.Options, values)
@@ -163,6 +165,20 @@ def test_a_config_reaches_the_model(script, inputs, tmp_path):
     assert same["metrics"] == record["metrics"]
     a, b = results.load_arrays(same), results.load_arrays(record)
     assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--checkpoint-path c --concurrency 16", "--concurrency goes only with --endpoint"),
+        ("--endpoint http://x --shard 1", "--shard goes with checkpoints"),
+        ("--endpoint http://x --device cpu", "--device goes with checkpoints"),
+    ],
+)
+def test_a_flag_counts_as_given_at_its_default(words, said):
+    """Nothing would come of it, and that is said at any value."""
+    with pytest.raises(ValueError, match=said):
+        letters(*words.split())
 
 
 def letters(*argv):

@@ -63,6 +63,7 @@ def test_wrong_input_gets_one_line_and_exit_2(tmp_path):
     (tmp_path / "empty.yaml").touch()
     for arguments, expected in (
         (("--config", tmp_path / "step.pt"), f"python checkpoint.py inspect {tmp_path}/step.pt"),
+        (("--config", tmp_path / "a b.pt"), f"python checkpoint.py inspect '{tmp_path}/a b.pt'`"),
         (("--config", tmp_path / "run"), f"python checkpoint.py inspect {tmp_path}/run"),
         (("--config", "8b"), "presets are"),
         (("--config", "7b", "--gpu", "z9"), "no GPU named 'z9'"),
@@ -71,6 +72,13 @@ def test_wrong_input_gets_one_line_and_exit_2(tmp_path):
         (("--config", "7b", "--dtype", "int8", "--training"), "add --lora-rank"),
         (("--config", "deepseek-v2-lite", "--kv-dtype", "int8"), "latents are not rounded"),
         (("--config", "7b", "--fsdp", "--zero", "1"), "contradicts"),
+        (("--config", "7b", "--fsdp", "--zero", "0"), "contradicts"),
+        (("--params", "7e9", "--batch-size", "1"), "--batch-size goes with --config"),
+        (("--params", "7e9", "--json"), "--json goes with --config"),
+        (("--config", "7b", "--json", "--explain"), "--json and --explain are two answers"),
+        (("--config", "7b", "--fits", "--price", "2"), "--price goes with the summary"),
+        (("--config", "7b", "--shard", "2", "--mfu", "0.4"), "--mfu goes with training"),
+        (("--config", "7b", "--shard", "2", "--fits"), "--fits goes with one GPU"),
         (("--config", "7b", "--lora-targets", "q_proj"), "targets goes with --lora-rank"),
         (("--config", tmp_path / "empty.yaml"), "empty.yaml is empty"),
         (("--config", "nano", "--plot", tmp_path / "no/x.svg"), "--plot " + str(tmp_path)),
@@ -150,7 +158,7 @@ def test_little_is_loaded():
 
 def test_neither_compute_nor_config_imports_torch():
     allowed = set(sys.stdlib_module_names) | {"config", "families", "costs"}
-    allowed |= {"plain_yaml", "inputs", "packed", "matplotlib", "cli", "quantisation"}
+    allowed |= {"plain_yaml", "inputs", "packed", "matplotlib", "cli", "quantisation", "installed"}
     rooms = (*ROOT.glob("costs/*.py"), *ROOT.glob("families/*.py"))
     for path in (ROOT / "compute.py", ROOT / "config.py", *rooms):
         tree = ast.parse(path.read_text())

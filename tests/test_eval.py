@@ -209,6 +209,15 @@ def test_standard_error_by_jackknife(run_dir):
     assert record["metrics"]["loss"]["stderr"] == pytest.approx(jackknife, rel=0.05)
 
 
+@pytest.mark.parametrize("documents, unit", [(False, "window"), (True, "document")])
+def test_one_example_has_no_standard_error(documents, unit, run_dir, capsys):
+    model, byte = tiny_model(), build_tokenizer("byte")
+    options = {"val_data": [str(run_dir / "text" / next(iter(TEXTS)))], "max_tokens": 9}
+    eval_script.show([evaluate_perplexity(model, byte, **options, documents=documents)])
+    said = capsys.readouterr().out
+    assert f"\nstderr: undefined (there is one {unit})\n" in said and "nan" not in said
+
+
 def test_any_number_of_ranks_gives_the_same_bits(run_dir):
     """32 windows in 8 batches over 3 ranks; two checkpoints; a plain directory of them."""
     common = {"path": "", "text": False}

@@ -84,10 +84,11 @@ def records_of(folder):
     return found
 
 
-def test_answers_are_lm_evals(place, theirs, tmp_path):
-    """A choice, a text, and a loss over windows."""
+def test_answers_are_lm_evals(place, theirs, tmp_path, capsys):
+    """A choice, a text, and a loss over windows; lm-eval's bars are for terminals."""
     quick = {"mmlu_anatomy", "bbh_fewshot_date_understanding", "wikitext"}
     harness_eval.main([*map(str, flags(place, tmp_path, quick)), "--device", "cpu"])
+    assert "it/s]" not in capsys.readouterr().err  # datasets has bars of its own
     found = records_of(tmp_path)
     assert found.keys() == quick
     compare(found, theirs(quick))

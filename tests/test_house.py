@@ -18,8 +18,8 @@ ROOMS = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # Each room imports only from floors above its own here; inside a folder, also from files named
 # earlier. `backends` stands for the folder's own __init__.py.
 FLOORS = [
-    "packed",
-    "inputs launcher streams stats durable recording/sources recording/trackers families/llama "
+    "packed launcher",
+    "inputs installed streams stats durable recording/sources recording/trackers families/llama "
     "families/dense "
     "tokenizing/byte_bpe plain_yaml "
     "tasks/answers tasks/corpus_scores certainty",

@@ -488,6 +488,7 @@ def test_flags_reach_the_judging_of_a_samples_file(tmp_path, capsys):
     [
         ("", "give --checkpoint-path or --endpoint to draw samples, or --samples-file"),
         ("--checkpoint-path c --samples-file s", "give --checkpoint-path"),
+        ("--samples-file s --num-samples 1", "--num-samples goes with --checkpoint-path"),
         ("--samples-file s --limit 3", "--limit goes with --checkpoint-path"),
         ("--samples-file s --stop x", "--stop goes with --checkpoint-path"),
         ("--samples-file s --no-strip-prompt", "--strip-prompt goes with --checkpoint-path"),

@@ -12,6 +12,7 @@ from made_up_records import run_report
 from sklearn.metrics import log_loss, roc_auc_score
 
 import certainty
+import mmlu_eval
 import resampling
 from mmlu_eval import evaluate_mmlu
 from reporting.compare import compare, compare_text, pairs_of
@@ -55,6 +56,18 @@ def test_figures_are_those_of_other_implementations(data):
     assert sum(b["n"] for b in record["breakdown"]["calibration"]) == 18
     assert record["breakdown"]["risk_coverage"][-1]["risk"] == pytest.approx(1 - right.mean())
     assert not {"abstain", "p_true", "temperature_split"} & record["protocol"].keys()
+
+
+def test_what_is_not_defined_is_said_so(data, capsys):
+    """All right or all wrong: there is nothing that an AUROC could tell apart. And a subject that
+    is named twice is asked once."""
+    one, two = (
+        evaluate_mmlu(make_model(), BYTE, data, subjects=["anatomy"] * n, limit=1) for n in (1, 2)
+    )
+    assert one["config_hash"] == two["config_hash"] and one["words"] == two["words"]
+    mmlu_eval.show([one])
+    said = capsys.readouterr().out
+    assert "AUROC undefined" in said and "nan" not in said
 
 
 def test_p_true_is_the_models_own_word(data):

@@ -85,6 +85,11 @@ def test_errors_are_one_line(path, tmp_path):
             ),
             (["--checkpoint-path", bare], "has no tokenizer files"),
             (["--checkpoint-path", path, "--context", 300], "the model has 256 positions"),
+            (
+                ["--checkpoint-path", path, "--max-new-tokens", 257],
+                "a prompt and its answer have 256",
+            ),
+            (["--checkpoint-path", path, "--port", 0, "--port-base", 0], "without --port-base"),
             (["--checkpoint-path", path, "--bos", "on"], "has no BOS token"),
         ):
             own = [*map(str, words), *([] if "--port" in words else ["--port", "0"])]

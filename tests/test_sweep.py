@@ -263,6 +263,7 @@ def test_a_wrong_yaml_file_is_said_in_one_line(run_dir, data, tmp_path, text, wa
         (["--seed", "1", "--evaluations", "{mmlu}"], "--seed: no evaluation that"),
         (["--compile", "on", "--evaluations", "{mmlu}"], "--compile: no evaluation that"),
         (["--timeout", "0"], "--timeout must be a positive number"),
+        (["--quiet-seconds", "9"], "--quiet-seconds goes with --watch"),
         (["--poll-seconds", "0"], "--poll-seconds must be a positive number"),
         (["--lease-seconds", "nan"], "--lease-seconds must be a positive number"),
     ],

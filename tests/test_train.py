@@ -1,6 +1,7 @@
 """train.py in real processes: exact resume, also after kill -9, and what it optimises."""
 
 import json
+import os
 import random
 import signal
 
@@ -343,6 +344,13 @@ def test_where_no_checkpoint_can_be_saved_nothing_is_trained(shards, tmp_path, m
     monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("too late"))
     with pytest.raises(ValueError, match=r"/file/run: .*/file is no directory"):
         train.main([str(word) for word in flags_of(shards, tmp_path / "file/run")])
+
+
+def test_a_folder_whose_name_is_no_text(shards, tmp_path):
+    """Bytes of another encoding: it is trained there."""
+    folder = tmp_path / os.fsdecode(b"l\xf6c")
+    train.main([str(word) for word in flags_of(shards, folder, "--num-steps", 1)])
+    assert (folder / "checkpoint-1/model.safetensors").is_file() and log_of(folder)
 
 
 def test_features_train_and_open_in_transformers(shards, tmp_path):

@@ -178,6 +178,7 @@ def adapt(model: GPTModel, layout: str, options: LoraOptions) -> Adapters:
     rank, alpha = options.lora_rank, options.lora_alpha
     assert rank is not None
     alpha = 2 * rank if alpha is None else alpha
+    dropout = options.lora_dropout or 0.0
     scale = alpha / (math.sqrt(rank) if options.lora_rs else rank)
     ours: dict[str, list[tuple[str, Tensor]]] = {}
     for theirs, name, rows in there:
@@ -188,7 +189,7 @@ def adapt(model: GPTModel, layout: str, options: LoraOptions) -> Adapters:
         spans = [range(int(rows.min()), int(rows.max()) + 1) for _, rows in parts]
         assert all(len(span) == len(rows) for span, (_, rows) in zip(spans, parts)), name
         base = cast("Linear | PackedLinear", model.get_submodule(name))
-        layer = LowRank(base, spans, rank, scale, options.lora_dropout)
+        layer = LowRank(base, spans, rank, scale, dropout)
         put(model, name, layer)
         places |= {t: Place(layer, i, rows - rows.min()) for i, (t, rows) in enumerate(parts)}
     for name, module in list(model.named_modules()):
@@ -198,7 +199,7 @@ def adapt(model: GPTModel, layout: str, options: LoraOptions) -> Adapters:
     settings = {
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": options.lora_dropout,
+        "lora_dropout": dropout,
         "use_rslora": options.lora_rs,
         "target_modules": _as_targets(chosen, [m.removesuffix(".weight") for m in matrices]),
         "modules_to_save": sorted(name.rpartition(".")[2] for name in saved) or None,

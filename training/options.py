@@ -20,6 +20,8 @@ from training.mixing import read_mix
 
 WAYS = ("concat", "document", "noise", "best-fit", "cluster", "in-context")
 KEPT = ("best-fit", "cluster", "in-context")  # their plans lie on disk
+# flags that choose a model; the others vary the one that is chosen
+SIZES = ("vocab_size", "max_position_embeddings", "n_layers", "n_heads", "d_model", "d_ff")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class LoraOptions:
         None, "train adapters of this rank over --init-from, which stays frozen", type=positive_int
     )
     lora_alpha: int | None = option(None, "default: twice the rank", type=positive_int)
-    lora_dropout: float = option(0.0, "of what adapters see", type=float)
+    lora_dropout: float | None = option(None, "of what adapters see; default: 0", type=float)
     lora_targets: tuple[str, ...] | None = option(
         None,
         "q_proj v_proj …, as transformers calls them; default: all linear layers of the blocks",
@@ -82,7 +84,7 @@ class LoraOptions:
         return Quantisation(self.quantise, False, self.quantise_skip) if self.quantise else None
 
     def __post_init__(self):
-        if not 0 <= self.lora_dropout < 1:
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora-dropout must be from 0 to below 1, not {self.lora_dropout}")
         for name in cli.option_names(self):
             if self.lora_rank is None and getattr(self, name) != getattr(LoraOptions, name):
@@ -133,8 +135,8 @@ class DataOptions:
     document_mask: bool = option(
         False, "tokens see their own document alone, in concat and best-fit"
     )
-    packing_noise: str = option(
-        "mask:8",
+    packing_noise: str | None = option(
+        None,
         "how --packing noise sets documents apart: mask:N, the first N tokens of one that begins "
         "in a window are no targets; separator:N, N end-of-text tokens more (mask:8)",
         metavar="KIND:N",
@@ -153,7 +155,7 @@ class DataOptions:
     @property
     def noise(self) -> tuple[str, int]:
         """(kind, N) of --packing-noise. ValueError for what is none."""
-        kind, _, number = self.packing_noise.partition(":")
+        kind, _, number = (self.packing_noise or "mask:8").partition(":")
         if kind not in ("mask", "separator") or not number.isdecimal() or int(number) < 1:
             raise ValueError(
                 f"--packing-noise {self.packing_noise}: give mask:N or separator:N, N at least 1"
@@ -168,7 +170,7 @@ class DataOptions:
         way = self.packing or "concat"
         if self.document_mask and way not in ("concat", "document", "best-fit"):
             raise ValueError(f"--document-mask would undo what --packing {way} is for")
-        if self.packing_noise != "mask:8" and way != "noise":
+        if self.packing_noise and way != "noise":
             raise ValueError("--packing-noise needs --packing noise")
         if self.packing_vectors and way != "in-context":
             raise ValueError("--packing-vectors needs --packing in-context")
@@ -210,8 +212,10 @@ class OptimizationOptions:
     decay_steps: int | None = option(
         None, "of wsd: the last steps of a cycle; default: a tenth of it", type=positive_int
     )
-    decay_shape: str = option(
-        "sqrt", "of wsd's decay", choices=("sqrt", "linear", "cosine", "exponential")
+    decay_shape: str | None = option(
+        None,
+        "of wsd's decay; default: sqrt",
+        choices=("sqrt", "linear", "cosine", "exponential"),
     )
     rewarm: tuple[int, ...] | None = option(
         None, "begin the schedule anew at these steps", type=positive_int, nargs="+", metavar="STEP"
@@ -231,7 +235,7 @@ class OptimizationOptions:
                     f"{cli.flag_of(name)} must be 0 or more, and below 1, not {value:g}"
                 )
         for name in ("decay_steps", "decay_shape") if self.lr_scheduler != "wsd" else ():
-            if getattr(self, name) != getattr(OptimizationOptions, name):
+            if getattr(self, name) is not None:
                 raise ValueError(f"{cli.flag_of(name)} goes with --lr-scheduler wsd")
         if self.decay_shape == "exponential" and not self.min_lr_ratio > 0:
             raise ValueError("--decay-shape exponential needs a --min-lr-ratio above 0")
@@ -289,8 +293,8 @@ def parse(argv: list[str] | None, description: str) -> Options:
     file_only = cli.Parser(add_help=False, allow_abbrev=False)
     file_only.add_argument("--train-config")
     file = file_only.parse_known_args(argv)[0].train_config
-    if file:
-        cli.take_defaults(p, kinds, load_yaml(file), file)
+    values = load_yaml(file) if file else {}
+    cli.take_defaults(p, kinds, values, file or "")
     args = p.parse_args(argv)
     options = Options(*(cli.read_options(kind, args) for kind in kinds))
     if options.lora.lora_rank is not None:
@@ -300,25 +304,28 @@ def parse(argv: list[str] | None, description: str) -> Options:
             p.error("--fsdp shards models that train in full: it does not go with --lora-rank")
     elif options.run.resume and options.model.init_from:
         p.error("--resume and --init-from contradict each other: give one of them")
-    return with_toy_data(options) if options.data.use_toy_data else options
+    if options.data.use_toy_data:
+        return with_toy_data(options, args.given | values.keys())
+    return options
 
 
-def with_toy_data(options: Options) -> Options:
-    """These scripts as text, and a small model unless one is chosen. ValueError for other data."""
+def with_toy_data(options: Options, chosen: set[str]) -> Options:
+    """These scripts as text, and a small model unless one is chosen. ValueError for other data.
+    chosen: the options that were given, whatever their values."""
     given = options.data
     for name in ("train_data", "val_data", "train_npy", "val_npy", "tokenizer_name"):
         if getattr(given, name):
             raise ValueError(f"{cli.flag_of(name)} does not go with --use-toy-data")
     data = dataclasses.replace(
-        options.data,
+        given,
         data_mode="text",
         tokenizer_name="byte",
         train_data=tuple(str(path) for path in results.source_files()),
-        val_ratio=options.data.val_ratio or 0.1,
+        val_ratio=given.val_ratio if "val_ratio" in chosen else 0.1,
     )
     model, optimization = options.model, options.optimization
-    if not (model.config or model.init_from or any(model.config_fields.values())):
+    if not chosen & {"config", "init_from", *SIZES}:
         model = dataclasses.replace(model, config="nano")
-        if optimization.seq_len == OptimizationOptions.seq_len:  # as long as the model's context
+        if "seq_len" not in chosen:  # as long as the model's context
             optimization = dataclasses.replace(optimization, seq_len=256)
     return dataclasses.replace(options, model=model, data=data, optimization=optimization)

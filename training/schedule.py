@@ -62,7 +62,7 @@ def _in_cycle(o: OptimizationOptions, step: int, steps: int, begins_at: float) -
         return 1.0
     top, shape, least = o.warmup_steps, o.lr_scheduler, o.min_lr_ratio
     if shape == "wsd":
-        top, shape = steps - _decay_steps(o, steps), o.decay_shape
+        top, shape = steps - _decay_steps(o, steps), o.decay_shape or "sqrt"
     done = min(max(0, step - top) / max(1, steps - top), 1.0)
     if shape == "exponential":
         return least**done

@@ -1,10 +1,13 @@
 """Each way of asking a server, against a stub of its answers: the numbers of the model itself."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from builders import small_mmlu, tiny_model
+from builders import PATIENCE, small_mmlu, tiny_model
 from stub_natives import LightllmStub, LlamaCppStub, SGLangStub, TGIStub
 from stub_server import StubServer
 
@@ -14,6 +17,7 @@ from backends import Sampling
 from backends.continuations import Continuations
 from backends.endpoint import connect
 from backends.local import Local
+from endpoints.probing import QUESTIONS
 from evaluation import measure
 from tokenizer import build_tokenizer
 
@@ -54,6 +58,7 @@ def test_native_routes(kind, model):
     with NATIVES[kind](model, context=1024) as server:
         backend = endpoint(server)
         probed = backend.probed
+        assert len(server.headers) <= QUESTIONS
         assert probed.server == kind and probed.route == backend.route.path != "/v1/completions"
         assert probed.streams and probed.tokenizer in ("token ids", "counts of tokens")
         assert probed.stop == ("cut" if kind == "llama.cpp" else "kept")
@@ -78,6 +83,27 @@ def test_native_routes(kind, model):
         found = backend.score_rows(rows)
         assert probed.letters == {"lightllm": "", "tgi": "likeliest"}.get(kind, "by id")
         np.testing.assert_allclose(found.choices, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("silent", ["/v1/models", "/v1/completions"])
+def test_what_is_waited_for_is_said_before_it_is(silent, model, capsys):
+    """By a server that answers nothing until the line was read."""
+    with StubServer(model) as server, ThreadPoolExecutor(1) as asking:
+        was_read = threading.Event()
+        answers = server.posts if silent in server.posts else server.gets
+        answer = answers[silent]
+        answers[silent] = lambda *asked: was_read.wait(PATIENCE) and answer(*asked)
+        found, said = asking.submit(endpoint, server, timeout=PATIENCE), ""
+        while "\n" not in said and not found.done():
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        was_read.set()
+        assert found.result().probed.scores == ""
+        assert len(server.headers) <= QUESTIONS
+    assert said == (
+        f"note: {server.url} is probed first: up to {QUESTIONS} short questions, one after the "
+        f"other, for each of which it may take {PATIENCE} s (--request-timeout)\n"
+    )
 
 
 def test_sglang_is_asked_from_the_first_place_on(model):

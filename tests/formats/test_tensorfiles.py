@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from builders import saved_checkpoint
 from checkpoint_files import (
     good_file,
     logits,
@@ -26,6 +27,14 @@ from checkpoint import (
     save_checkpoint,
 )
 from formats import stored, tensorfiles
+
+
+def test_a_path_that_the_library_cannot_open(tmp_path):
+    """Whose bytes are of another encoding: no file is damaged."""
+    path = saved_checkpoint(tmp_path)
+    other = path.rename(tmp_path / os.fsdecode(b"l\xf6c"))
+    with pytest.raises(ValueError, match="opens no path that is not UTF-8: rename"):
+        checkpoint.open(other)
 
 
 def test_a_good_file_loads(tmp_path):

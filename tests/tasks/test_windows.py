@@ -100,7 +100,7 @@ def test_what_they_refuse():
         Chunks("llama.cpp", 31, 16, False)
     with pytest.raises(ValueError, match="gptq needs 1 chunk"):
         Chunks("gptq", 15, 16, False)
-    for wrong in ({"stride": 8}, {"bos": "on"}):
+    for wrong in ({"stride": 8}, {"bos": "on"}, {"bos": "off"}):
         with pytest.raises(ValueError, match="--windows gptq has no --stride and no --bos"):
             eval.Options(val_data=("x",), windows="gptq", **wrong)
     with pytest.raises(ValueError, match="tokenises text itself"):

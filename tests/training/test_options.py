@@ -104,6 +104,9 @@ def test_contradictions_are_refused(with_yaml, capsys):
         ("--weight-decay nan", "--weight-decay must be 0 or more, not nan"),
         ("--warmup-steps -5", "--warmup-steps must be 0 or more, not -5"),
         ("--beta2 1", "--beta2 must be 0 or more, and below 1, not 1"),
+        ("--packing-noise mask:8", "--packing-noise needs --packing noise"),
+        ("--decay-shape sqrt", "--decay-shape goes with --lr-scheduler wsd"),
+        ("--lora-dropout 0", "--lora-dropout needs --lora-rank"),
         ("--use-toy-data --tokenizer-name gpt2", "--tokenizer-name does not go with --use-toy-"),
     ],
 )
@@ -122,3 +125,18 @@ def test_toy_data_chooses_a_small_model_unless_one_is_chosen():
     chosen = parse([*NEEDED, "--use-toy-data", "--n-layers", "2", "--val-ratio", "0.2"], "")
     assert chosen.model == ModelOptions(n_layers=2) and chosen.optimization.seq_len == 1024
     assert chosen.data.val_ratio == 0.2
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_what_is_given_at_its_default_is_given(with_yaml, in_file):
+    """With toy data these would else be others; what only varies a model chooses none."""
+    if in_file:
+        options = with_yaml("use_toy_data: true\nseq_len: 1024\nval_ratio: 0\ndropout: 0.0\n")
+    else:
+        words = "--use-toy-data --seq-len 1024 --val-ratio 0 --dropout 0"
+        options = parse([*NEEDED, *words.split()], "")
+    assert (options.optimization.seq_len, options.data.val_ratio) == (1024, 0)
+    assert options.model == ModelOptions(config="nano", dropout=0.0)
+    varied = parse([*NEEDED, "--use-toy-data", "--dropout", "0.1", "--activation", "relu"], "")
+    assert varied.model == ModelOptions(config="nano", dropout=0.1, activation="relu")
+    assert varied.optimization.seq_len == 256
