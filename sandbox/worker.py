@@ -1,9 +1,10 @@
 """A worker: the process that holds the tests. Linux only.
 
-judge.py starts this file by its path, with cwd `/` and almost no environment. The first line of its
-standard input is a configuration in JSON, each one after it a program as JSON, [prompt,
-completion, test, entry_point]; each is answered by a line of JSON: what the cage is made of, then
-the fields of a Verdict and "spoilt", whether it was perhaps the machine that decided it.
+handle.py starts this file by its path, with cwd `/` and almost no environment. The first packet on
+its standard input (packets.py) is a configuration in JSON, each one after it a program as JSON,
+[prompt, completion, test, entry_point]; each is answered by a line of JSON: what the cage is made
+of, then the fields of a Verdict, "key", the program's, and "spoilt", whether it was perhaps the
+machine that decided it. A packet that is there while another is judged waits unread.
 
 The configuration: tier, timeout, call_timeout (or null) and grace in seconds, memory_mb, packages
 (where each lies that candidates may import, by name), paths (whence tests import, besides the
@@ -29,7 +30,7 @@ from collections.abc import Callable
 if __name__ == "__main__":  # started by path: the house's root takes the place of this folder
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from sandbox import canary, confined, frames, linux
+from sandbox import canary, confined, frames, linux, packets
 from sandbox.clock import TICK, Clock
 from sandbox.proxy import Conversation, names_of
 
@@ -59,8 +60,9 @@ class Judge:
             last_line = errors.rpartition("\n")[2]
             raise OSError(answer.get("error") or last_line or "the zygote died")
         self.active = answer["active"]
-        self.requests: int | None = None
-        self.replies: int | None = None
+        self.ends: tuple[int, ...] = ()  # of the pipes to the present candidate
+        self.ending: tuple[int, ...] | None = None  # of those to one whose end is to be told
+        self.status = 0  # of the candidate that ended last
         self.last_word: Callable[[dict], None] = lambda verdict: None
         self.threads_left = False
         self._next_candidate()
@@ -70,23 +72,30 @@ class Judge:
         self.control.close()
         self.zygote.wait(1)
 
-    def _next_candidate(self) -> int:
-        """Have the present candidate ended and another one forked; the exit status of the first."""
-        if self.requests is not None and self.replies is not None:
-            os.close(self.requests)
-            os.close(self.replies)
-        theirs_in, self.requests = os.pipe()
-        self.replies, theirs_out = os.pipe()
+    def _next_candidate(self) -> None:
+        """Have the present candidate ended and another one forked; run() waits for the former."""
+        self._hear_of_the_last()
+        theirs_in, requests = os.pipe()
+        replies, theirs_out = os.pipe()
         with contextlib.suppress(BrokenPipeError):  # it is gone, and may have said why
             socket.send_fds(self.control, [b"next"], [theirs_in, theirs_out])
         os.close(theirs_in)
         os.close(theirs_out)
+        self.ending, self.ends = self.ends, (requests, replies)
+        pipe = TimedPipe(replies, requests, self.clock)
+        self.used, self.conversation = False, Conversation(pipe)
+
+    def _hear_of_the_last(self) -> None:
+        """Read what the zygote says of a candidate that it was to end, if it has not been read."""
+        if self.ending is None:
+            return
+        for end in self.ending:  # not sooner: it would wake up for that
+            os.close(end)
+        self.ending = None
         status = self.control.recv(1 << 10)
         if not status or status.startswith(b"!"):
             raise OSError(f"no candidate: {status[1:].decode() or 'the zygote died'}")
-        pipe = TimedPipe(self.replies, self.requests, self.clock)
-        self.used, self.conversation = False, Conversation(pipe)
-        return int(status)
+        self.status = int(status)
 
     def prepare(self) -> None:
         """Have a fresh candidate waiting, confined, before the next program comes."""
@@ -143,6 +152,7 @@ class Judge:
         self.started = time.monotonic()
         random.seed(0)  # tests that draw their cases draw the same ones for every completion
         self.prepare()
+        self._hear_of_the_last()  # before the clock starts: its end is not of this one's time
         conversation = self.conversation
         self.used, self.alarms, threads = True, 0, _thread._count()
         signal.signal(signal.SIGALRM, self._on_alarm)  # whatever the last tests made of it
@@ -168,7 +178,9 @@ class Judge:
         conversation.stop("sandbox", "the tests are over")  # for a thread that they left behind
         self.threads_left = _thread._count() > threads
         if kind == "crash":
-            kind, detail = _death(self._next_candidate())
+            self._next_candidate()
+            self._hear_of_the_last()
+            kind, detail = _death(self.status)
         return self._verdict(kind, detail)
 
     def _verdict(self, kind, detail):
@@ -227,8 +239,8 @@ def _beginning(prompt):
 
 
 def main() -> None:
-    """A worker's life: a line with its configuration, then a program a line, answered in JSON."""
-    requests, answers = os.dup(0), os.fdopen(os.dup(1), "w")
+    """A worker's life: a packet with its configuration, then its programs."""
+    programs, answers = socket.socket(fileno=os.dup(0)), os.fdopen(os.dup(1), "w")
     with open(os.devnull, "r+") as null:
         os.dup2(null.fileno(), 0)
         os.dup2(null.fileno(), 1)  # what tests print is not for the evaluator
@@ -241,19 +253,20 @@ def main() -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    def last_word(value):
-        answer(value)
+    def last_word(key, value):
+        answer({"key": key.hex()} | value)
         os._exit(0)  # the evaluator starts another worker
 
     try:
         judge = None
-        for line in os.fdopen(requests):
+        while packet := packets.receive(programs):
+            key, text = packet
             if judge is None:
-                judge, about = start(json.loads(line))
-                judge.last_word = last_word
+                judge, about = start(json.loads(text))
                 answer(about)
             else:
-                answer(judge.judge(*json.loads(line)))
+                judge.last_word = functools.partial(last_word, key)
+                answer({"key": key.hex()} | judge.judge(*json.loads(text)))
                 if judge.threads_left:  # they end with this process
                     os._exit(0)
                 judge.prepare()

