@@ -11,6 +11,7 @@ size that a file merely claims. torch and safetensors only.
 
 import json
 import math
+import os
 import re
 import struct
 import zipfile
@@ -54,8 +55,11 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
                 f"the file has {size:,} (the header's limit is {MAX_HEADER:,})"
             )
         header = f.read(header_bytes)
-    if str(path) != str(path).encode(errors="replace").decode():
-        raise ValueError(f"{path}: safetensors opens no path that is not UTF-8: rename what is not")
+    try:
+        os.fsencode(path).decode()  # its bytes: Python's text of them goes by the locale
+    except UnicodeDecodeError:
+        why = "safetensors opens no path that is not UTF-8: rename what is not"
+        raise ValueError(f"{path}: {why}") from None
     try:
         with safe_open(path, "pt"):  # the library's own checks: bounds, overlaps, holes
             header = json.loads(header)

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -140,11 +141,11 @@ def test_an_instruct_model_has_base_and_plus_verdicts(tmp_path):
 
 
 class Counting(Sandbox):
-    judged = 0
+    given: ClassVar[set] = set()  # one that is taken back is given again
 
-    def _judge(self, program):
-        type(self).judged += 1
-        return super()._judge(program)
+    def _give(self, worker, job):
+        self.given.add(job)
+        super()._give(worker, job)
 
 
 def test_planted_programs_give_the_known_pass_at_k(five, tmp_path, monkeypatch):
@@ -178,7 +179,7 @@ def test_planted_programs_give_the_known_pass_at_k(five, tmp_path, monkeypatch):
     assert failures.pop("NameError") == n - right
     assert sum(failures.values()) == 2 * n and failures["wrong answer"] >= n
     # Two of the six texts are among the five problems' own solutions, which are judged first.
-    assert Counting.judged == 5 + 4, "equal programs are judged once"
+    assert len(Counting.given) == 5 + 4, "equal programs are judged once"
     assert record["breakdown"]["finish"].keys() == {"stop", "eos"}
 
     # OpenAI's own tool, on the very file
@@ -189,9 +190,10 @@ def test_planted_programs_give_the_known_pass_at_k(five, tmp_path, monkeypatch):
     assert [line["passed"] for line in theirs] == [s["passed"] for s in samples]
 
     # again: everything is in the journal, the model is only asked whether it computes NaN
-    calls, Counting.judged = model.calls, 0
+    calls = model.calls
+    Counting.given.clear()
     again = evaluate_humaneval(model, tokenizer, path, n, **options)
-    assert model.calls == calls + 1 and Counting.judged == 5
+    assert model.calls == calls + 1 and len(Counting.given) == 5
     assert list(again.samples()) == samples and again["cost"]["samples_resumed"] == 5 * n
     where = again.save(tmp_path)
     loaded = results.load_record(where)
