@@ -1,6 +1,6 @@
 """Is scoring faster compiled? Eager and compiled blocks in turns, on one model of random weights.
 
-    python benchmarks/compiled.py --out benchmarks/results/compiled.json    # two minutes of a GPU
+    python benchmarks/compiled.py --out benchmarks/results/compiled.json    # four minutes of a GPU
     python benchmarks/compiled.py --models 7b --out …
     python benchmarks/compiled.py --small --out …                            # a CPU's rehearsal
 
@@ -45,7 +45,7 @@ def main(argv=None):
         report[name] = measure(name, args)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
         for side, row in report[name].items():
-            print(f"{name:<8} {side:<9} {json.dumps(row)}", flush=True)
+            print(f"{name:<10} {side:<9} {json.dumps(row)}", flush=True)
 
 
 @torch.no_grad()
